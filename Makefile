@@ -1,0 +1,52 @@
+# Two commands do everything:  make demo  and  make test.
+#
+# Both create .venv on first use (about two minutes and 6 GB: PyTorch's ordinary Linux build brings CUDA along).
+# VENV_ROOT=DIR puts the environment below DIR instead, named after the dependency files, so that several checkouts
+# with the same dependencies share one.
+
+PYTHON ?= python3
+DEPENDENCIES := pyproject.toml constraints.txt
+ifdef VENV_ROOT
+VENV := $(VENV_ROOT)/$(shell cat $(DEPENDENCIES) | sha256sum | cut -c1-16)
+else
+VENV := .venv
+endif
+PY := $(VENV)/bin/python
+# This checkout's packages, also where the environment was installed from another one.
+export PYTHONPATH := $(CURDIR)
+
+.PHONY: install demo test test-fast lint format help
+
+help:
+	@echo "make demo       install, then run a sweep on the built-in digits: no account, no download"
+	@echo "make test       install, then run all tests"
+	@echo "make test-fast  the tests that take seconds"
+	@echo "make lint       ruff and mypy"
+	@echo "make install    create the environment only"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: $(DEPENDENCIES)
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: install
+	$(PY) -m agent.sweep sweeps/quickstart.yaml --offline
+	$(PY) scripts/evaluate.py --sweep runs/sweeps/quickstart --num-images 500
+
+test: install
+	$(PY) -m pytest
+
+test-fast: install
+	$(PY) -m pytest -m "not slow"
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(PY) -m mypy
+
+format: install
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .

@@ -1,0 +1,199 @@
+"""What happens between training steps: evaluation, pictures, checkpoints, history. One class each."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from agent.config import TrialConfig
+from diffusion_core import media
+from diffusion_core.checkpoint import (
+    METADATA_FILE,
+    SAMPLING_PARTS,
+    Checkpoint,
+    list_checkpoints,
+    step_folder,
+    write_checkpoint,
+)
+from diffusion_core.config_io import flatten
+from diffusion_core.data import Dataset
+from diffusion_core.evaluation import build_classifier, is_better, validation_loss
+from diffusion_core.generation import Generator, Request, all_labels, requests
+from diffusion_core.hardware import pick_precision
+from diffusion_core.structure import structure
+from diffusion_core.tracking import STEP, Tracker
+from diffusion_core.trainer import TrainState, is_due
+
+GIF_CLASSES = 10
+GIF_COLUMNS = 4
+
+
+class Evaluate:
+    """Every ``eval.every`` steps: ``val/loss``, and ``eval/class_agreement`` where there is a classifier."""
+
+    def __init__(self, config: TrialConfig, dataset: Dataset, accelerator: Accelerator) -> None:
+        self.config = config
+        self.dataset = dataset
+        self.precision = pick_precision(config.train, accelerator.device)
+        self.classifier = build_classifier(config, dataset)
+
+    def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
+        if not is_due(state.step, self.config.eval.every, self.config.train.steps):
+            return
+        network = state.ema.network
+        row["val/loss"] = validation_loss(network, self.dataset.val, self.config, self.precision)
+        if self.classifier is not None:
+            labels = all_labels(network)
+            wanted = [Request(labels[i % len(labels)], i // len(labels)) for i in range(self.config.eval.num_images)]
+            generator = Generator(network, self.config, self.precision)
+            images = generator.images(wanted, self.config.sample, self.config.seed)
+            row["eval/class_agreement"] = self.classifier.agreement(images, [image.label for image in wanted])
+
+
+class DrawSamples:
+    """Every ``sample.every`` steps: a grid with one row per class, and a GIF from noise to image."""
+
+    def __init__(self, config: TrialConfig, dataset: Dataset, accelerator: Accelerator, folder: Path) -> None:
+        self.config = config
+        self.class_names = dataset.class_names
+        self.precision = pick_precision(config.train, accelerator.device)
+        self.folder = folder
+
+    def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
+        config = self.config.sample
+        if not is_due(state.step, config.every, self.config.train.steps):
+            return
+        generator = Generator(state.ema.network, self.config, self.precision)
+        labels = all_labels(state.ema.network)
+        names = self.class_names if len(labels) == len(self.class_names) else ()
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+        images = generator.images(requests(labels, config.per_class), config, self.config.seed)
+        row["samples"] = self.folder / f"samples-{state.step:08d}.png"
+        media.grid(images, config.per_class, names).save(row["samples"])
+
+        columns = min(GIF_COLUMNS, config.per_class)
+        wanted = requests(labels[:GIF_CLASSES], columns)
+        frames = generator.trajectory(wanted, config, self.config.seed, media.spread(config.steps))
+        row["diffusion"] = self.folder / f"diffusion-{state.step:08d}.gif"
+        media.save_gif([media.grid(frame, columns, names[:GIF_CLASSES]) for frame in frames], row["diffusion"])
+
+
+class SaveCheckpoints:
+    """Every ``checkpoint.every`` steps: a checkpoint on disk and as artifacts; keeps the newest ones and the best.
+
+    Attributes:
+        best: metric, value and step of the best checkpoint so far, or None.
+    """
+
+    def __init__(
+        self,
+        config: TrialConfig,
+        dataset: Dataset,
+        tracker: Tracker,
+        folder: Path,
+        run_id: str,
+        resumed: Checkpoint | None,
+    ) -> None:
+        self.config = config
+        self.dataset = dataset
+        self.tracker = tracker
+        self.folder = folder
+        self.run_id = run_id
+        self.saved_step = resumed.step if resumed else None
+        self.best: dict[str, Any] | None = resumed.metadata.get("best") if resumed else None
+        self.figures: dict[str, float] = dict(resumed.metadata["figures"]) if resumed else {}
+
+    def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
+        self.figures.update({key: value for key, value in row.items() if isinstance(value, int | float)})
+        if is_due(state.step, self.config.checkpoint.every, self.config.train.steps):
+            self.save(state, row.get(self.config.checkpoint.best_metric))
+
+    def save(self, state: TrainState, metric: float | None = None) -> None:
+        """Write a checkpoint, log it, and delete those no longer kept; a step that is saved is not saved again."""
+        if state.step == self.saved_step:
+            return
+        is_best = metric is not None and is_better(
+            self.config.checkpoint.best_metric, metric, self.best["value"] if self.best else None
+        )
+        if is_best:
+            self.best = {"metric": self.config.checkpoint.best_metric, "value": metric, "step": state.step}
+        metadata = {
+            "config": flatten(self.config),
+            "image_shape": list(self.dataset.shape_CHW),
+            "num_classes": state.network.num_classes,
+            "class_names": list(self.dataset.class_names),
+            "structure": structure(state.network, self.config.model),
+            "figures": self.figures,
+            "best": self.best,
+            **state.metadata(),
+        }
+        checkpoint = write_checkpoint(self.folder, state.step, metadata, state.parts())
+        self.saved_step = state.step
+        if self.config.checkpoint.upload:
+            self._log_artifacts(checkpoint, is_best)
+        self._delete_old()
+
+    def _log_artifacts(self, checkpoint: Checkpoint, is_best: bool) -> None:
+        aliases = ["latest", f"step-{checkpoint.step}", *(["best"] if is_best else [])]
+        described = {
+            "step": checkpoint.step,
+            "config": checkpoint.metadata["config"],
+            "figures": checkpoint.metadata["figures"],
+            **checkpoint.metadata["extra"],
+        }
+        metadata_file = checkpoint.path / METADATA_FILE
+        sampling = [checkpoint.path / f"{part}.safetensors" for part in checkpoint.parts if part in SAMPLING_PARTS]
+        training = [checkpoint.path / f"{part}.safetensors" for part in checkpoint.parts if part not in SAMPLING_PARTS]
+        self.tracker.artifact(f"model-{self.run_id}", "model", [metadata_file, *sampling], aliases, described)
+        self.tracker.artifact(
+            f"training-state-{self.run_id}", "training-state", [metadata_file, *training], aliases, described
+        )
+
+    def _delete_old(self) -> None:
+        kept = {step_folder(self.best["step"])} if self.best else set()
+        for path in list_checkpoints(self.folder)[: -self.config.checkpoint.keep]:
+            if path.name not in kept:
+                shutil.rmtree(path)
+
+    @property
+    def best_path(self) -> Path:
+        """The best checkpoint, or the newest one if the metric was never measured at a checkpoint."""
+        step = self.best["step"] if self.best else self.saved_step
+        assert step is not None
+        return self.folder / step_folder(step)
+
+
+class LogHistory:
+    """Logs each row, to the tracker and to ``history.jsonl`` in the run's folder, where anyone can plot from."""
+
+    def __init__(self, tracker: Tracker, file: Path, resumed_step: int) -> None:
+        self.tracker = tracker
+        self.file = file
+        kept = [row for row in read_history(file) if row[STEP] <= resumed_step]
+        self.file.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+    def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
+        if not row:
+            return
+        self.tracker.log(row, state.step)
+        numbers = {key: value for key, value in row.items() if not isinstance(value, Path)}
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({STEP: state.step, **numbers}) + "\n")
+
+
+def read_history(file: Path) -> list[dict[str, Any]]:
+    """The rows of a ``history.jsonl``; a last line that a crash cut short does not count."""
+    rows = []
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                print(f"{file}: passing over a damaged line", file=sys.stderr)
+    return rows

@@ -1,0 +1,105 @@
+"""W&B settings from the environment and ``.env``: whether to go online, and the run to start."""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+import secrets
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from dotenv import find_dotenv, load_dotenv
+
+from diffusion_core.config_io import ConfigError
+
+if TYPE_CHECKING:
+    from wandb.sdk.wandb_run import Run
+
+DEFAULT_PROJECT = "diffusion-sweeps"
+DEFAULT_SERVER = "https://api.wandb.ai"
+MODES = {"online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline",
+         "disabled": "disabled"}  # fmt: skip
+RUN_FILE = "run.json"
+
+
+def load_environment() -> None:
+    """Read ``.env`` from the working directory or the nearest one above it; what is set already wins.
+
+    Variables of W&B that are set to nothing (``WANDB_ENTITY=``) count as not set; W&B itself would fail on some.
+    """
+    load_dotenv(find_dotenv(usecwd=True))
+    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
+        del os.environ[name]
+
+
+def wandb_mode() -> str:
+    """``online``, ``offline`` or ``disabled``: what WANDB_MODE says, or online if there is a key to go with.
+
+    Never asks anybody anything.
+
+    Raises:
+        ConfigError: if WANDB_MODE is none that W&B knows.
+    """
+    wanted = os.environ.get("WANDB_MODE", "")
+    if wanted:
+        if wanted not in MODES:
+            raise ConfigError(f"WANDB_MODE = {wanted!r}: expected one of online, offline, disabled")
+        return MODES[wanted]
+    return "online" if has_key() else "offline"
+
+
+def has_key() -> bool:
+    """Whether this machine has an API key for the W&B server: WANDB_API_KEY, or what ``wandb login`` stored."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", DEFAULT_SERVER)).hostname
+    path = os.environ.get("NETRC") or str(Path.home() / ".netrc")
+    try:
+        return host is not None and netrc.netrc(path).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def run_folder(configured: str | None) -> tuple[str, Path]:
+    """The id of this run, and its folder.
+
+    Under an agent the id is the agent's; a folder that holds a run keeps that run's id; else the id is new. A folder
+    that is not configured is ``runs/<id>``.
+    """
+    run_id = os.environ.get("WANDB_RUN_ID")
+    if configured is None:
+        run_id = run_id or secrets.token_hex(4)
+        return run_id, Path("runs") / run_id
+    folder = Path(configured)
+    if run_id is None and (folder / RUN_FILE).is_file():
+        try:
+            run_id = str(json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["id"])
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"log.dir = {configured!r}: its {RUN_FILE} is damaged; choose another folder") from None
+    return run_id or secrets.token_hex(4), folder
+
+
+def start_wandb(run_id: str, folder: Path, config: Mapping[str, Any], mode: str) -> Run:
+    """Start or resume the W&B run of a trial. Under an agent, entity, project and id are the agent's."""
+    import wandb  # Slow to import, and --help and --dry-run do without it.
+
+    if mode == "offline" and "WANDB_MODE" not in os.environ:
+        print("W&B: no API key, so this run is recorded offline (wandb login or WANDB_API_KEY to go online)",
+              file=sys.stderr)  # fmt: skip
+    in_sweep = "WANDB_SWEEP_ID" in os.environ
+    os.environ.setdefault("WANDB_DIR", str(folder))
+    # Staged artifact files of offline runs stay until `wandb sync`: beside the run, not in the home directory.
+    os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb" / "data"))
+    Path(os.environ["WANDB_DIR"]).mkdir(parents=True, exist_ok=True)
+    Path(os.environ["WANDB_DATA_DIR"]).mkdir(parents=True, exist_ok=True)
+    return wandb.init(
+        config=dict(config),
+        mode=mode,  # type: ignore[arg-type]
+        resume="allow",
+        id=None if in_sweep else run_id,
+        project=None if in_sweep or "WANDB_PROJECT" in os.environ else DEFAULT_PROJECT,
+    )

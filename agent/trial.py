@@ -1,0 +1,227 @@
+"""One trial: from a configuration to a trained, pruned, evaluated model with checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from agent.callbacks import DrawSamples, Evaluate, LogHistory, SaveCheckpoints, read_history
+from agent.config import TrialConfig
+from agent.preemption import Preempted, StopRequest
+from agent.settings import RUN_FILE
+from diffusion_core.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint
+from diffusion_core.config_io import ConfigError, flatten, to_yaml
+from diffusion_core.data import Batches, Dataset
+from diffusion_core.evaluation import GOALS, is_better
+from diffusion_core.hardware import pick_device, pick_precision
+from diffusion_core.tracking import STEP, Tracker
+from diffusion_core.trainer import Callback, TrainState, train
+from diffusion_core.unet import build_network
+from pruning.cost import count_cost
+from pruning.pruner import RECORD_KEY, is_pruned, prune_state, resume_pruning
+
+RESULT_FILE = "result.json"
+HISTORY_FILE = "history.jsonl"
+CONFIG_FILE = "config.yaml"
+
+FREE_TO_CHANGE = ("train.device", "log.", "checkpoint.", "sample.", "eval.", "preset")
+"""Knobs that may differ when a run is resumed; all others decide what is trained."""
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """What a trial came to.
+
+    Attributes:
+        run_id: the run's id.
+        step: optimizer steps done.
+        figures: the best value of each figure that has a goal, the last value of all others, and the costs.
+        best_checkpoint: folder of the best checkpoint.
+        seconds: wall time of this process's part of the trial.
+    """
+
+    run_id: str
+    step: int
+    figures: dict[str, float]
+    best_checkpoint: Path
+    seconds: float
+
+
+def make_accelerator(config: TrialConfig) -> Accelerator:
+    """Processes and devices as ``accelerate launch`` set them up. Precision is ours alone (``train.precision``)."""
+    accelerator = Accelerator(cpu=pick_device(config.train).type == "cpu", mixed_precision="no")
+    share, remainder = divmod(config.train.batch_size, accelerator.num_processes)
+    if remainder or share % config.train.accumulation:
+        raise ConfigError(
+            f"train.batch_size = {config.train.batch_size}: must be a multiple of the number of processes "
+            f"({accelerator.num_processes}) times train.accumulation ({config.train.accumulation})"
+        )
+    return accelerator
+
+
+def run_trial(
+    config: TrialConfig,
+    tracker: Tracker,
+    *,
+    dataset: Dataset,
+    folder: Path,
+    run_id: str,
+    stop: StopRequest | None = None,
+    accelerator: Accelerator | None = None,
+) -> TrialResult:
+    """Train, prune, evaluate and log one model; continues where the run's folder left off.
+
+    Args:
+        config: every knob.
+        tracker: where figures go; the caller closes it.
+        dataset: the images that ``config.data`` names.
+        folder: the run's folder: checkpoints, pictures, history, configuration, result.
+        run_id: names the artifacts.
+        stop: asked after every step whether to stop; a checkpoint is written first.
+        accelerator: None makes one.
+
+    Raises:
+        ConfigError: if the folder holds a run of another configuration.
+        CheckpointError: if a checkpoint cannot be read or written.
+        TrainingDiverged: if the loss is no number any more; earlier checkpoints stay.
+        Preempted: if ``stop`` asked for it.
+    """
+    started = time.perf_counter()
+    accelerator = accelerator or make_accelerator(config)
+    checkpoints = folder / "checkpoints"
+    resumed = _find_checkpoint(config, checkpoints)
+    if resumed is not None:
+        state = TrainState.restore(resumed, config, accelerator.device)
+        resume_pruning(state)
+    else:
+        network = build_network(config, dataset.num_classes).to(accelerator.device)
+        state = TrainState.start(network, config)
+
+    saver = SaveCheckpoints(config, dataset, tracker, checkpoints, run_id, resumed)
+    callbacks: list[Callback] = []
+    if accelerator.is_main_process:
+        _write_run_files(config, folder, run_id)
+        callbacks = [
+            Evaluate(config, dataset, accelerator),
+            DrawSamples(config, dataset, accelerator, folder / "samples"),
+            saver,
+            LogHistory(tracker, folder / HISTORY_FILE, state.step),
+        ]
+        tracker.summary(_system_facts(config, accelerator, dataset))
+    if stop is not None:
+        callbacks.append(stop.check)
+
+    try:
+        _train_and_prune(state, config, dataset, callbacks, accelerator)
+    except Preempted:
+        if accelerator.is_main_process:
+            saver.save(state)
+        raise
+    costs = _costs(state)
+    figures = _best_figures(read_history(folder / HISTORY_FILE)) if accelerator.is_main_process else {}
+    tracker.summary(costs)
+    result = TrialResult(run_id, state.step, figures | costs, saver.best_path, time.perf_counter() - started)
+    if accelerator.is_main_process:
+        described = asdict(result) | {"best_checkpoint": str(result.best_checkpoint), "config": flatten(config)}
+        write_json(folder / RESULT_FILE, described)
+    return result
+
+
+def _train_and_prune(
+    state: TrainState,
+    config: TrialConfig,
+    dataset: Dataset,
+    callbacks: Sequence[Callback],
+    accelerator: Accelerator,
+) -> None:
+    """Train to the pruning, prune, and train on; without pruning, train."""
+    batches = Batches(
+        dataset.train,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        horizontal_flip=config.data.flips,
+        device=accelerator.device,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    if config.prune.method != "none" and not is_pruned(state):
+        train(state, batches, config, callbacks, accelerator=accelerator, until=config.prune_step)
+        report = prune_state(state, config, config.prune)
+        if accelerator.is_main_process:
+            print(
+                f"pruned at step {report.step} ({report.method}): sparsity {report.sparsity:.4f}, parameters "
+                f"{report.before.nonzero_params:,} -> {report.after.nonzero_params:,}, MACs {report.before.macs:,} -> "
+                f"{report.after.macs:,}"
+            )
+    train(state, batches, config, callbacks, accelerator=accelerator)
+
+
+def _costs(state: TrainState) -> dict[str, float]:
+    costs: dict[str, float] = {f"model/{name}": value for name, value in asdict(count_cost(state.network)).items()}
+    if is_pruned(state):
+        costs["prune/sparsity"] = state.extra_metadata[RECORD_KEY]["sparsity"]
+    return costs
+
+
+def _best_figures(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of each figure its best value, if it has a goal, else its last."""
+    figures: dict[str, float] = {}
+    for row in history:
+        for key, value in row.items():
+            if key != STEP and (key not in GOALS or is_better(key, value, figures.get(key))):
+                figures[key] = value
+    return figures
+
+
+def _system_facts(config: TrialConfig, accelerator: Accelerator, dataset: Dataset) -> dict[str, Any]:
+    return {
+        "system/device": str(accelerator.device),
+        "system/precision": pick_precision(config.train, accelerator.device),
+        "system/processes": accelerator.num_processes,
+        "data/train_images": len(dataset.train),
+        "data/val_images": len(dataset.val),
+        "data/num_classes": dataset.num_classes,
+    }
+
+
+def _find_checkpoint(config: TrialConfig, folder: Path) -> Checkpoint | None:
+    """The checkpoint to continue from, after a check that it is one of this configuration."""
+    if not config.checkpoint.resume:
+        if list_checkpoints(folder):
+            raise ConfigError(
+                f"checkpoint.resume = False: {str(folder)!r} holds checkpoints already; choose another log.dir"
+            )
+        return None
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is not None:
+        now, then = flatten(config), checkpoint.metadata["config"]
+        for key, value in now.items():
+            if key in then and then[key] != value and not key.startswith(FREE_TO_CHANGE):
+                raise ConfigError(
+                    f"{key} = {value!r}: the run in {str(folder.parent)!r} was started with {then[key]!r}; choose "
+                    f"another log.dir, or set it back to continue"
+                )
+    return checkpoint
+
+
+def _write_run_files(config: TrialConfig, folder: Path, run_id: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / RUN_FILE, {"id": run_id})
+    (folder / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file in one piece: under another name, flushed, then renamed."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

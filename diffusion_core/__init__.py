@@ -1,0 +1,5 @@
+"""Class-conditional denoising diffusion: data, network, schedules, samplers and the training loop.
+
+Of use on its own: nothing here knows of sweeps or of pruning, and Weights & Biases is reached through
+:mod:`diffusion_core.tracking` alone.
+"""

@@ -1,0 +1,240 @@
+"""Checkpoints: a folder of safetensors files and one JSON file, written atomically, read without running any code.
+
+    step-00005000/
+        checkpoint.json                format, step, configuration, shapes, figures, size and SHA-256 of each file
+        ema.safetensors                averaged weights: what is sampled from
+        model.safetensors              weights as trained
+        optimizer.safetensors          moments of AdamW
+        masks.safetensors              pruning masks, if there are any
+
+The first two files are all that sampling needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffusion_core.config import CoreConfig
+from diffusion_core.config_io import ConfigError, build, knobs
+from diffusion_core.structure import resize
+from diffusion_core.unet import UNet
+
+FORMAT = 1
+METADATA_FILE = "checkpoint.json"
+SAMPLING_PARTS = ("ema",)
+"""What goes into the `model` artifact; all other parts go into the `training-state` artifact."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, read or used; the message is one line meant for the user."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk whose metadata was read and whose files were verified."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.metadata["step"]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(self.metadata["class_names"])
+
+    @property
+    def shape_CHW(self) -> tuple[int, int, int]:
+        channels, height, width = self.metadata["image_shape"]
+        return channels, height, width
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(name.removesuffix(".safetensors") for name in self.metadata["files"])
+
+    def config(self) -> CoreConfig:
+        """The core's part of the configuration that the model was trained with."""
+        known = {key for key, _ in knobs(CoreConfig)}
+        stored = self.metadata["config"]
+        try:
+            return build(CoreConfig, {key: value for key, value in stored.items() if key in known})
+        except ConfigError as error:
+            raise CheckpointError(f"{str(self.path)!r}: its configuration cannot be used: {error}") from None
+
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """The tensors of a part (``ema``, ``model``, ``optimizer``, ``masks``), on the CPU."""
+        try:
+            return load_file(self.path / f"{part}.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{str(self.path)!r}: cannot read its part {part!r}: {error}") from None
+
+    def network(self, part: str = "ema") -> UNet:
+        """The network with the weights of a part, in evaluation mode, on the CPU.
+
+        Raises:
+            CheckpointError: if the weights do not fit the network that the metadata describes.
+        """
+        channels, size, _ = self.shape_CHW
+        model = self.config().model
+        network = UNet(model, size, channels, self.metadata["num_classes"])
+        try:
+            resize(network, self.metadata["structure"])
+            network.load_state_dict(self.tensors(part))
+        except (ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{str(self.path)!r}: its weights do not fit its network: {reason}") from None
+        return network.eval()
+
+
+def step_folder(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def write_checkpoint(
+    folder: Path, step: int, metadata: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]]
+) -> Checkpoint:
+    """Write a checkpoint below ``folder``: a temporary folder, flushed to disk, then renamed into place.
+
+    Raises:
+        CheckpointError: if a weight is not finite, or the disk takes no more; nothing half-written remains.
+    """
+    for part, tensors in parts.items():
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(f"step {step}: {part} {name!r} holds values that are not finite; not saved")
+    final = folder / step_folder(step)
+    temporary = folder / f".{final.name}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        files = {}
+        for part, tensors in parts.items():
+            path = temporary / f"{part}.safetensors"
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            _flush(path)
+        content = {"format": FORMAT, "step": step, **metadata, "files": files}
+        (temporary / METADATA_FILE).write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
+        _flush(temporary / METADATA_FILE)
+        _flush(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise CheckpointError(f"cannot write checkpoint {str(final)!r}: {reason}") from None
+    return Checkpoint(final, content)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint's metadata and verify that its files are what was written.
+
+    Accepts the folder of one checkpoint, a folder of checkpoints (the newest is taken), a run's folder, or the
+    download of a `model` artifact, which holds the parts for sampling alone.
+
+    Raises:
+        CheckpointError: if there is none, or it is damaged, or of an unknown format.
+    """
+    if not (path / METADATA_FILE).is_file():
+        for folder in (path, path / "checkpoints"):
+            newest = newest_checkpoint(folder)
+            if newest is not None:
+                return newest
+        raise CheckpointError(f"{str(path)!r}: no checkpoint here (expected a folder with {METADATA_FILE})")
+    try:
+        metadata = json.loads((path / METADATA_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise CheckpointError(f"{str(path)!r}: {METADATA_FILE} cannot be read as JSON") from None
+    problem = _metadata_problem(metadata)
+    if problem:
+        raise CheckpointError(f"{str(path)!r}: {METADATA_FILE}: {problem}")
+    present = {}
+    for name, facts in metadata["files"].items():
+        file = path / name
+        if not file.is_file():
+            if name.removesuffix(".safetensors") in SAMPLING_PARTS:
+                raise CheckpointError(f"{str(path)!r}: {name} is missing")
+            continue
+        if file.stat().st_size != facts["bytes"] or sha256(file) != facts["sha256"]:
+            raise CheckpointError(f"{str(path)!r}: {name} is damaged (its size or SHA-256 is not what was written)")
+        present[name] = facts
+    return Checkpoint(path, metadata | {"files": present})
+
+
+def _metadata_problem(metadata: Any) -> str | None:
+    """Why metadata from an untrusted file cannot be used, or None."""
+    expected = {
+        "step": int,
+        "config": dict,
+        "image_shape": list,
+        "num_classes": int,
+        "class_names": list,
+        "structure": dict,
+        "figures": dict,
+        "ema_updates": int,
+        "extra": dict,
+        "files": dict,
+    }
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        return f"not a checkpoint of format {FORMAT}"
+    for key, kind in expected.items():
+        if not isinstance(metadata.get(key), kind):
+            return f"{key} is missing or no {kind.__name__}"
+    shape = metadata["image_shape"]
+    if len(shape) != 3 or not all(isinstance(size, int) and 1 <= size <= 4096 for size in shape):
+        return f"image_shape = {shape!r}: expected channels, height, width"
+    if not all(isinstance(widths, dict) for widths in metadata["structure"].values()):
+        return "structure holds something that is no mapping"
+    for name, facts in metadata["files"].items():
+        if not name.endswith(".safetensors") or Path(name).name != name or "\\" in name:
+            return f"files names {name!r}, which is not a file of a checkpoint"
+        if not isinstance(facts, dict) or not isinstance(facts.get("bytes"), int) or "sha256" not in facts:
+            return f"files has no size and hash for {name!r}"
+    return None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints below a folder, oldest first; half-written ones do not count."""
+    return sorted(path for path in folder.glob("step-*") if (path / METADATA_FILE).is_file())
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint below a folder that is whole; damaged ones are passed over."""
+    damaged: CheckpointError | None = None
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return read_checkpoint(path)
+        except CheckpointError as error:
+            damaged = error
+    if damaged is not None:
+        raise damaged
+    return None

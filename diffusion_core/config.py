@@ -1,0 +1,268 @@
+"""Every knob of the core: type, range, default, and one line that says what it does.
+
+A knob's name is its dotted key (``train.lr``): the same on the command line, in YAML, in a sweep and in
+``wandb.config``. The defaults are the CIFAR-10 model of Ho et al. 2020. Reading values is the business of
+:mod:`diffusion_core.config_io`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+IMAGE_SHAPES = {
+    "digits": (1, 8),
+    "cifar10": (3, 32),
+    "cifar100": (3, 32),
+    "mnist": (1, 28),
+    "fashion_mnist": (1, 28),
+    "folder": (3, 32),
+}
+"""Channels, and height and width, of the images of each data set (for `folder`: what they are scaled to)."""
+
+MIRRORED = frozenset({"cifar10", "cifar100", "folder"})
+"""Data sets whose images are as natural in the mirror."""
+
+
+class Section(BaseModel):
+    """A group of knobs: immutable, typed, closed to unknown names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class DataConfig(Section):
+    name: Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist", "folder"] = "cifar10"
+    """Data set. `digits` is built in (1,797 real 8x8 digits); `folder` has one sub-folder a class under data.path;
+    the others are downloaded once."""
+    path: str | None = None
+    """Folder of the images (`folder`), or where downloads are kept (default: ~/.cache/torchvision)."""
+    image_size: Annotated[int, Field(ge=4, le=1024)] | None = None
+    """Height and width in pixels; images are scaled and centre-cropped to it. None: the data set's own size."""
+    horizontal_flip: bool | None = None
+    """Mirror each training image with probability 1/2. None: yes for `cifar10`, `cifar100` and `folder`, else no."""
+    val_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.2
+    """Held-out share of each class of `digits` and `folder`. Unused where there is a test set: by the other data sets,
+    and by a folder that holds train/ and test/ (or val/), each with a sub-folder a class."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images, known before any is read."""
+        channels, size = IMAGE_SHAPES[self.name]
+        size = self.image_size or size
+        return channels, size, size
+
+    @property
+    def flips(self) -> bool:
+        """Whether training images are mirrored."""
+        return self.name in MIRRORED if self.horizontal_flip is None else self.horizontal_flip
+
+
+class ModelConfig(Section):
+    channels: Annotated[int, Field(ge=4, le=4096)] = 128
+    """Width of the U-Net at full resolution."""
+    channel_multipliers: Annotated[list[Positive], Field(min_length=1, max_length=8)] = [1, 2, 2, 2]
+    """Width at each resolution, as multiples of model.channels; each further entry halves the resolution."""
+    num_res_blocks: Annotated[int, Field(ge=1, le=16)] = 2
+    """Residual blocks at each resolution on the way down (one more on the way up)."""
+    attention_resolutions: list[Positive] = [16]
+    """Heights (in pixels) at which self-attention follows each residual block."""
+    num_heads: Annotated[int, Field(ge=1, le=64)] = 1
+    """Attention heads; must divide the width wherever there is attention."""
+    dropout: Fraction = 0.1
+    """Dropout probability inside residual blocks, while training."""
+    norm_groups: Positive = 32
+    """Groups of the group norms (where the width is no multiple of it, the largest common divisor)."""
+    class_conditional: bool = True
+    """Whether the network is told the class; False trains an unconditional model."""
+
+
+class DiffusionConfig(Section):
+    schedule: Literal["linear", "cosine"] = "linear"
+    """Noise schedule: linear (Ho et al. 2020) or cosine (Nichol & Dhariwal 2021)."""
+    timesteps: Annotated[int, Field(ge=2, le=100_000)] = 1000
+    """Number of noise levels T."""
+    beta_start: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-4
+    """First variance of the linear schedule, stated for T = 1000 and scaled to other T."""
+    beta_end: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.02
+    """Last variance of the linear schedule, stated for T = 1000 and scaled to other T."""
+    loss: Literal["l2", "l1"] = "l2"
+    """Distance between predicted and true noise: squared or absolute."""
+
+
+class TrainConfig(Section):
+    steps: Positive = 800_000
+    """Optimizer steps."""
+    batch_size: Positive = 128
+    """Images per optimizer step, over all processes and accumulated parts."""
+    accumulation: Positive = 1
+    """Parts that a batch is split into to save memory; must divide the batch of each process."""
+    lr: Annotated[float, Field(gt=0.0, le=1.0)] = 2e-4
+    """Peak learning rate of AdamW."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: constant, or half a cosine down to zero at train.steps."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 5000
+    """Optimizer steps over which the learning rate rises from zero."""
+    weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Decoupled weight decay of AdamW."""
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    """Decay of AdamW's second moment."""
+    grad_clip: Annotated[float, Field(gt=0.0)] | None = 1.0
+    """Largest norm of the gradient; None leaves it as it is."""
+    label_dropout: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    """Share of training images shown without their label, which classifier-free guidance needs."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the network; auto is bf16 where the processor or GPU computes in it. Weights stay fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
+
+
+class EmaConfig(Section):
+    decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9999
+    """Decay per step of the averaged weights, which are what is sampled, validated and published."""
+    warmup: bool = True
+    """Average over fewer steps at first: decay at step n is at most (1 + n) / (10 + n)."""
+
+
+class SampleConfig(Section):
+    sampler: Literal["ddpm", "ddim"] = "ddim"
+    """Ancestral sampling (Ho et al. 2020) or DDIM (Song et al. 2021)."""
+    steps: Positive = 50
+    """Network evaluations an image; at most diffusion.timesteps."""
+    spacing: Literal["uniform", "quadratic"] = "uniform"
+    """Which timesteps are visited: evenly spaced, or denser near the image."""
+    eta: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Noise that DDIM adds: 0 none, 1 as much as ancestral sampling. Unused by ddpm."""
+    variance: Literal["fixed_small", "fixed_large"] = "fixed_large"
+    """Noise that ddpm adds: the posterior's variance or the forward step's (beta). Unused by ddim."""
+    guidance: Annotated[float, Field(ge=0.0, le=100.0)] = 1.0
+    """Classifier-free guidance scale: 1 is the plain conditional model, 0 ignores labels, more sharpens them."""
+    clip_x0: bool = True
+    """Clip the predicted clean image to [-1, 1] at every step."""
+    every: Annotated[int, Field(ge=0)] = 5000
+    """Optimizer steps between sample grids (and the GIF); 0: only at the end."""
+    per_class: Positive = 8
+    """Images of each class in the grid."""
+    batch_size: Positive = 256
+    """Images sampled at once; changes memory and speed, not the images."""
+
+
+class EvalConfig(Section):
+    every: Annotated[int, Field(ge=0)] = 5000
+    """Optimizer steps between evaluations; 0: only at the end."""
+    val_images: Positive = 1000
+    """Held-out images that val/loss is measured on, with noise that never changes."""
+    classifier: Literal["auto", "none", "svc"] = "auto"
+    """Classifier for eval/class_agreement: a support vector machine on pixels, trained on the real images; auto uses
+    it for `digits`, where it is accurate."""
+    num_images: Annotated[int, Field(ge=1, le=1_000_000)] = 200
+    """Images generated for eval/class_agreement."""
+
+
+class CheckpointConfig(Section):
+    every: Annotated[int, Field(ge=0)] = 5000
+    """Optimizer steps between checkpoints; 0: only at the end."""
+    keep: Positive = 2
+    """Newest checkpoints kept on disk; the best one is kept besides."""
+    best_metric: Literal["val/loss", "train/loss", "eval/class_agreement"] = "val/loss"
+    """Figure that decides which checkpoint is `best` (losses: lowest, agreement: highest)."""
+    resume: bool = True
+    """Continue from the newest checkpoint of the run; False starts over and refuses a folder that has some."""
+    upload: bool = True
+    """Log checkpoints to W&B as artifacts (`model` for sampling, `training-state` for resuming)."""
+
+
+class LogConfig(Section):
+    every: Positive = 50
+    """Optimizer steps between rows of train/*."""
+    dir: str | None = None
+    """Folder of this run: checkpoints, grids, GIFs, config, result. None: runs/<run id>."""
+    progress: bool = True
+    """Show a progress bar with loss, images/s and time left (on stderr)."""
+
+
+class CoreConfig(Section):
+    """What the core needs to train and sample one model."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of every random draw: weights, batches, noise, dropout, samples, splits."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    train: TrainConfig = TrainConfig()
+    ema: EmaConfig = EmaConfig()
+    sample: SampleConfig = SampleConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        for problem in self._problems():
+            raise ValueError(problem)
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        """Combinations that cannot work, each as one line for the user."""
+        data, model, train = self.data, self.model, self.train
+        if data.name == "folder" and data.path is None:
+            yield "data.path = None: data.name=folder needs data.path=DIR, with one sub-folder of images a class"
+        if data.name == "digits" and data.path is not None:
+            yield f"data.path = {data.path!r}: data.name=digits is built in; leave it out, or use data.name=folder"
+        size = data.image_shape[1]
+        levels = len(model.channel_multipliers)
+        if size % 2 ** (levels - 1):
+            yield (
+                f"model.channel_multipliers = {model.channel_multipliers}: {levels} resolutions need a "
+                f"data.image_size that is a multiple of {2 ** (levels - 1)}, not {size}"
+            )
+        resolutions = [size // 2**depth for depth in range(levels)]
+        for resolution in model.attention_resolutions:
+            if resolution not in resolutions:
+                yield (
+                    f"model.attention_resolutions = {model.attention_resolutions}: the network works at "
+                    f"{', '.join(map(str, resolutions))} (for small images there is --preset=digits or mnist)"
+                )
+            else:
+                width = model.channels * model.channel_multipliers[resolutions.index(resolution)]
+                if width % model.num_heads:
+                    yield f"model.num_heads = {model.num_heads}: must divide {width}, the width at {resolution} pixels"
+        width = model.channels * model.channel_multipliers[-1]
+        if width % model.num_heads:
+            yield f"model.num_heads = {model.num_heads}: must divide the width of the middle block, {width}"
+        if self.diffusion.beta_start > self.diffusion.beta_end:
+            yield (
+                f"diffusion.beta_start = {self.diffusion.beta_start}: expected at most diffusion.beta_end = "
+                f"{self.diffusion.beta_end}"
+            )
+        if self.sample.steps > self.diffusion.timesteps:
+            yield (
+                f"sample.steps = {self.sample.steps}: expected at most diffusion.timesteps = {self.diffusion.timesteps}"
+            )
+        if self.sample.guidance != 1.0 and not (model.class_conditional and train.label_dropout):
+            yield (
+                f"sample.guidance = {self.sample.guidance}: guidance other than 1 needs model.class_conditional=true "
+                f"and train.label_dropout above 0"
+            )
+        if train.label_dropout == 1.0 and model.class_conditional:
+            yield "train.label_dropout = 1.0: no label would ever be seen; use model.class_conditional=false"
+        if train.batch_size % train.accumulation:
+            yield f"train.accumulation = {train.accumulation}: must divide train.batch_size = {train.batch_size}"
+        if self.eval.classifier == "svc" and not model.class_conditional:
+            yield "eval.classifier = 'svc': class agreement needs model.class_conditional=true"
+        if self.checkpoint.best_metric == "eval/class_agreement" and not self.has_classifier:
+            yield (
+                "checkpoint.best_metric = 'eval/class_agreement': needs a classifier: data.name=digits or "
+                "eval.classifier=svc, and model.class_conditional=true"
+            )
+
+    @property
+    def has_classifier(self) -> bool:
+        """Whether generated images are shown to a classifier."""
+        wanted = self.eval.classifier == "svc" or (self.eval.classifier == "auto" and self.data.name == "digits")
+        return wanted and self.model.class_conditional

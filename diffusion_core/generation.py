@@ -1,0 +1,124 @@
+"""Drawing images from a network: any number of them, each from a random stream of its own.
+
+The image of a (seed, label, index) is the same whatever else is drawn beside it and however many at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion_core.config import CoreConfig, SampleConfig
+from diffusion_core.data import to_uint8
+from diffusion_core.denoiser import Denoiser, DenoiserFunction, clipped
+from diffusion_core.guidance import guided
+from diffusion_core.hardware import Precision, autocast
+from diffusion_core.randomness import Purpose, generator
+from diffusion_core.samplers import StepCallback, build_sampler
+from diffusion_core.schedule import NoiseSchedule, build_schedule
+from diffusion_core.unet import NO_LABEL, UNet
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which image is wanted: its class (or ``NO_LABEL``) and its number among those of that class."""
+
+    label: int
+    index: int
+
+
+def requests(labels: Sequence[int], per_label: int) -> list[Request]:
+    """``per_label`` images of each label, label by label."""
+    return [Request(label, index) for label in labels for index in range(per_label)]
+
+
+def all_labels(network: UNet) -> list[int]:
+    """The labels that a network knows: its classes, or ``NO_LABEL`` alone for a network without labels."""
+    return list(range(network.num_classes)) or [NO_LABEL]
+
+
+class ImageNoise:
+    """Standard normal noise with one generator an image, so that an image does not depend on its batch.
+
+    Args:
+        wanted: the images; with the seed, each names its random stream.
+        seed: the run's or the user's seed.
+        shape_CHW: shape of an image.
+        device: where the noise is wanted. It is drawn on the CPU, so that every device sees the same noise.
+    """
+
+    def __init__(
+        self, wanted: Sequence[Request], seed: int, shape_CHW: tuple[int, int, int], device: torch.device
+    ) -> None:
+        self.generators = [generator(seed, Purpose.SAMPLE, image.label, image.index) for image in wanted]
+        self.shape_CHW = shape_CHW
+        self.device = device
+
+    def __call__(self) -> Tensor:
+        """The next noise of every image, ``(B, C, H, W)`` float32."""
+        noise_BCHW = torch.empty((len(self.generators), *self.shape_CHW))
+        for row_CHW, source in zip(noise_BCHW, self.generators, strict=True):
+            row_CHW.normal_(generator=source)
+        return noise_BCHW.to(self.device, non_blocking=True)
+
+
+class Generator:
+    """Draws images from a network.
+
+    Args:
+        network: in evaluation mode, on the device where sampling is to run.
+        config: its noise schedule is what the network was trained with.
+        precision: arithmetic of the network.
+    """
+
+    def __init__(self, network: UNet, config: CoreConfig, precision: Precision) -> None:
+        self.network = network
+        self.schedule: NoiseSchedule = build_schedule(config.diffusion)
+        self.device = next(network.parameters()).device
+        self.precision = precision
+        self.shape_CHW = (network.in_channels, network.image_size, network.image_size)
+
+    def denoiser(self, config: SampleConfig) -> DenoiserFunction:
+        """The network as a denoiser with the guidance and clipping that are asked for."""
+        denoiser = guided(Denoiser(self.network, self.schedule.to(self.device)), config.guidance)
+        return clipped(denoiser) if config.clip_x0 else denoiser
+
+    @torch.no_grad()
+    def batch(
+        self, wanted: Sequence[Request], config: SampleConfig, seed: int, callback: StepCallback | None = None
+    ) -> Tensor:
+        """Draw images at once: ``(B, C, H, W)`` float32 in [-1, 1] (unclipped), on the network's device."""
+        noise = ImageNoise(wanted, seed, self.shape_CHW, self.device)
+        labels_B = torch.tensor([image.label for image in wanted], device=self.device)
+        sampler, steps = build_sampler(config), self.schedule.steps(config.steps, config.spacing)
+        with autocast(self.device, self.precision):
+            return sampler(self.denoiser(config), noise(), steps, labels_B, noise=noise, callback=callback)
+
+    def images(self, wanted: Sequence[Request], config: SampleConfig, seed: int, *, progress: bool = False) -> Tensor:
+        """Draw any number of images, ``config.batch_size`` at once: ``(N, C, H, W)`` uint8 on the CPU."""
+        batches = [wanted[i : i + config.batch_size] for i in range(0, len(wanted), config.batch_size)]
+        bar = tqdm(total=len(wanted) * config.steps, desc="sampling", unit="evaluation", disable=not progress)
+        drawn = []
+
+        def advance(_index: int, x_BCHW: Tensor, _x0_BCHW: Tensor) -> None:
+            bar.update(len(x_BCHW))
+
+        with bar:
+            for batch in batches:
+                drawn.append(to_uint8(self.batch(batch, config, seed, advance)).cpu())
+        return torch.cat(drawn)
+
+    def trajectory(self, wanted: Sequence[Request], config: SampleConfig, seed: int, keep: set[int]) -> list[Tensor]:
+        """The noisy images before the steps in ``keep``, then the finished ones, each ``(B, C, H, W)`` uint8."""
+        frames: list[Tensor] = []
+
+        def record(index: int, x_BCHW: Tensor, _: Tensor) -> None:
+            if index in keep:
+                frames.append(to_uint8(x_BCHW).cpu())
+
+        images = self.batch(wanted, config, seed, record)
+        return [*frames, to_uint8(images).cpu()]

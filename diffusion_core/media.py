@@ -1,0 +1,64 @@
+"""Pictures for people: grids with a row per class, and the GIF from noise to image. Encoded with Pillow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+GAP = 2
+SHOWN_SIZE = 48
+"""Images smaller than this are enlarged by a whole factor, pixel by pixel, so that they can be seen."""
+
+FRAME_MS = 60
+LAST_FRAME_MS = 1500
+GIF_FRAMES = 40
+
+
+def image(pixels_CHW: Tensor) -> Image.Image:
+    """A uint8 tensor of 1 or 3 channels as a Pillow image."""
+    array = pixels_CHW.permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+
+
+def grid(images_NCHW: Tensor, columns: int, row_names: Sequence[str] = ()) -> Image.Image:
+    """Images in rows of ``columns``, each row with its name at the left if names are given.
+
+    Args:
+        images_NCHW: uint8 images, row by row; the last row may be short.
+        columns: images a row.
+        row_names: a name per row, or none.
+    """
+    height, width = images_NCHW.shape[2:]
+    factor = max(1, math.ceil(SHOWN_SIZE / min(height, width)))
+    cell_h, cell_w = height * factor + GAP, width * factor + GAP
+    rows = math.ceil(len(images_NCHW) / columns)
+    font = ImageFont.load_default(size=14)
+    margin = max((math.ceil(font.getlength(name)) for name in row_names), default=-2 * GAP) + 2 * GAP
+    canvas = Image.new("RGB", (margin + columns * cell_w + GAP, rows * cell_h + GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    for row, name in enumerate(row_names):
+        draw.text((GAP, GAP + row * cell_h + cell_h // 2), name, fill="black", font=font, anchor="lm")
+    for index, pixels_CHW in enumerate(images_NCHW):
+        tile = image(pixels_CHW).resize((width * factor, height * factor), Image.Resampling.NEAREST)
+        canvas.paste(tile, (margin + index % columns * cell_w + GAP, index // columns * cell_h + GAP))
+    return canvas
+
+
+def save_gif(frames: Sequence[Image.Image], path: Path) -> None:
+    """Write an endless GIF in which the last frame rests."""
+    durations = [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
+    # One palette for all frames, taken from the last one as well as the noise, or else colours flicker.
+    both = np.concatenate([np.asarray(frames[0].convert("RGB")), np.asarray(frames[-1].convert("RGB"))])
+    palette = Image.fromarray(both).quantize(256)
+    indexed = [frame.convert("RGB").quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    indexed[0].save(path, save_all=True, append_images=indexed[1:], duration=durations, loop=0)
+
+
+def spread(count: int, frames: int = GIF_FRAMES) -> set[int]:
+    """At most ``frames`` of the indices 0..count-1, evenly spread, both ends among them."""
+    return {round(i) for i in np.linspace(0, count - 1, min(count, frames))}

@@ -1,0 +1,1 @@
+"""Pruning of diffusion networks: masks over weights, and removal of whole channels. Builds on the core."""
