@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from agent.config import TrialConfig, config_from_words
 from diffusion_core.config_io import ConfigError, flatten, help_text, split_argv, to_yaml
@@ -82,7 +81,8 @@ CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "mnist": 10, "fashion_m
 def run(config: TrialConfig) -> int:
     """Run a trial with W&B, from data to the last artifact."""
     from agent.preemption import Preempted, StopRequest
-    from agent.settings import load_environment, run_folder, start_wandb, wandb_mode
+    from agent.run_folder import SAMPLES, find_run
+    from agent.settings import load_environment, start_wandb, wandb_mode
     from agent.trial import make_accelerator, run_trial
     from diffusion_core.checkpoint import CheckpointError
     from diffusion_core.data import DataError, load_data
@@ -94,7 +94,7 @@ def run(config: TrialConfig) -> int:
     stop = StopRequest()
     try:
         mode = wandb_mode()
-        run_id, folder = run_folder(config.log.dir)
+        run_id, folder = find_run(config.log.dir)
         config = config.model_copy(update={"log": config.log.model_copy(update={"dir": str(folder)})})
         accelerator = make_accelerator(config)
         dataset = load_data(config.data, progress=config.log.progress and accelerator.is_main_process)
@@ -123,7 +123,7 @@ def run(config: TrialConfig) -> int:
     if accelerator.is_main_process:
         shown = {key: value for key, value in result.figures.items() if key.startswith(("val/", "eval/", "prune/"))}
         print(f"finished {run_id} at step {result.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in shown.items()))
-        print(f"best checkpoint: {result.best_checkpoint}; pictures: {Path(folder) / 'samples'}")
+        print(f"best checkpoint: {result.best_checkpoint}; pictures: {folder / SAMPLES}")
     tracker.close(0)
     return 0
 

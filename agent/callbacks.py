@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from agent.config import TrialConfig
+from agent.run_folder import HISTORY_FILE, read_history
 from diffusion_core import media
 from diffusion_core.checkpoint import (
     METADATA_FILE,
@@ -172,10 +172,10 @@ class SaveCheckpoints:
 class LogHistory:
     """Logs each row, to the tracker and to ``history.jsonl`` in the run's folder, where anyone can plot from."""
 
-    def __init__(self, tracker: Tracker, file: Path, resumed_step: int) -> None:
+    def __init__(self, tracker: Tracker, folder: Path, resumed_step: int) -> None:
         self.tracker = tracker
-        self.file = file
-        kept = [row for row in read_history(file) if row[STEP] <= resumed_step]
+        self.file = folder / HISTORY_FILE
+        kept = [row for row in read_history(folder) if row[STEP] <= resumed_step]
         self.file.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
     def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
@@ -185,15 +185,3 @@ class LogHistory:
         numbers = {key: value for key, value in row.items() if not isinstance(value, Path)}
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({STEP: state.step, **numbers}) + "\n")
-
-
-def read_history(file: Path) -> list[dict[str, Any]]:
-    """The rows of a ``history.jsonl``; a last line that a crash cut short does not count."""
-    rows = []
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                print(f"{file}: passing over a damaged line", file=sys.stderr)
-    return rows

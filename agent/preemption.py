@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,3 +49,20 @@ class StopRequest:
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def forward_signals(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """While a process runs, SIGINT and SIGTERM to this one go to it; yields the list of those that came."""
+    came: list[int] = []
+
+    def forward(number: int, _frame: Any) -> None:
+        came.append(number)
+        process.send_signal(number)
+
+    old = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

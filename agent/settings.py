@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import netrc
 import os
-import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +21,6 @@ DEFAULT_PROJECT = "diffusion-sweeps"
 DEFAULT_SERVER = "https://api.wandb.ai"
 MODES = {"online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline",
          "disabled": "disabled"}  # fmt: skip
-RUN_FILE = "run.json"
 
 
 def load_environment() -> None:
@@ -62,25 +59,6 @@ def has_key() -> bool:
         return host is not None and netrc.netrc(path).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
-
-
-def run_folder(configured: str | None) -> tuple[str, Path]:
-    """The id of this run, and its folder.
-
-    Under an agent the id is the agent's; a folder that holds a run keeps that run's id; else the id is new. A folder
-    that is not configured is ``runs/<id>``.
-    """
-    run_id = os.environ.get("WANDB_RUN_ID")
-    if configured is None:
-        run_id = run_id or secrets.token_hex(4)
-        return run_id, Path("runs") / run_id
-    folder = Path(configured)
-    if run_id is None and (folder / RUN_FILE).is_file():
-        try:
-            run_id = str(json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["id"])
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"log.dir = {configured!r}: its {RUN_FILE} is damaged; choose another folder") from None
-    return run_id or secrets.token_hex(4), folder
 
 
 def start_wandb(run_id: str, folder: Path, config: Mapping[str, Any], mode: str) -> Run:

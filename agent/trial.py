@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from agent.callbacks import DrawSamples, Evaluate, LogHistory, SaveCheckpoints, read_history
+from agent.callbacks import DrawSamples, Evaluate, LogHistory, SaveCheckpoints
 from agent.config import TrialConfig
 from agent.preemption import Preempted, StopRequest
-from agent.settings import RUN_FILE
+from agent.run_folder import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    RESULT_FILE,
+    RUN_FILE,
+    SAMPLES,
+    best_figures,
+    read_history,
+    write_json,
+)
 from diffusion_core.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint
 from diffusion_core.config_io import ConfigError, flatten, to_yaml
 from diffusion_core.data import Batches, Dataset
-from diffusion_core.evaluation import GOALS, is_better
 from diffusion_core.hardware import pick_device, pick_precision
-from diffusion_core.tracking import STEP, Tracker
+from diffusion_core.tracking import Tracker
 from diffusion_core.trainer import Callback, TrainState, train
 from diffusion_core.unet import build_network
 from pruning.cost import count_cost
 from pruning.pruner import RECORD_KEY, is_pruned, prune_state, resume_pruning
-
-RESULT_FILE = "result.json"
-HISTORY_FILE = "history.jsonl"
-CONFIG_FILE = "config.yaml"
 
 FREE_TO_CHANGE = ("train.device", "log.", "checkpoint.", "sample.", "eval.", "preset")
 """Knobs that may differ when a run is resumed; all others decide what is trained."""
@@ -95,7 +97,7 @@ def run_trial(
     """
     started = time.perf_counter()
     accelerator = accelerator or make_accelerator(config)
-    checkpoints = folder / "checkpoints"
+    checkpoints = folder / CHECKPOINTS
     resumed = _find_checkpoint(config, checkpoints)
     if resumed is not None:
         state = TrainState.restore(resumed, config, accelerator.device)
@@ -110,9 +112,9 @@ def run_trial(
         _write_run_files(config, folder, run_id)
         callbacks = [
             Evaluate(config, dataset, accelerator),
-            DrawSamples(config, dataset, accelerator, folder / "samples"),
+            DrawSamples(config, dataset, accelerator, folder / SAMPLES),
             saver,
-            LogHistory(tracker, folder / HISTORY_FILE, state.step),
+            LogHistory(tracker, folder, state.step),
         ]
         tracker.summary(_system_facts(config, accelerator, dataset))
     if stop is not None:
@@ -125,7 +127,7 @@ def run_trial(
             saver.save(state)
         raise
     costs = _costs(state)
-    figures = _best_figures(read_history(folder / HISTORY_FILE)) if accelerator.is_main_process else {}
+    figures = best_figures(read_history(folder)) if accelerator.is_main_process else {}
     tracker.summary(costs)
     result = TrialResult(run_id, state.step, figures | costs, saver.best_path, time.perf_counter() - started)
     if accelerator.is_main_process:
@@ -170,16 +172,6 @@ def _costs(state: TrainState) -> dict[str, float]:
     return costs
 
 
-def _best_figures(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Of each figure its best value, if it has a goal, else its last."""
-    figures: dict[str, float] = {}
-    for row in history:
-        for key, value in row.items():
-            if key != STEP and (key not in GOALS or is_better(key, value, figures.get(key))):
-                figures[key] = value
-    return figures
-
-
 def _system_facts(config: TrialConfig, accelerator: Accelerator, dataset: Dataset) -> dict[str, Any]:
     return {
         "system/device": str(accelerator.device),
@@ -215,13 +207,3 @@ def _write_run_files(config: TrialConfig, folder: Path, run_id: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RUN_FILE, {"id": run_id})
     (folder / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file in one piece: under another name, flushed, then renamed."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
