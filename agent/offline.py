@@ -11,29 +11,23 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import secrets
 import shutil
 import signal
 import subprocess
 import sys
-import warnings
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from agent import engine
 from agent.preemption import forward_signals
 from agent.results import TrialRecord, best_first, table, write_results
 from agent.run_folder import RESULT_FILE, SAMPLES, best_figures, read_history, write_json
 from agent.sweep_file import ARGS_MACRO, SweepError, SweepFile
-from diffusion_core.randomness import stream_seed
 
 STATE_FILE = "sweep.json"
 POLL_SECONDS = 0.5
-SEARCH_SEED = 0
 DONE = frozenset({"finished", "failed", "stopped"})
 ENGINE_STATES = {"finished": "finished", "failed": "failed", "stopped": "finished", "running": "running"}
 
@@ -65,7 +59,7 @@ class OfflineSweep:
         state_file = folder / STATE_FILE
         if state_file.is_file():
             stored = json.loads(state_file.read_text(encoding="utf-8"))
-            if stored["sweep"] != _plain(sweep.config):
+            if stored["sweep"] != engine.plain(sweep.config):
                 raise SweepError(
                     f"{str(folder)!r} holds a sweep of another content; give this one another --name, or delete it"
                 )
@@ -102,38 +96,20 @@ class OfflineSweep:
         return records
 
     def _suggest(self) -> Trial | None:
-        engine = _engine()
-        index = len(self.trials)
-        # The engine draws from the global generators: a restarted sweep must draw what the unbroken one would have.
-        random.seed(stream_seed(SEARCH_SEED, index))
-        np.random.seed(stream_seed(SEARCH_SEED, index) & 0xFFFFFFFF)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            run = engine.next_run(self.sweep.engine_config(), [self._engine_run(trial) for trial in self.trials])
-        if run is None:
+        parameters = engine.suggest(self.sweep.engine_config(), [self._engine_run(trial) for trial in self.trials])
+        if parameters is None:
             return None
-        parameters = {key: _plain(entry["value"]) for key, entry in run.config.items()}
-        return Trial(f"{self.sweep.name}-{index + 1:03d}-{secrets.token_hex(2)}", parameters)
+        return Trial(f"{self.sweep.name}-{len(self.trials) + 1:03d}-{secrets.token_hex(2)}", parameters)
 
     def _engine_run(self, trial: Trial) -> Any:
         history = read_history(self._trial_folder(trial))
-        return _engine().SweepRun(
-            name=trial.id,
-            config={key: {"value": value} for key, value in trial.parameters.items()},
-            state=ENGINE_STATES[trial.state],
-            # By alias: the engine ignores the fields' own names in silence.
-            summaryMetrics=best_figures(history),
-            sampledHistory=history,
-        )
+        return engine.past_run(trial.id, trial.parameters, ENGINE_STATES[trial.state], best_figures(history), history)
 
-    def _should_stop(self) -> set[str]:
-        """The trials that early termination gives up."""
+    def _given_up(self, trial: Trial) -> bool:
+        """Whether early termination gives up on a running trial."""
         if "early_terminate" not in self.sweep.config:
-            return set()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            doomed = _engine().stop_runs(self.sweep.engine_config(), [self._engine_run(trial) for trial in self.trials])
-        return {run.name for run in doomed}
+            return False
+        return trial.id in engine.doomed(self.sweep.engine_config(), [self._engine_run(trial) for trial in self.trials])
 
     def _run_trial(self, trial: Trial) -> str:
         """Run a trial in a process of its own; returns the state in which it ended.
@@ -149,7 +125,9 @@ class OfflineSweep:
             "WANDB_RUN_GROUP": self.sweep.name,
             "WANDB_SILENT": os.environ.get("WANDB_SILENT", "true"),
         }
-        process = subprocess.Popen(expand_command(self.sweep.config["command"], arguments), env=environment)
+        command = expand_command(self.sweep.config["command"], arguments)
+        # In a process group of its own, or Ctrl-C would reach it twice: from the terminal and from here.
+        process = subprocess.Popen(command, env=environment, process_group=0)
         stopped = False
         with forward_signals(process) as forwarded:
             while True:
@@ -157,7 +135,7 @@ class OfflineSweep:
                     exit_code = process.wait(POLL_SECONDS)
                     break
                 except subprocess.TimeoutExpired:
-                    if not stopped and trial.id in self._should_stop():
+                    if not stopped and self._given_up(trial):
                         stopped = True
                         print(f"\n{trial.id}: stopped early, by {self.sweep.config['early_terminate']['type']}")
                         process.send_signal(signal.SIGTERM)
@@ -173,7 +151,7 @@ class OfflineSweep:
     def _save(self) -> None:
         write_json(
             self.folder / STATE_FILE,
-            {"sweep": _plain(self.sweep.config), "trials": [asdict(trial) for trial in self.trials]},
+            {"sweep": engine.plain(self.sweep.config), "trials": [asdict(trial) for trial in self.trials]},
         )
 
     def _copy_pictures(self, trial: Trial) -> None:
@@ -228,20 +206,3 @@ def expand_command(command: list[Any], arguments: list[str]) -> list[str]:
     for word in command:
         words += macros.get(str(word), [str(word)])
     return words
-
-
-def _engine() -> Any:
-    """W&B's search engine; importing it warns about pydantic 1 models."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import sweeps
-    return sweeps
-
-
-def _plain(value: Any) -> Any:
-    """Numpy scalars, which the engine hands out, and nested containers as plain Python."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return value.item() if isinstance(value, np.generic) else value

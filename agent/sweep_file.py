@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agent import engine
 from agent.config import TrialConfig, build_config
 from diffusion_core.config_io import ConfigError, knobs, read_yaml, unknown_key
 from diffusion_core.evaluation import GOALS
@@ -102,10 +102,6 @@ def flat_parameters(parameters: Mapping[str, Any], prefix: str = "") -> dict[str
 
 
 def _structure_problems(config: Mapping[str, Any]) -> list[str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # The engine's models are written for pydantic 1.
-        import sweeps
-
     run_cap = config.get("run_cap")
     if run_cap is not None and (not isinstance(run_cap, int) or isinstance(run_cap, bool) or run_cap < 1):
         return [f"run_cap = {run_cap!r}: expected an integer >= 1"]
@@ -115,12 +111,8 @@ def _structure_problems(config: Mapping[str, Any]) -> list[str]:
     for key, spec in flat.items():
         if not isinstance(spec, Mapping):
             return [f"{key} = {spec!r}: expected value: or values: or a distribution"]
-    try:
-        problems = sweeps.schema_violations_from_proposed_config(
-            {key: value for key, value in config.items() if key != "run_cap"} | {"parameters": flat}
-        )
-    except ValueError as error:
-        problems = [str(error)]
+    content = {key: value for key, value in config.items() if key != "run_cap"}  # Newer than the engine's schema.
+    problems = engine.violations(content | {"parameters": flat})
     command = config.get("command", [])
     if ARGS_MACRO not in command:
         problems.append(f"command = {command!r}: expected a list that ends in {ARGS_MACRO}, such as "
