@@ -29,9 +29,6 @@ from diffusion_core.structure import structure
 from diffusion_core.tracking import STEP, Tracker
 from diffusion_core.trainer import TrainState, is_due
 
-GIF_CLASSES = 10
-GIF_COLUMNS = 4
-
 
 class Evaluate:
     """Every ``eval.every`` steps: ``val/loss``, and ``eval/class_agreement`` where there is a classifier."""
@@ -77,11 +74,11 @@ class DrawSamples:
         row["samples"] = self.folder / f"samples-{state.step:08d}.png"
         media.grid(images, config.per_class, names).save(row["samples"])
 
-        columns = min(GIF_COLUMNS, config.per_class)
-        wanted = requests(labels[:GIF_CLASSES], columns)
+        columns = min(media.GIF_COLUMNS, config.per_class)
+        wanted = requests(labels[: media.GIF_ROWS], columns)
         frames = generator.trajectory(wanted, config, self.config.seed, media.spread(config.steps))
         row["diffusion"] = self.folder / f"diffusion-{state.step:08d}.gif"
-        media.save_gif([media.grid(frame, columns, names[:GIF_CLASSES]) for frame in frames], row["diffusion"])
+        media.save_gif([media.grid(frame, columns, names[: media.GIF_ROWS]) for frame in frames], row["diffusion"])
 
 
 class SaveCheckpoints:

@@ -5,7 +5,7 @@ The image of a (seed, label, index) is the same whatever else is drawn beside it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,19 +98,26 @@ class Generator:
         with autocast(self.device, self.precision):
             return sampler(self.denoiser(config), noise(), steps, labels_B, noise=noise, callback=callback)
 
-    def images(self, wanted: Sequence[Request], config: SampleConfig, seed: int, *, progress: bool = False) -> Tensor:
-        """Draw any number of images, ``config.batch_size`` at once: ``(N, C, H, W)`` uint8 on the CPU."""
-        batches = [wanted[i : i + config.batch_size] for i in range(0, len(wanted), config.batch_size)]
-        bar = tqdm(total=len(wanted) * config.steps, desc="sampling", unit="evaluation", disable=not progress)
-        drawn = []
+    def batches(
+        self, wanted: Sequence[Request], config: SampleConfig, seed: int, *, progress: bool = False
+    ) -> Iterator[tuple[Sequence[Request], Tensor]]:
+        """Draw any number of images, ``config.batch_size`` at once, and hand out each batch as it is done.
+
+        Yields:
+            What was wanted, and its images: ``(B, C, H, W)`` uint8 on the CPU.
+        """
 
         def advance(_index: int, x_BCHW: Tensor, _x0_BCHW: Tensor) -> None:
             bar.update(len(x_BCHW))
 
-        with bar:
-            for batch in batches:
-                drawn.append(to_uint8(self.batch(batch, config, seed, advance)).cpu())
-        return torch.cat(drawn)
+        with tqdm(total=len(wanted) * config.steps, desc="sampling", unit="eval", disable=not progress) as bar:
+            for start in range(0, len(wanted), config.batch_size):
+                batch = wanted[start : start + config.batch_size]
+                yield batch, to_uint8(self.batch(batch, config, seed, advance)).cpu()
+
+    def images(self, wanted: Sequence[Request], config: SampleConfig, seed: int, *, progress: bool = False) -> Tensor:
+        """Draw any number of images: ``(N, C, H, W)`` uint8 on the CPU."""
+        return torch.cat([images for _, images in self.batches(wanted, config, seed, progress=progress)])
 
     def trajectory(self, wanted: Sequence[Request], config: SampleConfig, seed: int, keep: set[int]) -> list[Tensor]:
         """The noisy images before the steps in ``keep``, then the finished ones, each ``(B, C, H, W)`` uint8."""

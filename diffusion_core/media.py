@@ -17,6 +17,7 @@ SHOWN_SIZE = 48
 FRAME_MS = 60
 LAST_FRAME_MS = 1500
 GIF_FRAMES = 40
+GIF_ROWS, GIF_COLUMNS = 10, 4
 
 
 def image(pixels_CHW: Tensor) -> Image.Image:

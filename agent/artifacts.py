@@ -1,0 +1,52 @@
+"""Models from W&B: an artifact by name becomes a folder on disk, and nothing in it is run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from agent.settings import DEFAULT_PROJECT, has_key, load_environment
+from diffusion_core.checkpoint import CheckpointError
+
+
+def full_name(name: str, entity: str | None) -> str:
+    """``ENTITY/PROJECT/NAME:ALIAS`` from any shorter form; without an alias, ``latest``."""
+    if ":" not in name:
+        name = f"{name}:latest"
+    if name.count("/") == 0:
+        name = f"{os.environ.get('WANDB_PROJECT') or DEFAULT_PROJECT}/{name}"
+    return f"{entity}/{name}" if name.count("/") == 1 and entity else name
+
+
+def download_model(name: str) -> Path:
+    """Download a `model` artifact (what W&B has cached is not fetched again).
+
+    Args:
+        name: ``NAME:ALIAS``, optionally with ``PROJECT/`` or ``ENTITY/PROJECT/`` in front.
+
+    Returns:
+        The folder that holds the checkpoint.
+
+    Raises:
+        CheckpointError: if there is no such artifact, or W&B cannot be reached.
+    """
+    load_environment()
+    if not has_key():
+        raise CheckpointError(
+            f"--artifact = {name!r}: no W&B API key; set WANDB_API_KEY (see .env.example), run `wandb login`, or use "
+            "--checkpoint"
+        )
+    import wandb  # Slow to import, and --checkpoint does without it.
+
+    try:
+        api = wandb.Api()
+        wanted = full_name(name, os.environ.get("WANDB_ENTITY") or api.default_entity)
+        artifact = api.artifact(wanted)
+        if artifact.type != "model":
+            raise CheckpointError(f"--artifact = {wanted!r}: its type is {artifact.type!r}; expected 'model'")
+        root = Path(os.environ.get("WANDB_ARTIFACT_DIR", "artifacts"))
+        return Path(artifact.download(root=str(root / f"{artifact.name.replace(':', '-')}")))
+    except (wandb.errors.Error, ValueError, OSError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"--artifact = {name!r}: {' '.join(str(error).split())[:300]}") from None

@@ -1,0 +1,28 @@
+"""Train one model on this machine: the CIFAR-10 preset, and any knob of ``python -m agent``."""
+
+from __future__ import annotations
+
+import sys
+
+from agent.__main__ import main
+
+USAGE = """\
+usage: python scripts/train_cifar.py [--config FILE.yaml] [--key=value ...] [--print-config | --dry-run]
+
+Trains the class-conditional DDPM of Ho et al. 2020 on CIFAR-10 (downloaded once), as one local run.
+
+  python scripts/train_cifar.py                                     as published: 800,000 steps of 128 images
+  python scripts/train_cifar.py --train.steps=1000 --train.warmup_steps=100
+  python scripts/train_cifar.py --data.name=folder --data.path=DIR  your own images, one sub-folder a class
+  python scripts/train_cifar.py --log.dir=runs/cifar                stop it (Ctrl-C), run it again: it goes on
+  accelerate launch --num_processes 8 scripts/train_cifar.py        one model on eight GPUs
+
+  --config FILE.yaml   values from a file (keys dotted or nested); the command line overrides them
+  --print-config       print all values as YAML, which --config reads, and stop
+  --dry-run            check everything, print the size and cost of the model, and stop
+  --help               this text
+
+Every knob, its default, what it does, and [what it accepts]:"""
+
+if __name__ == "__main__":
+    sys.exit(main(usage=USAGE, defaults=["--preset=cifar10"]))
