@@ -80,6 +80,8 @@ CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "mnist": 10, "fashion_m
 
 def run(config: TrialConfig) -> int:
     """Run a trial with W&B, from data to the last artifact."""
+    from accelerate.utils import broadcast_object_list
+
     from agent.preemption import Preempted, StopRequest
     from agent.run_folder import SAMPLES, find_run
     from agent.settings import load_environment, start_wandb, wandb_mode
@@ -92,12 +94,15 @@ def run(config: TrialConfig) -> int:
     load_environment()
     tracker: Tracker = NullTracker()
     stop = StopRequest()
+    folder = None
     try:
         mode = wandb_mode()
-        run_id, folder = find_run(config.log.dir)
-        config = config.model_copy(update={"log": config.log.model_copy(update={"dir": str(folder)})})
         accelerator = make_accelerator(config)
-        dataset = load_data(config.data, progress=config.log.progress and accelerator.is_main_process)
+        # All processes work in the first one's folder, and find the same checkpoint there.
+        run_id, folder = broadcast_object_list([*find_run(config.log.dir)])
+        config = config.model_copy(update={"log": config.log.model_copy(update={"dir": str(folder)})})
+        with accelerator.main_process_first():  # The first process downloads, the others read.
+            dataset = load_data(config.data, progress=config.log.progress and accelerator.is_main_process)
         if accelerator.is_main_process and mode != "disabled":
             wandb_run = start_wandb(run_id, folder, flatten(config), mode)
             tracker = WandbTracker(wandb_run)
@@ -117,6 +122,10 @@ def run(config: TrialConfig) -> int:
         tracker.close(preempted.exit_code)
         print(f"{preempted}; continue with the same command and --log.dir={folder}", file=sys.stderr)
         return preempted.exit_code
+    except KeyboardInterrupt:  # The second signal: whoever sent it does not want to wait for a checkpoint.
+        tracker.close(130)
+        print(f"interrupted; continue from the last checkpoint with --log.dir={folder}", file=sys.stderr)
+        return 130
     except BaseException:
         tracker.close(1)
         raise

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffusion_core.config import CoreConfig
-from diffusion_core.config_io import ConfigError, build, read_yaml
+from diffusion_core.config_io import build, read_yaml
 from diffusion_core.presets import PRESETS
 from pruning.config import PruneConfig
 
@@ -28,6 +28,11 @@ class TrialConfig(CoreConfig):
         yield from super()._problems()
         if self.prune.step is not None and self.prune.step >= self.train.steps:
             yield f"prune.step = {self.prune.step}: expected less than train.steps = {self.train.steps}"
+        if self.prune.method != "none" and self.train.steps < 2:
+            yield (
+                f"train.steps = {self.train.steps}: prune.method={self.prune.method} needs at least 2, "
+                f"before and after pruning"
+            )
 
 
 def build_config(*layers: Mapping[str, Any]) -> TrialConfig:
@@ -39,9 +44,9 @@ def build_config(*layers: Mapping[str, Any]) -> TrialConfig:
     preset = TrialConfig.model_fields["preset"].default
     for layer in layers:
         preset = layer.get("preset", preset)
-    if preset not in PRESETS:
-        raise ConfigError(f"preset = {preset!r}: expected one of {', '.join(PRESETS)}")
-    return build(TrialConfig, PRESETS[preset], *layers)
+    # One that does not exist is found with all else that is wrong.
+    start = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+    return build(TrialConfig, start, *layers)
 
 
 def config_from_words(words: Mapping[str, str]) -> TrialConfig:
