@@ -83,7 +83,7 @@ def run(config: TrialConfig) -> int:
     from accelerate.utils import broadcast_object_list
 
     from agent.preemption import Preempted, StopRequest
-    from agent.run_folder import SAMPLES, find_run
+    from agent.run_folder import SAMPLES, find_run, make_folder
     from agent.settings import load_environment, start_wandb, wandb_mode
     from agent.trial import make_accelerator, run_trial
     from diffusion_core.checkpoint import CheckpointError
@@ -103,6 +103,8 @@ def run(config: TrialConfig) -> int:
         config = config.model_copy(update={"log": config.log.model_copy(update={"dir": str(folder)})})
         with accelerator.main_process_first():  # The first process downloads, the others read.
             dataset = load_data(config.data, progress=config.log.progress and accelerator.is_main_process)
+        if accelerator.is_main_process:
+            make_folder(folder)
         if accelerator.is_main_process and mode != "disabled":
             wandb_run = start_wandb(run_id, folder, flatten(config), mode)
             tracker = WandbTracker(wandb_run)

@@ -28,10 +28,17 @@ from diffusion_core.hardware import pick_precision
 from diffusion_core.structure import structure
 from diffusion_core.tracking import STEP, Tracker
 from diffusion_core.trainer import TrainState, is_due
+from pruning.pruner import is_pruned
+
+DENSE = "dense/"
+"""Prefix of figures of a network that is yet to be pruned: a sweep must not rank pruned networks by them."""
 
 
 class Evaluate:
-    """Every ``eval.every`` steps: ``val/loss``, and ``eval/class_agreement`` where there is a classifier."""
+    """Every ``eval.every`` steps: ``val/loss``, and ``eval/class_agreement`` where there is a classifier.
+
+    Before a pruning they are called ``dense/val/loss`` and so on.
+    """
 
     def __init__(self, config: TrialConfig, dataset: Dataset, accelerator: Accelerator) -> None:
         self.config = config
@@ -43,13 +50,14 @@ class Evaluate:
         if not is_due(state.step, self.config.eval.every, self.config.train.steps):
             return
         network = state.ema.network
-        row["val/loss"] = validation_loss(network, self.dataset.val, self.config, self.precision)
+        prefix = DENSE if self.config.prune.method != "none" and not is_pruned(state) else ""
+        row[f"{prefix}val/loss"] = validation_loss(network, self.dataset.val, self.config, self.precision)
         if self.classifier is not None:
             labels = all_labels(network)
             wanted = [Request(labels[i % len(labels)], i // len(labels)) for i in range(self.config.eval.num_images)]
             generator = Generator(network, self.config, self.precision)
             images = generator.images(wanted, self.config.sample, self.config.seed)
-            row["eval/class_agreement"] = self.classifier.agreement(images, [image.label for image in wanted])
+            row[f"{prefix}eval/class_agreement"] = self.classifier.agreement(images, [image.label for image in wanted])
 
 
 class DrawSamples:
@@ -157,6 +165,10 @@ class SaveCheckpoints:
         for path in list_checkpoints(self.folder)[: -self.config.checkpoint.keep]:
             if path.name not in kept:
                 shutil.rmtree(path)
+
+    def forget_best(self) -> None:
+        """Start over with `best`: the network is another one from now on."""
+        self.best = None
 
     @property
     def best_path(self) -> Path:

@@ -54,6 +54,18 @@ def find_run(configured: str | None) -> tuple[str, Path]:
     return run_id or secrets.token_hex(4), folder
 
 
+def make_folder(folder: Path) -> None:
+    """Make a run's folder.
+
+    Raises:
+        ConfigError: if that is impossible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"log.dir = {str(folder)!r}: {error.strerror}; choose another folder") from None
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file in one piece: under another name, flushed, then renamed."""
     temporary = path.with_name(f".{path.name}.partial")

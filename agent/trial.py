@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from agent.callbacks import DrawSamples, Evaluate, LogHistory, SaveCheckpoints
 from agent.config import TrialConfig
@@ -121,18 +122,21 @@ def run_trial(
         callbacks.append(stop.check)
 
     try:
-        _train_and_prune(state, config, dataset, callbacks, accelerator)
+        _train_and_prune(state, config, dataset, callbacks, saver, accelerator)
     except Preempted:
         if accelerator.is_main_process:
             saver.save(state)
         raise
-    costs = _costs(state)
-    figures = best_figures(read_history(folder)) if accelerator.is_main_process else {}
-    tracker.summary(costs)
-    result = TrialResult(run_id, state.step, figures | costs, saver.best_path, time.perf_counter() - started)
+    result = None
     if accelerator.is_main_process:
+        costs = _costs(state)
+        tracker.summary(costs)
+        figures = best_figures(read_history(folder)) | costs
+        result = TrialResult(run_id, state.step, figures, saver.best_path, time.perf_counter() - started)
         described = asdict(result) | {"best_checkpoint": str(result.best_checkpoint), "config": flatten(config)}
         write_json(folder / RESULT_FILE, described)
+    (result,) = broadcast_object_list([result])
+    assert result is not None
     return result
 
 
@@ -141,6 +145,7 @@ def _train_and_prune(
     config: TrialConfig,
     dataset: Dataset,
     callbacks: Sequence[Callback],
+    saver: SaveCheckpoints,
     accelerator: Accelerator,
 ) -> None:
     """Train to the pruning, prune, and train on; without pruning, train."""
@@ -156,6 +161,7 @@ def _train_and_prune(
     if config.prune.method != "none" and not is_pruned(state):
         train(state, batches, config, callbacks, accelerator=accelerator, until=config.prune_step)
         report = prune_state(state, config, config.prune)
+        saver.forget_best()
         if accelerator.is_main_process:
             print(
                 f"pruned at step {report.step} ({report.method}): sparsity {report.sparsity:.4f}, parameters "

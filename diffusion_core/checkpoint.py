@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from diffusion_core.unet import UNet
 
 FORMAT = 1
 METADATA_FILE = "checkpoint.json"
+FILE_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}\.safetensors")
+MAX_CLASSES = 1_000_000
 SAMPLING_PARTS = ("ema",)
 """What goes into the `model` artifact; all other parts go into the `training-state` artifact."""
 
@@ -88,11 +91,14 @@ class Checkpoint:
             CheckpointError: if the weights do not fit the network that the metadata describes.
         """
         channels, size, _ = self.shape_CHW
-        model = self.config().model
-        network = UNet(model, size, channels, self.metadata["num_classes"])
+        model, tensors = self.config().model, self.tensors(part)
         try:
-            resize(network, self.metadata["structure"])
-            network.load_state_dict(self.tensors(part))
+            # Without memory until the sizes are known to be those of the tensors, and to go together.
+            with torch.device("meta"):
+                network = UNet(model, size, channels, self.metadata["num_classes"])
+                resize(network, self.metadata["structure"])
+                network(torch.empty(1, *self.shape_CHW), torch.empty(1, dtype=torch.long))
+            network.load_state_dict({name: tensor.float().clone() for name, tensor in tensors.items()}, assign=True)
         except (ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{str(self.path)!r}: its weights do not fit its network: {reason}") from None
@@ -172,7 +178,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{str(path)!r}: no checkpoint here (expected a folder with {METADATA_FILE})")
     try:
         metadata = json.loads((path / METADATA_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise CheckpointError(f"{str(path)!r}: {METADATA_FILE} cannot be read as JSON") from None
     problem = _metadata_problem(metadata)
     if problem:
@@ -210,13 +216,20 @@ def _metadata_problem(metadata: Any) -> str | None:
         if not isinstance(metadata.get(key), kind):
             return f"{key} is missing or no {kind.__name__}"
     shape = metadata["image_shape"]
-    if len(shape) != 3 or not all(isinstance(size, int) and 1 <= size <= 4096 for size in shape):
-        return f"image_shape = {shape!r}: expected channels, height, width"
+    if len(shape) != 3 or not all(type(size) is int and 1 <= size <= 4096 for size in shape) or shape[1] != shape[2]:
+        return f"image_shape = {shape!r}: expected channels, height and an equal width"
+    if not 0 <= metadata["num_classes"] <= MAX_CLASSES:
+        return f"num_classes = {metadata['num_classes']}: expected 0 to {MAX_CLASSES}"
+    if not all(isinstance(name, str) for name in metadata["class_names"]):
+        return "class_names holds something that is no text"
     if not all(isinstance(widths, dict) for widths in metadata["structure"].values()):
         return "structure holds something that is no mapping"
+    for part in SAMPLING_PARTS:
+        if f"{part}.safetensors" not in metadata["files"]:
+            return f"files does not name {part}.safetensors"
     for name, facts in metadata["files"].items():
-        if not name.endswith(".safetensors") or Path(name).name != name or "\\" in name:
-            return f"files names {name!r}, which is not a file of a checkpoint"
+        if not FILE_NAME.fullmatch(name):
+            return f"files names {name[:100]!r}, which is not a file of a checkpoint"
         if not isinstance(facts, dict) or not isinstance(facts.get("bytes"), int) or "sha256" not in facts:
             return f"files has no size and hash for {name!r}"
     return None

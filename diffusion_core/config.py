@@ -40,7 +40,7 @@ class DataConfig(Section):
     name: Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist", "folder"] = "cifar10"
     """Data set. `digits` is built in (1,797 real 8x8 digits); `folder` has one sub-folder a class under data.path;
     the others are downloaded once."""
-    path: str | None = None
+    path: Annotated[str, Field(min_length=1)] | None = None
     """Folder of the images (`folder`), or where downloads are kept (default: ~/.cache/torchvision)."""
     image_size: Annotated[int, Field(ge=4, le=1024)] | None = None
     """Height and width in pixels; images are scaled and centre-cropped to it. None: the data set's own size."""
@@ -180,7 +180,7 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     every: Positive = 50
     """Optimizer steps between rows of train/*."""
-    dir: str | None = None
+    dir: Annotated[str, Field(min_length=1)] | None = None
     """Folder of this run: checkpoints, grids, GIFs, config, result. None: runs/<run id>."""
     progress: bool = True
     """Show a progress bar with loss, images/s and time left (on stderr)."""

@@ -27,8 +27,20 @@ FOREIGN_KEYS = frozenset({"_wandb", "wandb_version"})
 NONE_WORDS = frozenset({"None", "none", "null", "Null", "NULL", "~"})
 
 
+REFUSED = object()
+"""Stands for a value that pydantic would take although it is of another kind (true for a number)."""
+
+
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message is one line meant for the user."""
+    """A configuration that cannot be used; the message is one line meant for the user.
+
+    Attributes:
+        problems: what is wrong, each with key, value and what is allowed; together they are the message.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
 
 
 def knobs(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -48,7 +60,7 @@ def flatten(config: BaseModel) -> dict[str, Any]:
 def _flatten_mapping(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             flat.update(_flatten_mapping(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
@@ -63,29 +75,34 @@ def build(schema: type[Schema], *layers: Mapping[str, Any]) -> Schema:
         layers: keys dotted or nested, values typed or as text.
 
     Raises:
-        ConfigError: on an unknown key, a wrong type, a value out of range, or a combination that cannot work.
+        ConfigError: on unknown keys, wrong types and values out of range, or else on a combination that cannot work.
     """
     fields = dict(knobs(schema))
     values: dict[str, Any] = {}
     for layer in layers:
-        for key, value in _dotted(layer, schema).items():
-            if key not in fields:
-                raise ConfigError(unknown_key(key, value, fields))
-            values[key] = _parse(key, value, fields[key])
+        values |= _dotted(layer, schema)
+    problems = [unknown_key(key, value, fields) for key, value in values.items() if key not in fields]
+    known = {key: value for key, value in values.items() if key in fields}
     try:
-        return schema.model_validate(_nest(values))
+        config = schema.model_validate(_nest({key: _parse(value, fields[key]) for key, value in known.items()}))
     except ValidationError as error:
-        raise ConfigError("; ".join(_messages(error, fields, values))) from None
+        combination = any(problem["type"] == "value_error" for problem in error.errors())
+        if not (problems and combination):  # An unknown key may be what it lacks.
+            problems += _messages(error, fields, known)
+    if problems:
+        raise ConfigError(*problems)
+    return config
 
 
 def unknown_key(key: str, value: Any, known: typing.Iterable[str]) -> str:
     """The message for a key that is in no schema, with the nearest one that is."""
     known = list(known)
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not nearest:
         nearest = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]][:1]
     hint = f"did you mean {nearest[0]}?" if nearest else "--help lists all keys"
-    return f"{key} = {value!r}: unknown key; {hint}"
+    shown = key if key.isprintable() else repr(key)
+    return f"{shown} = {value!r}: unknown key; {hint}"
 
 
 def _dotted(layer: Mapping[str, Any], schema: type[BaseModel]) -> dict[str, Any]:
@@ -99,7 +116,7 @@ def _dotted(layer: Mapping[str, Any], schema: type[BaseModel]) -> dict[str, Any]
         section = schema.model_fields.get(key)
         if section is not None and isinstance(section.annotation, type) and issubclass(section.annotation, BaseModel):
             if isinstance(value, str):
-                with contextlib.suppress(ValueError, SyntaxError):
+                with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                     value = ast.literal_eval(value)
             if not isinstance(value, Mapping):
                 raise ConfigError(
@@ -112,7 +129,7 @@ def _dotted(layer: Mapping[str, Any], schema: type[BaseModel]) -> dict[str, Any]
     return flat
 
 
-def _parse(key: str, value: Any, field: FieldInfo) -> Any:
+def _parse(value: Any, field: FieldInfo) -> Any:
     """Turn text into what pydantic reads: None where the knob may be None, lists from their usual spellings."""
     kinds = _kinds(field)
     if isinstance(value, str):
@@ -123,10 +140,10 @@ def _parse(key: str, value: Any, field: FieldInfo) -> Any:
             return _parse_list(text)
         return text if str not in kinds else value
     if isinstance(value, bool) and bool not in kinds:
-        raise ConfigError(f"{key} = {value!r}: expected {allowed(field)}")
-    if list in kinds and isinstance(value, tuple | int):
-        return list(value) if isinstance(value, tuple) else [value]
-    return value
+        return REFUSED
+    if list in kinds and isinstance(value, list | tuple):
+        return [REFUSED if isinstance(entry, bool) else entry for entry in value]
+    return [value] if list in kinds and isinstance(value, int | float) else value
 
 
 def _parse_list(text: str) -> Any:
@@ -195,15 +212,38 @@ def _allowed(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:
     if origin is typing.Literal:
         return "one of " + ", ".join(str(value) for value in typing.get_args(annotation))
     if origin is list:
-        return "a list such as 1,2,2, each " + _allowed(typing.get_args(annotation)[0])
+        lengths = [
+            f"{words} {getattr(constraint, name)}"
+            for constraint in metadata
+            for name, words in (("min_length", "at least"), ("max_length", "at most"))
+            if getattr(constraint, name, None) is not None
+        ]
+        length = f" of {' and '.join(lengths)}" if lengths else ""
+        return f"a list{length} such as 1,2,2, each {_allowed(typing.get_args(annotation)[0])}"
+    if annotation is str and any(getattr(constraint, "min_length", None) for constraint in metadata):
+        return "text that is not empty"
     bounds = [
-        f"{sign} {getattr(constraint, name):g}"
+        f"{sign} {f'{bound:g}' if isinstance(bound, float) else bound}"
         for constraint in metadata
         for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
-        if getattr(constraint, name, None) is not None
+        if (bound := getattr(constraint, name, None)) is not None
     ]
     names = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "None"}
     return " ".join([names.get(annotation, str(annotation)), " and ".join(bounds)]).strip()
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML readers otherwise take the last in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return node
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -213,11 +253,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: if the file cannot be read, is no YAML, or holds no mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise ConfigError(f"--config = {str(path)!r}: {reason}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01.
         raise ConfigError(f"--config = {str(path)!r}: not valid YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}

@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_core.config import DataConfig
+from diffusion_core.image_files import IMAGE_SUFFIXES, ImageFileError, read_rgb, square
 from diffusion_core.randomness import Purpose, generator
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"})
 SPLIT_SEED = 0
 """The held-out split does not follow the run's seed: runs with different seeds are compared on the same images."""
 
@@ -188,16 +188,11 @@ def read_image(path: Path, size: int) -> np.ndarray:
     Raises:
         DataError: if the file is no readable image.
     """
-    from PIL import Image, ImageOps
-
     try:
-        with Image.open(path) as image:
-            rgb = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{str(path)!r}: not a readable image ({' '.join(str(error).split())}); remove it") from None
-    if rgb.size != (size, size):
-        rgb = ImageOps.fit(rgb, (size, size), method=Image.Resampling.LANCZOS)
-    return np.asarray(rgb)
+        return np.asarray(square(read_rgb(path), size))
+    except (ImageFileError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{str(path)!r}: not a readable image ({reason}); remove it") from None
 
 
 def _resized(images: Images, size: int) -> Images:

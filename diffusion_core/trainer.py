@@ -82,7 +82,7 @@ class TrainState:
         if missing:
             raise CheckpointError(f"{str(checkpoint.path)!r}: cannot resume without {', '.join(sorted(missing))}")
         state = cls.start(checkpoint.network("model").to(device), config, checkpoint.step)
-        state.ema.network.load_state_dict(checkpoint.tensors("ema"))
+        state.ema.network.load_state_dict(checkpoint.network("ema").state_dict())
         state.ema.updates = int(checkpoint.metadata["ema_updates"])
         state._load_optimizer(checkpoint.tensors("optimizer"))
         state.extra_parts = {part: checkpoint.tensors(part) for part in set(checkpoint.parts) - own_parts}
@@ -96,11 +96,12 @@ class TrainState:
 
     def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         index = {name: i for i, (name, _) in enumerate(self.network.named_parameters())}
+        shapes = {name: parameter.shape for name, parameter in self.network.named_parameters()}
         state: dict[int, dict[str, Tensor]] = {}
         for full_name, tensor in tensors.items():
             name, _, key = full_name.rpartition(":")
-            if name not in index:
-                raise CheckpointError(f"optimizer state of {name!r}: the network has no such weight")
+            if name not in index or (tensor.ndim and tensor.shape != shapes[name]):
+                raise CheckpointError(f"optimizer state of {name!r}: the network has no such weight of that shape")
             state.setdefault(index[name], {})[key] = tensor
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
 

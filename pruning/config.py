@@ -17,4 +17,5 @@ class PruneConfig(Section):
     """Share that goes: of the weights (magnitude) or of the channels of each layer (structured-magnitude; rounded to
     what the groups of the group norms allow). Unused by none."""
     step: Annotated[int, Field(ge=1)] | None = None
-    """Optimizer steps before pruning; training goes on afterwards. None: half of train.steps."""
+    """Optimizer steps before pruning; training goes on afterwards. None: half of train.steps. Layers that start at zero
+    need some steps to grow, or magnitude takes them whole. Figures before it are logged as dense/val/loss and so on."""

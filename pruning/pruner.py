@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import CoreConfig
 from diffusion_core.trainer import TrainState
 from pruning.config import PruneConfig
@@ -59,9 +60,16 @@ def prune_state(state: TrainState, config: CoreConfig, prune: PruneConfig) -> Pr
 
 
 def resume_pruning(state: TrainState) -> None:
-    """After a restore: hold pruned weights at zero again, if the state was pruned by masks."""
+    """After a restore: hold pruned weights at zero again, if the state was pruned by masks.
+
+    Raises:
+        CheckpointError: if the masks are not those of the network.
+    """
     if MASKS_PART in state.extra_parts:
-        attach_masks(state, {name: mask.bool() for name, mask in state.extra_parts[MASKS_PART].items()})
+        try:
+            attach_masks(state, {name: mask.bool() for name, mask in state.extra_parts[MASKS_PART].items()})
+        except ValueError as error:
+            raise CheckpointError(f"cannot resume: {error}") from None
 
 
 def is_pruned(state: TrainState) -> bool:

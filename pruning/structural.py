@@ -28,9 +28,13 @@ def prune_channels(network: UNet, ratio: float) -> UNet:
 
     pruned = copy.deepcopy(network)
     heads: dict[nn.Module, int] = {}
+    ratios: dict[nn.Module, float] = {}
     for module in pruned.modules():
         if isinstance(module, AttentionBlock):
             heads |= dict.fromkeys((module.query, module.key, module.value), module.heads)
+            # torch-pruning files the channels inside an attention block and those of the residual stream around it by
+            # one name, that of the output projection, and forgets the latter, unless they have a ratio of their own.
+            ratios[module.out] = ratio
     with torch.enable_grad():
         pruned.requires_grad_(True)
         pruner = torch_pruning.pruner.MagnitudePruner(
@@ -38,10 +42,10 @@ def prune_channels(network: UNet, ratio: float) -> UNet:
             example_inputs(pruned),
             importance=torch_pruning.importance.MagnitudeImportance(p=2),
             pruning_ratio=ratio,
-            pruning_ratio_dict={},
+            pruning_ratio_dict=ratios,
             channel_groups={},
             ignored_layers=[pruned.conv_out],
             num_heads=heads,
         )
         pruner.step()
-    return pruned
+    return pruned.train(network.training)

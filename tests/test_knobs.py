@@ -1,0 +1,488 @@
+"""No knob is dead: a changed value of any of them changes something that is built, written or printed.
+
+Each entry of the table names what must differ. What it is measured on is a whole trial, from data to artifacts, with
+nothing replaced but the tracker (the one that keeps everything in memory).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from agent.config import TrialConfig, build_config
+from agent.run_folder import find_run
+from agent.trial import run_trial
+from diffusion_core.checkpoint import list_checkpoints, read_checkpoint
+from diffusion_core.config_io import ConfigError, flatten, knobs
+from diffusion_core.data import Dataset, Images, load_data
+from diffusion_core.hardware import has_bf16
+from diffusion_core.presets import PRESETS
+from diffusion_core.tracking import MemoryTracker
+from diffusion_core.unet import build_network
+
+BASE: dict[str, Any] = {
+    "data.name": "digits",
+    "model.channels": 8,
+    "model.channel_multipliers": [1, 2],
+    "model.num_res_blocks": 1,
+    "model.attention_resolutions": [4],
+    "model.norm_groups": 4,
+    "model.dropout": 0.0,
+    "diffusion.timesteps": 20,
+    "train.steps": 4,
+    "train.batch_size": 8,
+    "train.lr": 0.01,
+    "train.warmup_steps": 0,
+    "train.precision": "fp32",
+    "train.device": "cpu",
+    "ema.decay": 0.5,
+    "ema.warmup": False,
+    "sample.steps": 3,
+    "sample.per_class": 1,
+    "sample.every": 0,
+    "eval.every": 0,
+    "eval.val_images": 16,
+    "eval.classifier": "none",
+    "checkpoint.every": 0,
+    "log.every": 2,
+    "log.progress": False,
+}
+
+FOLDER = "<folder>"
+"""In the table: the path of a folder of images that the tests make."""
+
+OTHER_FOLDER = "<other folder>"
+"""Another one, whose images are inverted."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How a knob is shown to be alive.
+
+    Attributes:
+        value: other than in the base configuration.
+        differs: observables that must differ.
+        base: settings that the knob needs to matter; they hold on both sides.
+        same: observables that must not differ: what the knob has no business with.
+        why: what a reader may wonder about.
+    """
+
+    value: Any
+    differs: tuple[str, ...]
+    base: Mapping[str, Any] = field(default_factory=dict)
+    same: tuple[str, ...] = ()
+    why: str = ""
+
+
+WEIGHTS = ("weights", "ema weights", "val/loss", "grid")
+SAMPLING_ONLY = ("weights", "ema weights", "val/loss", "train rows")
+# Late enough for the layers that start at zero to have grown: they would go first.
+PRUNED = {"prune.method": "magnitude", "prune.step": 6, "train.steps": 8, "train.lr": 0.02}
+DDPM = {"sample.sampler": "ddpm"}
+BY_FOLDER = {"data.name": "folder", "data.path": FOLDER, "data.image_size": 8}
+# So slow that the training loss goes up and down with the batches (here the first is lowest) while the validation loss,
+# with noise that never changes, goes down a little with every step.
+JUDGED = {"checkpoint.every": 1, "eval.every": 1, "log.every": 1, "train.lr": 1e-5, "seed": 2}
+OFTEN = {"checkpoint.every": 1, "checkpoint.upload": True}
+
+TABLE: dict[str, Entry] = {
+    "seed": Entry(1, (*WEIGHTS, "train rows"), same=("shapes", "val images")),
+    "data.name": Entry("folder", ("train images", "val images", "classes", *WEIGHTS), {**BY_FOLDER, "data.name": None}),
+    "data.path": Entry(OTHER_FOLDER, ("train images", "val images", *WEIGHTS), BY_FOLDER, same=("classes", "shapes")),
+    "data.image_size": Entry(
+        16, ("train images", "val images", "image shape", "macs", *WEIGHTS), {"model.attention_resolutions": []}
+    ),
+    "data.horizontal_flip": Entry(True, WEIGHTS, same=("train images", "val images")),
+    "data.val_fraction": Entry(0.5, ("train images", "val images", *WEIGHTS)),
+    "model.channels": Entry(16, ("shapes", *WEIGHTS)),
+    "model.channel_multipliers": Entry([1, 1], ("shapes", *WEIGHTS)),
+    "model.num_res_blocks": Entry(2, ("shapes", *WEIGHTS)),
+    "model.attention_resolutions": Entry([8], ("shapes", *WEIGHTS)),
+    "model.num_heads": Entry(2, WEIGHTS, same=("shapes",)),
+    "model.dropout": Entry(0.5, WEIGHTS, same=("shapes",)),
+    "model.norm_groups": Entry(2, WEIGHTS, same=("shapes",)),
+    "model.class_conditional": Entry(False, ("shapes", *WEIGHTS)),
+    "diffusion.schedule": Entry("cosine", WEIGHTS),
+    "diffusion.timesteps": Entry(30, WEIGHTS),
+    "diffusion.beta_start": Entry(0.001, WEIGHTS),
+    "diffusion.beta_end": Entry(0.01, WEIGHTS),
+    "diffusion.loss": Entry("l1", WEIGHTS),
+    "train.steps": Entry(6, (*WEIGHTS, "last step")),
+    "train.batch_size": Entry(16, WEIGHTS),
+    "train.accumulation": Entry(
+        2, ("batches",), why="the gradient is the same but for rounding; what differs is the size of the parts"
+    ),
+    "train.lr": Entry(0.02, (*WEIGHTS, "learning rates")),
+    "train.lr_schedule": Entry("cosine", (*WEIGHTS, "learning rates")),
+    "train.warmup_steps": Entry(3, (*WEIGHTS, "learning rates")),
+    "train.weight_decay": Entry(0.5, WEIGHTS),
+    "train.beta2": Entry(0.5, WEIGHTS),
+    "train.grad_clip": Entry(None, WEIGHTS, {"train.grad_clip": 0.01, "train.lr": 0.1}),
+    "train.label_dropout": Entry(0.9, WEIGHTS),
+    "train.precision": Entry("bf16", (*WEIGHTS, "precision")),
+    "train.device": Entry("cuda", ("device",), why="without a GPU the trial is refused, and says so"),
+    "ema.decay": Entry(0.9, ("ema weights", "val/loss", "grid"), same=("weights",)),
+    "ema.warmup": Entry(True, ("ema weights", "val/loss", "grid"), same=("weights",)),
+    "sample.sampler": Entry("ddpm", ("grid",), same=SAMPLING_ONLY),
+    "sample.steps": Entry(5, ("grid", "frames"), same=SAMPLING_ONLY),
+    "sample.spacing": Entry("quadratic", ("grid",), same=SAMPLING_ONLY),
+    "sample.eta": Entry(1.0, ("grid",), same=SAMPLING_ONLY),
+    "sample.variance": Entry("fixed_small", ("grid",), DDPM, same=SAMPLING_ONLY),
+    "sample.guidance": Entry(3.0, ("grid",), {"train.lr": 0.1, "train.steps": 6}, same=SAMPLING_ONLY),
+    "sample.clip_x0": Entry(False, ("grid",), same=SAMPLING_ONLY),
+    "sample.every": Entry(2, ("files", "grids")),
+    "sample.per_class": Entry(2, ("grid size",), same=SAMPLING_ONLY),
+    "sample.batch_size": Entry(3, ("batches",), same=(*SAMPLING_ONLY, "grid"), why="memory and speed, not the images"),
+    "eval.every": Entry(2, ("val/loss",), same=("weights",)),
+    "eval.val_images": Entry(8, ("val/loss",), same=("weights", "grid")),
+    "eval.classifier": Entry("svc", ("figures",), same=("weights", "grid")),
+    "eval.num_images": Entry(
+        37, ("class agreement",), {"eval.classifier": "svc", "eval.num_images": 20}, same=("weights",)
+    ),
+    "checkpoint.every": Entry(1, ("files", "artifacts"), {"checkpoint.keep": 9}, same=("weights", "rows")),
+    "checkpoint.keep": Entry(3, ("files",), OFTEN, same=("weights", "artifacts")),
+    "checkpoint.best_metric": Entry("train/loss", ("best", "artifacts"), JUDGED, same=("weights", "rows")),
+    "checkpoint.resume": Entry(False, ("second run",), {"checkpoint.every": 2}),
+    "checkpoint.upload": Entry(False, ("artifacts",), same=("weights", "files")),
+    "log.every": Entry(1, ("train rows",), same=("weights", "val/loss", "grid")),
+    "log.dir": Entry("somewhere/else", ("run folder",), same=("weights",)),
+    "log.progress": Entry(True, ("stderr",), same=("weights",)),
+    "preset": Entry("mnist", ("other knobs",)),
+    "prune.method": Entry("magnitude", (*WEIGHTS, "zeros", "figures"), {"prune.step": 2}),
+    "prune.ratio": Entry(0.8, (*WEIGHTS, "zeros", "sparsity"), PRUNED),
+    "prune.step": Entry(5, (*WEIGHTS, "pruned at"), PRUNED),
+}
+
+
+def sketch(index: int, label: int, invert: bool) -> Image.Image:
+    """A tiny picture that no two classes share and that is not its own mirror image."""
+    source = np.random.default_rng(100 * label + index)
+    pixels = source.integers(0, 256, (12, 10, 3), dtype=np.uint8)
+    pixels[:, : 2 + label] = 255 * (label % 2)
+    return Image.fromarray(255 - pixels if invert else pixels)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of images with one sub-folder a class, by the names that the table gives them."""
+    paths = {}
+    for name, invert in ((FOLDER, False), (OTHER_FOLDER, True)):
+        root = tmp_path_factory.mktemp("images")
+        for label, animal in enumerate(("cat", "dog", "eel")):
+            (root / animal).mkdir()
+            for index in range(8):
+                sketch(index, label, invert).save(root / animal / f"{index}.png")
+        paths[name] = str(root)
+    return paths
+
+
+def digest(*parts: Any) -> str:
+    """A hash of tensors, arrays and plain values."""
+    total = hashlib.sha256()
+    for part in parts:
+        array = part.detach().contiguous().numpy() if isinstance(part, torch.Tensor) else part
+        total.update(array.tobytes() if isinstance(array, np.ndarray) else repr(array).encode())
+    return total.hexdigest()[:16]
+
+
+def images_digest(images: Images) -> tuple[int, str]:
+    return len(images), digest(images.images_NCHW, images.labels_N)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What can be seen of a trial from outside, by name."""
+
+    observables: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.observables[name]
+
+
+UNSTEADY = ("train/images_per_second",)
+"""Figures that differ from one run of the same configuration to the next."""
+
+
+def steady(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in UNSTEADY and not isinstance(value, Path)}
+
+
+def observe(
+    config: TrialConfig, folder: Path, twice: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Observed:
+    """Run a trial, if wanted a second time in the same folder, and write down all that can be seen of it."""
+    seen: dict[str, Any] = {"other knobs": {key: value for key, value in flatten(config).items() if key != "preset"}}
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("WANDB_RUN_ID", "r")
+    run_id, run_folder = find_run(config.log.dir)
+    seen["run folder"] = str(run_folder)
+    dataset = cached_data(config)
+    seen["train images"], seen["val images"] = images_digest(dataset.train), images_digest(dataset.val)
+    seen["classes"] = dataset.class_names
+    network = build_network(config, dataset.num_classes)
+    seen["shapes"] = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+    tracker = MemoryTracker()
+    capsys.readouterr()
+    batches: list[int] = []
+    with torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, inputs: batches.append(len(inputs[0])) if type(module).__name__ == "UNet" else None
+    ):
+        try:
+            result = run_trial(config, tracker, dataset=dataset, folder=run_folder, run_id=run_id)
+        except ConfigError as error:
+            return Observed(seen | {"device": str(error)})
+    seen["batches"] = batches
+    seen["stderr"] = "training:" in capsys.readouterr().err
+    if twice:
+        second = MemoryTracker()
+        try:
+            run_trial(config, second, dataset=dataset, folder=run_folder, run_id=run_id)
+            seen["second run"] = f"goes on and trains {len(second.rows)} rows more"
+        except ConfigError as error:
+            seen["second run"] = str(error)
+
+    seen["device"], seen["precision"] = tracker.figures["system/device"], tracker.figures["system/precision"]
+    seen["macs"] = result.figures["model/macs"]
+    seen["figures"] = sorted(result.figures)
+    seen["sparsity"] = result.figures.get("prune/sparsity")
+    seen["last step"], seen["best"] = result.step, result.best_checkpoint.name
+    seen["rows"] = [steady(row) for row in tracker.rows]
+    seen["train rows"] = [
+        {key: value for key, value in row.items() if key == "step" or key.startswith("train/")}
+        for row in seen["rows"]
+        if "train/loss" in row
+    ]
+    seen["learning rates"] = [row["train/lr"] for row in seen["train rows"]]
+    seen["val/loss"] = [(row["step"], row["val/loss"]) for row in seen["rows"] if "val/loss" in row]
+    seen["class agreement"] = [row["eval/class_agreement"] for row in seen["rows"] if "eval/class_agreement" in row]
+    seen["artifacts"] = [
+        (artifact["name"], artifact["aliases"], artifact["files"].keys()) for artifact in tracker.artifacts
+    ]
+    seen["files"] = sorted(str(path.relative_to(run_folder)) for path in run_folder.rglob("*"))
+
+    checkpoint = read_checkpoint(list_checkpoints(run_folder / "checkpoints")[-1])
+    for name, part in (("weights", "model"), ("ema weights", "ema")):
+        tensors = checkpoint.tensors(part)
+        seen[name] = digest(*(item for pair in sorted(tensors.items()) for item in pair))
+    seen["zeros"] = sum(int((tensor == 0).sum()) for tensor in checkpoint.tensors("model").values())
+    seen["image shape"] = checkpoint.shape_CHW
+    seen["pruned at"] = checkpoint.metadata["extra"].get("pruning", {}).get("step")
+
+    grids = sorted((run_folder / "samples").glob("samples-*.png"))
+    seen["grids"] = len(grids)
+    with Image.open(grids[-1]) as grid:
+        seen["grid size"], seen["grid"] = grid.size, digest(np.asarray(grid))
+    with Image.open(sorted((run_folder / "samples").glob("diffusion-*.gif"))[-1]) as gif:
+        seen["frames"] = getattr(gif, "n_frames", 1)
+    return Observed(seen)
+
+
+DATA: dict[str, Dataset] = {}
+OBSERVED: dict[str, Observed] = {}
+
+
+def cached_data(config: TrialConfig) -> Dataset:
+    key = config.data.model_dump_json()
+    if key not in DATA:
+        DATA[key] = load_data(config.data)
+    return DATA[key]
+
+
+def settings_of(knob: str, entry: Entry, folders: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of both sides: they differ in the knob alone."""
+    base = BASE | dict(entry.base)
+    changed = base | {knob: entry.value}
+    if knob == "data.name":  # A folder needs its path, and the digits refuse one.
+        base = base | {"data.name": "digits", "data.path": None}
+    if knob == "preset":  # A preset is what all that is not given falls back to.
+        base, changed = {}, {"preset": entry.value}
+    return tuple({key: folders.get(str(value), value) for key, value in side.items()} for side in (base, changed))  # type: ignore[return-value]
+
+
+@pytest.fixture
+def seen(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    def look(settings: Mapping[str, Any], *, anew: bool = False, twice: bool = False) -> Observed:
+        key = json.dumps([settings, twice], sort_keys=True)
+        if anew or key not in OBSERVED:
+            folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+            folder.mkdir()
+            OBSERVED[key] = observe(build_config(settings), folder, twice, capsys, monkeypatch)
+        return OBSERVED[key]
+
+    return look
+
+
+def test_the_table_covers_exactly_the_knobs_that_there_are() -> None:
+    assert sorted(TABLE) == sorted(key for key, _ in knobs(TrialConfig))
+
+
+def test_every_entry_changes_its_knob_alone(folders: dict[str, str]) -> None:
+    for knob, entry in TABLE.items():
+        base, changed = (flatten(build_config(side)) for side in settings_of(knob, entry, folders))
+        differing = {key for key in base if base[key] != changed[key]}
+        allowed = {"data.name": {"data.name", "data.path"}, "preset": {"preset", *PRESETS["mnist"]}}.get(knob, {knob})
+        assert differing == allowed, knob
+        assert entry.differs, knob
+
+
+@pytest.mark.parametrize("knob", [knob for knob in TABLE if knob != "preset"])
+def test_no_knob_is_dead(knob: str, folders: dict[str, str], seen: Any) -> None:
+    entry = TABLE[knob]
+    if knob == "train.device" and torch.cuda.is_available():
+        pytest.skip("with a GPU it changes where the trial runs; see the tests for GPUs")
+    twice = "second run" in entry.differs
+    base, changed = (seen(side, twice=twice) for side in settings_of(knob, entry, folders))
+    for name in entry.differs:
+        assert base[name] != changed[name], f"{knob} does not change {name}: {base[name]!r}"
+    for name in entry.same:
+        assert base[name] == changed[name], f"{knob} changes {name}"
+
+
+def test_the_preset_changes_the_knobs_that_it_names() -> None:
+    base, changed = flatten(build_config({})), flatten(build_config({"preset": "mnist"}))
+    for key, value in PRESETS["mnist"].items():
+        assert base[key] != value, key
+        assert changed[key] == value, key
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, BY_FOLDER, DDPM, PRUNED, OFTEN], ids=["plain", "folder", "ddpm", "pruned", "often"]
+)
+def test_control_the_same_configuration_twice_shows_the_same(
+    extra: Mapping[str, Any], folders: dict[str, str], seen: Any
+) -> None:
+    """Without this a difference between two values of a knob would prove nothing."""
+    settings = {key: folders.get(str(value), value) for key, value in (BASE | dict(extra)).items()}
+    first = seen(settings).observables
+    second = seen(settings, anew=True).observables
+    assert first is not second
+    assert first == second
+
+
+# Knobs whose effect needs more than "it differs"
+
+
+def test_accumulation_splits_the_batch_and_leaves_the_gradient(seen: Any) -> None:
+    whole, split = seen(BASE), seen(BASE | {"train.accumulation": 2})
+    assert whole["batches"][:4] == [8] * 4
+    assert split["batches"][:8] == [4] * 8
+    assert split["val/loss"][0][1] == pytest.approx(whole["val/loss"][0][1], rel=1e-3)
+
+
+def test_sampling_batch_size_is_what_the_network_is_given(seen: Any) -> None:
+    # Ten images of three steps each, after four training batches and one of validation.
+    assert seen(BASE)["batches"][5:8] == [10] * 3
+    assert seen(BASE | {"sample.batch_size": 3})["batches"][5:17] == [3] * 9 + [1] * 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_device(seen: Any) -> None:
+    assert seen(BASE)["device"] == "cpu"
+    assert seen(BASE | {"train.device": "auto"})["device"] == "cpu"
+    expected = "train.device = 'cuda': this machine has no usable GPU; expected auto or cpu"
+    assert seen(BASE | {"train.device": "cuda"})["device"] == expected
+
+
+def test_precision(seen: Any) -> None:
+    assert [seen(BASE | {"train.precision": name})["precision"] for name in ("fp32", "bf16")] == ["fp32", "bf16"]
+    automatic = seen(BASE | {"train.precision": "auto"})
+    assert automatic["precision"] == ("bf16" if has_bf16(torch.device("cpu")) else "fp32")
+    assert automatic["weights"] == seen(BASE | {"train.precision": automatic["precision"]})["weights"]
+
+
+def test_resume(seen: Any) -> None:
+    assert seen(BASE, twice=True)["second run"] == "goes on and trains 0 rows more"
+    assert "checkpoint.resume = False" in seen(BASE | {"checkpoint.resume": False}, twice=True)["second run"]
+
+
+def test_log_dir_and_progress(seen: Any) -> None:
+    assert seen(BASE)["run folder"] == "runs/r"
+    assert seen(BASE | {"log.dir": "somewhere/else"})["run folder"] == "somewhere/else"
+    assert seen(BASE)["stderr"] is False
+    assert seen(BASE | {"log.progress": True})["stderr"] is True
+
+
+def test_best_metric_decides_which_checkpoint_is_best(seen: Any) -> None:
+    settings = BASE | JUDGED
+    for metric in ("val/loss", "train/loss"):
+        trial = seen(settings | {"checkpoint.best_metric": metric})
+        assert len(trial["rows"]) == 4
+        best = min(trial["rows"], key=lambda row: row[metric])["step"]
+        assert trial["best"] == f"step-{best:08d}"
+
+
+@pytest.mark.parametrize(("keep", "every", "kept"), [(1, 1, 1), (2, 1, 2), (3, 1, 3), (9, 1, 4), (2, 2, 2), (9, 0, 1)])
+def test_as_many_checkpoints_are_kept_as_was_asked(keep: int, every: int, kept: int, seen: Any) -> None:
+    # The only evaluation is the last one, so that the best checkpoint is the newest.
+    trial = seen(BASE | {"checkpoint.keep": keep, "checkpoint.every": every})
+    assert (
+        len([name for name in trial["files"] if name.startswith("checkpoints/step-") and name.count("/") == 1]) == kept
+    )
+
+
+def test_every_schedule_of_the_rate_and_every_choice_is_another_one(seen: Any) -> None:
+    """Each pair of choices of a knob differs, not only the two of the table."""
+    variants = {
+        "prune.method": ("weights", {"prune.step": 2}, ["none", "magnitude", "structured-magnitude"]),
+        "eval.classifier": ("figures", {"sample.guidance": 2.0}, ["none", "svc"]),
+        "checkpoint.best_metric": ("best", JUDGED, ["val/loss", "train/loss"]),
+    }
+    for knob, (name, extra, choices) in variants.items():
+        shown = [repr(seen(BASE | extra | {knob: choice})[name]) for choice in choices]
+        assert len(set(shown)) == len(choices), knob
+
+
+def test_ratio_is_the_share_that_goes(seen: Any) -> None:
+    for ratio in (0.5, 0.8):
+        trial = seen(BASE | PRUNED | {"prune.ratio": ratio})
+        assert trial["sparsity"] == pytest.approx(ratio, abs=1e-3)
+        assert trial["pruned at"] == 6
+    narrow, wide = (
+        seen(BASE | PRUNED | {"prune.method": "structured-magnitude", "prune.ratio": ratio, "model.norm_groups": 1})
+        for ratio in (0.5, 0.25)
+    )
+    assert narrow["sparsity"] > wide["sparsity"] > 0.25
+    assert seen(BASE | {"prune.method": "magnitude"})["pruned at"] == 2, "by default half of train.steps"
+
+
+# Every downloaded data set: its shapes are known without a download
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "flips"),
+    [
+        ("cifar10", (3, 32, 32), True),
+        ("cifar100", (3, 32, 32), True),
+        ("mnist", (1, 28, 28), False),
+        ("fashion_mnist", (1, 28, 28), False),
+        ("digits", (1, 8, 8), False),
+        ("folder", (3, 32, 32), True),
+    ],
+)
+def test_every_data_set_has_its_own_shape_and_says_whether_it_is_mirrored(
+    name: str, shape: tuple[int, int, int], flips: bool
+) -> None:
+    settings = {
+        "data.name": name,
+        "data.path": "x" if name == "folder" else None,
+        "model.channel_multipliers": [1, 2],
+        "model.attention_resolutions": [],
+        "model.channels": 8,
+    }
+    config = build_config(settings)
+    assert config.data.image_shape == shape
+    assert config.data.flips is flips
+    assert build_network(config, 10).conv_out.weight.shape[0] == shape[0]
+    for flip in (True, False):
+        assert build_config(settings, {"data.horizontal_flip": flip}).data.flips is flip
+    assert build_config(settings, {"data.image_size": 64}).data.image_shape == (shape[0], 64, 64)

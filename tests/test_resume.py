@@ -1,0 +1,205 @@
+"""A run that is stopped by a signal and started again ends, bit for bit, where the unbroken one does.
+
+Every part is a process of its own, as on a cluster: ``python -m agent``, SIGTERM, the same command again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import assert_same_tensors
+
+from diffusion_core.checkpoint import newest_checkpoint
+from diffusion_core.hardware import has_bf16
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 160
+PRUNED_AT = 80
+TIMEOUT_S = 120
+
+WORDS = [
+    "--preset=digits",
+    "--model.channels=8",
+    "--model.norm_groups=4",
+    "--model.dropout=0.2",
+    "--train.batch_size=8",
+    "--train.warmup_steps=10",
+    "--train.weight_decay=0.01",
+    "--train.device=cpu",
+    f"--train.steps={STEPS}",
+    "--eval.every=0",
+    "--eval.classifier=none",
+    "--eval.val_images=32",
+    "--checkpoint.best_metric=val/loss",
+    "--checkpoint.every=40",
+    "--sample.every=0",
+    "--sample.steps=2",
+    "--sample.per_class=1",
+    "--log.every=1",
+    "--log.progress=false",
+]
+BF16 = has_bf16(torch.device("cpu"))
+CASES = {
+    # In bf16, if this processor has it.
+    "none": ["--prune.method=none", f"--train.precision={'bf16' if BF16 else 'fp32'}"],
+    "magnitude": [
+        "--prune.method=magnitude",
+        "--prune.ratio=0.6",
+        f"--prune.step={PRUNED_AT}",
+        "--train.precision=fp32",
+    ],
+    "structured": [
+        "--prune.method=structured-magnitude",
+        "--prune.ratio=0.5",
+        f"--prune.step={PRUNED_AT}",
+        "--train.precision=fp32",
+    ],
+}
+
+
+def environment() -> dict[str, str]:
+    env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    return env | {"WANDB_MODE": "disabled", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=environment(),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@dataclass
+class Run:
+    """A run's folder, and the command that works on it."""
+
+    folder: Path
+    case: str
+
+    def words(self) -> list[str]:
+        return [*WORDS, *CASES[self.case], f"--log.dir={self.folder}"]
+
+    def start(self) -> subprocess.Popen[str]:
+        return start(["-m", "agent", *self.words()], self.folder.parent)
+
+    def finish(self) -> None:
+        process = self.start()
+        out, err = process.communicate(timeout=TIMEOUT_S)
+        assert process.returncode == 0, out + err
+
+    def interrupt(self, step: int, number: signal.Signals = signal.SIGTERM) -> int:
+        """Run until the history has that step, and stop by a signal; returns the step of the newest checkpoint."""
+        process = self.start()
+        deadline = time.monotonic() + TIMEOUT_S
+        try:
+            while process.poll() is None and (not self.history() or self.history()[-1]["step"] < step):
+                assert time.monotonic() < deadline, "no progress"
+                time.sleep(0.01)
+            process.send_signal(number)
+            out, err = process.communicate(timeout=TIMEOUT_S)
+        finally:
+            process.kill()
+        if number == signal.SIGTERM:
+            assert process.returncode == 143, out + err
+            assert "stopped by SIGTERM" in err
+            assert "Traceback" not in err
+        else:
+            assert process.returncode == -number, out + err
+        return self.checkpoint().step
+
+    def checkpoint(self) -> Any:
+        return newest_checkpoint(self.folder / "checkpoints")
+
+    def history(self) -> list[dict[str, Any]]:
+        """Complete rows; the last one may be being written."""
+        file = self.folder / "history.jsonl"
+        text = file.read_text() if file.is_file() else ""
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def figures(row: dict[str, Any]) -> dict[str, Any]:
+    """What of a row follows from the configuration: all but speed."""
+    return {key: value for key, value in row.items() if key != "train/images_per_second"}
+
+
+def assert_same_run(straight: Run, broken: Run) -> None:
+    one, other = straight.checkpoint(), broken.checkpoint()
+    assert one.step == other.step == STEPS
+    assert set(one.parts) == set(other.parts) >= {"model", "ema", "optimizer"}
+    for part in one.parts:
+        assert_same_tensors(one.tensors(part), other.tensors(part))
+    for key in ("structure", "ema_updates", "extra", "figures"):
+        ours, theirs = one.metadata[key], other.metadata[key]
+        assert (figures(ours) if key == "figures" else ours) == (figures(theirs) if key == "figures" else theirs)
+    assert [row["step"] for row in broken.history()] == list(range(1, STEPS + 1))  # No gap and no repeat.
+    assert [figures(row) for row in broken.history()] == [figures(row) for row in straight.history()]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Run]]:
+    """The run of each case in one go; a process of its own works them off while the tests do theirs."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    runs = {case: Run(folder / case, case) for case in CASES}
+    code = "import json, sys; from agent.__main__ import main; sys.exit(any(map(main, json.loads(sys.argv[1]))))"
+    process = start(["-c", code, json.dumps([run.words() for run in runs.values()])], folder)
+    output: list[str] = []
+
+    def get(case: str) -> Run:
+        if not output:
+            output.extend(process.communicate(timeout=TIMEOUT_S))
+        assert process.returncode == 0, "".join(output)
+        return runs[case]
+
+    yield get
+    process.kill()
+
+
+@pytest.mark.slow
+def test_a_run_without_pruning(tmp_path: Path, unbroken: Callable[[str], Run]) -> None:
+    """Killed without warning, which costs the steps since the last checkpoint; then stopped; then left to finish."""
+    run = Run(tmp_path / "run", "none")
+    saved = run.interrupt(45, signal.SIGKILL)
+    assert saved % 40 == 0 < saved < run.history()[-1]["step"] < 90  # The history is ahead, and will be taken back.
+    with (run.folder / "history.jsonl").open("a") as file:
+        file.write('{"step": 9')  # A row cut short.
+    step = run.interrupt(90)
+    assert 90 <= step < STEPS
+    run.finish()
+    assert_same_run(unbroken("none"), run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["magnitude", "structured"])
+def test_a_run_with_pruning(tmp_path: Path, case: str, unbroken: Callable[[str], Run]) -> None:
+    """Stopped before pruning and after it."""
+    run = Run(tmp_path / "run", case)
+    assert run.interrupt(15) < PRUNED_AT
+    assert "pruning" not in run.checkpoint().metadata["extra"]
+    assert PRUNED_AT < run.interrupt(PRUNED_AT + 5) < STEPS
+    assert run.checkpoint().metadata["extra"]["pruning"]["step"] == PRUNED_AT
+    run.finish()
+    assert_same_run(unbroken(case), run)
+    if case == "structured":
+        assert run.checkpoint().metadata["structure"]
+    else:
+        masks = run.checkpoint().tensors("masks")
+        total = sum(mask.numel() for mask in masks.values())
+        assert sum(int((~mask).sum()) for mask in masks.values()) == round(0.6 * total)
+        for part in ("model", "ema"):
+            weights = run.checkpoint().tensors(part)
+            assert sum(int((weights[name] == 0).sum()) for name in masks) == round(0.6 * total)
