@@ -97,7 +97,7 @@ class Checkpoint:
             with torch.device("meta"):
                 network = UNet(model, size, channels, self.metadata["num_classes"])
                 resize(network, self.metadata["structure"])
-                network(torch.empty(1, *self.shape_CHW), torch.empty(1, dtype=torch.long))
+                network(torch.empty(1, network.input_channels, size, size), torch.empty(1, dtype=torch.long))
             network.load_state_dict({name: tensor.float().clone() for name, tensor in tensors.items()}, assign=True)
         except (ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:300]

@@ -78,21 +78,60 @@ class ModelConfig(Section):
     """Dropout probability inside residual blocks, while training."""
     norm_groups: Positive = 32
     """Groups of the group norms (where the width is no multiple of it, the largest common divisor)."""
+    conditioning: Literal["bias", "scale_shift"] = "bias"
+    """How time and label enter a residual block: added per channel (Ho et al. 2020), or as scale and shift of its
+    second norm (adaptive group norm, Dhariwal & Nichol 2021)."""
+    self_conditioning: bool = False
+    """Show the network its last estimate of the clean image (Chen et al. 2022, Analog Bits); slower to train."""
+    learned_variance: bool = False
+    """Learn the variance of the reverse steps too, by the hybrid loss (Nichol & Dhariwal 2021)."""
     class_conditional: bool = True
     """Whether the network is told the class; False trains an unconditional model."""
 
 
 class DiffusionConfig(Section):
-    schedule: Literal["linear", "cosine"] = "linear"
-    """Noise schedule: linear (Ho et al. 2020) or cosine (Nichol & Dhariwal 2021)."""
+    schedule: Literal["linear", "cosine", "sigmoid", "karras"] = "linear"
+    """Noise schedule: linear (Ho et al. 2020), cosine (Nichol & Dhariwal 2021), sigmoid (Jabri et al. 2022), or the
+    variance exploding one of Karras et al. 2022, which needs diffusion.prediction=edm."""
     timesteps: Annotated[int, Field(ge=2, le=100_000)] = 1000
     """Number of noise levels T."""
     beta_start: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-4
     """First variance of the linear schedule, stated for T = 1000 and scaled to other T."""
     beta_end: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.02
     """Last variance of the linear schedule, stated for T = 1000 and scaled to other T."""
-    loss: Literal["l2", "l1"] = "l2"
-    """Distance between predicted and true noise: squared or absolute."""
+    logsnr_shift: Annotated[float, Field(ge=-20.0, le=20.0)] = 0.0
+    """Added to the logarithm of the signal-to-noise ratio; 2 ln(64 / image size) with the cosine schedule is the
+    shifted cosine of simple diffusion (Hoogeboom et al. 2023). Not for karras."""
+    zero_terminal_snr: bool = False
+    """Rescale so that the last timestep is pure noise (Lin et al. 2023); needs diffusion.prediction=x0 or v."""
+    sigma_min: Annotated[float, Field(gt=0.0)] = 0.002
+    """Smallest noise level of the karras schedule."""
+    sigma_max: Annotated[float, Field(gt=0.0)] = 80.0
+    """Largest noise level of the karras schedule."""
+    prediction: Literal["eps", "x0", "v", "edm"] = "eps"
+    """What the network predicts: the noise, the clean image, v (Salimans & Ho 2022), or what EDM's preconditioning
+    makes of it (Karras et al. 2022)."""
+    loss: Literal["l2", "l1", "huber"] = "l2"
+    """Distance between prediction and target: squared, absolute, or squared up to diffusion.huber_delta."""
+    huber_delta: Annotated[float, Field(gt=0.0)] = 0.5
+    """Error beyond which the huber loss grows linearly."""
+    weighting: Literal["uniform", "min_snr", "p2", "edm"] = "uniform"
+    """Weight of each noise level: the same for the network's own output (uniform), min-SNR (Hang et al. 2023), P2 (Choi
+    et al. 2022), or that of EDM (Karras et al. 2022)."""
+    min_snr_gamma: Annotated[float, Field(gt=0.0)] = 5.0
+    """Signal-to-noise ratio at which the min_snr weighting is capped."""
+    p2_gamma: Annotated[float, Field(ge=0.0, le=10.0)] = 1.0
+    """Exponent of the p2 weighting."""
+    timestep_sampling: Literal["uniform", "lognormal"] = "uniform"
+    """How timesteps are drawn in training: evenly, or so that the logarithm of the noise level is normal (EDM)."""
+    lognormal_mean: Annotated[float, Field(ge=-10.0, le=10.0)] = -1.2
+    """Mean of the logarithm of the noise level under lognormal sampling."""
+    lognormal_std: Annotated[float, Field(gt=0.0, le=10.0)] = 1.2
+    """Standard deviation of the logarithm of the noise level under lognormal sampling."""
+    vlb_weight: Annotated[float, Field(gt=0.0, le=1.0)] = 0.001
+    """Weight of the variational bound in the hybrid loss."""
+    offset_noise: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Amplitude of noise that is the same for all pixels of a channel, added in training."""
 
 
 class TrainConfig(Section):
@@ -127,21 +166,33 @@ class EmaConfig(Section):
     """Decay per step of the averaged weights, which are what is sampled, validated and published."""
     warmup: bool = True
     """Average over fewer steps at first: decay at step n is at most (1 + n) / (10 + n)."""
+    power_widths: list[Annotated[float, Field(gt=0.0, lt=0.28)]] = []
+    """Further averages, with power functions of these relative widths (Karras et al. 2024, EDM2: 0.05 and 0.1)."""
+    average_from: Annotated[int, Field(ge=0)] | None = None
+    """A further, plain average of the weights after this many updates (SWA); None: none."""
+    sampled: Literal["decay", "power", "average"] = "decay"
+    """Which average is sampled, validated and published: by ema.decay, the first of ema.power_widths, or the plain one.
+    The others are kept in checkpoints."""
 
 
 class SampleConfig(Section):
-    sampler: Literal["ddpm", "ddim"] = "ddim"
-    """Ancestral sampling (Ho et al. 2020) or DDIM (Song et al. 2021)."""
+    sampler: Literal["ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde"] = "ddim"
+    """Ancestral sampling (Ho et al. 2020), DDIM (Song et al. 2021), Euler, its ancestral variant and Heun (Karras et
+    al. 2022), DPM-Solver++(2M) and its SDE variant (Lu et al. 2022)."""
     steps: Positive = 50
-    """Network evaluations an image; at most diffusion.timesteps."""
-    spacing: Literal["uniform", "quadratic"] = "uniform"
-    """Which timesteps are visited: evenly spaced, or denser near the image."""
+    """Steps an image, at most diffusion.timesteps; each is one network evaluation, with heun two."""
+    spacing: Literal["uniform", "trailing", "quadratic", "karras"] = "uniform"
+    """Which timesteps are visited: evenly spaced, evenly from the noisiest (trailing), denser near the image, or by
+    Karras et al.'s noise levels."""
     eta: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Noise that DDIM adds: 0 none, 1 as much as ancestral sampling. Unused by ddpm."""
-    variance: Literal["fixed_small", "fixed_large"] = "fixed_large"
-    """Noise that ddpm adds: the posterior's variance or the forward step's (beta). Unused by ddim."""
+    """Noise that DDIM adds: 0 none, 1 as much as ancestral sampling. Other samplers do without."""
+    variance: Literal["fixed_small", "fixed_large", "learned"] = "fixed_large"
+    """Noise that ddpm adds: the posterior's variance, the forward step's (beta), or what the network learned with
+    model.learned_variance. Other samplers do without."""
     guidance: Annotated[float, Field(ge=0.0, le=100.0)] = 1.0
     """Classifier-free guidance scale: 1 is the plain conditional model, 0 ignores labels, more sharpens them."""
+    guidance_interval: Annotated[list[Annotated[float, Field(ge=0.0)]], Field(min_length=2, max_length=2)] | None = None
+    """Guide only where the noise level sigma/alpha lies between these two (Kynkaanniemi et al. 2024)."""
     clip_x0: bool = True
     """Clip the predicted clean image to [-1, 1] at every step."""
     every: Annotated[int, Field(ge=0)] = 5000
@@ -249,6 +300,7 @@ class CoreConfig(Section):
                 f"sample.guidance = {self.sample.guidance}: guidance other than 1 needs model.class_conditional=true "
                 f"and train.label_dropout above 0"
             )
+        yield from self._formulation_problems()
         if train.label_dropout == 1.0 and model.class_conditional:
             yield "train.label_dropout = 1.0: no label would ever be seen; use model.class_conditional=false"
         if train.batch_size % train.accumulation:
@@ -260,6 +312,45 @@ class CoreConfig(Section):
                 "checkpoint.best_metric = 'eval/class_agreement': needs a classifier: data.name=digits or "
                 "eval.classifier=svc, and model.class_conditional=true"
             )
+
+    def _formulation_problems(self) -> Iterator[str]:
+        diffusion, sample, ema = self.diffusion, self.sample, self.ema
+        if diffusion.schedule == "karras":
+            if diffusion.prediction != "edm":
+                yield (
+                    f"diffusion.prediction = {diffusion.prediction!r}: diffusion.schedule=karras needs edm, whose "
+                    f"inputs are scaled"
+                )
+            for key, value in (
+                ("diffusion.logsnr_shift", diffusion.logsnr_shift),
+                ("diffusion.zero_terminal_snr", diffusion.zero_terminal_snr),
+                ("model.learned_variance", self.model.learned_variance),
+            ):
+                if value:
+                    yield f"{key} = {value}: not for diffusion.schedule=karras"
+        if diffusion.sigma_min >= diffusion.sigma_max:
+            yield f"diffusion.sigma_min = {diffusion.sigma_min}: expected less than sigma_max = {diffusion.sigma_max}"
+        if diffusion.zero_terminal_snr and diffusion.prediction not in ("x0", "v"):
+            yield (
+                f"diffusion.prediction = {diffusion.prediction!r}: diffusion.zero_terminal_snr needs x0 or v, since "
+                f"pure noise holds no image to divide by"
+            )
+        if sample.variance == "learned" and not self.model.learned_variance:
+            yield "sample.variance = 'learned': needs model.learned_variance=true"
+        if sample.guidance_interval is not None:
+            if sample.guidance_interval[0] >= sample.guidance_interval[1]:
+                yield f"sample.guidance_interval = {sample.guidance_interval}: expected the lower level first"
+            if sample.guidance == 1.0:
+                yield (
+                    f"sample.guidance_interval = {sample.guidance_interval}: says nothing while sample.guidance = 1.0 "
+                    f"guides nowhere"
+                )
+        if ema.sampled == "power" and not ema.power_widths:
+            yield "ema.sampled = 'power': needs ema.power_widths, such as 0.05,0.1"
+        if ema.sampled == "average" and ema.average_from is None:
+            yield "ema.sampled = 'average': needs ema.average_from"
+        if ema.average_from is not None and ema.average_from >= self.train.steps:
+            yield f"ema.average_from = {ema.average_from}: expected less than train.steps = {self.train.steps}"
 
     @property
     def has_classifier(self) -> bool:

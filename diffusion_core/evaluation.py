@@ -14,7 +14,6 @@ from diffusion_core.denoiser import Denoiser
 from diffusion_core.hardware import Precision, autocast
 from diffusion_core.losses import diffusion_loss
 from diffusion_core.randomness import Purpose, generator
-from diffusion_core.schedule import build_schedule
 from diffusion_core.unet import UNet
 
 VALIDATION_SEED = 0
@@ -50,7 +49,7 @@ def validation_loss(network: UNet, images: Images, config: CoreConfig, precision
         precision: arithmetic of the network.
     """
     device = next(network.parameters()).device
-    denoiser = Denoiser(network, build_schedule(config.diffusion).to(device))
+    denoiser = Denoiser.from_config(network, config, device)
     source = generator(VALIDATION_SEED, Purpose.VALIDATION)
     order = torch.randperm(len(images), generator=source)[: config.eval.val_images]
     position_N = (torch.arange(len(order)) + 0.5) / len(order)
@@ -61,9 +60,7 @@ def validation_loss(network: UNet, images: Images, config: CoreConfig, precision
         x0_BCHW = to_unit(batch.images_NCHW)
         noise_BCHW = torch.randn(x0_BCHW.shape, generator=source).to(device)
         with autocast(device, precision):
-            loss_B = diffusion_loss(
-                denoiser, x0_BCHW, noise_BCHW, t_B.to(device), batch.labels_N, config.diffusion.loss
-            )
+            loss_B = diffusion_loss(denoiser, x0_BCHW, noise_BCHW, t_B.to(device), batch.labels_N, config.diffusion)
         total += float(loss_B.double().sum())
     return total / len(order)
 

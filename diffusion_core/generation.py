@@ -15,11 +15,11 @@ from tqdm import tqdm
 from diffusion_core.config import CoreConfig, SampleConfig
 from diffusion_core.data import to_uint8
 from diffusion_core.denoiser import Denoiser, DenoiserFunction, clipped
-from diffusion_core.guidance import guided
+from diffusion_core.guidance import between_levels, guided
 from diffusion_core.hardware import Precision, autocast
 from diffusion_core.randomness import Purpose, generator
 from diffusion_core.samplers import StepCallback, build_sampler
-from diffusion_core.schedule import NoiseSchedule, build_schedule
+from diffusion_core.schedule import NoiseSchedule
 from diffusion_core.unet import NO_LABEL, UNet
 
 
@@ -73,19 +73,44 @@ class Generator:
         network: in evaluation mode, on the device where sampling is to run.
         config: its noise schedule is what the network was trained with.
         precision: arithmetic of the network.
+        reference: a weaker model to guide away from (autoguidance); None guides away from the absence of a label.
     """
 
-    def __init__(self, network: UNet, config: CoreConfig, precision: Precision) -> None:
+    def __init__(
+        self, network: UNet, config: CoreConfig, precision: Precision, reference: Generator | None = None
+    ) -> None:
         self.network = network
-        self.schedule: NoiseSchedule = build_schedule(config.diffusion)
+        self.config = config
         self.device = next(network.parameters()).device
+        self.reference = reference
         self.precision = precision
         self.shape_CHW = (network.in_channels, network.image_size, network.image_size)
 
-    def denoiser(self, config: SampleConfig) -> DenoiserFunction:
-        """The network as a denoiser with the guidance and clipping that are asked for."""
-        denoiser = guided(Denoiser(self.network, self.schedule.to(self.device)), config.guidance)
-        return clipped(denoiser) if config.clip_x0 else denoiser
+    def denoiser(self) -> Denoiser:
+        """The network as a denoiser, without guidance; a fresh one for each batch."""
+        return Denoiser.from_config(self.network, self.config, self.device)
+
+    def guided(self, denoiser: Denoiser, config: SampleConfig) -> DenoiserFunction:
+        """A denoiser with the guidance and clipping that are asked for."""
+        interval = config.guidance_interval
+        applies = between_levels(denoiser.schedule, *interval) if interval else None
+        reference = self.reference.at_levels_of(denoiser.schedule) if self.reference else None
+        wrapped = guided(denoiser, config.guidance, reference=reference, applies=applies)
+        return clipped(wrapped) if config.clip_x0 else wrapped
+
+    def at_levels_of(self, schedule: NoiseSchedule) -> DenoiserFunction:
+        """This network as a denoiser of another schedule's noisy images: rescaled, and looked up by noise level."""
+        denoiser = self.denoiser()
+        if schedule.equals(denoiser.schedule):
+            return denoiser
+
+        def translated(x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None) -> Tensor:
+            alpha, sigma = schedule.at(t_B, x_BCHW)
+            own_t_B = denoiser.schedule.position((sigma / alpha).flatten()).float()
+            own_alpha, _ = denoiser.schedule.at(own_t_B, x_BCHW)
+            return denoiser(x_BCHW / alpha * own_alpha, own_t_B, labels_B)
+
+        return translated
 
     @torch.no_grad()
     def batch(
@@ -94,9 +119,13 @@ class Generator:
         """Draw images at once: ``(B, C, H, W)`` float32 in [-1, 1] (unclipped), on the network's device."""
         noise = ImageNoise(wanted, seed, self.shape_CHW, self.device)
         labels_B = torch.tensor([image.label for image in wanted], device=self.device)
-        sampler, steps = build_sampler(config), self.schedule.steps(config.steps, config.spacing)
+        denoiser = self.denoiser()
+        steps = denoiser.schedule.steps(config.steps, config.spacing)
+        # Of a variance preserving schedule the start has unit variance, however little signal is left at T-1.
+        start_BCHW = noise() * (1.0 if denoiser.schedule.variance_preserving else float(steps.sigmas[0]))
         with autocast(self.device, self.precision):
-            return sampler(self.denoiser(config), noise(), steps, labels_B, noise=noise, callback=callback)
+            sampler = build_sampler(config, denoiser)
+            return sampler(self.guided(denoiser, config), start_BCHW, steps, labels_B, noise=noise, callback=callback)
 
     def batches(
         self, wanted: Sequence[Request], config: SampleConfig, seed: int, *, progress: bool = False

@@ -20,15 +20,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_core.checkpoint import Checkpoint, CheckpointError
-from diffusion_core.config import CoreConfig, TrainConfig
+from diffusion_core.config import CoreConfig, EmaConfig, TrainConfig
 from diffusion_core.data import Batches
 from diffusion_core.denoiser import Denoiser
-from diffusion_core.ema import Ema
+from diffusion_core.draws import Draws, draw
+from diffusion_core.ema import Ema, profiles, sampled_profile
 from diffusion_core.hardware import Precision, autocast, pick_precision
 from diffusion_core.losses import diffusion_loss
-from diffusion_core.randomness import Purpose, generator, stream_seed
-from diffusion_core.schedule import build_schedule
-from diffusion_core.unet import NO_LABEL, UNet
+from diffusion_core.randomness import Purpose, stream_seed
+from diffusion_core.unet import UNet
 
 Callback = Callable[["TrainState", dict[str, Any]], None]
 PROGRESS_EVERY_S = 0.5
@@ -59,8 +59,9 @@ class TrainState:
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
         """The tensors of a checkpoint, by part."""
+        averages = {ema_part(profile, self.ema.config): network for profile, network in self.ema.networks.items()}
         return {
-            "ema": dict(self.ema.network.state_dict()),
+            **{part: dict(network.state_dict()) for part, network in averages.items()},
             "model": dict(self.network.state_dict()),
             "optimizer": self._optimizer_tensors(),
             **self.extra_parts,
@@ -77,12 +78,14 @@ class TrainState:
         Raises:
             CheckpointError: if the checkpoint holds no training state, or one of another network.
         """
-        own_parts = {"ema", "model", "optimizer"}
+        averages = {profile: ema_part(profile, config.ema) for profile in profiles(config.ema)}
+        own_parts = {"model", "optimizer", *averages.values()}
         missing = own_parts - set(checkpoint.parts)
         if missing:
             raise CheckpointError(f"{str(checkpoint.path)!r}: cannot resume without {', '.join(sorted(missing))}")
         state = cls.start(checkpoint.network("model").to(device), config, checkpoint.step)
-        state.ema.network.load_state_dict(checkpoint.network("ema").state_dict())
+        for profile, part in averages.items():
+            state.ema.networks[profile].load_state_dict(checkpoint.network(part).state_dict())
         state.ema.updates = int(checkpoint.metadata["ema_updates"])
         state._load_optimizer(checkpoint.tensors("optimizer"))
         state.extra_parts = {part: checkpoint.tensors(part) for part in set(checkpoint.parts) - own_parts}
@@ -104,6 +107,11 @@ class TrainState:
                 raise CheckpointError(f"optimizer state of {name!r}: the network has no such weight of that shape")
             state.setdefault(index[name], {})[key] = tensor
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+
+
+def ema_part(profile: str, config: EmaConfig) -> str:
+    """The part of a checkpoint that holds an average: ``ema`` for the one that is sampled, else ``ema-<profile>``."""
+    return "ema" if profile == sampled_profile(config) else f"ema-{profile}"
 
 
 def build_optimizer(network: UNet, config: TrainConfig) -> torch.optim.AdamW:
@@ -154,7 +162,7 @@ def train(
     precision = pick_precision(settings, device)
     network = accelerator.prepare_model(state.network)
     network.train()
-    denoiser = Denoiser(network, build_schedule(config.diffusion).to(device))
+    denoiser = Denoiser.from_config(network, config, device)
     loss_sum, norm_sum = torch.zeros((), device=device), torch.zeros((), device=device)
     counted, paused, started = 0, 0.0, time.perf_counter()
     bar = tqdm(
@@ -167,13 +175,12 @@ def train(
     )
     with bar:
         while state.step < until:
-            x0_BCHW, labels_B = batches.at(state.step)
             if config.model.dropout:
                 torch.manual_seed(stream_seed(config.seed, Purpose.DROPOUT, state.step, accelerator.process_index))
             rate = learning_rate(state.step, settings)
             for group in state.optimizer.param_groups:
                 group["lr"] = rate
-            draws = _draw(state.step, x0_BCHW, labels_B, batches, config, denoiser.schedule.timesteps)
+            draws = draw(state.step, batches, config, denoiser.schedule)
             loss = _accumulate_gradients(denoiser, draws, config, accelerator, precision)
             norm = accelerator.clip_grad_norm_(network.parameters(), settings.grad_clip or math.inf)
             state.optimizer.step()
@@ -214,44 +221,19 @@ def train(
     return state
 
 
-@dataclass(frozen=True)
-class _Draws:
-    """This process's share of a step: clean images, noise, timesteps, labels (some dropped)."""
-
-    x0_BCHW: Tensor
-    noise_BCHW: Tensor
-    t_B: Tensor
-    labels_B: Tensor
-
-
-def _draw(step: int, x0_BCHW: Tensor, labels_B: Tensor, batches: Batches, config: CoreConfig, timesteps: int) -> _Draws:
-    """Draw noise, timesteps and dropped labels for the whole batch, and take this process's share of them.
-
-    So that two processes together draw what one alone would.
-    """
-    device, size, share = x0_BCHW.device, batches.batch_size, batches.share
-    source = generator(config.seed, Purpose.NOISE, step, device=device)
-    noise = torch.randn((size, *x0_BCHW.shape[1:]), generator=source, device=device)
-    t = torch.randint(timesteps, (size,), generator=source, device=device)
-    dropped = torch.rand((size,), generator=source, device=device) < config.train.label_dropout
-    return _Draws(x0_BCHW, noise[share], t[share], torch.where(dropped[share], NO_LABEL, labels_B))
-
-
 def _accumulate_gradients(
-    denoiser: Denoiser, draws: _Draws, config: CoreConfig, accelerator: Accelerator, precision: Precision
+    denoiser: Denoiser, draws: Draws, config: CoreConfig, accelerator: Accelerator, precision: Precision
 ) -> Tensor:
     """Add up the gradients of the mean loss over a batch, part by part; returns that loss, detached."""
     parts = config.train.accumulation
     total = torch.zeros((), device=draws.x0_BCHW.device)
-    chunks = zip(
-        draws.x0_BCHW.chunk(parts), draws.noise_BCHW.chunk(parts), draws.t_B.chunk(parts), draws.labels_B.chunk(parts),
-        strict=True,
-    )  # fmt: skip
-    for index, (x0_BCHW, noise_BCHW, t_B, labels_B) in enumerate(chunks):
+    for index, part in enumerate(draws.chunks(parts)):
         last = index == parts - 1
         with nullcontext() if last else accelerator.no_sync(denoiser.network):
             with autocast(accelerator.device, precision):
-                loss_B = diffusion_loss(denoiser, x0_BCHW, noise_BCHW, t_B, labels_B, config.diffusion.loss)
+                loss_B = diffusion_loss(
+                    denoiser, part.x0_BCHW, part.noise_BCHW, part.t_B, part.labels_B, config.diffusion, part.shown_B
+                )
             loss = loss_B.mean() / parts
             accelerator.backward(loss)
         total += loss.detach()

@@ -40,22 +40,31 @@ def group_norm(channels: int, max_groups: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """norm-SiLU-conv, plus the embedding as a bias per channel, norm-SiLU-dropout-conv, plus a skip connection."""
+    """norm-SiLU-conv, the embedding, norm-SiLU-dropout-conv, plus a skip connection.
 
-    def __init__(self, in_channels: int, out_channels: int, embedding: int, dropout: float, groups: int) -> None:
+    The embedding is added per channel (``bias``), or scales and shifts the second norm (``scale_shift``).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, embedding: int, model: ModelConfig) -> None:
         super().__init__()
-        self.norm1 = group_norm(in_channels, groups)
+        self.norm1 = group_norm(in_channels, model.norm_groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.embed = nn.Linear(embedding, out_channels)
-        self.norm2 = group_norm(out_channels, groups)
-        self.dropout = nn.Dropout(dropout)
+        # Two projections rather than one of twice the width: structured pruning can narrow each.
+        self.embed_scale = nn.Linear(embedding, out_channels) if model.conditioning == "scale_shift" else None
+        self.norm2 = group_norm(out_channels, model.norm_groups)
+        self.dropout = nn.Dropout(model.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x_BCHW: Tensor, embedding_BE: Tensor) -> Tensor:
         h_BCHW = self.conv1(F.silu(self.norm1(x_BCHW)))
-        h_BCHW = h_BCHW + self.embed(embedding_BE)[:, :, None, None]
-        h_BCHW = self.conv2(self.dropout(F.silu(self.norm2(h_BCHW))))
+        shift_BCHW = self.embed(embedding_BE)[:, :, None, None]
+        if self.embed_scale is None:
+            h_BCHW = self.norm2(h_BCHW + shift_BCHW)
+        else:
+            h_BCHW = self.norm2(h_BCHW) * (1.0 + self.embed_scale(embedding_BE)[:, :, None, None]) + shift_BCHW
+        h_BCHW = self.conv2(self.dropout(F.silu(h_BCHW)))
         return self.skip(x_BCHW) + h_BCHW
 
 
@@ -117,9 +126,7 @@ class Level(nn.Module):
         embedding: int,
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(
-            ResidualBlock(inner, outer, embedding, model.dropout, model.norm_groups) for inner, outer in widths
-        )
+        self.blocks = nn.ModuleList(ResidualBlock(inner, outer, embedding, model) for inner, outer in widths)
         self.attentions = nn.ModuleList(
             AttentionBlock(outer, model.num_heads, model.norm_groups) for _, outer in widths if attention
         )
@@ -136,7 +143,8 @@ class UNet(nn.Module):
     Args:
         model: widths, depths, attention, dropout.
         image_size: height and width of the images; a multiple of ``2 ** (levels - 1)``.
-        in_channels: channels of the images.
+        in_channels: channels of the images. The input has twice as many with self-conditioning, the output with a
+            learned variance.
         num_classes: number of classes; 0 builds a network without labels.
     """
 
@@ -153,7 +161,7 @@ class UNet(nn.Module):
         # One row more than there are classes: the last one stands for "no class".
         self.label_embedding = nn.Embedding(num_classes + 1, embedding) if num_classes else None
 
-        self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels * (1 + model.self_conditioning), width, 3, padding=1)
         channels, size = width, image_size
         skips = [channels]
         self.down = nn.ModuleList()
@@ -169,9 +177,9 @@ class UNet(nn.Module):
 
         self.middle = nn.ModuleList(
             [
-                ResidualBlock(channels, channels, embedding, model.dropout, model.norm_groups),
+                ResidualBlock(channels, channels, embedding, model),
                 AttentionBlock(channels, model.num_heads, model.norm_groups),
-                ResidualBlock(channels, channels, embedding, model.dropout, model.norm_groups),
+                ResidualBlock(channels, channels, embedding, model),
             ]
         )
 
@@ -187,8 +195,13 @@ class UNet(nn.Module):
             size = size * 2 if depth else size
 
         self.norm_out = group_norm(channels, model.norm_groups)
-        self.conv_out = nn.Conv2d(channels, in_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, in_channels * (1 + model.learned_variance), 3, padding=1)
         self.reset_parameters()
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of what ``forward`` takes."""
+        return self.conv_in.in_channels
 
     def reset_parameters(self) -> None:
         """Ho et al.'s initialisation: Glorot-uniform weights, zero biases; the last layer of every branch is zero."""
@@ -217,13 +230,13 @@ class UNet(nn.Module):
         """Predict from noisy images.
 
         Args:
-            x_BCHW: noisy images, float.
-            t_B: timesteps, 0..T-1.
+            x_BCHW: noisy images, float; with self-conditioning, an estimate of the clean ones behind them.
+            t_B: timesteps, 0..T-1; floats may lie between them.
             labels_B: classes, 0..num_classes-1, or ``NO_LABEL``; None means ``NO_LABEL`` for all. A network
                 without labels ignores them.
 
         Returns:
-            A tensor of ``x_BCHW``'s shape.
+            The prediction, of the images' shape; with a learned variance, twice the channels.
         """
         embedding_BE = self.embed(t_B, labels_B)
         x_BCHW = self.conv_in(x_BCHW)

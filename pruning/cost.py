@@ -31,7 +31,7 @@ def example_inputs(network: UNet) -> tuple[torch.Tensor, ...]:
     """Inputs of a batch of one, on the network's device, as its ``forward`` takes them."""
     device = next(network.parameters()).device
     size = network.image_size
-    image = torch.zeros(1, network.in_channels, size, size, device=device)
+    image = torch.zeros(1, network.input_channels, size, size, device=device)
     t = torch.zeros(1, dtype=torch.long, device=device)
     return (image, t, t.clone()) if network.num_classes else (image, t)
 
