@@ -5,6 +5,7 @@ The image of a (seed, label, index) is the same whatever else is drawn beside it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from diffusion_core.denoiser import Denoiser, DenoiserFunction, clipped
 from diffusion_core.guidance import between_levels, guided
 from diffusion_core.hardware import Precision, autocast
 from diffusion_core.randomness import Purpose, generator
-from diffusion_core.samplers import StepCallback, build_sampler
+from diffusion_core.samplers import NoiseFunction, StepCallback, build_sampler
 from diffusion_core.schedule import NoiseSchedule
 from diffusion_core.unet import NO_LABEL, UNet
 
@@ -120,12 +121,24 @@ class Generator:
         noise = ImageNoise(wanted, seed, self.shape_CHW, self.device)
         labels_B = torch.tensor([image.label for image in wanted], device=self.device)
         denoiser = self.denoiser()
+        return self._sample(denoiser, self.guided(denoiser, config), noise(), labels_B, noise, config, callback)
+
+    def _sample(
+        self,
+        denoiser: Denoiser,
+        guided_denoiser: DenoiserFunction,
+        start_BCHW: Tensor,
+        labels_B: Tensor,
+        noise: NoiseFunction,
+        config: SampleConfig,
+        callback: StepCallback | None = None,
+    ) -> Tensor:
         steps = denoiser.schedule.steps(config.steps, config.spacing)
         # Of a variance preserving schedule the start has unit variance, however little signal is left at T-1.
-        start_BCHW = noise() * (1.0 if denoiser.schedule.variance_preserving else float(steps.sigmas[0]))
+        scale = 1.0 if denoiser.schedule.variance_preserving else float(steps.sigmas[0])
         with autocast(self.device, self.precision):
             sampler = build_sampler(config, denoiser)
-            return sampler(self.guided(denoiser, config), start_BCHW, steps, labels_B, noise=noise, callback=callback)
+            return sampler(guided_denoiser, scale * start_BCHW, steps, labels_B, noise=noise, callback=callback)
 
     def batches(
         self, wanted: Sequence[Request], config: SampleConfig, seed: int, *, progress: bool = False
@@ -148,13 +161,70 @@ class Generator:
         """Draw any number of images: ``(N, C, H, W)`` uint8 on the CPU."""
         return torch.cat([images for _, images in self.batches(wanted, config, seed, progress=progress)])
 
-    def trajectory(self, wanted: Sequence[Request], config: SampleConfig, seed: int, keep: set[int]) -> list[Tensor]:
-        """The noisy images before the steps in ``keep``, then the finished ones, each ``(B, C, H, W)`` uint8."""
-        frames: list[Tensor] = []
+    def trajectory(
+        self, wanted: Sequence[Request], config: SampleConfig, seed: int, keep: set[int], *, clean: bool = False
+    ) -> list[Tensor]:
+        """How images come about: a frame before each of the steps in ``keep``, then the finished images.
 
-        def record(index: int, x_BCHW: Tensor, _: Tensor) -> None:
+        Args:
+            wanted: the images.
+            config: how they are sampled.
+            seed: of the images.
+            keep: indices of steps, 0 the first.
+            clean: show the clean images that the network expects, rather than the noisy ones.
+
+        Returns:
+            Frames of ``(B, C, H, W)`` uint8 on the CPU.
+        """
+        frames: list[Tensor] = []
+        denoiser = self.denoiser()
+        preserving = denoiser.schedule.variance_preserving
+        levels = denoiser.schedule.steps(config.steps, config.spacing).levels
+
+        def record(index: int, x_BCHW: Tensor, x0_BCHW: Tensor) -> None:
             if index in keep:
-                frames.append(to_uint8(x_BCHW).cpu())
+                # Noise that explodes is shown as strong as in a variance preserving schedule.
+                noisy_BCHW = x_BCHW if preserving else x_BCHW / math.sqrt(1.0 + levels[index] ** 2)
+                frames.append(to_uint8(x0_BCHW if clean else noisy_BCHW).cpu())
 
         images = self.batch(wanted, config, seed, record)
         return [*frames, to_uint8(images).cpu()]
+
+    @torch.no_grad()
+    def between_seeds(
+        self, request: Request, config: SampleConfig, seeds: tuple[int, int], weights: Sequence[float]
+    ) -> Tensor:
+        """Images on the way from one seed to another: ``(len(weights), C, H, W)`` uint8 on the CPU.
+
+        The noise they start from is interpolated on the sphere, so that it stays normal; further noise is the first
+        seed's for all.
+        """
+        wanted = [request] * len(weights)
+        noise, other = (ImageNoise(wanted, seed, self.shape_CHW, self.device) for seed in seeds)
+        angle_B = torch.tensor(weights, device=self.device).view(-1, 1, 1, 1) * (math.pi / 2.0)
+        start_BCHW = angle_B.cos() * noise() + angle_B.sin() * other()
+        labels_B = torch.full((len(weights),), request.label, device=self.device)
+        denoiser = self.denoiser()
+        images = self._sample(denoiser, self.guided(denoiser, config), start_BCHW, labels_B, noise, config)
+        return to_uint8(images).cpu()
+
+    @torch.no_grad()
+    def between_labels(
+        self, index: int, config: SampleConfig, seed: int, labels: tuple[int, int], weights: Sequence[float]
+    ) -> Tensor:
+        """Images on the way from one label to another: ``(len(weights), C, H, W)`` uint8 on the CPU.
+
+        All have the noise of the first label's image; the clean images that the network expects for the two labels are
+        mixed at every step.
+        """
+        wanted = [Request(labels[0], index)] * len(weights)
+        noise = ImageNoise(wanted, seed, self.shape_CHW, self.device)
+        first_B, second_B = (torch.full((len(weights),), label, device=self.device) for label in labels)
+        weights_B = torch.tensor(weights, device=self.device).view(-1, 1, 1, 1)
+        one, two = self.denoiser(), self.denoiser()
+        guided_one, guided_two = self.guided(one, config), self.guided(two, config)
+
+        def mixed(x_BCHW: Tensor, t_B: Tensor, _: Tensor | None) -> Tensor:
+            return torch.lerp(guided_one(x_BCHW, t_B, first_B), guided_two(x_BCHW, t_B, second_B), weights_B)
+
+        return to_uint8(self._sample(one, mixed, noise(), first_B, noise, config)).cpu()

@@ -2,26 +2,32 @@
 
   python scripts/sample_images.py --artifact model-abc123:best --labels 0,3,7 --num-images 30
   python scripts/sample_images.py --checkpoint runs/abc123 --labels all --sampler ddpm --steps 1000 --gif
+  python scripts/sample_images.py --checkpoint runs/abc123 --mode denoise --labels cat,dog --num-images 4
+  python scripts/sample_images.py --checkpoint runs/abc123 --mode interpolate --labels cat,dog --num-images 4
+  accelerate launch --num_processes 8 scripts/sample_images.py --checkpoint runs/abc123 --num-images 50000
 
-Writes {label}-{index}.png, grid.png and, with --gif, diffusion.gif. The image of a (seed, label, index) is always the
-same, whatever else is sampled. Stop it and run it again: it goes on.
+Modes:
+  sample       {label}-{index}.png, grid.png and, with --gif, diffusion.gif; stop it and run it again: it goes on
+  denoise      from noise to image, as a strip (denoise.png, a row an image) and as denoise.gif
+  progressive  the clean image that the network expects, step by step: progressive.png and progressive.gif
+  interpolate  between two labels (--labels cat,dog) or two seeds (--seeds 0,1): interpolate.png and interpolate.gif
+
+The image of a (seed, label, index) is always the same, whatever else is sampled, and by however many processes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
+from accelerate import PartialState
 
 from agent.artifacts import download_model
-from agent.run_folder import write_json
+from agent.image_folder import check_folder, file_name, read_png, save_png, settings
 from diffusion_core import media
 from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from diffusion_core.config import CoreConfig, SampleConfig
@@ -30,10 +36,21 @@ from diffusion_core.generation import Generator, Request, requests
 from diffusion_core.hardware import pick_device, pick_precision
 from diffusion_core.unet import NO_LABEL
 
-SETTINGS_FILE = "samples.json"
+MODES = ("sample", "denoise", "progressive", "interpolate")
 IMAGES_PER_LABEL = 8
 GRID_ROWS, GRID_COLUMNS = 20, 10
-KNOBS = ("sampler", "steps", "guidance", "eta", "variance", "spacing", "batch_size")
+STRIP_COLUMNS = 10
+FLAGS = {
+    "sampler": "sampler",
+    "steps": "steps",
+    "guidance": "guidance",
+    "guidance_interval": "guidance-interval",
+    "eta": "eta",
+    "variance": "variance",
+    "spacing": "spacing",
+    "batch_size": "micro-batch",
+}
+"""Knobs of ``sample.*`` and the flags that set them."""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -43,19 +60,35 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--artifact", metavar="NAME:ALIAS", help="a `model` artifact on W&B, such as model-abc123:best")
     source.add_argument("--checkpoint", type=Path, metavar="PATH", help="a checkpoint, or a run's folder (its newest)")
+    parser.add_argument("--mode", choices=MODES, default="sample", help="see above (sample)")
     parser.add_argument("--labels", default="all", help="classes by number or name, such as 0,3,7 or cat,dog; or all")
-    parser.add_argument("--num-images", metavar="N", help=f"images in all, dealt out to the labels in turn "
-                        f"({IMAGES_PER_LABEL} of each)")  # fmt: skip
+    parser.add_argument(
+        "--num-images",
+        metavar="N",
+        help=f"images in all, dealt out to the labels in turn (sample: {IMAGES_PER_LABEL} of each label; else one of "
+        "each); with interpolate, the number of rows",
+    )
     parser.add_argument("--seed", default="0", help="seed of the images (0)")
+    parser.add_argument("--seeds", metavar="A,B", help="interpolate between these two seeds")
     parser.add_argument("--out", type=Path, default=Path("samples"), metavar="DIR", help="folder of the images")
-    parser.add_argument("--gif", action="store_true", help="also the animation from noise to image")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged weights, or as trained")
+    parser.add_argument("--gif", action="store_true", help="mode sample: also the animation from noise to image")
+    parser.add_argument(
+        "--weights",
+        default="ema",
+        help="ema: the average that was validated; model: as trained; or another average of the checkpoint, such as "
+        "ema-power0_1 (model and others: from a run's folder or a training-state artifact)",
+    )
+    guide = parser.add_mutually_exclusive_group()
+    guide.add_argument(
+        "--guide-artifact", metavar="NAME:ALIAS", help="guide away from this weaker model (autoguidance)"
+    )
+    guide.add_argument("--guide-checkpoint", type=Path, metavar="PATH", help="the same, from disk: pruned, or early")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     own = parser.add_argument_group("sampling (default: as the model was sampled while training)")
-    for name in KNOBS:
-        help_text = " ".join(str(SampleConfig.model_fields[name].description).split())
-        own.add_argument(f"--{name.replace('_', '-')}", metavar=name.upper(), help=help_text)
+    for knob, flag in FLAGS.items():
+        help_text = " ".join(str(SampleConfig.model_fields[knob].description).split())
+        own.add_argument(f"--{flag}", dest=knob, metavar=flag.upper(), help=help_text)
     return parser.parse_args(argv)
 
 
@@ -63,51 +96,163 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 if something asked for cannot be had."""
     arguments = parse_arguments(argv)
     try:
-        path = download_model(arguments.artifact) if arguments.artifact else arguments.checkpoint
-        checkpoint = read_checkpoint(path)
-        return sample_images(checkpoint, arguments)
+        job = prepare(arguments)
+        if arguments.mode == "sample":
+            sample(job, arguments.gif)
+        elif arguments.mode == "interpolate":
+            interpolate(job, arguments.seeds)
+        else:
+            show_steps(job, arguments.mode)
     except (CheckpointError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from here ({arguments.out})", file=sys.stderr)
         return 130
+    return 0
 
 
-def sample_images(checkpoint: Checkpoint, arguments: argparse.Namespace) -> int:
-    """Sample what was asked for; images that are there from an earlier, equal call are kept."""
-    given = {f"sample.{name}": value for name in KNOBS if (value := getattr(arguments, name)) is not None}
+@dataclass(frozen=True)
+class Job:
+    """What was asked for, checked."""
+
+    checkpoint: Checkpoint
+    config: CoreConfig
+    generator: Generator
+    labels: list[int]
+    count: int
+    folder: Path
+    processes: PartialState
+
+    def names(self, labels: Sequence[int]) -> list[str]:
+        """The class names of labels, for the rows of a picture."""
+        return ["" if label == NO_LABEL else self.checkpoint.class_names[label] for label in labels]
+
+    def wanted(self) -> list[Request]:
+        """The images, dealt out to the labels in turn."""
+        return [Request(self.labels[i % len(self.labels)], i // len(self.labels)) for i in range(self.count)]
+
+
+def prepare(arguments: argparse.Namespace) -> Job:
+    """Check everything, and load the model, before anything is written.
+
+    Raises:
+        CheckpointError: if a model cannot be had.
+        ConfigError: if something that was asked for cannot be done.
+    """
+    processes = PartialState(cpu=arguments.device == "cpu")
+    with processes.main_process_first():
+        path = download_model(arguments.artifact) if arguments.artifact else arguments.checkpoint
+        guide_path = (
+            download_model(arguments.guide_artifact) if arguments.guide_artifact else arguments.guide_checkpoint
+        )
+    checkpoint = read_checkpoint(path)
+    given = {f"sample.{knob}": value for knob in FLAGS if (value := getattr(arguments, knob)) is not None}
     hardware = {"train.device": arguments.device, "train.precision": arguments.precision, "seed": arguments.seed}
     config = build(CoreConfig, flatten(checkpoint.config()), given, hardware)
-    if arguments.weights not in checkpoint.parts:
-        raise CheckpointError(f"--weights = {arguments.weights!r}: {str(checkpoint.path)!r} does not hold them")
+    if guide_path and config.sample.guidance == 1.0:
+        raise ConfigError("sample.guidance = 1.0: says nothing of the model to guide away from; expected another value")
+    pick_device(config.train)
+    guide = read_checkpoint(guide_path) if guide_path else None
+    reference = load_generator(guide, config, "ema", processes) if guide else None
+    generator = load_generator(checkpoint, config, arguments.weights, processes, reference)
     labels = pick_labels(arguments.labels, checkpoint)
-    count = pick_count(arguments.num_images, len(labels))
-    device = pick_device(config.train)
-    network = checkpoint.network(arguments.weights).to(device)
-    generator = Generator(network, config, pick_precision(config.train, device))
+    count = pick_count(arguments.num_images, len(labels) * (IMAGES_PER_LABEL if arguments.mode == "sample" else 1))
+    with processes.main_process_first():
+        check_folder(arguments.out, settings(arguments.mode, checkpoint, guide, config, arguments.weights))
+    return Job(checkpoint, config, generator, labels, count, arguments.out, processes)
 
-    folder: Path = arguments.out
-    check_folder(folder, settings(checkpoint, config, arguments.weights))
-    wanted = [Request(labels[i % len(labels)], i // len(labels)) for i in range(count)]
-    missing = [request for request in wanted if not (folder / file_name(request)).is_file()]
-    for batch, images in generator.batches(missing, config.sample, config.seed, progress=True):
+
+def load_generator(
+    checkpoint: Checkpoint,
+    config: CoreConfig,
+    weights: str,
+    processes: PartialState,
+    reference: Generator | None = None,
+) -> Generator:
+    """A checkpoint's model on this process's device.
+
+    Raises:
+        CheckpointError: if the checkpoint does not hold such weights, or the reference makes other images.
+    """
+    if weights not in checkpoint.parts or weights in ("optimizer", "masks"):
+        choices = ", ".join(part for part in checkpoint.parts if part not in ("optimizer", "masks"))
+        raise CheckpointError(f"--weights = {weights!r}: {str(checkpoint.path)!r} holds {choices}")
+    if reference is not None and reference.shape_CHW != checkpoint.shape_CHW:
+        raise CheckpointError(
+            f"--guide-checkpoint: makes images of {reference.shape_CHW} (channels, height, width), the model of "
+            f"{checkpoint.shape_CHW}"
+        )
+    own = build(CoreConfig, flatten(checkpoint.config()), {"train.precision": config.train.precision})
+    network = checkpoint.network(weights).to(processes.device)
+    return Generator(network, own, pick_precision(config.train, processes.device), reference)
+
+
+def sample(job: Job, gif: bool) -> None:
+    """Single images and a grid; images that are there from an earlier, equal call are kept."""
+    wanted = job.wanted()
+    missing = [request for request in wanted if not (job.folder / file_name(request)).is_file()]
+    job.processes.wait_for_everyone()  # All have seen the same folder before anyone writes.
+    own = missing[job.processes.process_index :: job.processes.num_processes]
+    progress = job.processes.is_main_process
+    for batch, images in job.generator.batches(own, job.config.sample, job.config.seed, progress=progress):
         for request, pixels_CHW in zip(batch, images, strict=True):
-            save_png(pixels_CHW, folder / file_name(request))
-
-    rows = [label for label in labels[:GRID_ROWS] if Request(label, 0) in wanted]
-    names = [class_name(label, checkpoint) for label in rows]
-    columns = min(GRID_COLUMNS, count // len(labels) or 1)
-    tiles = [read_png(folder / file_name(request)) for request in requests(rows, columns)]
-    media.grid(torch.stack(tiles), columns, names).save(folder / "grid.png")
-    if arguments.gif:
+            save_png(pixels_CHW, job.folder / file_name(request))
+    job.processes.wait_for_everyone()
+    if not job.processes.is_main_process:
+        return
+    rows = [label for label in job.labels[:GRID_ROWS] if Request(label, 0) in wanted]
+    columns = max(1, min(GRID_COLUMNS, job.count // len(job.labels)))
+    tiles = [read_png(job.folder / file_name(request)) for request in requests(rows, columns)]
+    media.grid(torch.stack(tiles), columns, job.names(rows)).save(job.folder / "grid.png")
+    if gif:
         columns = min(media.GIF_COLUMNS, columns)
         shown = requests(rows[: media.GIF_ROWS], columns)
-        frames = generator.trajectory(shown, config.sample, config.seed, media.spread(config.sample.steps))
-        pictures = [media.grid(frame, columns, names[: media.GIF_ROWS]) for frame in frames]
-        media.save_gif(pictures, folder / "diffusion.gif")
-    print(f"{count} images ({len(missing)} new), grid.png{' and diffusion.gif' if arguments.gif else ''} in {folder}/")
-    return 0
+        keep = media.spread(job.config.sample.steps)
+        frames = job.generator.trajectory(shown, job.config.sample, job.config.seed, keep)
+        names = job.names(rows[: media.GIF_ROWS])
+        media.save_gif([media.grid(frame, columns, names) for frame in frames], job.folder / "diffusion.gif")
+    print(f"{job.count} images ({len(missing)} new), grid.png{' and diffusion.gif' if gif else ''} in {job.folder}/")
+
+
+def show_steps(job: Job, mode: str) -> None:
+    """How images come about: a strip with a row an image, and an animation."""
+    if not job.processes.is_main_process:
+        return
+    wanted = job.wanted()
+    keep = media.spread(job.config.sample.steps)
+    frames = job.generator.trajectory(wanted, job.config.sample, job.config.seed, keep, clean=mode == "progressive")
+    chosen = [frames[i] for i in sorted(media.spread(len(frames), STRIP_COLUMNS))]
+    names = job.names([request.label for request in wanted])
+    strip = torch.stack(chosen, dim=1).flatten(0, 1)
+    media.grid(strip, len(chosen), names).save(job.folder / f"{mode}.png")
+    media.save_gif([media.grid(frame, 1, names) for frame in frames], job.folder / f"{mode}.gif")
+    print(f"{mode}.png and {mode}.gif in {job.folder}/")
+
+
+def interpolate(job: Job, seeds: str | None) -> None:
+    """From one label or seed to another: a strip with a row an image, and an animation there and back."""
+    weights = torch.linspace(0.0, 1.0, STRIP_COLUMNS).tolist()
+    if seeds is not None:
+        ends = pick_seeds(seeds)
+        rows = [job.generator.between_seeds(request, job.config.sample, ends, weights) for request in job.wanted()]
+        names = job.names([request.label for request in job.wanted()])
+    else:
+        if len(job.labels) != 2:
+            raise ConfigError(f"--labels: interpolate needs two labels, or --seeds A,B; got {len(job.labels)} labels")
+        first, second = job.labels
+        number = max(1, job.count // 2)
+        rows = [
+            job.generator.between_labels(index, job.config.sample, job.config.seed, (first, second), weights)
+            for index in range(number)
+        ]
+        names = [" to ".join(job.names(job.labels))] * number
+    if not job.processes.is_main_process:
+        return
+    media.grid(torch.cat(rows), len(weights), names).save(job.folder / "interpolate.png")
+    frames = [media.grid(torch.stack(frame), 1, names) for frame in zip(*rows, strict=True)]
+    media.save_gif([*frames, *frames[-2::-1]], job.folder / "interpolate.gif")
+    print(f"interpolate.png and interpolate.gif in {job.folder}/")
 
 
 def pick_labels(text: str, checkpoint: Checkpoint) -> list[int]:
@@ -130,63 +275,21 @@ def pick_labels(text: str, checkpoint: Checkpoint) -> list[int]:
     return list(dict.fromkeys(labels))
 
 
-def pick_count(text: str | None, labels: int) -> int:
+def pick_count(text: str | None, default: int) -> int:
     """How many images ``--num-images`` asks for."""
     if text is None:
-        return IMAGES_PER_LABEL * labels
+        return default
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"--num-images = {text!r}: expected an integer >= 1")
     return int(text)
 
 
-def class_name(label: int, checkpoint: Checkpoint) -> str:
-    return "" if label == NO_LABEL else checkpoint.class_names[label]
-
-
-def file_name(request: Request) -> str:
-    """``{label}-{index}.png``; ``none`` is the label of a model without labels."""
-    return f"{'none' if request.label == NO_LABEL else request.label}-{request.index}.png"
-
-
-def settings(checkpoint: Checkpoint, config: CoreConfig, weights: str) -> dict[str, Any]:
-    """What decides how an image looks, besides its label and index."""
-    sampling = config.sample.model_dump(exclude={"every", "per_class", "batch_size"})
-    hashes = {name: facts["sha256"] for name, facts in checkpoint.metadata["files"].items() if weights in name}
-    return {"weights": hashes, "step": checkpoint.step, "seed": config.seed, "sample": sampling}
-
-
-def check_folder(folder: Path, wanted: dict[str, Any]) -> None:
-    """Make the folder of the images, or go on in it if it holds images of these very settings.
-
-    Raises:
-        ConfigError: if it holds images of other settings, or of unknown ones.
-    """
-    file = folder / SETTINGS_FILE
-    try:
-        if file.is_file():
-            if json.loads(file.read_text(encoding="utf-8")) == wanted:
-                return
-            raise ConfigError(f"--out = {str(folder)!r}: holds images of other settings; choose another folder")
-        if any(folder.glob("*.png")):
-            raise ConfigError(f"--out = {str(folder)!r}: holds other images already; choose another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, wanted)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"its {SETTINGS_FILE} is damaged"
-        raise ConfigError(f"--out = {str(folder)!r}: {reason}; choose another folder") from None
-
-
-def save_png(pixels_CHW: torch.Tensor, path: Path) -> None:
-    """Write an image in one piece, so that what is there is whole."""
-    temporary = path.with_name(f".{path.name}.partial")
-    media.image(pixels_CHW).save(temporary, format="PNG")
-    temporary.replace(path)
-
-
-def read_png(path: Path) -> torch.Tensor:
-    with Image.open(path) as image:
-        array = np.asarray(image)
-    return torch.from_numpy(array.copy())[None] if array.ndim == 2 else torch.from_numpy(array.copy()).permute(2, 0, 1)
+def pick_seeds(text: str) -> tuple[int, int]:
+    """The two seeds that ``--seeds`` names."""
+    words = [word.strip() for word in text.split(",")]
+    if len(words) != 2 or not all(word.isdecimal() for word in words):
+        raise ConfigError(f"--seeds = {text!r}: expected two integers >= 0, such as 0,1")
+    return int(words[0]), int(words[1])
 
 
 if __name__ == "__main__":
