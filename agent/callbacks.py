@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from agent.config import TrialConfig
-from agent.run_folder import HISTORY_FILE, read_history
+from agent.run_folder import HISTORY_FILE, read_history, write_text
 from diffusion_core import media
 from diffusion_core.checkpoint import (
     METADATA_FILE,
@@ -111,11 +112,15 @@ class SaveCheckpoints:
         self.folder = folder
         self.run_id = run_id
         self.saved_step = resumed.step if resumed else None
-        self.best: dict[str, Any] | None = resumed.metadata.get("best") if resumed else None
+        best = resumed.metadata.get("best") if resumed else None
+        # A run may be resumed with another metric; its values cannot be compared with those of the old one.
+        self.best: dict[str, Any] | None = best if best and best["metric"] == config.checkpoint.best_metric else None
         self.figures: dict[str, float] = dict(resumed.metadata["figures"]) if resumed else {}
 
     def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
-        self.figures.update({key: value for key, value in row.items() if isinstance(value, int | float)})
+        self.figures.update(
+            {key: value for key, value in row.items() if isinstance(value, int | float) and math.isfinite(value)}
+        )
         if is_due(state.step, self.config.checkpoint.every, self.config.train.steps):
             self.save(state, row.get(self.config.checkpoint.best_metric))
 
@@ -185,7 +190,7 @@ class LogHistory:
         self.tracker = tracker
         self.file = folder / HISTORY_FILE
         kept = [row for row in read_history(folder) if row[STEP] <= resumed_step]
-        self.file.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        write_text(self.file, "".join(json.dumps(row) + "\n" for row in kept))
 
     def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
         if not row:

@@ -28,6 +28,12 @@ class TrialConfig(CoreConfig):
         yield from super()._problems()
         if self.prune.step is not None and self.prune.step >= self.train.steps:
             yield f"prune.step = {self.prune.step}: expected less than train.steps = {self.train.steps}"
+        left = self.train.steps - self.prune_step
+        if self.prune.method == "structured-magnitude" and (self.ema.average_from or 0) >= left > 0:
+            yield (
+                f"ema.average_from = {self.ema.average_from}: averages start anew with the smaller network, {left} steps "
+                f"before the end; expected less than that"
+            )
         if self.prune.method != "none" and self.train.steps < 2:
             yield (
                 f"train.steps = {self.train.steps}: prune.method={self.prune.method} needs at least 2, "

@@ -120,7 +120,7 @@ class OfflineSweep:
         folder = self._trial_folder(trial)
         arguments = [f"--{key}={value}" for key, value in trial.parameters.items()] + [f"--log.dir={folder}"]
         environment = dict(os.environ) | {
-            "WANDB_MODE": os.environ.get("WANDB_MODE", "offline"),
+            "WANDB_MODE": "disabled" if os.environ.get("WANDB_MODE") == "disabled" else "offline",
             "WANDB_RUN_ID": trial.id,
             "WANDB_RUN_GROUP": self.sweep.name,
             "WANDB_SILENT": os.environ.get("WANDB_SILENT", "true"),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from diffusion_core.trainer import TrainState
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+SAME_REQUEST_S = 3.0
+"""Signals that follow one another more closely than this are one request: agents and clients may each send one."""
 
 
 class Preempted(Exception):
@@ -26,12 +29,15 @@ class StopRequest:
 
     def __init__(self, on_request: Callable[[], None] | None = None) -> None:
         self.number: int | None = None
+        self.came_at = 0.0
         self.on_request = on_request
 
     def _handle(self, number: int, _frame: Any) -> None:
-        if self.number is not None:  # The second signal does not wait for the step.
-            raise KeyboardInterrupt
-        self.number = number
+        if self.number is not None:
+            if time.monotonic() - self.came_at > SAME_REQUEST_S:  # Whoever asks again does not wait for the step.
+                raise KeyboardInterrupt
+            return
+        self.number, self.came_at = number, time.monotonic()
         if self.on_request is not None:
             self.on_request()
 
@@ -53,14 +59,14 @@ class StopRequest:
 
 @contextmanager
 def forward_signals(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """While a process runs, SIGINT and SIGTERM to this one go to it; yields the list of those that came."""
+    """While a process runs, SIGINT, SIGTERM and SIGHUP to this one go to it; yields the list of those that came."""
     came: list[int] = []
 
     def forward(number: int, _frame: Any) -> None:
         came.append(number)
         process.send_signal(number)
 
-    old = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield came
     finally:

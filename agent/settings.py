@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
 
 DEFAULT_PROJECT = "diffusion-sweeps"
-DEFAULT_SERVER = "https://api.wandb.ai"
 MODES = {"online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline",
          "disabled": "disabled"}  # fmt: skip
 
@@ -46,14 +45,17 @@ def wandb_mode() -> str:
         if wanted not in MODES:
             raise ConfigError(f"WANDB_MODE = {wanted!r}: expected one of online, offline, disabled")
         return MODES[wanted]
-    return "online" if has_key() else "offline"
+    # An agent has a key, wherever it found it, and its sweep would never see an offline run.
+    return "online" if "WANDB_SWEEP_ID" in os.environ or has_key() else "offline"
 
 
 def has_key() -> bool:
     """Whether this machine has an API key for the W&B server: WANDB_API_KEY, or what ``wandb login`` stored."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", DEFAULT_SERVER)).hostname
+    import wandb  # Knows the server that `wandb login --host` stored.
+
+    host = urlsplit(wandb.setup().settings.base_url).hostname
     path = os.environ.get("NETRC") or str(Path.home() / ".netrc")
     try:
         return host is not None and netrc.netrc(path).authenticators(host) is not None

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from agent.preemption import forward_signals
 from agent.results import TrialRecord, best_first, table
 from agent.settings import DEFAULT_PROJECT, load_environment, wandb_mode
 from agent.sweep_file import SweepError, SweepFile, load_sweep
@@ -64,14 +65,14 @@ def run_online(sweep: SweepFile, count: int | None) -> int:
     sweep_id = wandb.sweep(sweep.config | {"name": sweep.name}, entity=entity, project=project)
     api = wandb.Api()
     path = f"{entity or api.default_entity}/{project}/{sweep_id}"
-    print(f"on other machines: wandb agent {path}", flush=True)
+    print(f"to go on later, and on other machines: wandb agent --forward-signals {path}", flush=True)
     # `${interpreter}` is `python` to W&B's agent: make that the one that runs this.
     environment = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
     command = [sys.executable, "-m", "wandb", "agent", "--forward-signals", *(["--count", str(count)] if count else [])]
-    try:
-        status = subprocess.run([*command, path], env=environment, check=False).returncode
-    except KeyboardInterrupt:
-        status = 130
+    # In a process group of its own: it is sent every signal once, and passes it on to its trial.
+    process = subprocess.Popen([*command, path], env=environment, process_group=0)
+    with forward_signals(process):
+        status = process.wait()
     records = [
         TrialRecord(
             id=run.id,

@@ -23,6 +23,7 @@ from agent.run_folder import (
     best_figures,
     read_history,
     write_json,
+    write_text,
 )
 from diffusion_core.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint
 from diffusion_core.config_io import ConfigError, flatten, to_yaml
@@ -34,7 +35,16 @@ from diffusion_core.unet import build_network
 from pruning.cost import count_cost
 from pruning.pruner import RECORD_KEY, is_pruned, prune_state, resume_pruning
 
-FREE_TO_CHANGE = ("train.device", "log.", "checkpoint.", "sample.", "eval.", "preset")
+FREE_TO_CHANGE = (
+    "train.device",
+    "train.accumulation",
+    "data.path",
+    "log.",
+    "checkpoint.",
+    "sample.",
+    "eval.",
+    "preset",
+)
 """Knobs that may differ when a run is resumed; all others decide what is trained."""
 
 
@@ -212,4 +222,4 @@ def _find_checkpoint(config: TrialConfig, folder: Path) -> Checkpoint | None:
 def _write_run_files(config: TrialConfig, folder: Path, run_id: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RUN_FILE, {"id": run_id})
-    (folder / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
+    write_text(folder / CONFIG_FILE, to_yaml(config))

@@ -125,7 +125,8 @@ def write_checkpoint(
     temporary = folder / f".{final.name}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left_behind in folder.glob(".step-*.partial"):  # By a process that was killed while it wrote.
+            shutil.rmtree(left_behind, ignore_errors=True)
         temporary.mkdir()
         files = {}
         for part, tensors in parts.items():
@@ -140,7 +141,7 @@ def write_checkpoint(
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         _flush(folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise CheckpointError(f"cannot write checkpoint {str(final)!r}: {reason}") from None

@@ -241,7 +241,7 @@ class CoreConfig(Section):
     """What the core needs to train and sample one model."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of every random draw: weights, batches, noise, dropout, samples, splits."""
+    """Seed of every random draw: weights, batches, noise, dropout, samples. (What is held out never changes.)"""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()

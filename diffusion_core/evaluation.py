@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -30,7 +31,9 @@ GOALS: dict[str, Literal["minimize", "maximize"]] = {
 
 
 def is_better(metric: str, value: float, than: float | None) -> bool:
-    """Whether a figure is strictly better than another one (None: there is none yet)."""
+    """Whether a figure is strictly better than another one (None: there is none yet); what is no number never is."""
+    if not math.isfinite(value):
+        return False
     if than is None:
         return True
     return value < than if GOALS[metric] == "minimize" else value > than

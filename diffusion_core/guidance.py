@@ -44,7 +44,7 @@ def guided(
         return with_label, without
 
     def guided_denoiser(x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None) -> Tensor:
-        if labels_B is None and reference is None:
+        if reference is None and (labels_B is None or (scale == 0.0 and applies is None)):
             return denoiser(x_BCHW, t_B, None)
         guided_B = None if applies is None else applies(t_B)
         if guided_B is not None and not guided_B.any():

@@ -23,7 +23,6 @@ class Purpose(IntEnum):
     DROPOUT = 6
     SAMPLE = 7
     VALIDATION = 8
-    PRUNING = 9
 
 
 def stream_seed(*key: int) -> int:

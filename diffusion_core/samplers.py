@@ -25,6 +25,9 @@ from diffusion_core.schedule import SamplingSteps
 NoiseFunction = Callable[[], Tensor]
 StepCallback = Callable[[int, Tensor, Tensor], None]
 
+PURE_NOISE_LEVEL = 200.0
+"""Above this noise level the image counts as lost; EDM starts at 80, the linear schedule at 157."""
+
 
 class Sampler(Protocol):
     def __call__(
@@ -170,7 +173,8 @@ def heun(
 ) -> Tensor:
     """Heun's second-order method (Karras et al. 2022, algorithm 1): two evaluations a step, one at the last.
 
-    A step from pure noise, whose level is infinite, is Euler's.
+    A step from noise so strong that the image is lost in it is Euler's: there the slope is known exactly, and an error
+    of the correction would be multiplied by a level that is huge (cosine schedule) or infinite (zero terminal SNR).
     """
     for index in range(len(steps)):
         x0_BCHW = denoiser(x_BCHW, steps.t(index, x_BCHW), labels_B)
@@ -180,7 +184,7 @@ def heun(
         alpha, sigma = float(steps.alphas[index + 1]), float(steps.sigmas[index + 1])
         ahead_BCHW = alpha * x0_BCHW + sigma * eps_BCHW
         now, after = steps.levels[index], steps.levels[index + 1]
-        if after > 0.0 and math.isfinite(now):
+        if after > 0.0 and now < PURE_NOISE_LEVEL:
             x0_ahead_BCHW = denoiser(ahead_BCHW, steps.t(index + 1, x_BCHW), labels_B)
             eps_ahead_BCHW = noise_in(ahead_BCHW, x0_ahead_BCHW, steps, index + 1)
             slope_BCHW = 0.5 * (eps_BCHW + eps_ahead_BCHW)

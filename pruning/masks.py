@@ -55,7 +55,8 @@ def attach_masks(state: TrainState, masks: WeightMasks) -> None:
     device = next(iter(weights.values())).device
     masks = {name: mask.to(device) for name, mask in masks.items()}
     apply_masks(state.network, masks)
-    apply_masks(state.ema.network, masks)
+    for averaged in state.ema.networks.values():
+        apply_masks(averaged, masks)
     for name, parameter in state.network.named_parameters():
         if name not in masks:
             continue

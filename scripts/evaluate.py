@@ -9,6 +9,7 @@ from pathlib import Path
 
 from agent.results import JSON_FILE
 from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from diffusion_core.config import TrainConfig
 from diffusion_core.config_io import ConfigError
 from diffusion_core.data import DataError, load_data
 from diffusion_core.evaluation import PixelClassifier
@@ -49,7 +50,12 @@ def evaluate(checkpoint: Checkpoint, count: int, seed: int) -> None:
     config = checkpoint.config()
     if not checkpoint.metadata["num_classes"]:
         raise CheckpointError(f"{str(checkpoint.path)!r}: class agreement needs a class-conditional model")
-    device = pick_device(config.train)
+    if not config.has_classifier:
+        raise CheckpointError(
+            f"{str(checkpoint.path)!r}: trained on data.name={config.data.name} with eval.classifier="
+            f"{config.eval.classifier}; class agreement is measured for digits, or with eval.classifier=svc"
+        )
+    device = pick_device(TrainConfig())  # Where there is a GPU, and not where it was trained.
     network = checkpoint.network().to(device)
     classifier = PixelClassifier(load_data(config.data, progress=True))
     labels = all_labels(network)

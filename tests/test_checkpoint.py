@@ -115,7 +115,7 @@ def test_a_training_state_survives_bit_for_bit(tmp_path: Path) -> None:
     assert len(before["optimizer"]) == 3 * len(list(state.network.parameters()))
     assert (restored.step, restored.ema.updates) == (3, 3)
     assert restored.extra_metadata == state.extra_metadata
-    assert restored.ema.decay() == state.ema.decay()
+    assert restored.ema.share("decay") == state.ema.share("decay")
     assert not torch.equal(before["ema"]["conv_in.weight"], before["model"]["conv_in.weight"])
 
 

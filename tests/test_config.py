@@ -152,10 +152,18 @@ SPELLINGS: list[tuple[str, str, Any]] = [
     ("model.attention_resolutions", "[]", []),
     ("model.attention_resolutions", "", []),
     ("model.attention_resolutions", "()", []),
+    ("ema.power_widths", "0.05,0.1", [0.05, 0.1]),
+    ("ema.power_widths", "[]", []),
+    ("ema.power_widths", "0.1", [0.1]),
+    ("sample.guidance_interval", "None", None),
+    ("sample.guidance_interval", "[0.3, 5]", [0.3, 5.0]),
     ("seed", "9223372036854775807", 2**63 - 1),
     ("seed", "9007199254740993", 2**53 + 1),
 ]
-NEEDED = {"model.channel_multipliers": ["--model.attention_resolutions="]}
+NEEDED = {
+    "model.channel_multipliers": ["--model.attention_resolutions="],
+    "sample.guidance_interval": ["--sample.guidance=2"],
+}
 
 
 @pytest.mark.parametrize(("key", "text", "expected"), SPELLINGS, ids=[f"{k}={t}" for k, t, _ in SPELLINGS])
@@ -267,6 +275,10 @@ def of_kind(annotation: Any, metadata: tuple[Any, ...] = ()) -> st.SearchStrateg
     if origin is Literal:
         return st.sampled_from(typing.get_args(annotation))
     bounds = {name: getattr(m, name) for m in metadata for name in ("gt", "ge", "lt", "le") if hasattr(m, name)}
+    if origin is list:
+        sizes = {name: getattr(m, name) for m in metadata for name in ("min_length", "max_length") if hasattr(m, name)}
+        (item,) = typing.get_args(annotation)
+        return st.lists(of_kind(item), min_size=sizes.get("min_length", 0), max_size=sizes.get("max_length", 4))
     if annotation is type(None):
         return st.none()
     if annotation is bool:
@@ -286,6 +298,34 @@ def of_kind(annotation: Any, metadata: tuple[Any, ...] = ()) -> st.SearchStrateg
     assert annotation is str, annotation
     characters = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
     return st.text(characters, min_size=1).filter(lambda text: text.strip() not in NONE_WORDS)
+
+
+def made_to_go_together(values: dict[str, Any]) -> None:
+    """Change what excludes each other among the knobs of the formulation, its sampling and the averages."""
+    if values["diffusion.schedule"] == "karras":
+        values |= {
+            "diffusion.prediction": "edm",
+            "diffusion.logsnr_shift": 0.0,
+            "diffusion.zero_terminal_snr": False,
+            "model.learned_variance": False,
+        }
+    elif values["diffusion.zero_terminal_snr"] and values["diffusion.prediction"] not in ("x0", "v"):
+        values["diffusion.prediction"] = "v"
+    values["diffusion.sigma_max"] = values["diffusion.sigma_min"] * 2 + values["diffusion.sigma_max"]
+    if math.isinf(values["diffusion.sigma_max"]):
+        values |= {"diffusion.sigma_min": 1e-3, "diffusion.sigma_max": 1e3}
+    if values["sample.variance"] == "learned" and not values["model.learned_variance"]:
+        values["sample.variance"] = "fixed_small"
+    interval = values["sample.guidance_interval"]
+    if interval is not None:
+        low, high = sorted(interval)
+        values["sample.guidance_interval"] = None if values["sample.guidance"] == 1.0 or low == high else [low, high]
+    if values["ema.average_from"] is not None:
+        values["ema.average_from"] = min(values["ema.average_from"], values["train.steps"] - 1)
+    if {"power": not values["ema.power_widths"], "average": values["ema.average_from"] is None}.get(
+        values["ema.sampled"]
+    ):
+        values["ema.sampled"] = "decay"
 
 
 @st.composite
@@ -334,6 +374,10 @@ def configurations(draw: st.DrawFn) -> TrialConfig:
     values["train.steps"] += 1
     if values["prune.step"] is not None:
         values["prune.step"] = draw(st.integers(1, values["train.steps"] - 1))
+    made_to_go_together(values)
+    if values["prune.method"] == "structured-magnitude" and values["ema.average_from"] is not None:
+        first = values["train.steps"] // 2 if values["prune.step"] is None else values["prune.step"]
+        values["ema.average_from"] = min(values["ema.average_from"], values["train.steps"] - first - 1)
     config = build_config(values)
     assert flatten(config) == values, "a value was changed on the way in"
     return config

@@ -10,6 +10,7 @@ import torch
 from tiny import tiny_config, tiny_network
 from torch import Tensor
 
+from diffusion_core.config import DiffusionConfig
 from diffusion_core.denoiser import Denoiser, clipped
 from diffusion_core.guidance import guided
 from diffusion_core.losses import diffusion_loss
@@ -24,6 +25,10 @@ def draws(batch: int = 6) -> tuple[Tensor, Tensor, Tensor]:
     source = torch.Generator().manual_seed(3)
     x0 = torch.rand(batch, 1, 8, 8, generator=source) * 2 - 1
     return x0, torch.randn(x0.shape, generator=source), torch.linspace(0, T - 1, batch).long()
+
+
+def loss(kind: str, **changes: object) -> DiffusionConfig:
+    return tiny_config(diffusion__loss=kind).diffusion.model_copy(update=changes)
 
 
 def answering(answer: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
@@ -70,13 +75,18 @@ def test_clipped() -> None:
     assert denoiser(torch.zeros(1, 1, 2, 2), torch.zeros(1), None).flatten().tolist() == [-1.0, -1.0, 0.25, 1.0]
 
 
-@pytest.mark.parametrize(("kind", "distance"), [("l2", np.square), ("l1", np.abs)])
+def huber(error: np.ndarray) -> np.ndarray:
+    """Squared up to 0.5, then linear with the slope that it has there."""
+    return np.where(np.abs(error) <= 0.5, error**2, np.abs(error) - 0.25)
+
+
+@pytest.mark.parametrize(("kind", "distance"), [("l2", np.square), ("l1", np.abs), ("huber", huber)])
 def test_loss_is_the_formula_in_numpy(kind: str, distance: Callable[[np.ndarray], np.ndarray]) -> None:
     network = tiny_network()
     x0, noise, t = draws()
     labels = torch.tensor([0, 1, 2, NO_LABEL, 8, 9])
     with torch.no_grad():
-        found = diffusion_loss(Denoiser(network, SCHEDULE), x0, noise, t, labels, kind)
+        found = diffusion_loss(Denoiser(network, SCHEDULE), x0, noise, t, labels, loss(kind))
         alphas_bar = (SCHEDULE.alphas**2)[t].numpy()[:, None, None, None]
         noisy = np.sqrt(alphas_bar) * x0.numpy() + np.sqrt(1 - alphas_bar) * noise.numpy()
         predicted = network(torch.from_numpy(noisy).float(), t, labels).numpy()
@@ -91,22 +101,24 @@ def test_loss_is_per_sample() -> None:
     denoiser = Denoiser(tiny_network(), SCHEDULE)
     x0, noise, t = draws()
     labels = torch.arange(6)
-    together = diffusion_loss(denoiser, x0, noise, t, labels, "l2")
+    together = diffusion_loss(denoiser, x0, noise, t, labels, loss("l2"))
     for i in range(6):
-        alone = diffusion_loss(denoiser, x0[i : i + 1], noise[i : i + 1], t[i : i + 1], labels[i : i + 1], "l2")
+        one = slice(i, i + 1)
+        alone = diffusion_loss(denoiser, x0[one], noise[one], t[one], labels[one], loss("l2"))
         torch.testing.assert_close(alone[0], together[i], rtol=1e-5, atol=1e-6)
     changed = x0.clone()
     changed[2] += 0.5
-    assert (diffusion_loss(denoiser, changed, noise, t, labels, "l2") != together).nonzero().flatten().tolist() == [2]
+    found = diffusion_loss(denoiser, changed, noise, t, labels, loss("l2"))
+    assert (found != together).nonzero().flatten().tolist() == [2]
 
 
 def test_a_perfect_prediction_has_no_loss_and_zero_prediction_that_of_the_noise() -> None:
     x0, noise, t = draws()
-    for kind in ("l2", "l1"):
-        assert not diffusion_loss(Denoiser(answering(noise), SCHEDULE), x0, noise, t, None, kind).any()
+    for kind in ("l2", "l1", "huber"):
+        assert not diffusion_loss(Denoiser(answering(noise), SCHEDULE), x0, noise, t, None, loss(kind)).any()
     zero = Denoiser(answering(torch.zeros_like(noise)), SCHEDULE)
     torch.testing.assert_close(
-        diffusion_loss(zero, x0, noise, t, None, "l2"), noise.square().mean(dim=(1, 2, 3)), rtol=1e-6, atol=0
+        diffusion_loss(zero, x0, noise, t, None, loss("l2")), noise.square().mean(dim=(1, 2, 3)), rtol=1e-6, atol=0
     )
 
 

@@ -101,7 +101,8 @@ def test_the_label_reaches_the_network() -> None:
 
     def denoise(label: int, guidance: float) -> Tensor:
         with torch.no_grad():
-            return generator.denoiser(sample(guidance=guidance, clip_x0=False))(x, t, torch.tensor([label]))
+            denoiser = generator.guided(generator.denoiser(), sample(guidance=guidance, clip_x0=False))
+            return denoiser(x, t, torch.tensor([label]))
 
     assert not torch.allclose(denoise(1, 1.0), denoise(2, 1.0))
     assert torch.equal(denoise(1, 0.0), denoise(2, 0.0))

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -88,6 +88,8 @@ SAMPLING_ONLY = ("weights", "ema weights", "val/loss", "train rows")
 # Late enough for the layers that start at zero to have grown: they would go first.
 PRUNED = {"prune.method": "magnitude", "prune.step": 6, "train.steps": 8, "train.lr": 0.02}
 DDPM = {"sample.sampler": "ddpm"}
+KARRAS = {"diffusion.schedule": "karras", "diffusion.prediction": "edm"}
+AVERAGES = {"ema.power_widths": [0.1], "ema.average_from": 1}
 BY_FOLDER = {"data.name": "folder", "data.path": FOLDER, "data.image_size": 8}
 # So slow that the training loss goes up and down with the batches (here the first is lowest) while the validation loss,
 # with noise that never changes, goes down a little with every step.
@@ -110,12 +112,31 @@ TABLE: dict[str, Entry] = {
     "model.num_heads": Entry(2, WEIGHTS, same=("shapes",)),
     "model.dropout": Entry(0.5, WEIGHTS, same=("shapes",)),
     "model.norm_groups": Entry(2, WEIGHTS, same=("shapes",)),
+    "model.conditioning": Entry("scale_shift", ("shapes", *WEIGHTS)),
+    "model.self_conditioning": Entry(True, ("shapes", *WEIGHTS)),
+    "model.learned_variance": Entry(True, ("shapes", *WEIGHTS)),
     "model.class_conditional": Entry(False, ("shapes", *WEIGHTS)),
     "diffusion.schedule": Entry("cosine", WEIGHTS),
     "diffusion.timesteps": Entry(30, WEIGHTS),
     "diffusion.beta_start": Entry(0.001, WEIGHTS),
     "diffusion.beta_end": Entry(0.01, WEIGHTS),
+    "diffusion.logsnr_shift": Entry(1.0, WEIGHTS, same=("shapes",)),
+    "diffusion.zero_terminal_snr": Entry(
+        True, WEIGHTS, {"diffusion.prediction": "v", "diffusion.beta_end": 0.005}, same=("shapes",)
+    ),
+    "diffusion.sigma_min": Entry(0.1, WEIGHTS, KARRAS),
+    "diffusion.sigma_max": Entry(20.0, WEIGHTS, KARRAS),
+    "diffusion.prediction": Entry("v", WEIGHTS, same=("shapes",)),
     "diffusion.loss": Entry("l1", WEIGHTS),
+    "diffusion.huber_delta": Entry(0.1, WEIGHTS, {"diffusion.loss": "huber"}),
+    "diffusion.weighting": Entry("min_snr", WEIGHTS),
+    "diffusion.min_snr_gamma": Entry(1.0, WEIGHTS, {"diffusion.weighting": "min_snr"}),
+    "diffusion.p2_gamma": Entry(0.5, WEIGHTS, {"diffusion.weighting": "p2"}),
+    "diffusion.timestep_sampling": Entry("lognormal", WEIGHTS),
+    "diffusion.lognormal_mean": Entry(0.0, WEIGHTS, {"diffusion.timestep_sampling": "lognormal"}),
+    "diffusion.lognormal_std": Entry(0.5, WEIGHTS, {"diffusion.timestep_sampling": "lognormal"}),
+    "diffusion.vlb_weight": Entry(0.1, WEIGHTS, {"model.learned_variance": True}),
+    "diffusion.offset_noise": Entry(0.5, WEIGHTS),
     "train.steps": Entry(6, (*WEIGHTS, "last step")),
     "train.batch_size": Entry(16, WEIGHTS),
     "train.accumulation": Entry(
@@ -132,12 +153,21 @@ TABLE: dict[str, Entry] = {
     "train.device": Entry("cuda", ("device",), why="without a GPU the trial is refused, and says so"),
     "ema.decay": Entry(0.9, ("ema weights", "val/loss", "grid"), same=("weights",)),
     "ema.warmup": Entry(True, ("ema weights", "val/loss", "grid"), same=("weights",)),
+    "ema.power_widths": Entry([0.1], ("files", "artifacts"), same=WEIGHTS, why="a further average, in checkpoints"),
+    "ema.average_from": Entry(1, ("files", "artifacts"), same=WEIGHTS, why="a further average, in checkpoints"),
+    "ema.sampled": Entry("power", ("ema weights", "val/loss", "grid"), AVERAGES, same=("weights",)),
     "sample.sampler": Entry("ddpm", ("grid",), same=SAMPLING_ONLY),
     "sample.steps": Entry(5, ("grid", "frames"), same=SAMPLING_ONLY),
     "sample.spacing": Entry("quadratic", ("grid",), same=SAMPLING_ONLY),
     "sample.eta": Entry(1.0, ("grid",), same=SAMPLING_ONLY),
     "sample.variance": Entry("fixed_small", ("grid",), DDPM, same=SAMPLING_ONLY),
     "sample.guidance": Entry(3.0, ("grid",), {"train.lr": 0.1, "train.steps": 6}, same=SAMPLING_ONLY),
+    "sample.guidance_interval": Entry(
+        [0.0, 1.0],
+        ("grid",),
+        {"train.lr": 0.1, "train.steps": 6, "sample.guidance": 3.0},
+        same=SAMPLING_ONLY,
+    ),
     "sample.clip_x0": Entry(False, ("grid",), same=SAMPLING_ONLY),
     "sample.every": Entry(2, ("files", "grids")),
     "sample.per_class": Entry(2, ("grid size",), same=SAMPLING_ONLY),
@@ -430,16 +460,32 @@ def test_as_many_checkpoints_are_kept_as_was_asked(keep: int, every: int, kept: 
     )
 
 
+def choices(knob: str) -> list[str]:
+    """All that a knob offers."""
+    return list(get_args(dict(knobs(TrialConfig))[knob].annotation))
+
+
 def test_every_schedule_of_the_rate_and_every_choice_is_another_one(seen: Any) -> None:
     """Each pair of choices of a knob differs, not only the two of the table."""
-    variants = {
+    variants: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         "prune.method": ("weights", {"prune.step": 2}, ["none", "magnitude", "structured-magnitude"]),
         "eval.classifier": ("figures", {"sample.guidance": 2.0}, ["none", "svc"]),
+        "model.conditioning": ("weights", {}, choices("model.conditioning")),
+        "diffusion.schedule": ("weights", {"diffusion.prediction": "edm"}, choices("diffusion.schedule")),
+        "diffusion.prediction": ("weights", {}, choices("diffusion.prediction")),
+        "diffusion.loss": ("weights", {}, choices("diffusion.loss")),
+        "diffusion.weighting": ("weights", {}, choices("diffusion.weighting")),
+        "diffusion.timestep_sampling": ("weights", {}, choices("diffusion.timestep_sampling")),
+        "ema.sampled": ("ema weights", AVERAGES, choices("ema.sampled")),
+        # With eta = 0, ddim is euler.
+        "sample.sampler": ("grid", {"sample.eta": 0.5}, choices("sample.sampler")),
+        "sample.spacing": ("grid", {}, choices("sample.spacing")),
+        "sample.variance": ("grid", DDPM | {"model.learned_variance": True}, choices("sample.variance")),
         "checkpoint.best_metric": ("best", JUDGED, ["val/loss", "train/loss"]),
     }
-    for knob, (name, extra, choices) in variants.items():
-        shown = [repr(seen(BASE | extra | {knob: choice})[name]) for choice in choices]
-        assert len(set(shown)) == len(choices), knob
+    for knob, (name, extra, values) in variants.items():
+        shown = [repr(seen(BASE | extra | {knob: value})[name]) for value in values]
+        assert len(set(shown)) == len(values), knob
 
 
 def test_ratio_is_the_share_that_goes(seen: Any) -> None:
