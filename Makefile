@@ -36,14 +36,11 @@ demo: install
 	$(PY) -m agent.sweep sweeps/quickstart.yaml --offline
 	$(PY) scripts/evaluate.py --sweep runs/sweeps/quickstart --num-images 500
 
-# Each file of tests on one of up to four processes.
-PYTEST := $(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
-
 test: install
-	$(PYTEST)
+	$(PY) -m pytest
 
 test-fast: install
-	$(PYTEST) -m "not slow"
+	$(PY) -m pytest -m "not slow"
 
 lint: install
 	$(VENV)/bin/ruff check .

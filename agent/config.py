@@ -31,8 +31,8 @@ class TrialConfig(CoreConfig):
         left = self.train.steps - self.prune_step
         if self.prune.method == "structured-magnitude" and (self.ema.average_from or 0) >= left > 0:
             yield (
-                f"ema.average_from = {self.ema.average_from}: averages start anew with the smaller network, {left} steps "
-                f"before the end; expected less than that"
+                f"ema.average_from = {self.ema.average_from}: averages start anew with the smaller network, {left} "
+                f"steps before the end; expected less than that"
             )
         if self.prune.method != "none" and self.train.steps < 2:
             yield (
