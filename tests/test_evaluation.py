@@ -115,4 +115,9 @@ def test_is_better() -> None:
     assert not is_better("val/loss", 0.1, 0.1)
     assert is_better("eval/class_agreement", 0.9, 0.8)
     assert not is_better("eval/class_agreement", 0.8, 0.9)
-    assert is_better("train/loss", math.inf, None)
+    assert is_better("train/loss", 1e30, None)
+    # What is no number is never better, not even than nothing or than another one.
+    for value in (math.inf, -math.inf, math.nan):
+        assert not is_better("train/loss", value, None)
+        assert not is_better("eval/class_agreement", value, 0.5)
+        assert not is_better("val/loss", value, math.nan)
