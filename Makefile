@@ -2,9 +2,12 @@
 #
 # Both create .venv on first use (about two minutes and 6 GB: PyTorch's ordinary Linux build brings CUDA along).
 # VENV_ROOT=DIR puts the environment below DIR instead, named after the dependency files, so that several checkouts
-# with the same dependencies share one.
+# with the same dependencies share one. JOBS=N runs the tests in N processes.
 
 PYTHON ?= python3
+# One more than the two cores that the suite is meant for: tests of agents wait a good deal.
+JOBS ?= 3
+PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 DEPENDENCIES := pyproject.toml constraints.txt
 ifdef VENV_ROOT
 VENV := $(VENV_ROOT)/$(shell cat $(DEPENDENCIES) | sha256sum | cut -c1-16)
@@ -37,10 +40,10 @@ demo: install
 	$(PY) scripts/evaluate.py --sweep runs/sweeps/quickstart --num-images 500
 
 test: install
-	$(PY) -m pytest
+	$(PYTEST)
 
 test-fast: install
-	$(PY) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: install
 	$(VENV)/bin/ruff check .

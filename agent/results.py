@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.run_folder import write_json
-from diffusion_core.evaluation import is_better
+from diffusion_core.figure_names import is_better
 
 CSV_FILE = "results.csv"
 JSON_FILE = "results.json"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_core.config_io import ConfigError
-from diffusion_core.evaluation import GOALS, is_better
+from diffusion_core.figure_names import goal_of, is_better
 from diffusion_core.tracking import STEP
 
 RUN_FILE = "run.json"
@@ -99,6 +99,6 @@ def best_figures(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
     figures: dict[str, float] = {}
     for row in history:
         for key, value in row.items():
-            if key != STEP and (key not in GOALS or is_better(key, value, figures.get(key))):
+            if key != STEP and (goal_of(key) is None or is_better(key, value, figures.get(key))):
                 figures[key] = value
     return figures

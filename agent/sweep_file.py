@@ -11,7 +11,7 @@ from typing import Any
 from agent import engine
 from agent.config import TrialConfig, build_config
 from diffusion_core.config_io import ConfigError, knobs, read_yaml, unknown_key
-from diffusion_core.evaluation import GOALS
+from diffusion_core.figure_names import GOALS, goal_of
 
 ARGS_MACRO = "${args}"
 METHODS = ("grid", "random", "bayes")
@@ -131,10 +131,10 @@ def _metric_problems(config: Mapping[str, Any]) -> list[str]:
     if not isinstance(metric, Mapping):
         return [f"metric = {metric!r}: expected name: and goal:, such as {{name: val/loss, goal: minimize}}"]
     name, goal = metric.get("name"), metric.get("goal", "minimize")
-    if name not in list(GOALS):
+    if not isinstance(name, str) or goal_of(name) is None:
         return [f"metric.name = {name!r}: expected one of {', '.join(GOALS)}"]
-    if goal != GOALS[name]:
-        return [f"metric.goal = {goal!r}: expected {GOALS[name]}, which is the better way for {name}"]
+    if goal != goal_of(name):
+        return [f"metric.goal = {goal!r}: expected {goal_of(name)}, which is the better way for {name}"]
     return _violations("metric", metric, {"metric": metric})
 
 

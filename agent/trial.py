@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from agent.callbacks import DrawSamples, Evaluate, LogHistory, SaveCheckpoints
+from agent.callbacks import DrawSamples, Evaluate, LogHistory
+from agent.checkpoints import SaveCheckpoints
 from agent.config import TrialConfig
+from agent.facts import costs_of, system_facts
+from agent.phases import train_and_prune
 from agent.preemption import Preempted, StopRequest
+from agent.resume import find_checkpoint
 from agent.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -25,27 +27,13 @@ from agent.run_folder import (
     write_json,
     write_text,
 )
-from diffusion_core.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint
 from diffusion_core.config_io import ConfigError, flatten, to_yaml
-from diffusion_core.data import Batches, Dataset
-from diffusion_core.hardware import pick_device, pick_precision
+from diffusion_core.data import Dataset
+from diffusion_core.hardware import pick_device
 from diffusion_core.tracking import Tracker
-from diffusion_core.trainer import Callback, TrainState, train
+from diffusion_core.trainer import Callback, TrainState
 from diffusion_core.unet import build_network
-from pruning.cost import count_cost
-from pruning.pruner import RECORD_KEY, is_pruned, prune_state, resume_pruning
-
-FREE_TO_CHANGE = (
-    "train.device",
-    "train.accumulation",
-    "data.path",
-    "log.",
-    "checkpoint.",
-    "sample.",
-    "eval.",
-    "preset",
-)
-"""Knobs that may differ when a run is resumed; all others decide what is trained."""
+from pruning.pruner import resume_pruning
 
 
 @dataclass(frozen=True)
@@ -109,7 +97,7 @@ def run_trial(
     started = time.perf_counter()
     accelerator = accelerator or make_accelerator(config)
     checkpoints = folder / CHECKPOINTS
-    resumed = _find_checkpoint(config, checkpoints)
+    resumed = find_checkpoint(config, checkpoints)
     if resumed is not None:
         state = TrainState.restore(resumed, config, accelerator.device)
         resume_pruning(state)
@@ -127,19 +115,19 @@ def run_trial(
             saver,
             LogHistory(tracker, folder, state.step),
         ]
-        tracker.summary(_system_facts(config, accelerator, dataset))
+        tracker.summary(system_facts(config, accelerator, dataset))
     if stop is not None:
         callbacks.append(stop.check)
 
     try:
-        _train_and_prune(state, config, dataset, callbacks, saver, accelerator)
+        train_and_prune(state, config, dataset, callbacks, saver, accelerator)
     except Preempted:
         if accelerator.is_main_process:
             saver.save(state)
         raise
     result = None
     if accelerator.is_main_process:
-        costs = _costs(state)
+        costs = costs_of(state)
         tracker.summary(costs)
         figures = best_figures(read_history(folder)) | costs
         result = TrialResult(run_id, state.step, figures, saver.best_path, time.perf_counter() - started)
@@ -148,75 +136,6 @@ def run_trial(
     (result,) = broadcast_object_list([result])
     assert result is not None
     return result
-
-
-def _train_and_prune(
-    state: TrainState,
-    config: TrialConfig,
-    dataset: Dataset,
-    callbacks: Sequence[Callback],
-    saver: SaveCheckpoints,
-    accelerator: Accelerator,
-) -> None:
-    """Train to the pruning, prune, and train on; without pruning, train."""
-    batches = Batches(
-        dataset.train,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        horizontal_flip=config.data.flips,
-        device=accelerator.device,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
-    if config.prune.method != "none" and not is_pruned(state):
-        train(state, batches, config, callbacks, accelerator=accelerator, until=config.prune_step)
-        report = prune_state(state, config, config.prune)
-        saver.forget_best()
-        if accelerator.is_main_process:
-            print(
-                f"pruned at step {report.step} ({report.method}): sparsity {report.sparsity:.4f}, parameters "
-                f"{report.before.nonzero_params:,} -> {report.after.nonzero_params:,}, MACs {report.before.macs:,} -> "
-                f"{report.after.macs:,}"
-            )
-    train(state, batches, config, callbacks, accelerator=accelerator)
-
-
-def _costs(state: TrainState) -> dict[str, float]:
-    costs: dict[str, float] = {f"model/{name}": value for name, value in asdict(count_cost(state.network)).items()}
-    if is_pruned(state):
-        costs["prune/sparsity"] = state.extra_metadata[RECORD_KEY]["sparsity"]
-    return costs
-
-
-def _system_facts(config: TrialConfig, accelerator: Accelerator, dataset: Dataset) -> dict[str, Any]:
-    return {
-        "system/device": str(accelerator.device),
-        "system/precision": pick_precision(config.train, accelerator.device),
-        "system/processes": accelerator.num_processes,
-        "data/train_images": len(dataset.train),
-        "data/val_images": len(dataset.val),
-        "data/num_classes": dataset.num_classes,
-    }
-
-
-def _find_checkpoint(config: TrialConfig, folder: Path) -> Checkpoint | None:
-    """The checkpoint to continue from, after a check that it is one of this configuration."""
-    if not config.checkpoint.resume:
-        if list_checkpoints(folder):
-            raise ConfigError(
-                f"checkpoint.resume = False: {str(folder)!r} holds checkpoints already; choose another log.dir"
-            )
-        return None
-    checkpoint = newest_checkpoint(folder)
-    if checkpoint is not None:
-        now, then = flatten(config), checkpoint.metadata["config"]
-        for key, value in now.items():
-            if key in then and then[key] != value and not key.startswith(FREE_TO_CHANGE):
-                raise ConfigError(
-                    f"{key} = {value!r}: the run in {str(folder.parent)!r} was started with {then[key]!r}; choose "
-                    f"another log.dir, or set it back to continue"
-                )
-    return checkpoint
 
 
 def _write_run_files(config: TrialConfig, folder: Path, run_id: str) -> None:

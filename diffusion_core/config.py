@@ -26,6 +26,9 @@ IMAGE_SHAPES = {
 }
 """Channels, and height and width, of the images of each data set (for `folder`: what they are scaled to)."""
 
+NUM_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "mnist": 10, "fashion_mnist": 10}
+"""Classes of each data set (those of a folder are known once it is read)."""
+
 MIRRORED = frozenset({"cifar10", "cifar100", "folder"})
 """Data sets whose images are as natural in the mirror."""
 

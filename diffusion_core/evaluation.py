@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from typing import Literal
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,22 +18,6 @@ VALIDATION_SEED = 0
 """Validation noise does not follow the run's seed: runs with different seeds are compared on the same noise."""
 
 VALIDATION_BATCH = 256
-
-GOALS: dict[str, Literal["minimize", "maximize"]] = {
-    "train/loss": "minimize",
-    "val/loss": "minimize",
-    "eval/class_agreement": "maximize",
-}
-"""Which way each figure is better."""
-
-
-def is_better(metric: str, value: float, than: float | None) -> bool:
-    """Whether a figure is strictly better than another one (None: there is none yet); what is no number never is."""
-    if not math.isfinite(value):
-        return False
-    if than is None:
-        return True
-    return value < than if GOALS[metric] == "minimize" else value > than
 
 
 @torch.no_grad()

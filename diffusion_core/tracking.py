@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from diffusion_core.evaluation import GOALS
+from diffusion_core.figure_names import GOALS
 
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run

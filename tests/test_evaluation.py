@@ -10,7 +10,8 @@ from tiny import digits, tiny_config, tiny_network
 
 from diffusion_core import evaluation
 from diffusion_core.data import Dataset, Images
-from diffusion_core.evaluation import PixelClassifier, build_classifier, is_better, validation_loss
+from diffusion_core.evaluation import PixelClassifier, build_classifier, validation_loss
+from diffusion_core.figure_names import is_better
 from diffusion_core.unet import build_network
 
 CONFIG = tiny_config(eval__val_images=300)

@@ -15,11 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("diffusion_core", "pruning", "agent")
 
 CORE_LAYERS = (
-    {"config", "config_io", "presets", "image_files"},
-    {"randomness", "data", "hardware", "unet", "structure"},
+    {"config", "config_io", "presets", "image_files", "figure_names", "cache"},
+    {"randomness", "data", "hardware", "compilation", "unet", "structure"},
     {"schedule", "denoiser", "losses", "guidance", "samplers"},
-    {"draws", "ema", "checkpoint", "trainer", "generation"},
-    {"evaluation", "tracking", "media", "diffusers_names"},
+    {"draws", "ema", "checkpoint", "distillation", "trainer", "generation"},
+    {"evaluation", "tracking", "media", "preparation"},
+    {"diffusers_names", "diffusers_networks", "diffusers_import", "diffusers_export"},
 )
 """Modules of the core, lowest first: a module may import its own layer and those below. A new one is added here."""
 

@@ -1,0 +1,117 @@
+"""When checkpoints are written, which of them are kept, and what goes to W&B."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from agent.config import TrialConfig
+from diffusion_core.checkpoint import (
+    METADATA_FILE,
+    SAMPLING_PARTS,
+    Checkpoint,
+    list_checkpoints,
+    step_folder,
+    write_checkpoint,
+)
+from diffusion_core.config_io import flatten
+from diffusion_core.data import Dataset
+from diffusion_core.figure_names import is_better
+from diffusion_core.structure import structure
+from diffusion_core.tracking import Tracker
+from diffusion_core.trainer import TrainState, is_due
+
+
+class SaveCheckpoints:
+    """Every ``checkpoint.every`` steps: a checkpoint on disk and as artifacts; keeps the newest ones and the best.
+
+    Attributes:
+        best: metric, value and step of the best checkpoint so far, or None.
+    """
+
+    def __init__(
+        self,
+        config: TrialConfig,
+        dataset: Dataset,
+        tracker: Tracker,
+        folder: Path,
+        run_id: str,
+        resumed: Checkpoint | None,
+    ) -> None:
+        self.config = config
+        self.dataset = dataset
+        self.tracker = tracker
+        self.folder = folder
+        self.run_id = run_id
+        self.saved_step = resumed.step if resumed else None
+        best = resumed.metadata.get("best") if resumed else None
+        # A run may be resumed with another metric; its values cannot be compared with those of the old one.
+        self.best: dict[str, Any] | None = best if best and best["metric"] == config.checkpoint.best_metric else None
+        self.figures: dict[str, float] = dict(resumed.metadata["figures"]) if resumed else {}
+
+    def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
+        self.figures.update(
+            {key: value for key, value in row.items() if isinstance(value, int | float) and math.isfinite(value)}
+        )
+        if is_due(state.step, self.config.checkpoint.every, self.config.train.steps):
+            self.save(state, row.get(self.config.checkpoint.best_metric))
+
+    def save(self, state: TrainState, metric: float | None = None) -> None:
+        """Write a checkpoint, log it, and delete those no longer kept; a step that is saved is not saved again."""
+        if state.step == self.saved_step:
+            return
+        is_best = metric is not None and is_better(
+            self.config.checkpoint.best_metric, metric, self.best["value"] if self.best else None
+        )
+        if is_best:
+            self.best = {"metric": self.config.checkpoint.best_metric, "value": metric, "step": state.step}
+        metadata = {
+            "config": flatten(self.config),
+            "image_shape": list(self.dataset.shape_CHW),
+            "num_classes": state.network.num_classes,
+            "class_names": list(self.dataset.class_names),
+            "structure": structure(state.network, self.config.model),
+            "figures": self.figures,
+            "best": self.best,
+            **state.metadata(),
+        }
+        checkpoint = write_checkpoint(self.folder, state.step, metadata, state.parts())
+        self.saved_step = state.step
+        if self.config.checkpoint.upload:
+            self._log_artifacts(checkpoint, is_best)
+        self._delete_old()
+
+    def _log_artifacts(self, checkpoint: Checkpoint, is_best: bool) -> None:
+        aliases = ["latest", f"step-{checkpoint.step}", *(["best"] if is_best else [])]
+        described = {
+            "step": checkpoint.step,
+            "config": checkpoint.metadata["config"],
+            "figures": checkpoint.metadata["figures"],
+            **checkpoint.metadata["extra"],
+        }
+        metadata_file = checkpoint.path / METADATA_FILE
+        sampling = [checkpoint.path / f"{part}.safetensors" for part in checkpoint.parts if part in SAMPLING_PARTS]
+        training = [checkpoint.path / f"{part}.safetensors" for part in checkpoint.parts if part not in SAMPLING_PARTS]
+        self.tracker.artifact(f"model-{self.run_id}", "model", [metadata_file, *sampling], aliases, described)
+        self.tracker.artifact(
+            f"training-state-{self.run_id}", "training-state", [metadata_file, *training], aliases, described
+        )
+
+    def _delete_old(self) -> None:
+        kept = {step_folder(self.best["step"])} if self.best else set()
+        for path in list_checkpoints(self.folder)[: -self.config.checkpoint.keep]:
+            if path.name not in kept:
+                shutil.rmtree(path)
+
+    def forget_best(self) -> None:
+        """Start over with `best`: the network is another one from now on."""
+        self.best = None
+
+    @property
+    def best_path(self) -> Path:
+        """The best checkpoint, or the newest one if the metric was never measured at a checkpoint."""
+        step = self.best["step"] if self.best else self.saved_step
+        assert step is not None
+        return self.folder / step_folder(step)
