@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from agent import engine
 from agent.config import TrialConfig, build_config
+from agent.trial_process import ARGS_MACRO, ENVIRONMENT_MACRO, MACROS
 from diffusion_core.config_io import ConfigError, knobs, read_yaml, unknown_key
 from diffusion_core.figure_names import GOALS, goal_of
 
-ARGS_MACRO = "${args}"
 METHODS = ("grid", "random", "bayes")
 EXPECTED = {"early_terminate": "type: hyperband, with min_iter:, or with max_iter: and s:"}
 """What a setting of a sweep may be, where W&B's schema does not say it in words."""
 
 SPREAD = 3.0
 """A normal distribution is tried at its mean and this many deviations to both sides of it."""
+
+MAX_GRID = 100_000
+"""Combinations of a grid. The engine lists them all for every suggestion."""
+
+MAX_NODES = 1_000_000
+"""Values in a file once its aliases are written out; some lines of YAML can stand for more than any memory holds."""
 
 
 class SweepError(ConfigError):
@@ -63,7 +69,22 @@ class SweepFile:
         """Number of trials of a grid; None for other methods."""
         if self.config["method"] != "grid":
             return None
-        return math.prod(trials_of(spec) or 1 for spec in self.parameters.values())
+        return grid_size(self.parameters)
+
+    def renamed(self, name: str) -> SweepFile:
+        """The same sweep under another name.
+
+        Raises:
+            SweepError: if no folder can have that name.
+        """
+        _check_name(name)
+        return replace(self, name=name, config=self.config | {"name": name})
+
+    @property
+    def total(self) -> int | None:
+        """How many trials there will be; None if the search goes on until it is stopped."""
+        caps = [cap for cap in (self.run_cap, self.grid_size()) if cap is not None]
+        return min(caps) if caps else None
 
     def engine_config(self) -> dict[str, Any]:
         """What W&B's search engine takes: parameters flat, and nothing that is the server's business."""
@@ -82,12 +103,52 @@ def load_sweep(path: Path) -> SweepFile:
     """
     try:
         config = read_yaml(path)
+        _count_nodes(config)
+    except RecursionError:
+        raise SweepError(f"{str(path)!r}: nested too deeply, or within itself") from None
     except ConfigError as error:
         raise SweepError(str(error).removeprefix("--config = ")) from None
+    return check_sweep(config, str(path), path.stem)
+
+
+def check_sweep(config: dict[str, Any], source: str, name: str) -> SweepFile:
+    """Check the content of a sweep as :func:`load_sweep` does.
+
+    Args:
+        source: where it is from, for messages.
+        name: what it is called if it does not say.
+
+    Raises:
+        SweepError: with all problems found, one a line.
+    """
     problems = _setting_problems(config) + _parameter_problems(config.get("parameters"), config.get("method"))
     if problems:
-        raise SweepError("\n".join(f"{path}: {problem}" for problem in dict.fromkeys(problems)))
-    return SweepFile(str(config.get("name", path.stem)), config, flat_parameters(config["parameters"]))
+        raise SweepError("\n".join(f"{source}: {problem}" for problem in dict.fromkeys(problems)))
+    name = str(config.get("name", name))
+    _check_name(name)
+    return SweepFile(name, config, flat_parameters(config["parameters"]))
+
+
+def _check_name(name: str) -> None:
+    if Path(name).name != name or not name.isprintable():
+        raise SweepError(f"name = {name!r}: expected a name that a folder can have")
+
+
+def _count_nodes(value: Any, counted: dict[int, int] | None = None) -> int:
+    """How many values there are in one, those behind aliases as often as they appear.
+
+    Raises:
+        SweepError: if there are too many.
+        RecursionError: if it holds itself.
+    """
+    counted = {} if counted is None else counted
+    if id(value) not in counted:
+        inner = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+        is_container = isinstance(value, Mapping | list | tuple | set)
+        counted[id(value)] = 1 + (sum(_count_nodes(entry, counted) for entry in inner) if is_container else 0)
+    if counted[id(value)] > MAX_NODES:
+        raise SweepError(f"more than {MAX_NODES:,} values once its aliases are written out")
+    return counted[id(value)]
 
 
 def flat_parameters(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, dict[str, Any]]:
@@ -115,6 +176,10 @@ def _setting_problems(config: Mapping[str, Any]) -> list[str]:
     if not isinstance(command, list) or ARGS_MACRO not in command:
         problems.append(f"command = {command!r}: expected a list that ends in {ARGS_MACRO}, such as "
                         "[${env}, ${interpreter}, -m, agent, ${args}]")  # fmt: skip
+    else:
+        for word in command:
+            if "${" in ENVIRONMENT_MACRO.sub("", str(word)) and word not in MACROS:
+                problems.append(f"command = {word!r}: expected one of {', '.join(MACROS)}, ${{envvar:NAME}}")
     for key, value in config.items():
         if key not in judged:
             problems += _violations(key, value, {key: value})
@@ -160,6 +225,11 @@ def _parameter_problems(parameters: Any, method: Any) -> list[str]:
     problems: list[str] = []
     for key, spec in flat_parameters(parameters).items():
         wrong = _violations(key, spec, {"parameters": {key: spec}})
+        ends = [type(spec[end]) for end in ("min", "max")] if not wrong and {"min", "max"} <= spec.keys() else []
+        if len(set(ends)) > 1 and "distribution" not in spec:
+            wrong = [f"{key} = {spec!r}: expected two integers or two numbers with a point, or a distribution:"]
+        if not wrong and method == "bayes" and "probabilities" in spec:
+            wrong = [f"{key} = {spec!r}: expected values: without probabilities:, which method=bayes cannot use"]
         if not wrong and method == "grid" and trials_of(spec) is None:
             wrong = [f"{key} = {spec!r}: expected value: or values:, which method=grid needs"]
         known = key.partition(".")[0] in TrialConfig.model_fields
@@ -168,6 +238,11 @@ def _parameter_problems(parameters: Any, method: Any) -> list[str]:
         problems += wrong
         if not wrong:
             tried[key] = values_to_try(spec)
+    flat = {key: spec for key, spec in flat_parameters(parameters).items() if key in tried}
+    if method == "grid" and grid_size(flat) > MAX_GRID:
+        problems.append(f"parameters: {grid_size(flat):,} combinations; expected at most {MAX_GRID:,} for method=grid")
+    if method == "bayes" and not problems and all("value" in spec for spec in flat.values()):
+        problems.append("parameters: expected one that varies, for method=bayes to search")
     first = {key: values[0] for key, values in tried.items()}
     for key, values in tried.items():
         for value in values:
@@ -178,12 +253,17 @@ def _parameter_problems(parameters: Any, method: Any) -> list[str]:
     return problems
 
 
+def grid_size(parameters: Mapping[str, Mapping[str, Any]]) -> int:
+    """Number of combinations of a grid's parameters."""
+    return math.prod(trials_of(spec) or 1 for spec in parameters.values())
+
+
 def trials_of(spec: Mapping[str, Any]) -> int | None:
     """How many values a grid tries of a parameter; None if it is no parameter for a grid."""
     if "value" in spec:
         return 1
     if "values" in spec:
-        return None if "probabilities" in spec else len(spec["values"])
+        return None if "probabilities" in spec else len({repr(value) for value in spec["values"]})
     if is_whole(spec):
         return spec["max"] - spec["min"] + 1
     return (

@@ -15,8 +15,9 @@ import yaml
 
 from agent import engine, sweep, sweep_file
 from agent.config import build_config
-from agent.offline import OfflineSweep, expand_command
+from agent.offline import OfflineSweep
 from agent.sweep_file import SPREAD, SweepError, SweepFile, flat_parameters, load_sweep, values_to_try
+from agent.trial_process import expand_command
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
@@ -628,8 +629,10 @@ def test_a_sweep_of_another_content_is_not_continued(tmp_path: Path) -> None:
     first = load(tmp_path, GOOD)
     folder = tmp_path / "out"
     folder.mkdir()
-    OfflineSweep(first, folder)._save()
-    assert OfflineSweep(first, folder).trials == []
+    OfflineSweep(first, folder).state.write()
+    assert OfflineSweep(first, folder).state.trials == []
+    longer = load(tmp_path, changed(run_cap=50))
+    assert OfflineSweep(longer, folder).sweep.run_cap == 50, "more trials of the same sweep"
     other = load(tmp_path, changed(add={"seed": {"value": 1}}))
     with pytest.raises(SweepError, match="give this one another --name"):
         OfflineSweep(other, folder)
