@@ -32,5 +32,8 @@ def shares(count: int) -> list[dict[str, str]]:
     threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, usable_cores() // count))}
     if not gpus:
         return [dict(threads) for _ in range(count)]
-    parts = [gpus[i * len(gpus) // count : (i + 1) * len(gpus) // count] or [gpus[i % len(gpus)]] for i in range(count)]
+    if len(gpus) < count:
+        parts = [[gpus[i % len(gpus)]] for i in range(count)]
+    else:
+        parts = [gpus[i * len(gpus) // count : (i + 1) * len(gpus) // count] for i in range(count)]
     return [threads | {"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]

@@ -112,8 +112,8 @@ class OfflineSweep:
             with forward_signals(lambda: [running.process for running in self.running]) as came:
                 while True:
                     while not came and not hopeless(ended) and len(self.running) < len(self.shares):
-                        trial = self._next_trial()
-                        if trial is None or (count is not None and len(begun | {trial.id}) > count):
+                        trial = self._next_trial(begun, may_begin=count is None or len(begun) < count)
+                        if trial is None:
                             break
                         begun.add(trial.id)
                         process = self._start(trial)
@@ -143,12 +143,17 @@ class OfflineSweep:
                     trial.state = STOPPED if trial.state == STOPPING else WAITING
         self.state.write()
 
-    def _next_trial(self) -> Trial | None:
-        """A trial that waits, or else a new one; None if there is none."""
+    def _next_trial(self, begun: set[str], may_begin: bool) -> Trial | None:
+        """A trial that waits, or else a new one; None if there is none.
+
+        Args:
+            begun: ids of the trials that this process has run.
+            may_begin: whether it may be another one; else one of them is tried again.
+        """
         trials = self.state.trials
-        waiting = next((trial for trial in trials if trial.state == WAITING), None)
-        if waiting is not None or self.exhausted:
-            return waiting
+        waiting = [trial for trial in trials if trial.state == WAITING and (may_begin or trial.id in begun)]
+        if waiting or self.exhausted or not may_begin:
+            return waiting[0] if waiting else None
         if self.sweep.run_cap is not None and len(trials) >= self.sweep.run_cap:
             return None
         parameters = engine.suggest(self.sweep.engine_config(), self.reader.engine_runs())

@@ -31,7 +31,8 @@ def plot_results(path: Path, sweep: SweepFile, trials: Sequence[TrialRecord]) ->
         trials: in the order in which they were asked for.
     """
     metric = sweep.metric
-    measured = [trial for trial in trials if metric in trial.figures]
+    numbers = [number for number, trial in enumerate(trials, start=1) if metric in trial.figures]
+    measured = [trials[number - 1] for number in numbers]
     if metric is None or not measured:
         return
     from matplotlib.figure import Figure  # Slow to import.
@@ -42,7 +43,7 @@ def plot_results(path: Path, sweep: SweepFile, trials: Sequence[TrialRecord]) ->
     figure = Figure(figsize=(4.2 * columns, 3.4 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     values = [trial.figures[metric] for trial in measured]
-    _by_trial(axes[0], measured, values, metric)
+    _by_trial(axes[0], numbers, measured, values, metric)
     for panel, key in zip(axes[1:], shown, strict=False):
         _by_parameter(panel, measured, values, key, sweep.parameters[key])
     for panel in axes[: 1 + len(shown)]:
@@ -52,24 +53,26 @@ def plot_results(path: Path, sweep: SweepFile, trials: Sequence[TrialRecord]) ->
             panel.set_yscale("log")
     for panel in axes[1 + len(shown) :]:
         panel.remove()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.suptitle(f"{sweep.name}: {len(measured)} trials")
     figure.savefig(path, dpi=110)
 
 
-def _by_trial(panel: Axes, trials: Sequence[TrialRecord], values: Sequence[float], metric: str) -> None:
+def _by_trial(
+    panel: Axes, numbers: Sequence[int], trials: Sequence[TrialRecord], values: Sequence[float], metric: str
+) -> None:
     """The metric in the order of the trials, coloured by how they ended, and the best so far."""
     from matplotlib.ticker import MaxNLocator
 
     for state in dict.fromkeys(trial.state for trial in trials):
-        points = [(i, value) for i, value in enumerate(values, start=1) if trials[i - 1].state == state]
-        panel.plot(*zip(*points, strict=True), "o", color=COLOURS.get(state, "tab:gray"), label=state)
+        points = [(x, y) for x, y, trial in zip(numbers, values, trials, strict=True) if trial.state == state]
+        panel.plot(*zip(*points, strict=True), "o", color=_colour(state), label=state)
     best: list[float] = []
     for value in values:
         best.append(value if not best or is_better(metric, value, best[-1]) else best[-1])
-    panel.step(range(1, len(best) + 1), best, where="post", color="black", linewidth=1, label="best so far")
+    panel.step(numbers, best, where="post", color="black", linewidth=1, label="best so far")
     panel.set_xlabel("trial")
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    panel.legend(fontsize="small")
 
 
 def _by_parameter(
@@ -85,8 +88,11 @@ def _by_parameter(
     elif "log" in spec.get("distribution", ""):
         panel.set_xscale("log")
     panel.set_xlabel(key)
-    colours = [COLOURS.get(trial.state, "tab:gray") for trial in trials]
-    panel.scatter(chosen, values, c=colours, alpha=0.8)
+    panel.scatter(chosen, values, c=[_colour(trial.state) for trial in trials], alpha=0.8)
+
+
+def _colour(state: str) -> str:
+    return COLOURS.get(state, "tab:gray")
 
 
 def _label(value: Any) -> str:
