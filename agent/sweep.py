@@ -6,8 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
+from agent.refusal import fail
 from agent.settings import load_environment, wandb_mode
 from agent.sweep_file import SweepError, SweepFile, load_sweep
 from diffusion_core.config_io import ConfigError
@@ -26,8 +27,15 @@ MANY_TRIALS = 1000
 """A grid of more is mentioned: it was perhaps not meant."""
 
 
+class Parser(argparse.ArgumentParser):
+    """Refuses words in one line, as everything else is refused."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(fail(message))
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m agent.sweep", description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser("python -m agent.sweep", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help="sweep file, such as sweeps/quickstart.yaml")
     parser.add_argument("--count", type=positive, metavar="N", help="run at most N trials now")
     parser.add_argument("--dry-run", action="store_true", help="list the first trials and what they cost, and stop")
@@ -57,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     load_environment()
     try:
         sweep = None if arguments.file is None else load_sweep(arguments.file)
-        if sweep is not None and arguments.name:
+        if sweep is not None and arguments.name is not None:
             sweep = sweep.renamed(arguments.name)
         if arguments.offline or (wandb_mode() != "online" and not (arguments.agents or arguments.attach)):
             return offline(sweep, arguments)

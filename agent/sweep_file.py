@@ -18,13 +18,19 @@ METHODS = ("grid", "random", "bayes")
 EXPECTED = {"early_terminate": "type: hyperband, with min_iter:, or with max_iter: and s:"}
 """What a setting of a sweep may be, where W&B's schema does not say it in words."""
 
+MAX_NAME_BYTES = 200
+"""Length of a sweep's name; a folder's may have 255 bytes."""
+
+MAX_SHOWN = 300
+"""Characters of a value in a message."""
+
 SPREAD = 3.0
 """A normal distribution is tried at its mean and this many deviations to both sides of it."""
 
 MAX_GRID = 100_000
 """Combinations of a grid. The engine lists them all for every suggestion."""
 
-MAX_NODES = 1_000_000
+MAX_NODES = 100_000
 """Values in a file once its aliases are written out; some lines of YAML can stand for more than any memory holds."""
 
 
@@ -77,7 +83,9 @@ class SweepFile:
         Raises:
             SweepError: if no folder can have that name.
         """
-        _check_name(name)
+        problems = _name_problems(name)
+        if problems:
+            raise SweepError(*problems)
         return replace(self, name=name, config=self.config | {"name": name})
 
     @property
@@ -103,7 +111,8 @@ def load_sweep(path: Path) -> SweepFile:
     """
     try:
         config = read_yaml(path)
-        _count_nodes(config)
+        if _count_nodes(config) > MAX_NODES:
+            raise SweepError(f"{str(path)!r}: more than {MAX_NODES:,} values once its aliases are written out")
     except RecursionError:
         raise SweepError(f"{str(path)!r}: nested too deeply, or within itself") from None
     except ConfigError as error:
@@ -121,24 +130,24 @@ def check_sweep(config: dict[str, Any], source: str, name: str) -> SweepFile:
     Raises:
         SweepError: with all problems found, one a line.
     """
+    name = config.get("name", name)
     problems = _setting_problems(config) + _parameter_problems(config.get("parameters"), config.get("method"))
+    problems += _name_problems(name) if isinstance(name, str) else []
     if problems:
         raise SweepError("\n".join(f"{source}: {problem}" for problem in dict.fromkeys(problems)))
-    name = str(config.get("name", name))
-    _check_name(name)
     return SweepFile(name, config, flat_parameters(config["parameters"]))
 
 
-def _check_name(name: str) -> None:
-    if Path(name).name != name or not name.isprintable():
-        raise SweepError(f"name = {name!r}: expected a name that a folder can have")
+def _name_problems(name: str) -> list[str]:
+    if name and Path(name).name == name and name.isprintable() and len(name.encode()) <= MAX_NAME_BYTES:
+        return []
+    return [f"name = {_shown(name)}: expected a name that a folder can have"]
 
 
 def _count_nodes(value: Any, counted: dict[int, int] | None = None) -> int:
     """How many values there are in one, those behind aliases as often as they appear.
 
     Raises:
-        SweepError: if there are too many.
         RecursionError: if it holds itself.
     """
     counted = {} if counted is None else counted
@@ -146,8 +155,6 @@ def _count_nodes(value: Any, counted: dict[int, int] | None = None) -> int:
         inner = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
         is_container = isinstance(value, Mapping | list | tuple | set)
         counted[id(value)] = 1 + (sum(_count_nodes(entry, counted) for entry in inner) if is_container else 0)
-    if counted[id(value)] > MAX_NODES:
-        raise SweepError(f"more than {MAX_NODES:,} values once its aliases are written out")
     return counted[id(value)]
 
 
@@ -174,7 +181,7 @@ def _setting_problems(config: Mapping[str, Any]) -> list[str]:
         problems.append(f"run_cap = {run_cap!r}: expected an integer >= 1")
     command = config.get("command")
     if not isinstance(command, list) or ARGS_MACRO not in command:
-        problems.append(f"command = {command!r}: expected a list that ends in {ARGS_MACRO}, such as "
+        problems.append(f"command = {_shown(command)}: expected a list that ends in {ARGS_MACRO}, such as "
                         "[${env}, ${interpreter}, -m, agent, ${args}]")  # fmt: skip
     else:
         for word in command:
@@ -203,6 +210,11 @@ def _metric_problems(config: Mapping[str, Any]) -> list[str]:
     return _violations("metric", metric, {"metric": metric})
 
 
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
 def _violations(key: str, value: Any, content: Mapping[str, Any]) -> list[str]:
     """What W&B's schema has against one setting or parameter, in one line."""
     found = engine.violations({"method": "random", "parameters": {"seed": {"value": 0}}} | dict(content))
@@ -214,12 +226,12 @@ def _violations(key: str, value: Any, content: Mapping[str, Any]) -> list[str]:
         reason for reason in reasons if not reason.endswith("schemas") and not reason.lower().startswith("invalid ")
     ]
     expected = EXPECTED.get(key, "value:, values:, or min: and max:, with a distribution: that W&B knows")
-    return [f"{key} = {value!r}: {'; '.join(dict.fromkeys(reasons)) or f'expected {expected}'}"]
+    return [f"{key} = {_shown(value)}: {'; '.join(dict.fromkeys(reasons)) or f'expected {expected}'}"]
 
 
 def _parameter_problems(parameters: Any, method: Any) -> list[str]:
     if not isinstance(parameters, Mapping) or not parameters:
-        return [f"parameters = {parameters!r}: expected a mapping from knobs such as train.lr to their values"]
+        return [f"parameters = {_shown(parameters)}: expected a mapping from knobs such as train.lr to their values"]
     fields = dict(knobs(TrialConfig))
     tried: dict[str, list[Any]] = {}
     problems: list[str] = []
@@ -227,11 +239,11 @@ def _parameter_problems(parameters: Any, method: Any) -> list[str]:
         wrong = _violations(key, spec, {"parameters": {key: spec}})
         ends = [type(spec[end]) for end in ("min", "max")] if not wrong and {"min", "max"} <= spec.keys() else []
         if len(set(ends)) > 1 and "distribution" not in spec:
-            wrong = [f"{key} = {spec!r}: expected two integers or two numbers with a point, or a distribution:"]
+            wrong = [f"{key} = {_shown(spec)}: expected two integers or two numbers with a point, or a distribution:"]
         if not wrong and method == "bayes" and "probabilities" in spec:
-            wrong = [f"{key} = {spec!r}: expected values: without probabilities:, which method=bayes cannot use"]
+            wrong = [f"{key} = {_shown(spec)}: expected values: without probabilities:, which method=bayes cannot use"]
         if not wrong and method == "grid" and trials_of(spec) is None:
-            wrong = [f"{key} = {spec!r}: expected value: or values:, which method=grid needs"]
+            wrong = [f"{key} = {_shown(spec)}: expected value: or values:, which method=grid needs"]
         known = key.partition(".")[0] in TrialConfig.model_fields
         if not known or ("." in key and key not in fields):
             wrong = [unknown_key(key, spec, fields)]
