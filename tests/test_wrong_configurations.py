@@ -312,7 +312,7 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def load_data(*_: object, **__: object) -> None:
         raise AssertionError("data were read although the configuration is wrong")
 
-    monkeypatch.setattr("diffusion_core.data.load_data", load_data)
+    monkeypatch.setattr("agent.session.load_data", load_data)
     folder = tmp_path / "empty"
     folder.mkdir()
     monkeypatch.chdir(folder)
