@@ -138,7 +138,7 @@ def forward_passes(config: TrialConfig) -> float:
     classes = classes_of(config)
     drawn = classes * sample.per_class + min(classes, GIF_ROWS) * min(GIF_COLUMNS, sample.per_class)
     return (
-        steps * config.train.batch_size * (1 + BACKWARD_COST)
+        steps * config.train.images_per_step * (1 + BACKWARD_COST)
         + evaluations * (evaluation.val_images + judged)
         + drawings * drawn * image
     )

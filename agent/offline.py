@@ -24,6 +24,7 @@ from agent import engine
 from agent.devices import shares
 from agent.results import TrialRecord, table, write_results
 from agent.results_plot import PLOT_FILE, plot_results
+from agent.settings import OFFLINE_SWEEP
 from agent.sweep_file import SweepError, SweepFile
 from agent.sweep_progress import SweepProgress
 from agent.sweep_state import DONE, FAILED, FINISHED, RUNNING, STOPPED, STOPPING, WAITING, SweepState, Trial
@@ -174,6 +175,7 @@ class OfflineSweep:
             "WANDB_RUN_ID": trial.id,
             "WANDB_NAME": trial.id,
             "WANDB_RUN_GROUP": self.sweep.name,
+            OFFLINE_SWEEP: self.sweep.name,
             "WANDB_SILENT": os.environ.get("WANDB_SILENT", "true"),
         }
         command = expand_command(self.sweep.config["command"], arguments, self.sweep.config.get("program"))

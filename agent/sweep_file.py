@@ -13,6 +13,7 @@ from agent.config import TrialConfig, build_config
 from agent.trial_process import ARGS_MACRO, ENVIRONMENT_MACRO, MACROS
 from diffusion_core.config_io import ConfigError, knobs, read_yaml, unknown_key
 from diffusion_core.figure_names import GOALS, goal_of
+from pruning.config import LISTENS_TO, PruneConfig, unheard
 
 METHODS = ("grid", "random", "bayes")
 EXPECTED = {"early_terminate": "type: hyperband, with min_iter:, or with max_iter: and s:"}
@@ -256,12 +257,15 @@ def _parameter_problems(parameters: Any, method: Any) -> list[str]:
     if method == "bayes" and not problems and all("value" in spec for spec in flat.values()):
         problems.append("parameters: expected one that varies, for method=bayes to search")
     first = {key: values[0] for key, values in tried.items()}
+    methods = [str(method) for method in tried.get("prune.method", [PruneConfig().method]) if method in LISTENS_TO]
     for key, values in tried.items():
         for value in values:
             try:
-                build_config(first | {key: value})
+                config = build_config(first | {key: value})
             except ConfigError as error:
                 problems += error.problems
+            else:
+                problems += unheard(config.prune, methods)
     return problems
 
 
