@@ -94,7 +94,8 @@ class Estimator:
             return statistics.mean(self.past_seconds)
         if kind not in self._image_seconds:
             on_cpu = config.train.device == "cpu" or not visible_gpus()
-            measured = on_cpu and params <= MAX_TRIED_PARAMS
+            # A batch that is `auto` is settled on the GPU.
+            measured = on_cpu and params <= MAX_TRIED_PARAMS and config.train.batch_size != "auto"
             self._image_seconds[kind] = measure_image_seconds(config, self.threads) if measured else None
         each = self._image_seconds[kind]
         return None if each is None else STARTUP_SECONDS + each * forward_passes(config)
