@@ -89,7 +89,7 @@ def test_one_command_online_where_hyperband_stops_the_bad_and_lets_the_good_fini
     seen = [step for step, _ in losses(stopped)]
     assert 4 < len(seen) < 100_000
     assert seen == list(range(4, 4 * len(seen) + 1, 4)), "its last rows arrived"
-    # W&B's engine finds the best value in what it is handed: history beside a summary that W&B nests, or a flat summary.
+    # W&B's engine finds the best value, be it handed the history beside a summary that W&B nests, or a flat summary.
     for run in sweep.runs:
         best = pytest.approx(min(loss for _, loss in losses(run)))
         for summary, history in ((run.summary, run.history), (flat_summary(run.summary), [])):
