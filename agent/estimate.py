@@ -45,8 +45,8 @@ class TrialEstimate:
 
     Attributes:
         params: parameters of its network, before pruning.
-        disk_bytes: what its checkpoints take up in the end.
-        upload_bytes: what goes to W&B as artifacts, now or with ``wandb sync``.
+        disk_bytes: what its checkpoints take up in the end. (What waits for an upload are hard links to them.)
+        upload_bytes: what goes to W&B as artifacts while it runs.
         seconds: its wall time, or None if that is unknown.
     """
 
@@ -60,7 +60,7 @@ class Estimator:
     """Estimates trials of one sweep; networks of one kind are built and timed once.
 
     Args:
-        offline: whether uploads wait on this disk.
+        offline: whether nothing is uploaded while trials run.
         threads: processor threads of a trial.
         past_seconds: wall times of trials of this sweep that have ended, which are a better guide than any measurement.
     """
@@ -79,13 +79,10 @@ class Estimator:
             self._params[kind] = count_params(config)
         params = self._params[kind]
         size, saved = checkpoint_bytes(config, params), checkpoints_saved(config)
-        kept = min(saved, config.checkpoint.keep + 1)
-        # Offline, what is to be uploaded waits as hard links: it takes space once, but also after the checkpoint went.
-        waits = self.offline and config.checkpoint.upload
         return TrialEstimate(
             params=params,
-            disk_bytes=size * (saved if waits else kept),
-            upload_bytes=size * saved if config.checkpoint.upload else 0,
+            disk_bytes=size * min(saved, config.checkpoint.keep + 1),
+            upload_bytes=size * saved if config.checkpoint.upload and not self.offline else 0,
             seconds=self._seconds(config, kind, params),
         )
 
@@ -204,7 +201,7 @@ def describe_sweep(
     said = [
         f"{trials:,} trials, {jobs} at a time" if trials is not None else "trials without end (no run_cap, no --count)",
         amount(size_in_words, disk, "of checkpoints "),
-        *([amount(size_in_words, upload, "of uploads ")] if upload and not estimator.offline else []),
+        *([amount(size_in_words, upload, "of uploads ")] if upload else []),
         "time unknown until a trial has ended"
         if not times
         else amount(duration, statistics.mean(times), "", at_once=jobs),
