@@ -24,7 +24,7 @@ from diffusion_core.ema import profiles
 from diffusion_core.media import GIF_COLUMNS, GIF_ROWS
 from diffusion_core.unet import UNet, build_network
 
-SAMPLED_TRIALS = 20
+SAMPLED_TRIALS = 10
 """Trials that are looked at; the rest is taken to be like them on average."""
 FLOAT_BYTES = 4
 USUAL_CLASSES = 10

@@ -182,6 +182,7 @@ class OfflineSweep:
         # Before there is a process: whoever finds this trial later must know that it may have one.
         trial.state = RUNNING
         self.state.write()
+        end_orphan(folder)  # Something that the trial left behind when it failed.
         try:
             process = start_process(command, environment, folder, self._log(trial))
         except OSError as error:

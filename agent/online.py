@@ -124,7 +124,7 @@ def run_agents(path: str, sweep: SweepFile, agents: int, count: int | None) -> i
             if agents > 1:
                 LOGS.mkdir(parents=True, exist_ok=True)
                 log = LOGS / f"{path.rpartition('/')[2]}-{number + 1}.log"
-                print(f"agent {number + 1}: {' '.join(f'{k}={v}' for k, v in share.items())} {log}", flush=True)
+                print(" ".join([f"agent {number + 1}:", *(f"{k}={v}" for k, v in share.items()), str(log)]), flush=True)
             processes.append(start_process([*command, *own, path], environment | share, log=log))
         while any(process.poll() is None for process in processes):
             time.sleep(POLL_SECONDS)

@@ -101,7 +101,8 @@ def online(sweep: SweepFile | None, arguments: argparse.Namespace) -> int:
         path, sweep = find_sweep(arguments.attach, sweep)
     assert sweep is not None
     agents = arguments.agents or one_per_gpu()
-    tell_cost(sweep, arguments, agents)
+    if path is None or arguments.dry_run:  # Of one on W&B, some trials may be done.
+        tell_cost(sweep, arguments, agents)
     if arguments.dry_run:
         return 0
     return run_agents(path or create_sweep(sweep), sweep, agents, arguments.count)

@@ -210,6 +210,22 @@ def test_what_is_tried_spans_what_the_engine_draws() -> None:
             runs.append(engine.past_run(str(number), suggestion, "finished", {}, []))
 
 
+def test_bayes_takes_every_distribution() -> None:
+    parameters = {f"p{number}": spec for number, (spec, _) in enumerate(TRIED)} | {
+        "flag": {"values": [True, False, None]}
+    }
+    config = {"method": "bayes", "metric": {"name": "val/loss", "goal": "minimize"}, "parameters": parameters}
+    assert engine.violations(config) == []
+    for suggestion in search(config, 5, lambda found: {"val/loss": float(found["p4"])}):
+        assert suggestion.keys() == parameters.keys()
+        for number, (spec, _) in enumerate(TRIED):
+            value, tried = suggestion[f"p{number}"], values_to_try(spec)
+            if "values" in spec or "value" in spec:
+                assert value in tried
+            else:
+                assert tried[0] - 1.0 <= value <= tried[-1] + 1.0
+
+
 # What is wrong with a file: each with all that must be said, one line each
 
 UNKNOWN = "unknown key; did you mean"
