@@ -170,14 +170,18 @@ class OfflineSweep:
         slot = min(set(range(len(self.shares))) - {running.slot for running in self.running})
         folder = self.state.trial_folder(trial)
         arguments = [f"--{key}={value}" for key, value in trial.parameters.items()] + [f"--log.dir={folder}"]
-        environment = self.shares[slot] | {
-            "WANDB_MODE": "disabled" if os.environ.get("WANDB_MODE") == "disabled" else "offline",
-            "WANDB_RUN_ID": trial.id,
-            "WANDB_NAME": trial.id,
-            "WANDB_RUN_GROUP": self.sweep.name,
-            OFFLINE_SWEEP: self.sweep.name,
-            "WANDB_SILENT": os.environ.get("WANDB_SILENT", "true"),
-        }
+        environment = (
+            dict(os.environ)
+            | self.shares[slot]
+            | {
+                "WANDB_MODE": "disabled" if os.environ.get("WANDB_MODE") == "disabled" else "offline",
+                "WANDB_RUN_ID": trial.id,
+                "WANDB_NAME": trial.id,
+                "WANDB_RUN_GROUP": self.sweep.name,
+                OFFLINE_SWEEP: self.sweep.name,
+                "WANDB_SILENT": os.environ.get("WANDB_SILENT", "true"),
+            }
+        )
         command = expand_command(self.sweep.config["command"], arguments, self.sweep.config.get("program"))
         # Before there is a process: whoever finds this trial later must know that it may have one.
         trial.state = RUNNING

@@ -112,11 +112,14 @@ def run_agents(path: str, sweep: SweepFile, agents: int, count: int | None) -> i
     print(f"to go on later, and on other machines: python -m agent.sweep --attach {path}", flush=True)
     # `${interpreter}` is `python` to W&B's agent: make that the one that runs this.
     search_path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    environment = {"PATH": search_path} | (PATIENT if "early_terminate" in sweep.config else {})
+    environment = dict(os.environ) | {"PATH": search_path} | (PATIENT if "early_terminate" in sweep.config else {})
+    environment.pop(wandb.env.SERVICE, None)  # An agent ends the service behind its client with every trial.
     command = [sys.executable, "-m", "wandb", "agent", "--forward-signals"]
     processes: list[subprocess.Popen[bytes]] = []
     with forward_signals(lambda: processes) as came:
         for number, share in enumerate(shares(agents)):
+            if came:
+                break
             own = [] if count is None else ["--count", str(count // agents + (number < count % agents))]
             if own == ["--count", "0"]:
                 continue

@@ -56,7 +56,7 @@ def start_process(
 
     Args:
         command: its words.
-        environment: variables on top of this process's.
+        environment: all its variables.
         folder: a trial's folder, whose lock the process will hold; None for one that is no trial.
         log: file that its output is appended to; None leaves it on the screen.
 
@@ -79,7 +79,7 @@ def start_process(
     try:
         return subprocess.Popen(
             command,
-            env=os.environ | dict(environment),
+            env=environment,
             # In a process group of its own, or Ctrl-C would reach it twice: from the terminal and from here. The
             # terminal's input is not for such a group.
             process_group=0,
