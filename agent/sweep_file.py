@@ -131,6 +131,7 @@ def check_sweep(config: dict[str, Any], source: str, name: str) -> SweepFile:
     Raises:
         SweepError: with all problems found, one a line.
     """
+    config = {key: value for key, value in config.items() if value is not None}  # `metric:` with nothing after it.
     name = config.get("name", name)
     problems = _setting_problems(config) + _parameter_problems(config.get("parameters"), config.get("method"))
     problems += _name_problems(name) if isinstance(name, str) else []

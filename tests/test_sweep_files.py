@@ -160,6 +160,13 @@ def test_nested_parameters_are_flattened(tmp_path: Path) -> None:
     assert set(suggested) == set(expected)
 
 
+def test_a_setting_with_nothing_after_it_is_none(tmp_path: Path) -> None:
+    nothing = dict.fromkeys(("metric", "run_cap", "early_terminate", "name", "description", "program"))
+    loaded = load(tmp_path, GOOD | nothing)
+    assert (loaded.name, loaded.metric, loaded.run_cap, loaded.total) == ("sweep", None, None, None)
+    assert loaded.config.keys() == GOOD.keys() - {"metric"}
+
+
 def test_a_metric_is_optional_and_a_whole_section_may_be_one_value(tmp_path: Path) -> None:
     assert load(tmp_path, changed(metric=None)).metric is None
     assert load(tmp_path, changed(add={"ema": {"value": {"decay": 0.5}}})).parameters["ema"] == {
