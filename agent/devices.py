@@ -20,16 +20,22 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def threads_each(count: int) -> int:
+    """Processor threads of each of ``count`` processes: their part of the cores, or what OMP_NUM_THREADS says."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(wanted) if wanted.isdecimal() and int(wanted) else max(1, usable_cores() // count)
+
+
 def shares(count: int) -> list[dict[str, str]]:
     """Environment variables with which ``count`` processes share this machine.
 
     Each gets its part of the GPUs, or one of them where there are fewer GPUs than processes, and its part of the cores;
-    a single process gets all. OMP_NUM_THREADS that is set already stays.
+    a single process gets all.
     """
     if count == 1:
         return [{}]
     gpus = visible_gpus()
-    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, usable_cores() // count))}
+    threads = {"OMP_NUM_THREADS": str(threads_each(count))}
     if not gpus:
         return [dict(threads) for _ in range(count)]
     if len(gpus) < count:

@@ -16,8 +16,8 @@ import torch
 
 from agent import engine
 from agent.config import TrialConfig, build_config
-from agent.devices import usable_cores, visible_gpus
-from agent.results import duration
+from agent.devices import threads_each, visible_gpus
+from agent.results import choice, duration
 from agent.sweep_file import SweepFile
 from diffusion_core.config import NUM_CLASSES
 from diffusion_core.ema import profiles
@@ -29,8 +29,10 @@ SAMPLED_TRIALS = 10
 FLOAT_BYTES = 4
 USUAL_CLASSES = 10
 """Taken where the number of classes is known only once the data is read; each moves the size by an embedding row."""
-TRIED_IMAGES = 8
+TRIED_IMAGES = 16
 """Images of the batch that speed is measured with."""
+TRIED_TIMES = 5
+"""Of so many passes the fastest counts: on a busy machine, the others tell of the machine."""
 MAX_TRIED_PARAMS = 5_000_000
 """Larger networks are not tried: that alone would take long, and they are not meant for processors."""
 BACKWARD_COST = 2.0
@@ -61,13 +63,13 @@ class Estimator:
 
     Args:
         offline: whether nothing is uploaded while trials run.
-        threads: processor threads of a trial.
+        threads: processor threads of a trial; None: all.
         past_seconds: wall times of trials of this sweep that have ended, which are a better guide than any measurement.
     """
 
     def __init__(self, *, offline: bool, threads: int | None = None, past_seconds: Sequence[float] = ()) -> None:
         self.offline = offline
-        self.threads = threads or usable_cores()
+        self.threads = threads or threads_each(1)
         self.past_seconds = past_seconds
         self._params: dict[str, int] = {}
         self._image_seconds: dict[str, float | None] = {}
@@ -151,10 +153,12 @@ def measure_image_seconds(config: TrialConfig, threads: int) -> float:
     torch.set_num_threads(threads)
     try:
         with torch.no_grad():
-            network(images, times)  # The first pass sets things up.
-            started = time.perf_counter()
-            network(images, times)
-            return (time.perf_counter() - started) / TRIED_IMAGES
+            seconds = []
+            for _ in range(TRIED_TIMES):
+                started = time.perf_counter()
+                network(images, times)
+                seconds.append(time.perf_counter() - started)
+            return min(seconds) / TRIED_IMAGES
     finally:
         torch.set_num_threads(before)
 
@@ -221,7 +225,7 @@ def list_trials(sweep: SweepFile, estimator: Estimator, count: int) -> str:
     for number, parameters in enumerate(islice(first_trials(sweep), count), start=1):
         estimate = estimator.trial(build_config(parameters))
         seconds = "time unknown" if estimate.seconds is None else f"about {duration(estimate.seconds)}"
-        lines.append(f"[{number}] " + " ".join(f"{key}={parameters[key]}" for key in sweep.varied))
+        lines.append(f"[{number}] {choice(parameters, sweep.varied)}")
         lines.append(
             f"    {estimate.params:,} parameters, {size_in_words(estimate.disk_bytes)} of checkpoints, {seconds}"
         )

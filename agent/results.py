@@ -74,6 +74,12 @@ def table(trials: Sequence[TrialRecord], varied: Sequence[str], metric: str | No
     return "\n".join(lines)
 
 
+def choice(parameters: Mapping[str, Any], varied: Sequence[str]) -> str:
+    """What a sweep chose for a trial: ``train.lr=0.0004213 seed=1``."""
+    shown = {key: f"{value:.4g}" if isinstance(value := parameters[key], float) else value for key in varied}
+    return " ".join(f"{key}={value}" for key, value in shown.items())
+
+
 def duration(seconds: float) -> str:
     """A length of time in words: ``34 s``, ``5 min``, ``7.5 h``."""
     if seconds < 100:

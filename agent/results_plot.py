@@ -31,13 +31,15 @@ def plot_results(path: Path, sweep: SweepFile, trials: Sequence[TrialRecord]) ->
         trials: in the order in which they were asked for.
     """
     metric = sweep.metric
+    if metric is None:
+        return
     numbers = [
         number
         for number, trial in enumerate(trials, start=1)
         if metric in trial.figures and math.isfinite(trial.figures[metric])
     ]
     measured = [trials[number - 1] for number in numbers]
-    if metric is None or not measured:
+    if not measured:
         return
     from matplotlib.figure import Figure  # Slow to import.
 

@@ -121,7 +121,7 @@ def tell_cost(sweep: SweepFile, arguments: argparse.Namespace, jobs: int, begun:
         jobs: trials at once.
         begun: the offline sweep, some of whose trials may have ended.
     """
-    from agent.devices import usable_cores
+    from agent.devices import threads_each
     from agent.estimate import Estimator, describe_sweep, list_trials
 
     ended = [] if begun is None else begun.ended_trials()
@@ -131,7 +131,7 @@ def tell_cost(sweep: SweepFile, arguments: argparse.Namespace, jobs: int, begun:
         return
     estimator = Estimator(
         offline=begun is not None,
-        threads=max(1, usable_cores() // jobs),
+        threads=threads_each(jobs),
         past_seconds=[trial.seconds for trial in ended],
     )
     if arguments.dry_run:

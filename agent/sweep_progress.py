@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from agent.results import duration
+from agent.results import choice, duration
 from agent.sweep_file import SweepFile
 from agent.sweep_state import DONE, FAILED, FINISHED, STOPPED, SweepState, Trial
 from agent.trial_reader import TrialReader
@@ -25,8 +25,8 @@ class SweepProgress:
         self.jobs = jobs
 
     def started(self, trial: Trial) -> None:
-        chosen = " ".join(f"{key}={trial.parameters[key]}" for key in self.sweep.varied)
-        print(f"{self._name(trial)} {'goes on' if trial.seconds else 'starts'}: {chosen}", flush=True)
+        begins = "goes on" if trial.seconds else "starts"
+        print(f"{self._name(trial)} {begins}: {choice(trial.parameters, self.sweep.varied)}", flush=True)
 
     def ended(self, trial: Trial, code: int, under_way: Sequence[float], log: Path | None) -> None:
         """A process of a trial has ended.

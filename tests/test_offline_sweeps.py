@@ -401,7 +401,8 @@ def test_gpus_and_cores_are_dealt_out_evenly(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert devices.shares(3) == [{"OMP_NUM_THREADS": "3"}] * 3
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert devices.shares(3) == [{}] * 3
+    assert devices.shares(3) == [{"OMP_NUM_THREADS": "7"}] * 3
+    assert devices.threads_each(3) == 7
 
 
 def test_every_trial_keeps_to_its_share(tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -470,5 +471,5 @@ def test_a_dry_run_lists_trials_with_their_cost_and_runs_nothing(
     assert lines[-1].startswith("estimate at most: 3 trials, 1 at a time; ")
     first = engine.suggest(loaded.engine_config(), [])
     assert first is not None
-    assert f"train.lr={first['train.lr']}" in lines[0]
+    assert f"train.lr={first['train.lr']:.4g}" in lines[0]
     assert not Path("runs").exists()
