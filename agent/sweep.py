@@ -125,9 +125,10 @@ def tell_cost(sweep: SweepFile, arguments: argparse.Namespace, jobs: int, begun:
     from agent.estimate import Estimator, describe_sweep, list_trials
 
     ended = [] if begun is None else begun.ended_trials()
-    limits = [arguments.count, None if sweep.total is None else sweep.total - len(ended)]
+    limits = [arguments.count, None if sweep.total is None else max(0, sweep.total - len(ended))]
     trials = min((limit for limit in limits if limit is not None), default=None)
     if trials == 0:
+        print("estimate: no trials are left")
         return
     estimator = Estimator(
         offline=begun is not None,
