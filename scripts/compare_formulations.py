@@ -24,22 +24,11 @@ from diffusion_core.data import Dataset, load_data
 from diffusion_core.evaluation import PixelClassifier
 from diffusion_core.generation import Generator, Request
 from diffusion_core.hardware import pick_device, pick_precision
+from diffusion_core.presets import FORMULATIONS
 from diffusion_core.samplers import evaluations
 from diffusion_core.tracking import NullTracker
 
-EDM = {
-    "diffusion.schedule": "karras",
-    "diffusion.prediction": "edm",
-    "diffusion.weighting": "edm",
-    "diffusion.timestep_sampling": "lognormal",
-}
-FORMULATIONS: dict[str, dict[str, Any]] = {
-    "eps": {},
-    "v": {"diffusion.prediction": "v"},
-    "x0": {"diffusion.prediction": "x0"},
-    "edm": EDM,
-    "learned variance": {"model.learned_variance": True},
-}
+COMPARED = ("eps", "v", "x0", "EDM", "learned variance")
 SAMPLERS: dict[str, dict[str, Any]] = {
     "ddim 50": {"sample.sampler": "ddim", "sample.steps": 50},
     "ddpm 100": {"sample.sampler": "ddpm", "sample.steps": 100},
@@ -86,12 +75,12 @@ def compare(seeds: list[int], steps: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "results.json"
     results: dict[str, dict[str, float]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    for name, overrides in FORMULATIONS.items():
+    for name in COMPARED:
         for seed in seeds:
             key = f"{name}, {steps} steps, seed {seed}"
             if key not in results:
                 print(key, flush=True)
-                results[key] = measure(name, overrides, seed, steps, folder, dataset, classifier)
+                results[key] = measure(name, FORMULATIONS[name], seed, steps, folder, dataset, classifier)
                 write_json(file, results)
     table = markdown(results, seeds, steps, classifier.accuracy)
     (folder / "table.md").write_text(table, encoding="utf-8")
@@ -146,7 +135,7 @@ def markdown(results: dict[str, dict[str, float]], seeds: list[int], steps: int,
         "| formulation | " + " | ".join(SAMPLERS) + " |",
         "|---|" + "---|" * len(SAMPLERS),
     ]
-    for name in FORMULATIONS:
+    for name in COMPARED:
         cells = []
         for sampler in SAMPLERS:
             values = [100.0 * results[f"{name}, {steps} steps, seed {seed}"][sampler] for seed in seeds]

@@ -178,6 +178,24 @@ def test_a_model_of_another_schedule_denoises_the_images_of_this_one(own: str, o
 
 
 @torch.no_grad()
+def test_a_model_of_another_schedule_is_shown_pure_noise_as_strong_as_it_knows_it() -> None:
+    """At zero terminal SNR there is no signal to scale by; the other model's last timestep stands in."""
+    config = tiny_config(diffusion__prediction="v", diffusion__zero_terminal_snr=True)
+    schedule = build_schedule(config.diffusion)
+    assert schedule.alphas[-1] == 0.0
+    noise, t = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((3,), 49)
+    for theirs in (tiny_config(**FORMULATIONS["linear eps"]), tiny_config(**FORMULATIONS["karras edm"])):
+        own, last = build_schedule(theirs.diffusion), theirs.diffusion.timesteps - 1
+        other = Generator(GaussianNetwork(theirs), theirs, "fp32")
+        expected = other.denoiser()(noise * own.alphas[-1].hypot(own.sigmas[-1]).float(), torch.full((3,), last), None)
+        torch.testing.assert_close(other.at_levels_of(schedule)(noise, t, None), expected, rtol=1e-3, atol=1e-3)
+    reference = Generator(tiny_network(tiny_config(), seed=1), tiny_config(), "fp32")
+    settings = SampleConfig(sampler="ddim", steps=4, guidance=2.0)
+    images = Generator(tiny_network(config), config, "fp32", reference).batch(requests([1], 2), settings, 0)
+    assert torch.isfinite(images).all()
+
+
+@torch.no_grad()
 def test_a_reference_reaches_the_sampler() -> None:
     config, theirs = tiny_config(**FORMULATIONS["linear eps"]), tiny_config(**FORMULATIONS["karras edm"])
     same = Generator(GaussianNetwork(theirs), theirs, "fp32")

@@ -24,7 +24,6 @@ from torch import Tensor
 from diffusion_core.config import SampleConfig
 from diffusion_core.denoiser import Denoiser, DenoiserFunction, clipped
 from diffusion_core.samplers import (
-    PURE_NOISE_LEVEL,
     build_sampler,
     ddim,
     ddpm,
@@ -34,7 +33,7 @@ from diffusion_core.samplers import (
     evaluations,
     heun,
 )
-from diffusion_core.schedule import NoiseSchedule, SamplingSteps, build_schedule
+from diffusion_core.schedule import PURE_NOISE_LEVEL, NoiseSchedule, SamplingSteps, build_schedule
 
 T = 50
 LINEAR = build_schedule(tiny_config(diffusion__schedule="linear", diffusion__timesteps=T).diffusion)
@@ -288,7 +287,7 @@ def test_heun_equals_diffusers(count: int, clip: bool) -> None:
     betas = (1 - GENTLE.alphas**2 / torch.cat([torch.ones(1), GENTLE.alphas[:-1] ** 2])).tolist()
     scheduler = HeunDiscreteScheduler(T, clip_sample=clip, trained_betas=betas)
     scheduler.set_timesteps(timesteps=list(steps.timesteps))
-    assert len(scheduler.timesteps) == evaluations(SampleConfig(sampler="heun", steps=count)) == 2 * count - 1
+    assert len(scheduler.timesteps) == evaluations(SampleConfig(sampler="heun", steps=count), GENTLE) == 2 * count - 1
     expected = theirs_in_levels(scheduler, steps)
     assert equal(ours_with(Denoiser(network(), GENTLE), heun, steps, clip), expected)
 
@@ -529,8 +528,9 @@ def test_build_sampler_binds_the_settings() -> None:
     assert not torch.equal(found, ours(ddim, steps, False, eta=0.0))
 
 
+@pytest.mark.parametrize("schedule", [GENTLE, LINEAR], ids=["gentle", "from lost images"])
 @pytest.mark.parametrize("name", get_args(SampleConfig.model_fields["sampler"].annotation))
-def test_evaluations_are_counted_right(name: str) -> None:
+def test_evaluations_are_counted_right(name: str, schedule: NoiseSchedule) -> None:
     config = SampleConfig(sampler=name, steps=7)
     calls: list[int] = []
 
@@ -538,8 +538,8 @@ def test_evaluations_are_counted_right(name: str) -> None:
         calls.append(int(t[0]))
         return 0.5 * x
 
-    build_sampler(config)(denoiser, next(tape()), GENTLE.steps(7), None, noise=tape().__next__)
-    assert len(calls) == evaluations(config)
+    build_sampler(config)(denoiser, next(tape()), schedule.steps(7), None, noise=tape().__next__)
+    assert len(calls) == evaluations(config, schedule)
 
 
 def test_heun_looks_ahead_at_the_next_timestep() -> None:
