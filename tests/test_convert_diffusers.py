@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tiny import NUM_CLASSES, assert_same_tensors, lively, tiny_config, tiny_network
 from torch import Tensor
 
-from diffusion_core import generation
+from diffusion_core import diffusers_export, diffusers_import, diffusers_networks, generation
 from diffusion_core.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from diffusion_core.config import CoreConfig
 from diffusion_core.config_io import ConfigError, flatten
@@ -739,7 +739,7 @@ def test_nothing_is_half_written(
 
     checkpoint = own(tmp_path / "ours").path
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(convert_diffusers, "write_checkpoint", fail)
+    monkeypatch.setattr(diffusers_import, "write_checkpoint", fail)
     monkeypatch.setattr(DDPMPipeline, "save_pretrained", fail)
     for direction, place in (("import", source), ("export", checkpoint)):
         status = convert_diffusers.main([direction, str(place), str(tmp_path / "target")])
@@ -780,16 +780,24 @@ def test_from_the_hub(
     assert "expected a folder, or a hub name" in refusal(capsys, "import", "nowhere", tmp_path)
 
 
-@pytest.mark.parametrize("what", ["build_schedule", "unet_config", "our_network"])
+@pytest.mark.parametrize(
+    ("module", "what"),
+    [(diffusers_networks, "build_schedule"), (diffusers_export, "unet_config"), (diffusers_import, "our_network")],
+)
 def test_a_knob_that_the_conversion_has_not_heard_of(
-    what: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    module: Any,
+    what: str,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Both sides are compared before anything is written."""
     checkpoint = own(tmp_path / "ours", classes=0).path
-    original = getattr(convert_diffusers, what)
+    original = getattr(module, what)
 
-    def other(*words: Any) -> Any:
-        found = original(*words)
+    def other(*words: Any, **more: Any) -> Any:
+        found = original(*words, **more)
         if what == "build_schedule":
             return type(found)(found.alphas.roll(1), found.sigmas.roll(1))
         if what == "unet_config":
@@ -797,7 +805,7 @@ def test_a_knob_that_the_conversion_has_not_heard_of(
         found.conv_in.bias = torch.nn.Parameter(found.conv_in.bias + 1.0)
         return found
 
-    monkeypatch.setattr(convert_diffusers, what, other)
+    monkeypatch.setattr(module, what, other)
     if what != "unet_config":
         assert "disagree" in refusal(capsys, "import", source, tmp_path)
     if what != "our_network":
@@ -817,12 +825,12 @@ def test_what_counts_as_equal() -> None:
         }
     )
     unet.load_state_dict({diffusers_name(name): tensor for name, tensor in ours.state_dict().items()})
-    assert convert_diffusers.compare(ours, unet, []) < 1e-5
+    assert diffusers_networks.compare(ours, unet, []) < 1e-5
     with torch.no_grad():
         unet.mid_block.resnets[1].conv2.bias += 0.01
     with pytest.raises(ConfigError, match="disagree"):
-        convert_diffusers.compare(ours, unet, [])
+        diffusers_networks.compare(ours, unet, [])
     config = tiny_config(diffusion__schedule="linear", diffusion__timesteps=1000)
-    convert_diffusers.compare_schedules(config, {})
+    diffusers_networks.compare_schedules(config, {})
     with pytest.raises(ConfigError, match="disagree"):
-        convert_diffusers.compare_schedules(config, {"beta_end": 0.021})
+        diffusers_networks.compare_schedules(config, {"beta_end": 0.021})
