@@ -1,5 +1,5 @@
-"""Values of the knobs by name: starting points that suit a data set (what is given besides overrides them), and the ways
-to say what the network learns.
+"""Values of the knobs by name: starting points that suit a data set (what is given besides overrides them), and ways to
+say what the network learns.
 """
 
 from __future__ import annotations
