@@ -159,8 +159,8 @@ def measure(config: TrialConfig, dataset: Dataset, folder: Path) -> Measured:
 
 def markdown(results: Mapping[str, Measured]) -> str:
     """The table: a row a formulation, the losses at both ends in each precision."""
-    head = " | ".join(f"{precision}: first tenth | last tenth | " for precision in PRECISIONS)
-    lines = [f"| formulation | {head}|", "|---|" + "---|" * (3 * len(PRECISIONS))]
+    head = " | ".join(f"{precision}, first tenth | last tenth | loss" for precision in PRECISIONS)
+    lines = [f"| formulation | {head} |", "|---|" + "---|" * (3 * len(PRECISIONS))]
     for name in dict.fromkeys(key.rpartition(", ")[0] for key in results):
         pair = [results[f"{name}, {precision}"] for precision in PRECISIONS]
         cells = [f"{one.first:.3f} | {one.last:.3f} | {one.verdict}" for one in pair]
