@@ -289,7 +289,7 @@ def test_in_training_who_is_shown_an_estimate_sees_that_of_a_first_pass_without_
 
 
 def test_training_shows_about_half_of_the_images_an_estimate() -> None:
-    config = tiny_config(model__self_conditioning=True, train__steps=30, train__batch_size=32)
+    config = tiny_config(model__self_conditioning=True, train__steps=12, train__batch_size=32)
     state = TrainState.start(lively(build_network(config, NUM_CLASSES)), config)
     given: list[Tensor] = []
     state.network.register_forward_pre_hook(
@@ -297,7 +297,7 @@ def test_training_shows_about_half_of_the_images_an_estimate() -> None:
     )
     train(state, tiny_batches(config), config, accelerator=cpu())
     shown = torch.cat(given).flatten(1).abs().amax(dim=1) > 0
-    assert len(shown) == 30 * 32
+    assert len(shown) == 12 * 32
     assert shown.float().mean().item() == pytest.approx(0.5, abs=4 * 0.5 / len(shown) ** 0.5)
     assert not torch.equal(shown[:32], shown[32:64])
 

@@ -33,7 +33,7 @@ from diffusion_core.samplers import (
     evaluations,
     heun,
 )
-from diffusion_core.schedule import PURE_NOISE_LEVEL, NoiseSchedule, SamplingSteps, build_schedule
+from diffusion_core.schedule import KARRAS_START, PURE_NOISE_LEVEL, NoiseSchedule, SamplingSteps, build_schedule
 
 T = 50
 LINEAR = build_schedule(tiny_config(diffusion__schedule="linear", diffusion__timesteps=T).diffusion)
@@ -262,7 +262,7 @@ def test_euler_equals_diffusers(count: int, spacing: str) -> None:
 def test_euler_at_karras_levels_equals_diffusers() -> None:
     """Steps between the timesteps: same levels, same positions, same images."""
     steps = LINEAR.steps(9, "karras")
-    scheduler = EulerDiscreteScheduler(T, use_karras_sigmas=True, **THEIR_BETAS)
+    scheduler = EulerDiscreteScheduler(T, use_karras_sigmas=True, sigma_max=KARRAS_START, **THEIR_BETAS)
     scheduler.set_timesteps(9)
     torch.testing.assert_close(torch.tensor(steps.timesteps).float(), scheduler.timesteps, rtol=0, atol=1e-3)
     expected = theirs_in_levels(scheduler, steps)
@@ -444,36 +444,6 @@ def gaussian_denoiser(schedule: NoiseSchedule) -> DenoiserFunction:
         return MEAN + gain * (x - alpha * MEAN)
 
     return denoise
-
-
-@pytest.mark.parametrize("kind", ["linear", "cosine"])
-@pytest.mark.parametrize(
-    "config",
-    [
-        SampleConfig(sampler="ddim", eta=0.0),
-        SampleConfig(sampler="ddim", eta=1.0),
-        SampleConfig(sampler="ddpm", variance="fixed_small"),
-        SampleConfig(sampler="ddpm", variance="fixed_large"),
-        SampleConfig(sampler="euler"),
-        SampleConfig(sampler="euler_ancestral"),
-        SampleConfig(sampler="heun"),
-        SampleConfig(sampler="dpmpp_2m"),
-        SampleConfig(sampler="dpmpp_2m_sde"),
-    ],
-    ids=lambda config: f"{config.sampler}-{config.eta}-{config.variance}",
-)
-def test_data_of_known_distribution_is_sampled_from_it(kind: str, config: SampleConfig) -> None:
-    schedule = build_schedule(tiny_config(diffusion__schedule=kind, diffusion__timesteps=1000).diffusion)
-    count = 16_384
-    source = torch.Generator().manual_seed(0)
-
-    def noise() -> Tensor:
-        return torch.randn(count, 1, 1, 1, generator=source)
-
-    found = build_sampler(config)(gaussian_denoiser(schedule), noise(), schedule.steps(1000), None, noise=noise)
-    # The last step answers with the posterior mean, which lacks what noise is left: sigma_0, here 0.01.
-    assert found.mean().item() == pytest.approx(MEAN, abs=5 * DEVIATION / math.sqrt(count))
-    assert found.std().item() == pytest.approx(DEVIATION, rel=0.03)
 
 
 def test_ddim_without_noise_follows_the_probability_flow_of_gaussian_data() -> None:
