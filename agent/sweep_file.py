@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ ARGS_MACRO = "${args}"
 METHODS = ("grid", "random", "bayes")
 EXPECTED = {"early_terminate": "type: hyperband, with min_iter:, or with max_iter: and s:"}
 """What a setting of a sweep may be, where W&B's schema does not say it in words."""
+
+DECIDE_FIGURES = ("eval.", "data.", "model.class_conditional", "preset")
+"""Knobs that decide which figures a trial logs."""
+
+MOST_COMBINATIONS = 1000
+"""Combinations of them that are tried."""
 
 SPREAD = 3.0
 """A normal distribution is tried at its mean and this many deviations to both sides of it."""
@@ -85,6 +92,8 @@ def load_sweep(path: Path) -> SweepFile:
     except ConfigError as error:
         raise SweepError(str(error).removeprefix("--config = ")) from None
     problems = _setting_problems(config) + _parameter_problems(config.get("parameters"), config.get("method"))
+    if not problems:
+        problems += _unlogged_metric(config)
     if problems:
         raise SweepError("\n".join(f"{path}: {problem}" for problem in dict.fromkeys(problems)))
     return SweepFile(str(config.get("name", path.stem)), config, flat_parameters(config["parameters"]))
@@ -136,6 +145,29 @@ def _metric_problems(config: Mapping[str, Any]) -> list[str]:
     if goal != goal_of(name):
         return [f"metric.goal = {goal!r}: expected {goal_of(name)}, which is the better way for {name}"]
     return _violations("metric", metric, {"metric": metric})
+
+
+def _unlogged_metric(config: Mapping[str, Any]) -> Iterator[str]:
+    """The metric must be a figure that every trial logs, whatever the sweep chooses for it."""
+    metric = (config.get("metric") or {}).get("name")
+    if metric is None:
+        return
+    values = {key: values_to_try(spec) for key, spec in flat_parameters(config["parameters"]).items()}
+    deciding = [key for key, tried in values.items() if len(tried) > 1 and key.startswith(DECIDE_FIGURES)]
+    first = {key: tried[0] for key, tried in values.items()}
+    for chosen in islice(product(*(values[key] for key in deciding)), MOST_COMBINATIONS):
+        choice = dict(zip(deciding, chosen, strict=True))
+        try:
+            trial = build_config(first | choice)
+        except ConfigError:  # Such a trial is refused before it starts.
+            continue
+        if not trial.logs(metric):
+            where = " with " + ", ".join(f"{key}={value}" for key, value in choice.items()) if choice else ""
+            yield (
+                f"metric.name = {metric!r}: a trial{where} does not log it; expected one of "
+                f"{', '.join(trial.logged_figures())}"
+            )
+            return
 
 
 def _violations(key: str, value: Any, content: Mapping[str, Any]) -> list[str]:

@@ -23,6 +23,8 @@ class Purpose(IntEnum):
     DROPOUT = 6
     SAMPLE = 7
     VALIDATION = 8
+    CLASSIFIER = 9
+    REFERENCE = 10
 
 
 def stream_seed(*key: int) -> int:

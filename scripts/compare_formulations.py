@@ -21,7 +21,7 @@ from agent.trial import run_trial
 from diffusion_core.checkpoint import read_checkpoint
 from diffusion_core.config_io import ConfigError
 from diffusion_core.data import Dataset, load_data
-from diffusion_core.evaluation import PixelClassifier
+from diffusion_core.evaluation.classifier import Classifier, classifier_for
 from diffusion_core.generation import Generator, Request
 from diffusion_core.hardware import pick_device, pick_precision
 from diffusion_core.samplers import evaluations
@@ -81,8 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(seeds: list[int], steps: int, folder: Path) -> None:
     """Measure what is not measured yet, and write the table."""
-    dataset = load_data(build_config({"preset": "digits"}).data)
-    classifier = PixelClassifier(dataset)
+    config = build_config({"preset": "digits"})
+    dataset = load_data(config.data)
+    classifier = classifier_for(dataset, "digits", mirrored=config.data.flips, device=pick_device(config.train))
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "results.json"
     results: dict[str, dict[str, float]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -105,7 +106,7 @@ def measure(
     steps: int,
     folder: Path,
     dataset: Dataset,
-    classifier: PixelClassifier,
+    classifier: Classifier,
 ) -> dict[str, float]:
     """Train one formulation with one seed; class agreement for each sampler, in [0, 1]."""
     quiet = {"sample.every": 0, "eval.every": 0, "checkpoint.every": 0, "checkpoint.upload": False}

@@ -197,7 +197,11 @@ COMBINATIONS: list[Case] = [
     ("--train.label_dropout=1", "train.label_dropout = 1.0", "use model.class_conditional=false"),
     ("--train.accumulation=3", "train.accumulation = 3", "must divide train.batch_size = 128"),
     ("--train.batch_size=1 --train.accumulation=2", "train.accumulation = 2", "must divide train.batch_size = 1"),
-    ("--eval.classifier=svc --model.class_conditional=0", "eval.classifier = 'svc'", "model.class_conditional=true"),
+    (
+        "--eval.classifier=network --model.class_conditional=0",
+        "eval.classifier = 'svc'",
+        "model.class_conditional=true",
+    ),
     ("--checkpoint.best_metric=eval/class_agreement", "checkpoint.best_metric = 'eval/class_agreement'", "svc"),
     ("--preset=digits --eval.classifier=none", "checkpoint.best_metric = 'eval/class_agreement'", "data.name=digits"),
     (
