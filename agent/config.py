@@ -29,7 +29,7 @@ class TrialConfig(CoreConfig):
         if self.prune.step is not None and self.prune.step >= self.train.steps:
             yield f"prune.step = {self.prune.step}: expected less than train.steps = {self.train.steps}"
         left = self.train.steps - self.prune_step
-        if self.prune.method == "structured-magnitude" and (self.ema.average_from or 0) >= left > 0:
+        if self.prune.method == "structured" and (self.ema.average_from or 0) >= left > 0:
             yield (
                 f"ema.average_from = {self.ema.average_from}: averages start anew with the smaller network, {left} "
                 f"steps before the end; expected less than that"

@@ -23,8 +23,10 @@ class Purpose(IntEnum):
     DROPOUT = 6
     SAMPLE = 7
     VALIDATION = 8
-    CLASSIFIER = 9
-    REFERENCE = 10
+    CALIBRATION = 9
+    PRUNE = 10
+    REINIT = 11
+    CLASSIFIER = 12
 
 
 def stream_seed(*key: int) -> int:

@@ -39,3 +39,14 @@ def global_magnitude(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor] 
     return {
         name: part.view(weight.shape) for (name, weight), part in zip(weights.items(), keep.split(sizes), strict=True)
     }
+
+
+def layer_magnitude(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor] | None, fraction: float) -> WeightMasks:
+    """Prune the smallest weights of each layer by themselves, an equal share of each.
+
+    Arguments and result as of :func:`global_magnitude`; the count is exact in each layer.
+    """
+    chosen: WeightMasks = {}
+    for name, weight in weights.items():
+        chosen |= global_magnitude({name: weight}, masks and {name: masks[name]}, fraction)
+    return chosen

@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError, ExtractorError, OSError) as error:
         return fail(str(error))
     print(
-        f"classifier:       {classifier.name}, recipe {recipe}, seed {classifier.recipe.seed}, weights {classifier.weights}"
+        f"classifier:       {classifier.name}, recipe {recipe}, seed {classifier.recipe.seed}, weights "
+        f"{classifier.weights}"
     )
     print(f"training images:  {len(dataset.train):,} in {seconds:.1f} s on {device} (or from the cache)")
     print(f"held-out images:  {classifier.accuracy:.2%} of {len(dataset.val):,} right")

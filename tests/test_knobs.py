@@ -17,17 +17,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from agent.config import TrialConfig, build_config
 from agent.run_folder import find_run
 from agent.trial import run_trial
+from diffusion_core import compilation, trainer
 from diffusion_core.checkpoint import list_checkpoints, read_checkpoint
 from diffusion_core.config_io import ConfigError, flatten, knobs
 from diffusion_core.data import Dataset, Images, load_data
 from diffusion_core.hardware import has_bf16
 from diffusion_core.presets import PRESETS
 from diffusion_core.tracking import MemoryTracker
-from diffusion_core.unet import build_network
+from diffusion_core.unet import UNet, build_network
 
 BASE: dict[str, Any] = {
     "data.name": "digits",
@@ -149,6 +151,8 @@ TABLE: dict[str, Entry] = {
     "train.beta2": Entry(0.5, WEIGHTS),
     "train.grad_clip": Entry(None, WEIGHTS, {"train.grad_clip": 0.01, "train.lr": 0.1}),
     "train.label_dropout": Entry(0.9, WEIGHTS),
+    "train.compile": Entry("blocks", ("compiled",), why="the result is the same but for rounding"),
+    "train.deterministic": Entry(True, ("only deterministic algorithms",), same=("weights",)),
     "train.precision": Entry("bf16", (*WEIGHTS, "precision")),
     "train.device": Entry("cuda", ("device",), why="without a GPU the trial is refused, and says so"),
     "ema.decay": Entry(0.9, ("ema weights", "val/loss", "grid"), same=("weights",)),
@@ -188,7 +192,8 @@ TABLE: dict[str, Entry] = {
     "log.progress": Entry(True, ("stderr",), same=("weights",)),
     "preset": Entry("mnist", ("other knobs",)),
     "prune.method": Entry("magnitude", (*WEIGHTS, "zeros", "figures"), {"prune.step": 2}),
-    "prune.ratio": Entry(0.8, (*WEIGHTS, "zeros", "sparsity"), PRUNED),
+    "prune.keep": Entry(0.2, (*WEIGHTS, "zeros", "sparsity"), PRUNED),
+    "prune.scope": Entry("layer", (*WEIGHTS, "masks"), PRUNED, same=("zeros", "shapes")),
     "prune.step": Entry(5, (*WEIGHTS, "pruned at"), PRUNED),
 }
 
@@ -264,14 +269,27 @@ def observe(
     tracker = MemoryTracker()
     capsys.readouterr()
     batches: list[int] = []
-    with torch.nn.modules.module.register_module_forward_pre_hook(
-        lambda module, inputs: batches.append(len(inputs[0])) if type(module).__name__ == "UNet" else None
+    compiled: list[str] = []
+
+    def compile_network(network: UNet, how: str) -> None:
+        compiled.append(how)
+        compilation.compile_network(network, how)
+
+    monkeypatch.setattr(trainer, "compile_network", compile_network)
+    monkeypatch.setattr(compilation, "BACKEND", "eager")  # The compiler proper takes minutes on a processor.
+    algorithms: set[bool] = set()
+    with (
+        torch.nn.modules.module.register_module_forward_pre_hook(
+            lambda module, inputs: batches.append(len(inputs[0])) if type(module).__name__ == "UNet" else None
+        ),
+        register_optimizer_step_pre_hook(lambda *_: algorithms.add(torch.are_deterministic_algorithms_enabled())),
     ):
         try:
             result = run_trial(config, tracker, dataset=dataset, folder=run_folder, run_id=run_id)
         except ConfigError as error:
             return Observed(seen | {"device": str(error)})
     seen["batches"] = batches
+    seen["compiled"], seen["only deterministic algorithms"] = compiled, algorithms
     seen["stderr"] = "training:" in capsys.readouterr().err
     if twice:
         second = MemoryTracker()
@@ -306,7 +324,8 @@ def observe(
         seen[name] = digest(*(item for pair in sorted(tensors.items()) for item in pair))
     seen["zeros"] = sum(int((tensor == 0).sum()) for tensor in checkpoint.tensors("model").values())
     seen["image shape"] = checkpoint.shape_CHW
-    seen["pruned at"] = checkpoint.metadata["extra"].get("pruning", {}).get("step")
+    seen["pruned at"] = checkpoint.metadata["extra"].get("pruning", [{}])[-1].get("step")
+    seen["masks"] = digest(*checkpoint.tensors("masks").values()) if "masks" in checkpoint.parts else None
 
     grids = sorted((run_folder / "samples").glob("samples-*.png"))
     seen["grids"] = len(grids)
@@ -468,7 +487,7 @@ def choices(knob: str) -> list[str]:
 def test_every_schedule_of_the_rate_and_every_choice_is_another_one(seen: Any) -> None:
     """Each pair of choices of a knob differs, not only the two of the table."""
     variants: dict[str, tuple[str, dict[str, Any], list[str]]] = {
-        "prune.method": ("weights", {"prune.step": 2}, ["none", "magnitude", "structured-magnitude"]),
+        "prune.method": ("weights", {"prune.step": 2}, ["none", "magnitude", "structured"]),
         "eval.classifier": ("figures", {"sample.guidance": 2.0}, ["none", "svc"]),
         "model.conditioning": ("weights", {}, choices("model.conditioning")),
         "diffusion.schedule": ("weights", {"diffusion.prediction": "edm"}, choices("diffusion.schedule")),
@@ -488,14 +507,14 @@ def test_every_schedule_of_the_rate_and_every_choice_is_another_one(seen: Any) -
         assert len(set(shown)) == len(values), knob
 
 
-def test_ratio_is_the_share_that_goes(seen: Any) -> None:
-    for ratio in (0.5, 0.8):
-        trial = seen(BASE | PRUNED | {"prune.ratio": ratio})
-        assert trial["sparsity"] == pytest.approx(ratio, abs=1e-3)
+def test_keep_is_the_share_that_stays(seen: Any) -> None:
+    for keep in (0.5, 0.2):
+        trial = seen(BASE | PRUNED | {"prune.keep": keep})
+        assert trial["sparsity"] == pytest.approx(1 - keep, abs=1e-3)
         assert trial["pruned at"] == 6
     narrow, wide = (
-        seen(BASE | PRUNED | {"prune.method": "structured-magnitude", "prune.ratio": ratio, "model.norm_groups": 1})
-        for ratio in (0.5, 0.25)
+        seen(BASE | PRUNED | {"prune.method": "structured", "prune.keep": keep, "model.norm_groups": 1})
+        for keep in (0.5, 0.75)
     )
     assert narrow["sparsity"] > wide["sparsity"] > 0.25
     assert seen(BASE | {"prune.method": "magnitude"})["pruned at"] == 2, "by default half of train.steps"

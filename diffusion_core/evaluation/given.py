@@ -51,9 +51,8 @@ def read_extractor(path: Path, device: torch.device) -> Extractor:
     if path.suffix == ".safetensors":
         return read_classifier(path, device)
     if path.suffix not in TORCHSCRIPT_SUFFIXES:
-        raise ExtractorError(
-            f"{str(path)!r}: expected .safetensors, or TorchScript as {', '.join(TORCHSCRIPT_SUFFIXES)}"
-        )
+        scripts = ", ".join(TORCHSCRIPT_SUFFIXES)
+        raise ExtractorError(f"{str(path)!r}: expected .safetensors, or TorchScript as {scripts}")
     try:
         network = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError) as error:

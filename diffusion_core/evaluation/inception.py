@@ -47,7 +47,7 @@ class InceptionExtractor:
         self.classes_KD = network.fc.weight
         self.layers = nn.Sequential(*(layer for name, layer in network.named_children() if name not in SKIPPED))
         _fold(self.layers)
-        self.layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.layers.to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def __call__(self, images_BCHW: Tensor) -> Judged:

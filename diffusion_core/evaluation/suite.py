@@ -88,8 +88,10 @@ class Suite:
                     raise
                 say(f"without figures in the features of {wanted}: {error}")
         if config.in_features and self.extractors and config.num_images < FID_FROM:
-            say(f"{config.num_images} images are few for a Fréchet distance: it depends on their number; none is called "
-                f"FID below {FID_FROM:,} (eval.num_images)")  # fmt: skip
+            say(
+                f"{config.num_images} images are few for a Fréchet distance, which depends on their number: none is "
+                f"called FID below {FID_FROM:,} (eval.num_images)"
+            )
 
     def _extractor(self, wanted: str) -> Extractor:
         if wanted == "classifier":
