@@ -80,7 +80,7 @@ class Evaluate:
                 )
                 if self.accelerator.is_main_process:
                     seconds = estimate_seconds(generator, total, config.sample, self._suite.networks)
-                    self._say(f"evaluation: {total:,} images, about {seconds:.0f} s each time (eval.num_images)")
+                    self._say(f"evaluation: {total:,} images, about {seconds:.1f} s each time (eval.num_images)")
             batches = generated(generator, total, config.sample, config.seed)
             return self._suite.judge(batches, total, sampling_protocol(config.sample, config.seed))
         except (DataError, ExtractorError) as error:

@@ -62,18 +62,24 @@ def table(trials: Sequence[TrialRecord], varied: Sequence[str]) -> str:
                 str(rank),
                 trial.id,
                 trial.state,
-                *(_shown(trial.parameters.get(key)) for key in varied),
-                *(_shown(trial.figures.get(name)) for name in figures),
-                _shown(trial.seconds and round(trial.seconds)),
+                *(shown(trial.parameters.get(key)) for key in varied),
+                *(shown(trial.figures.get(name)) for name in figures),
+                shown(trial.seconds and round(trial.seconds)),
             ]
         )
+    return table_of(rows)
+
+
+def table_of(rows: Sequence[Sequence[str]]) -> str:
+    """Cells in columns, a line below the first row."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A cell: numbers in few digits, what is not known as a dash."""
     if value is None:
         return "-"
     if isinstance(value, float):

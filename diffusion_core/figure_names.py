@@ -65,8 +65,10 @@ def is_better(metric: str, value: float, than: float | None) -> bool:
     return value < than if goal == "minimize" else value > than
 
 
-def count_name(count: int) -> str:
-    """A number of images as names carry it: ``50k``, ``2048``."""
+def count_name(count: int | None) -> str:
+    """A number of images as names carry it: ``50k``, ``2048``; nothing where it is not known."""
+    if count is None:
+        return ""
     return f"{count // 1000}k" if count and count % 1000 == 0 else str(count)
 
 
@@ -75,19 +77,20 @@ def space_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-") or "features"
 
 
-def space_figure(figure: str, space: str, count: int, reference: str | None, reference_count: int | None = None) -> str:
+def space_figure(
+    figure: str, space: str, count: int | None, reference: str | None, reference_count: int | None = None
+) -> str:
     """The name of a figure in a feature space: ``eval/fid50k_train``, ``eval/fd_classifier-digits_500_train``.
 
     Args:
         figure: ``fd`` (Fréchet distance), ``kd`` (kernel distance), ``score``, ``precision``, ``recall``, ``density``
             or ``coverage``.
         space: name of the feature space.
-        count: generated images.
+        count: generated images; None where a file of statistics does not say.
         reference: what they are compared to; None for a score, which compares to nothing.
         reference_count: its images, if known.
     """
-    ending = f"_{reference}" if reference else ""
-    enough = figure != "fd" or min(count, reference_count or count) >= FID_FROM
-    if space == INCEPTION and figure in SHORT and enough:
-        return f"eval/{SHORT[figure]}{count_name(count)}{ending}"
-    return f"eval/{figure}_{space}_{count_name(count)}{ending}"
+    known = [number for number in (count, reference_count) if number is not None]
+    if space == INCEPTION and figure in SHORT and (figure != "fd" or min(known, default=0) >= FID_FROM):
+        return "_".join(part for part in (f"eval/{SHORT[figure]}{count_name(count)}", reference) if part)
+    return "_".join(part for part in (f"eval/{figure}", space, count_name(count), reference) if part)

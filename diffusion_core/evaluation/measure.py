@@ -32,14 +32,14 @@ class Seen:
     """What a pass over images leaves, in one feature space.
 
     Attributes:
-        extractor: the space.
+        space: its name.
         statistics: mean and covariance of all images.
         features_ND: of every image, or None where only moments were wanted.
         logits_NK: of every image, or None where the network knows no classes.
         labels_N: classes of the images, or None where they have none.
     """
 
-    extractor: Extractor
+    space: str
     statistics: Statistics
     features_ND: Tensor | None = None
     logits_NK: Tensor | None = None
@@ -116,7 +116,7 @@ class Pass:
             moments = Moments(int(count), sum_D, outer_DD.view_as(moments.outer_DD))
             features_ND = bring_together(torch.cat(self.features[index]), self.total) if self.keep else None
             logits_NK = bring_together(torch.cat(self.logits[index]), self.total) if self.logits[index] else None
-            seen.append(Seen(extractor, moments.statistics(), features_ND, logits_NK, labels_N))
+            seen.append(Seen(extractor.name, moments.statistics(), features_ND, logits_NK, labels_N))
         return seen
 
 
@@ -157,9 +157,8 @@ def compare(
         DataError: if there are too few images for a covariance, or the spaces are not the same.
     """
     wanted = frozenset(figures)
-    space, count, known = seen.extractor.name, seen.statistics.count, reference.statistics.count
-    assert count is not None
-    if min(count, known or count) < FEWEST:
+    space, count, known = seen.space, seen.statistics.count, reference.statistics.count
+    if min(count or FEWEST, known or FEWEST) < FEWEST:
         raise DataError(f"{count} images against {known}: expected at least {FEWEST} on both sides to compare them")
     if len(seen.statistics.mean_D) != len(reference.statistics.mean_D):
         raise DataError(
@@ -197,7 +196,7 @@ def _per_class(seen: Seen, reference: Reference, class_names: Sequence[str]) -> 
     for label, class_name in enumerate(class_names):
         ours, theirs = seen.features_ND[seen.labels_N == label], reference.features_ND[reference.labels_N == label]
         if min(len(ours), len(theirs)) >= FEWEST:
-            name = space_figure("fd", seen.extractor.name, len(ours), reference.name, len(theirs))
+            name = space_figure("fd", seen.space, len(ours), reference.name, len(theirs))
             distance = Moments.of(ours).statistics().distance(Moments.of(theirs).statistics())
             found[f"{name}/{class_name}"] = distance
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from diffusion_core.config import SampleConfig
 from diffusion_core.evaluation.features import Extractor
 
@@ -21,17 +23,24 @@ def sampling_protocol(config: SampleConfig, seed: int) -> str:
     return ", ".join([*parts, f"seed={seed}"])
 
 
-def protocol(count: int, images: str, extractor: Extractor | None = None, reference: str | None = None) -> str:
+def protocol(count: int | None, images: str, extractor: Extractor | None = None, reference: str | None = None) -> str:
     """How a figure was measured.
 
     Args:
-        count: images judged.
+        count: images judged, if known.
         images: where they are from: what :func:`sampling_protocol` says, or a folder.
         extractor: the network that judged them.
         reference: what they were compared to.
     """
     parts = [f"reference={reference}"] if reference else []
-    parts += [f"n={count}", images]
+    parts += [f"n={'unknown' if count is None else count}", images]
     if extractor is not None:
         parts += [f"extractor={extractor.name}", f"weights={extractor.weights}"]
     return ", ".join(parts)
+
+
+def protocols(
+    figures: Iterable[str], count: int | None, images: str, extractor: Extractor | None, reference: str
+) -> dict[str, str]:
+    """How figures in one feature space were measured, by name; a score is compared to nothing."""
+    return {name: protocol(count, images, extractor, None if "score" in name else reference) for name in figures}

@@ -5,6 +5,8 @@ Axes: N images, K classes.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,6 +31,6 @@ def inception_score(logits_NK: Tensor, *, splits: int = SPLITS, seed: int = SEED
     scores = []
     for part in range(splits):
         log_p = log_p_NK[part * total // splits : (part + 1) * total // splits]
-        marginal = log_p.exp().mean(0, keepdim=True).log()
+        marginal = log_p.logsumexp(0) - math.log(len(log_p))
         scores.append(float((log_p.exp() * (log_p - marginal)).sum(1).mean().exp()))
     return float(np.mean(scores))

@@ -22,7 +22,7 @@ from diffusion_core.evaluation.given import read_extractor
 from diffusion_core.evaluation.inception import download_inception, read_inception
 from diffusion_core.evaluation.measure import KEPT_FIGURES, Reference, agreement, compare, look
 from diffusion_core.evaluation.processes import agree, bring_together
-from diffusion_core.evaluation.protocol import protocol
+from diffusion_core.evaluation.protocol import protocol, protocols
 from diffusion_core.evaluation.recipe import RECIPES, recipe_for
 from diffusion_core.evaluation.reference import Share, reference_for
 from diffusion_core.figure_names import FID_FROM, INCEPTION, count_name
@@ -87,7 +87,7 @@ class Suite:
                 if must_have:
                     raise
                 say(f"without figures in the features of {wanted}: {error}")
-        if config.in_features and self.extractors and config.num_images < FID_FROM:
+        if self.extractors and {"frechet", "per_class"} & set(config.figures) and config.num_images < FID_FROM:
             say(
                 f"{config.num_images} images are few for a Fréchet distance, which depends on their number: none is "
                 f"called FID below {FID_FROM:,} (eval.num_images)"
@@ -134,16 +134,15 @@ class Suite:
         if not self.networks and not synthetic:
             return found
         seen = look(self.networks, _noting(batches, kept if synthetic else None), total, keep=self.keeps)
-        for view in seen:
-            if view.extractor is self.classifier and view.labels_N is not None and bool((view.labels_N >= 0).all()):
+        for extractor, view in zip(self.networks, seen, strict=True):
+            if extractor is self.classifier and view.labels_N is not None and bool((view.labels_N >= 0).all()):
                 found.figures[AGREEMENT] = agreement(view)
-                found.protocols[AGREEMENT] = protocol(total, images, view.extractor)
-            if view.extractor in self.extractors:
-                reference = self._reference(view.extractor)
+                found.protocols[AGREEMENT] = protocol(total, images, extractor)
+            if any(extractor is own for own in self.extractors):
+                reference = self._reference(extractor)
                 figures = compare(self.config.figures, view, reference, self.dataset.class_names)
                 found.figures.update(figures)
-                line = protocol(total, images, view.extractor, reference.source)
-                found.protocols.update(dict.fromkeys(figures, line))
+                found.protocols.update(protocols(figures, total, images, extractor, reference.source))
         if synthetic and kept and kept[0][1] is not None:
             name = f"{SYNTHETIC}_{count_name(total)}"
             found.figures[name] = self._synthetic_accuracy(kept, total)
