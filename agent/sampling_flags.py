@@ -25,9 +25,9 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("sampling (default: as the model was sampled while training)")
     for knob, flag in FLAGS.items():
         help_text = " ".join(str(SampleConfig.model_fields[knob].description).split())
-        own.add_argument(f"--{flag}", dest=knob, metavar=flag.upper(), help=help_text)
+        own.add_argument(f"--{flag}", dest=f"sample_{knob}", metavar=flag.upper(), help=help_text)
 
 
 def sampling_knobs(arguments: argparse.Namespace) -> dict[str, Any]:
     """The knobs that were set."""
-    return {f"sample.{knob}": value for knob in FLAGS if (value := getattr(arguments, knob)) is not None}
+    return {f"sample.{knob}": value for knob in FLAGS if (value := getattr(arguments, f"sample_{knob}")) is not None}

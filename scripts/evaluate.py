@@ -38,7 +38,7 @@ from diffusion_core.config import IMAGE_SHAPES, CoreConfig, DataConfig, EvalConf
 from diffusion_core.config_io import ConfigError, build, flatten
 from diffusion_core.data import DataError, load_data
 from diffusion_core.evaluation.consistency import mean_squared_difference, structural_similarity
-from diffusion_core.evaluation.features import Extractor, ExtractorError
+from diffusion_core.evaluation.features import Extractor, ExtractorError, with_channels
 from diffusion_core.evaluation.folders import image_folder
 from diffusion_core.evaluation.given import read_extractor
 from diffusion_core.evaluation.inception import download_inception, read_inception
@@ -239,7 +239,7 @@ def of_folder(arguments: argparse.Namespace, processes: PartialState) -> Judgeme
     suite = suite_of(arguments, data, processes.device, count=len(folder), conditional=folder.labels is not None)
     channels, _, _ = suite.dataset.shape_CHW
     batches = (
-        (images_BCHW[:, :channels], labels_B)
+        (with_channels(images_BCHW, channels), labels_B)
         for images_BCHW, labels_B in folder.batches(shared_out(len(folder)), arguments.batch_size)
     )
     return suite.judge(batches, len(folder), str(folder.path))

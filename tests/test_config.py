@@ -365,6 +365,8 @@ def configurations(draw: st.DrawFn) -> TrialConfig:
         values["eval.classifier"] = "auto"
     if not values["model.class_conditional"]:
         values["eval.figures"] = [f for f in values["eval.figures"] if f not in ("per_class", "synthetic_accuracy")]
+    files = ["inception", "classifier", "nets/a b.pt", "c.safetensors"]
+    values["eval.extractors"] = draw(st.lists(st.sampled_from(files), min_size=1, max_size=3))
     values["checkpoint.best_metric"] = draw(st.sampled_from(["val/loss", "train/loss"]))
     values["train.steps"] += 1
     if values["prune.step"] is not None:

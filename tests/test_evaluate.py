@@ -1,4 +1,4 @@
-"""scripts/evaluate.py, evaluation while training, and the leaderboard: figures, their protocols, and what is refused."""
+"""scripts/evaluate.py, evaluation while training, and the leaderboard: figures, protocols, and what is refused."""
 
 from __future__ import annotations
 
@@ -124,15 +124,6 @@ def test_images_that_are_no_numbers_are_refused_in_one_line() -> None:
 # The script
 
 
-def evaluate(*words: str, code: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=600,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"} | env,
-    )  # fmt: skip
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
-
-
 def call(*words: str, code: int = 0) -> None:
     """The script's main in this process: the imports take longer than the work."""
     sys.path.insert(0, str(SCRIPT.parent))
@@ -251,6 +242,7 @@ def test_what_cannot_be_judged_is_refused_in_one_line(
         assert reason in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_model_is_judged_by_one_and_by_two_processes_alike(
     run: tuple[Path, MemoryTracker, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -262,7 +254,7 @@ def test_a_model_is_judged_by_one_and_by_two_processes_alike(
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--multi_gpu", "--num_processes", "2",
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
                 "--num_machines", "1", "--main_process_port", port, "--mixed_precision", "no",
                 "--dynamo_backend", "no"]  # fmt: skip
     done = subprocess.run(

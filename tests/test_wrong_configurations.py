@@ -199,9 +199,13 @@ COMBINATIONS: list[Case] = [
     ("--train.batch_size=1 --train.accumulation=2", "train.accumulation = 2", "must divide train.batch_size = 1"),
     (
         "--eval.classifier=network --model.class_conditional=0",
-        "eval.classifier = 'svc'",
+        "eval.classifier = 'network'",
         "model.class_conditional=true",
     ),
+    ("--checkpoint.best_metric=eval/fid50k_train", "best_metric = 'eval/fid50k_train'", "one of train/loss, val/loss"),
+    ("--checkpoint.best_metric=model/params", "checkpoint.best_metric = 'model/params'", "one of train/loss, val/loss"),
+    ("--eval.figures=fid", "eval.figures = 'fid'", "frechet"),
+    ("--eval.figures=per_class --model.class_conditional=0", "eval.figures", "needs model.class_conditional=true"),
     ("--checkpoint.best_metric=eval/class_agreement", "checkpoint.best_metric = 'eval/class_agreement'", "network"),
     ("--preset=digits --eval.classifier=none", "checkpoint.best_metric = 'eval/class_agreement'", "data.name=digits"),
     (

@@ -21,7 +21,7 @@ from diffusion_core.cache import cache_path, keep
 from diffusion_core.data import Dataset, to_unit
 from diffusion_core.evaluation.classifier_network import SMALLEST_IMAGE, ClassifierNetwork, Judged
 from diffusion_core.evaluation.classifier_training import accuracy, train_classifier
-from diffusion_core.evaluation.features import HASH_DIGITS, ExtractorError, file_hash, fingerprint
+from diffusion_core.evaluation.features import HASH_DIGITS, ExtractorError, file_hash, fingerprint, with_channels
 from diffusion_core.evaluation.recipe import RECIPES, Recipe, recipe_for
 
 HEADER = "classifier"
@@ -56,7 +56,10 @@ class Classifier:
     @torch.no_grad()
     def __call__(self, images_BCHW: Tensor) -> Judged:
         parameter = next(self.network.parameters())
-        features_BD, logits_BK = self.network(to_unit(images_BCHW.to(parameter.device)))
+        x_BCHW = to_unit(with_channels(images_BCHW.to(parameter.device), self.network.channels))
+        if min(x_BCHW.shape[2:]) < SMALLEST_IMAGE:
+            raise ExtractorError(f"{self.name}: images of {tuple(x_BCHW.shape[2:])} pixels; expected {SMALLEST_IMAGE}")
+        features_BD, logits_BK = self.network(x_BCHW)
         return Judged(features_BD.float(), logits_BK.float())
 
     def agreement(self, images_NCHW: Tensor, labels: list[int]) -> float:

@@ -72,7 +72,7 @@ def train_classifier(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-    return network.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+    return network.to(memory_format=torch.contiguous_format).eval()
 
 
 def _slope(done: float) -> float:

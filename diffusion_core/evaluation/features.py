@@ -63,9 +63,20 @@ def file_hash(path: Path) -> str:
         raise ExtractorError(f"{str(path)!r}: {error.strerror}; expected a file of weights") from None
 
 
-def in_colour(images_BCHW: Tensor) -> Tensor:
-    """Images of three channels; grey ones are repeated."""
-    return images_BCHW.expand(-1, 3, -1, -1) if images_BCHW.shape[1] == 1 else images_BCHW
+def with_channels(images_BCHW: Tensor, channels: int) -> Tensor:
+    """uint8 images of so many channels: grey ones are repeated, those in colour averaged (grey ones stay the same).
+
+    Raises:
+        ExtractorError: between numbers of channels other than 1 and 3.
+    """
+    given = images_BCHW.shape[1]
+    if given == channels:
+        return images_BCHW
+    if {given, channels} != {1, 3}:
+        raise ExtractorError(f"images of {given} channels for a network of {channels}")
+    if given == 1:
+        return images_BCHW.expand(-1, 3, -1, -1)
+    return images_BCHW.float().mean(1, keepdim=True).round().to(torch.uint8)
 
 
 def check_finite(features_BD: Tensor, what: str) -> None:

@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from diffusion_core.cache import cache_path, keep
 from diffusion_core.evaluation.classifier_network import Judged
-from diffusion_core.evaluation.features import HASH_DIGITS, ExtractorError, check_finite, file_hash, in_colour
+from diffusion_core.evaluation.features import HASH_DIGITS, ExtractorError, check_finite, file_hash, with_channels
 from diffusion_core.figure_names import INCEPTION
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class InceptionExtractor:
 
     @torch.inference_mode()
     def __call__(self, images_BCHW: Tensor) -> Judged:
-        x_BCHW = in_colour(images_BCHW.to(self.classes_KD.device)).float() / 255.0
+        x_BCHW = with_channels(images_BCHW.to(self.classes_KD.device), 3).float() / 255.0
         x_BCHW = F.interpolate(x_BCHW, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
         x_BCHW = (2.0 * x_BCHW - 1.0).contiguous(memory_format=torch.channels_last)
         features_BD = self.layers(x_BCHW).flatten(1)
