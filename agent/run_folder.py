@@ -4,6 +4,7 @@ runs/ID/
     run.json              the W&B run id
     config.yaml           every knob; `--config` reads it
     history.jsonl         a row of figures per logging interval
+    protocols.json        how each figure of generated images was measured
     checkpoints/step-*/   see diffusion_core/checkpoint.py
     samples/              grids (PNG) and animations (GIF)
     result.json           once the run is finished
@@ -27,6 +28,7 @@ from diffusion_core.tracking import STEP
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 HISTORY_FILE = "history.jsonl"
+PROTOCOLS_FILE = "protocols.json"
 RESULT_FILE = "result.json"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
