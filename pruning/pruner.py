@@ -10,7 +10,7 @@ from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import CoreConfig
 from diffusion_core.trainer import TrainState
 from pruning.calibration import Calibration
-from pruning.config import PruneConfig
+from pruning.config import LISTENS_TO, PruneConfig
 from pruning.cost import Cost, count_cost
 from pruning.masks import attach_masks, maskable, sparsity
 from pruning.strategies import global_magnitude, layer_magnitude
@@ -28,7 +28,8 @@ class PruneReport:
     Attributes:
         method: ``prune.method``.
         step: optimizer steps before it.
-        keep: ``prune.keep``, the share that was to stay.
+        knobs: those of ``prune.*`` that the method listens to.
+        seed: what was random followed from it.
         sparsity: share of the maskable weights (masks) or of all parameters (structured) that went.
         before: cost of the network as it was.
         after: cost of the pruned one.
@@ -37,7 +38,8 @@ class PruneReport:
 
     method: str
     step: int
-    keep: float
+    knobs: dict[str, Any]
+    seed: int
     sparsity: float
     before: Cost
     after: Cost
@@ -60,21 +62,22 @@ def prune_by_magnitude(
     state: TrainState, _config: CoreConfig, prune: PruneConfig, _calibration: Calibration | None
 ) -> Pruned:
     """Mask the smallest weights; pruned weights stay zero in the network, its averages and the optimizer."""
-    choose = global_magnitude if prune.scope == "global" else layer_magnitude
+    choose = layer_magnitude if prune.scope == "layer" else global_magnitude
     masks = choose(maskable(state.network), state.extra_parts.get(MASKS_PART), 1.0 - prune.keep)
     attach_masks(state, masks)
     state.extra_parts[MASKS_PART] = dict(masks)
-    return Pruned(sparsity(masks), {"scope": prune.scope})
+    return Pruned(sparsity(masks))
 
 
 def prune_structure(
-    state: TrainState, config: CoreConfig, prune: PruneConfig, _calibration: Calibration | None
+    state: TrainState, config: CoreConfig, prune: PruneConfig, calibration: Calibration | None
 ) -> Pruned:
     """Put a smaller network in place of the network, with fresh averages and a fresh optimizer."""
     params = count_cost(state.network).params
-    smaller = TrainState.start(prune_channels(state.network, 1.0 - prune.keep), config)
+    network, removal = prune_channels(state.network, prune, config.seed, calibration)
+    smaller = TrainState.start(network, config)
     state.network, state.ema, state.optimizer = smaller.network, smaller.ema, smaller.optimizer
-    return Pruned(1.0 - count_cost(state.network).params / params)
+    return Pruned(1.0 - count_cost(state.network).params / params, asdict(removal))
 
 
 PRUNERS: dict[str, Pruner] = {"magnitude": prune_by_magnitude, "structured": prune_structure}
@@ -87,8 +90,9 @@ def prune_state(
     """Prune a training state, in place, and add a record of it to the state's."""
     before = count_cost(state.network)
     pruned = PRUNERS[prune.method](state, config, prune, calibration)
+    heard = {name: value for name, value in prune.model_dump(mode="json").items() if name in LISTENS_TO[prune.method]}
     report = PruneReport(
-        prune.method, state.step, prune.keep, pruned.sparsity, before, count_cost(state.network), pruned.details
+        prune.method, state.step, heard, config.seed, pruned.sparsity, before, count_cost(state.network), pruned.details
     )
     state.extra_metadata[RECORD_KEY] = [*records(state), asdict(report)]
     return report
