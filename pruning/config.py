@@ -39,9 +39,15 @@ class PruneConfig(Section):
     """Batches of training images for gradients: at timesteps as in training, or for diff_pruning spread over them."""
     threshold: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     """Diff-Pruning stops at the timestep whose loss is below this share of the largest loss (Fang et al. 2023)."""
-    step: Annotated[int, Field(ge=1)] | None = None
-    """Optimizer steps before pruning; training goes on afterwards. None: half of train.steps. Layers that start at zero
-    need some steps to grow, or magnitude takes them whole. Figures before it are logged as dense/val/loss and so on."""
+    step: Annotated[int, Field(ge=0)] | None = None
+    """Optimizer steps before pruning; training goes on afterwards. 0: at once, for a run with init.*; None: half of
+    train.steps. Layers that start at zero need some steps to grow, or magnitude takes them whole. Figures before it are
+    logged as dense/val/loss and so on."""
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether training images decide what goes."""
+        return self.method == "structured" and self.importance in GRADIENTS
 
 
 LISTENS_TO: dict[str, frozenset[str]] = {

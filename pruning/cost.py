@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffusion_core.hardware import Precision, autocast
 from diffusion_core.structure import sizes
-from diffusion_core.unet import NO_LABEL, UNet
+from diffusion_core.unet import UNet
 from pruning.masks import maskable
 
 LATENCY_BATCH = 16
 """The larger one of the two batches on which latency and memory are measured."""
 LATENCY_SECONDS = 0.2
-"""Time that a measurement of latency may take; one forward pass is always made, after one to warm up."""
+"""Time after which a measurement of latency is over."""
 
 
 @dataclass(frozen=True)
@@ -135,39 +134,35 @@ def count_sizes(layers: Mapping[str, Layer], widths: Mapping[str, Mapping[str, i
 # Measured.
 
 
-def time_forward(network: UNet, batch: int, seconds: float = LATENCY_SECONDS, precision: Precision = "fp32") -> float:
-    """Seconds that a forward pass of a batch takes: the fastest of those that fit into the time given."""
-    return min(_times([network], batch, seconds, precision)[0])
-
-
-def compare_latency(network: UNet, reference: UNet, batch: int, seconds: float = 1.0) -> float:
-    """Time of a forward pass of a network per that of another one; they take turns, so that a busy machine slows both."""
-    ours, theirs = _times([network, reference], batch, seconds, "fp32")
-    return min(ours) / min(theirs)
-
-
 @torch.no_grad()
-def _times(networks: list[UNet], batch: int, seconds: float, precision: Precision) -> list[list[float]]:
-    """Times of forward passes of networks that take turns; three turns at least where there are several."""
+def latencies(networks: Sequence[UNet], batch: int, seconds: float = LATENCY_SECONDS, least: int = 1) -> list[float]:
+    """Seconds that a forward pass of a batch takes, of each network the fastest of several, in float32.
+
+    The networks take turns, so that a busy machine slows all of them.
+
+    Args:
+        networks: on one device.
+        batch: images at once.
+        seconds: passes are made until that time is over,
+        least: but at least so many of each, after one to warm up.
+    """
     modes = [network.training for network in networks]
     device = next(networks[0].parameters()).device
     inputs = [example_inputs(network.eval(), batch) for network in networks]
     times: list[list[float]] = [[] for _ in networks]
-    with autocast(device, precision):
-        for network, given in zip(networks, inputs, strict=True):
+    for network, given in zip(networks, inputs, strict=True):
+        network(*given)
+    started = time.perf_counter()
+    while len(times[0]) < least or time.perf_counter() - started < seconds:
+        for network, given, taken in zip(networks, inputs, times, strict=True):
+            _wait(device)
+            before = time.perf_counter()
             network(*given)
-        started = time.perf_counter()
-        least = 1 if len(networks) == 1 else 3
-        while len(times[0]) < least or time.perf_counter() - started < seconds:
-            for network, given, taken in zip(networks, inputs, times, strict=True):
-                _wait(device)
-                before = time.perf_counter()
-                network(*given)
-                _wait(device)
-                taken.append(time.perf_counter() - before)
+            _wait(device)
+            taken.append(time.perf_counter() - before)
     for network, mode in zip(networks, modes, strict=True):
         network.train(mode)
-    return times
+    return [min(taken) for taken in times]
 
 
 def _wait(device: torch.device) -> None:

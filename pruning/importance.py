@@ -104,7 +104,9 @@ def squared(network: UNet, _prune: PruneConfig, _calibration: Calibration) -> Sa
 
 
 def first_order(network: UNet, prune: PruneConfig, calibration: Calibration) -> Saliency:
-    """``w * g`` with the gradient of the training loss, which it would change by to first order (Molchanov et al. 2019)."""
+    """``w * g`` with the gradient of the training loss, which it would change by to first order (Molchanov et al.
+    2019).
+    """
     total = {name: torch.zeros_like(weight) for name, weight in _weights(network).items()}
     for gradients in calibration.gradients(network, prune.calibration_batches):
         for name, gradient in gradients.items():
@@ -115,8 +117,8 @@ def first_order(network: UNet, prune: PruneConfig, calibration: Calibration) -> 
 def over_timesteps(network: UNet, prune: PruneConfig, calibration: Calibration) -> Saliency:
     """``w * sum_t g_t`` over the timesteps that matter (Diff-Pruning, Fang et al. 2023, algorithm 1).
 
-    Timesteps are visited from the least noise on, ``prune.calibration_batches`` of them evenly spread, each with a batch
-    of images and noise of its own, until the loss falls below ``prune.threshold`` times the largest one so far.
+    Timesteps are visited from the least noise on, ``prune.calibration_batches`` of them evenly spread, each with a
+    batch of images and noise of its own, until the loss falls below ``prune.threshold`` times the largest one so far.
     """
     weights = _weights(network)
     total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
@@ -148,7 +150,7 @@ def fisher(network: UNet, prune: PruneConfig, calibration: Calibration) -> Salie
     total = {name: torch.zeros_like(weight) for name, weight in parameters.items()}
     images = 0
     for index in calibration.indices(prune.calibration_batches):
-        for drawn in calibration.draws(index, network).chunks(calibration.config.train.batch_size):
+        for drawn in calibration.draws(index, network).chunks(calibration.batches.batch_size):
             loss = calibration.loss(network, drawn).mean()
             for name, gradient in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
                 total[name] += gradient.square()

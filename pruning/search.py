@@ -42,7 +42,7 @@ def shrunk_sizes(layers: Structure, groups: list[ChannelGroup], counts: Mapping[
         for member in group.members:
             size = shrunk[member.layer]
             size[size_key(size, member.side)] -= group.width - counts[group.name]
-    for name, size in shrunk.items():
+    for size in shrunk.values():
         if "num_groups" in size:
             size["num_groups"] = math.gcd(size["num_channels"], size["num_groups"])
     return shrunk
@@ -140,7 +140,7 @@ def _removal(
 
 
 def block_names(network: UNet) -> list[str]:
-    """The blocks that ``prune.block_keep`` speaks of: resolutions on the way down, middle, resolutions on the way up."""
+    """The blocks that ``prune.block_keep`` speaks of: resolutions on the way down, the middle, those on the way up."""
     return [*(f"down.{i}" for i in range(len(network.down))), "middle", *(f"up.{i}" for i in range(len(network.up)))]
 
 

@@ -16,7 +16,7 @@ from diffusion_core.structure import resize
 from diffusion_core.unet import AttentionBlock, UNet
 from pruning.calibration import Calibration
 from pruning.config import PruneConfig
-from pruning.cost import LATENCY_BATCH, compare_latency, count_sizes, network_layers
+from pruning.cost import LATENCY_BATCH, count_sizes, latencies, network_layers
 from pruning.groups import ChannelGroup, Kept, channel_groups, kept_places
 from pruning.importance import channel_scores
 from pruning.search import STEPS, Counts, block_names, choose_all, find_counts, layer_sizes, shrunk_sizes
@@ -89,7 +89,7 @@ def prune_channels(
         {name: "".join("01"[stays] for stays in stay.tolist()) for name, stay in kept.items()},
         stream_seed(seed, Purpose.REINIT) if prune.importance == "reinit" else None,
     )
-    return remove(network, removal), removal
+    return _apply(network, groups, removal), removal
 
 
 def remove(network: UNet, removal: Removal) -> UNet:
@@ -99,9 +99,13 @@ def remove(network: UNet, removal: Removal) -> UNet:
         ValueError: if the record is one of another network.
     """
     groups = channel_groups(network)
-    kept = {name: torch.tensor([mark == "1" for mark in marks]) for name, marks in removal.kept.items()}
-    if {name: len(stay) for name, stay in kept.items()} != {group.name: group.width for group in groups}:
+    if {name: len(marks) for name, marks in removal.kept.items()} != {group.name: group.width for group in groups}:
         raise ValueError("the record is one of another network: groups of channels or their widths differ")
+    return _apply(network, groups, removal)
+
+
+def _apply(network: UNet, groups: list[ChannelGroup], removal: Removal) -> UNet:
+    kept = {name: torch.tensor([mark == "1" for mark in marks]) for name, marks in removal.kept.items()}
     smaller = _shrink(network, groups, kept)
     if removal.redrawn is not None:
         _draw_weights(smaller, removal.redrawn)
@@ -115,7 +119,8 @@ def _cost_to_hit(
     if prune.target == "latency":
 
         def ratio(counts: Counts) -> float:
-            return compare_latency(_untrained(network, groups, counts), network, LATENCY_BATCH)
+            ours, theirs = latencies([_untrained(network, groups, counts), network], LATENCY_BATCH, 1.0, least=3)
+            return ours / theirs
 
         return ratio, keep
     layers, now = network_layers(network), layer_sizes(network)
