@@ -60,6 +60,13 @@ LISTENS_TO: dict[str, frozenset[str]] = {
 GRADIENTS = frozenset({"taylor", "taylor_multivariable", "diff_pruning", "fisher", "hessian"})
 """The importances that need training images."""
 
+NEEDS: dict[str, tuple[str, frozenset[str]]] = {
+    "calibration_batches": ("importance", GRADIENTS),
+    "threshold": ("importance", frozenset({"diff_pruning"})),
+    "block_keep": ("scope", frozenset({"auto", "layer"})),
+}
+"""The knobs of structured pruning that listen to another one: its name, and the values with which they are heard."""
+
 
 def unheard(prune: PruneConfig, methods: Collection[str] | None = None) -> Iterator[str]:
     """The knobs that are set although no method listens to them, each as one line for the user.
@@ -73,17 +80,20 @@ def unheard(prune: PruneConfig, methods: Collection[str] | None = None) -> Itera
     """
     methods = [prune.method] if methods is None else list(dict.fromkeys(methods))
     heard = frozenset[str]().union(*(LISTENS_TO[method] for method in methods))
-    if methods == ["structured"] and prune.importance not in GRADIENTS:
-        heard -= {"calibration_batches"}
-    if methods == ["structured"] and prune.importance != "diff_pruning":
-        heard -= {"threshold"}
-    if methods == ["structured"] and prune.scope == "global":
-        heard -= {"block_keep"}
     for name, field in PruneConfig.model_fields.items():
         value = getattr(prune, name)
-        if name not in heard and value != field.default:
+        if value == field.default:
+            continue
+        if name not in heard:
             listeners = " or ".join(method for method, knobs in LISTENS_TO.items() if name in knobs)
             yield (
                 f"prune.{name} = {value!r}: says nothing to prune.method={' or '.join(methods)}; leave it out, or use "
                 f"{listeners}"
             )
+        elif methods == ["structured"] and name in NEEDS:
+            key, values = NEEDS[name]
+            if getattr(prune, key) not in values:
+                yield (
+                    f"prune.{name} = {value!r}: says nothing to prune.{key}={getattr(prune, key)}; leave it out, or use "
+                    f"prune.{key}={', '.join(sorted(values))}"
+                )
