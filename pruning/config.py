@@ -92,8 +92,9 @@ def unheard(prune: PruneConfig, methods: Collection[str] | None = None) -> Itera
             )
         elif methods == ["structured"] and name in NEEDS:
             key, values = NEEDS[name]
-            if getattr(prune, key) not in values:
+            now = getattr(prune, key)
+            if now not in values:
                 yield (
-                    f"prune.{name} = {value!r}: says nothing to prune.{key}={getattr(prune, key)}; leave it out, or use "
+                    f"prune.{name} = {value!r}: says nothing to prune.{key}={now}; leave it out, or use "
                     f"prune.{key}={', '.join(sorted(values))}"
                 )

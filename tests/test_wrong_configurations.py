@@ -96,7 +96,7 @@ TYPES: list[Case] = [
     ("--train={'steps':None}", "train.steps = None", f"{INTEGER} >= 1"),
     ("--train={'steps':{}}", "train.steps = {}", f"{INTEGER} >= 1"),
     ("--data.image_size=big", "data.image_size = 'big'", f"{INTEGER} >= 4 and <= 1024 or None"),
-    ("--prune.step=half", "prune.step = 'half'", f"{INTEGER} >= 1 or None"),
+    ("--prune.step=half", "prune.step = 'half'", f"{INTEGER} >= 0 or None"),
     ("--seed=random", "seed = 'random'", f"{INTEGER} >= 0 and < {2**63}"),
     ("--seed=None", "seed = 'None'", f"{INTEGER} >= 0"),
     # Numbers
