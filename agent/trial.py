@@ -13,13 +13,14 @@ from agent.callbacks import DrawSamples, LogHistory
 from agent.checkpoints import SaveCheckpoints
 from agent.config import TrialConfig
 from agent.evaluation import Evaluate
-from agent.facts import costs_of, system_facts
+from agent.facts import costs_of, describe_data, system_facts
 from agent.phases import train_and_prune
 from agent.preemption import Preempted, StopRequest
 from agent.resume import find_checkpoint
 from agent.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
+    DATA_FILE,
     RESULT_FILE,
     RUN_FILE,
     SAMPLES,
@@ -28,12 +29,12 @@ from agent.run_folder import (
     write_json,
     write_text,
 )
+from agent.start import start_state
 from diffusion_core.config_io import ConfigError, flatten, to_yaml
 from diffusion_core.data import Dataset
 from diffusion_core.hardware import pick_device
 from diffusion_core.tracking import Tracker
 from diffusion_core.trainer import Callback, TrainState
-from diffusion_core.unet import build_network
 from pruning.pruner import resume_pruning
 
 
@@ -64,6 +65,11 @@ def make_accelerator(config: TrialConfig) -> Accelerator:
         raise ConfigError(
             f"train.batch_size = {config.train.batch_size}: must be a multiple of the number of processes "
             f"({accelerator.num_processes}) times train.accumulation ({config.train.accumulation})"
+        )
+    if config.prune.method == "structured" and config.prune.target == "latency" and accelerator.num_processes > 1:
+        raise ConfigError(
+            "prune.target = 'latency': every process would measure another one; expected channels, params or macs, or "
+            "scripts/prune.py on one device"
         )
     return accelerator
 
@@ -103,13 +109,15 @@ def run_trial(
         state = TrainState.restore(resumed, config, accelerator.device)
         resume_pruning(state)
     else:
-        network = build_network(config, dataset.num_classes).to(accelerator.device)
-        state = TrainState.start(network, config)
+        state = start_state(config, dataset, tracker, accelerator)
 
     saver = SaveCheckpoints(config, dataset, tracker, checkpoints, run_id, resumed)
     callbacks: list[Callback] = [Evaluate(config, dataset, accelerator, tracker, folder)]
     if accelerator.is_main_process:
         _write_run_files(config, folder, run_id)
+        write_json(folder / DATA_FILE, describe_data(config, dataset))
+        if resumed is None:
+            tracker.use(f"data-{config.data.name}", "dataset", [folder / DATA_FILE])
         callbacks += [
             DrawSamples(config, dataset, accelerator, folder / SAMPLES),
             saver,
@@ -127,7 +135,7 @@ def run_trial(
         raise
     result = None
     if accelerator.is_main_process:
-        costs = costs_of(state)
+        costs = costs_of(state, saver.best_path)
         tracker.summary(costs)
         figures = best_figures(read_history(folder)) | costs
         result = TrialResult(run_id, state.step, figures, saver.best_path, time.perf_counter() - started)
