@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 from agent.config import TrialConfig, config_from_words
 from agent.refusal import fail
+from agent.settings import in_sweep
 from diffusion_core.config_io import ConfigError, help_text, split_argv, to_yaml
+from pruning.config import unheard
 
 USAGE = """\
 usage: python -m agent [--config FILE.yaml] [--key=value ...] [--print-config | --dry-run]
@@ -44,6 +46,8 @@ def main(argv: Sequence[str] | None = None, usage: str = USAGE, defaults: Sequen
     try:
         values = split_argv([word for word in words if word not in ("--print-config", "--dry-run")])
         config = config_from_words(values)
+        if not in_sweep() and (problems := list(unheard(config.prune))):
+            raise ConfigError(*problems)
     except ConfigError as error:
         return fail(str(error))
     if "--print-config" in words:

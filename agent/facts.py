@@ -12,14 +12,14 @@ from diffusion_core.data import Dataset
 from diffusion_core.hardware import pick_precision
 from diffusion_core.trainer import TrainState
 from pruning.cost import count_cost
-from pruning.pruner import RECORD_KEY, is_pruned
+from pruning.pruner import records
 
 
 def costs_of(state: TrainState) -> dict[str, float]:
     """What a network costs (``model/*``), and what pruning took away (``prune/*``)."""
     costs: dict[str, float] = {f"model/{name}": value for name, value in asdict(count_cost(state.network)).items()}
-    if is_pruned(state):
-        costs["prune/sparsity"] = state.extra_metadata[RECORD_KEY]["sparsity"]
+    if pruned := records(state):
+        costs["prune/sparsity"] = pruned[-1]["sparsity"]
     return costs
 
 

@@ -24,6 +24,7 @@ from agent import engine
 from agent.preemption import forward_signals
 from agent.results import TrialRecord, best_first, table, write_results
 from agent.run_folder import RESULT_FILE, SAMPLES, best_figures, read_history, write_json
+from agent.settings import OFFLINE_SWEEP
 from agent.sweep_file import ARGS_MACRO, SweepError, SweepFile
 
 STATE_FILE = "sweep.json"
@@ -123,6 +124,7 @@ class OfflineSweep:
             "WANDB_MODE": "disabled" if os.environ.get("WANDB_MODE") == "disabled" else "offline",
             "WANDB_RUN_ID": trial.id,
             "WANDB_RUN_GROUP": self.sweep.name,
+            OFFLINE_SWEEP: self.sweep.name,
             "WANDB_SILENT": os.environ.get("WANDB_SILENT", "true"),
         }
         command = expand_command(self.sweep.config["command"], arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from accelerate import Accelerator
@@ -10,7 +11,19 @@ from agent.checkpoints import SaveCheckpoints
 from agent.config import TrialConfig
 from diffusion_core.data import Batches, Dataset
 from diffusion_core.trainer import Callback, TrainState, train
+from pruning.calibration import Calibration
+from pruning.gradual import GradualPruning, Ramp
 from pruning.pruner import is_pruned, prune_state
+
+
+def warn_of_empty_layers(layers: Sequence[str]) -> None:
+    """One line if layers are left without any weight."""
+    if layers:
+        print(
+            f"warning: pruning left no weight in {len(layers)} layers ({', '.join(layers[:5])}"
+            f"{', ...' if len(layers) > 5 else ''}); prune.scope=layer keeps some in each",
+            file=sys.stderr,
+        )
 
 
 def train_and_prune(
@@ -32,8 +45,13 @@ def train_and_prune(
         world_size=accelerator.num_processes,
     )
     if config.prune.method != "none" and not is_pruned(state):
-        train(state, batches, config, callbacks, accelerator=accelerator, until=config.prune_step)
-        report = prune_state(state, config, config.prune)
+        before = list(callbacks)
+        if config.prune.method == "gradual":
+            ramp = Ramp(config.prune_step, config.prune_until, config.prune.interval)
+            before.insert(0, GradualPruning(ramp, config, config.prune))
+        train(state, batches, config, before, accelerator=accelerator, until=config.prune_until)
+        calibration = Calibration.of(dataset.train, config, accelerator.device)
+        report = prune_state(state, config, config.prune, calibration)
         saver.forget_best()
         if accelerator.is_main_process:
             print(
@@ -41,4 +59,5 @@ def train_and_prune(
                 f"{report.before.nonzero_params:,} -> {report.after.nonzero_params:,}, MACs {report.before.macs:,} -> "
                 f"{report.after.macs:,}"
             )
+            warn_of_empty_layers(report.details.get("empty_layers", []))
     train(state, batches, config, callbacks, accelerator=accelerator)

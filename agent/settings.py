@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
 
 DEFAULT_PROJECT = "diffusion-sweeps"
+OFFLINE_SWEEP = "DIFFUSION_SWEEPS_OFFLINE"
+"""The variable that an offline sweep sets for its trials, to its name."""
 MODES = {"online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline",
          "disabled": "disabled"}  # fmt: skip
 
@@ -30,6 +32,11 @@ def load_environment() -> None:
     load_dotenv(find_dotenv(usecwd=True))
     for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
         del os.environ[name]
+
+
+def in_sweep() -> bool:
+    """Whether this process runs a trial that a sweep chose, of an agent or of an offline sweep."""
+    return "WANDB_SWEEP_ID" in os.environ or OFFLINE_SWEEP in os.environ
 
 
 def wandb_mode() -> str:
@@ -70,7 +77,7 @@ def start_wandb(run_id: str, folder: Path, config: Mapping[str, Any], mode: str)
     if mode == "offline" and "WANDB_MODE" not in os.environ:
         print("W&B: no API key, so this run is recorded offline (wandb login or WANDB_API_KEY to go online)",
               file=sys.stderr)  # fmt: skip
-    in_sweep = "WANDB_SWEEP_ID" in os.environ
+    under_agent = "WANDB_SWEEP_ID" in os.environ
     os.environ.setdefault("WANDB_DIR", str(folder))
     # Staged artifact files of offline runs stay until `wandb sync`: beside the run, not in the home directory.
     os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb" / "data"))
@@ -80,6 +87,6 @@ def start_wandb(run_id: str, folder: Path, config: Mapping[str, Any], mode: str)
         config=dict(config),
         mode=mode,  # type: ignore[arg-type]
         resume="allow",
-        id=None if in_sweep else run_id,
-        project=None if in_sweep or "WANDB_PROJECT" in os.environ else DEFAULT_PROJECT,
+        id=None if under_agent else run_id,
+        project=None if under_agent or "WANDB_PROJECT" in os.environ else DEFAULT_PROJECT,
     )

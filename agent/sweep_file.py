@@ -12,6 +12,7 @@ from agent import engine
 from agent.config import TrialConfig, build_config
 from diffusion_core.config_io import ConfigError, knobs, read_yaml, unknown_key
 from diffusion_core.figure_names import GOALS, goal_of
+from pruning.config import LISTENS_TO, PruneConfig, unheard
 
 ARGS_MACRO = "${args}"
 METHODS = ("grid", "random", "bayes")
@@ -169,12 +170,15 @@ def _parameter_problems(parameters: Any, method: Any) -> list[str]:
         if not wrong:
             tried[key] = values_to_try(spec)
     first = {key: values[0] for key, values in tried.items()}
+    methods = [str(method) for method in tried.get("prune.method", [PruneConfig().method]) if method in LISTENS_TO]
     for key, values in tried.items():
         for value in values:
             try:
-                build_config(first | {key: value})
+                config = build_config(first | {key: value})
             except ConfigError as error:
                 problems += error.problems
+            else:
+                problems += unheard(config.prune, methods)
     return problems
 
 

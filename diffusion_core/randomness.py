@@ -23,6 +23,9 @@ class Purpose(IntEnum):
     DROPOUT = 6
     SAMPLE = 7
     VALIDATION = 8
+    CALIBRATION = 9
+    PRUNE = 10
+    REINIT = 11
 
 
 def stream_seed(*key: int) -> int:

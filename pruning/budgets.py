@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from pruning.masks import block_of
+from pruning.blocks import block_of
 
 Shares = Callable[[Mapping[str, Tensor]], dict[str, float]]
 """Weights by name to what each layer is to keep, in proportion to the others, >= 0; full layers pass on the rest."""
@@ -27,7 +27,7 @@ def erdos_renyi_kernel(weights: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def by_block(keep: Mapping[str, float], otherwise: float) -> Shares:
-    """Each layer keeps the share given for its block (:func:`pruning.masks.block_of`), or else ``otherwise``."""
+    """Each layer keeps the share given for its block (:func:`pruning.blocks.block_of`), or else ``otherwise``."""
 
     def shares(weights: Mapping[str, Tensor]) -> dict[str, float]:
         return {name: keep.get(block_of(name), otherwise) * weight.numel() for name, weight in weights.items()}

@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from diffusion_core.trainer import TrainState
+from pruning.blocks import block_of
 
 WeightMasks = dict[str, Tensor]
 """Name of a weight to a bool tensor of its shape: True stays, False is pruned."""
+
+MASKS_PART = "masks"
+"""The part of a checkpoint that holds masks."""
 
 _HOOKS: WeakKeyDictionary[torch.optim.Optimizer, list[RemovableHandle]] = WeakKeyDictionary()
 """What holds the masks of a training state, by its optimizer, so that other masks can take their place."""
@@ -30,12 +34,6 @@ def maskable(network: nn.Module) -> dict[str, Tensor]:
         for name, module in network.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
     }
-
-
-def block_of(name: str) -> str:
-    """The part of the network that a weight belongs to: ``conv_in``, ``time_mlp``, ``down.0``, ``middle``, ``up.1``..."""
-    words = name.split(".")
-    return ".".join(words[:2]) if words[0] in ("down", "up") else words[0]
 
 
 def counts(masks: Mapping[str, Tensor]) -> dict[str, int]:
@@ -149,3 +147,18 @@ def attach_masks(state: TrainState, masks: Mapping[str, Tensor]) -> None:
 
     handles.append(state.optimizer.register_step_post_hook(hold))
     _HOOKS[state.optimizer] = handles
+
+
+def hold_masks(state: TrainState, masks: WeightMasks) -> None:
+    """Attach masks, and have every later checkpoint carry them.
+
+    Raises:
+        ValueError: if the masks do not fit the network; nothing has changed then.
+    """
+    attach_masks(state, masks)
+    state.extra_parts[MASKS_PART] = dict(masks)
+
+
+def held_masks(state: TrainState) -> WeightMasks | None:
+    """The masks that a state is held by, or None."""
+    return state.extra_parts.get(MASKS_PART)

@@ -133,7 +133,7 @@ SPELLINGS: list[tuple[str, str, Any]] = [
     ("data.image_size", "64", 64),
     ("prune.step", "12.0", 12),
     ("prune.method", "none", "none"),
-    ("prune.method", "structured-magnitude", "structured-magnitude"),
+    ("prune.method", "structured", "structured"),
     ("eval.classifier", "none", "none"),
     ("data.path", "None", None),
     ("data.path", "/my images/1, 2", "/my images/1, 2"),
@@ -375,7 +375,7 @@ def configurations(draw: st.DrawFn) -> TrialConfig:
     if values["prune.step"] is not None:
         values["prune.step"] = draw(st.integers(1, values["train.steps"] - 1))
     made_to_go_together(values)
-    if values["prune.method"] == "structured-magnitude" and values["ema.average_from"] is not None:
+    if values["prune.method"] == "structured" and values["ema.average_from"] is not None:
         first = values["train.steps"] // 2 if values["prune.step"] is None else values["prune.step"]
         values["ema.average_from"] = min(values["ema.average_from"], values["train.steps"] - first - 1)
     config = build_config(values)

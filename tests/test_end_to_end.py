@@ -61,7 +61,7 @@ SWEEPS = {
     "random": sweep_config(
         "random",
         {"train.lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}, "data.horizontal_flip":
-         {"values": [True, False]}, "prune.method": {"value": "structured-magnitude"}, "prune.ratio": {"value": 0.5}},
+         {"values": [True, False]}, "prune.method": {"value": "structured"}, "prune.keep": {"value": 0.5}},
         run_cap=2,
     ),
     "bayes": sweep_config(

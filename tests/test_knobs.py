@@ -188,7 +188,8 @@ TABLE: dict[str, Entry] = {
     "log.progress": Entry(True, ("stderr",), same=("weights",)),
     "preset": Entry("mnist", ("other knobs",)),
     "prune.method": Entry("magnitude", (*WEIGHTS, "zeros", "figures"), {"prune.step": 2}),
-    "prune.ratio": Entry(0.8, (*WEIGHTS, "zeros", "sparsity"), PRUNED),
+    "prune.keep": Entry(0.2, (*WEIGHTS, "zeros", "sparsity"), PRUNED),
+    "prune.scope": Entry("layer", (*WEIGHTS, "masks"), PRUNED, same=("zeros", "shapes")),
     "prune.step": Entry(5, (*WEIGHTS, "pruned at"), PRUNED),
 }
 
@@ -306,7 +307,8 @@ def observe(
         seen[name] = digest(*(item for pair in sorted(tensors.items()) for item in pair))
     seen["zeros"] = sum(int((tensor == 0).sum()) for tensor in checkpoint.tensors("model").values())
     seen["image shape"] = checkpoint.shape_CHW
-    seen["pruned at"] = checkpoint.metadata["extra"].get("pruning", {}).get("step")
+    seen["pruned at"] = checkpoint.metadata["extra"].get("pruning", [{}])[-1].get("step")
+    seen["masks"] = digest(*checkpoint.tensors("masks").values()) if "masks" in checkpoint.parts else None
 
     grids = sorted((run_folder / "samples").glob("samples-*.png"))
     seen["grids"] = len(grids)
@@ -468,7 +470,7 @@ def choices(knob: str) -> list[str]:
 def test_every_schedule_of_the_rate_and_every_choice_is_another_one(seen: Any) -> None:
     """Each pair of choices of a knob differs, not only the two of the table."""
     variants: dict[str, tuple[str, dict[str, Any], list[str]]] = {
-        "prune.method": ("weights", {"prune.step": 2}, ["none", "magnitude", "structured-magnitude"]),
+        "prune.method": ("weights", {"prune.step": 2}, ["none", "magnitude", "structured"]),
         "eval.classifier": ("figures", {"sample.guidance": 2.0}, ["none", "svc"]),
         "model.conditioning": ("weights", {}, choices("model.conditioning")),
         "diffusion.schedule": ("weights", {"diffusion.prediction": "edm"}, choices("diffusion.schedule")),
@@ -488,14 +490,14 @@ def test_every_schedule_of_the_rate_and_every_choice_is_another_one(seen: Any) -
         assert len(set(shown)) == len(values), knob
 
 
-def test_ratio_is_the_share_that_goes(seen: Any) -> None:
-    for ratio in (0.5, 0.8):
-        trial = seen(BASE | PRUNED | {"prune.ratio": ratio})
-        assert trial["sparsity"] == pytest.approx(ratio, abs=1e-3)
+def test_keep_is_the_share_that_stays(seen: Any) -> None:
+    for keep in (0.5, 0.2):
+        trial = seen(BASE | PRUNED | {"prune.keep": keep})
+        assert trial["sparsity"] == pytest.approx(1 - keep, abs=1e-3)
         assert trial["pruned at"] == 6
     narrow, wide = (
-        seen(BASE | PRUNED | {"prune.method": "structured-magnitude", "prune.ratio": ratio, "model.norm_groups": 1})
-        for ratio in (0.5, 0.25)
+        seen(BASE | PRUNED | {"prune.method": "structured", "prune.keep": keep, "model.norm_groups": 1})
+        for keep in (0.5, 0.75)
     )
     assert narrow["sparsity"] > wide["sparsity"] > 0.25
     assert seen(BASE | {"prune.method": "magnitude"})["pruned at"] == 2, "by default half of train.steps"

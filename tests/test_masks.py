@@ -19,8 +19,8 @@ from diffusion_core.trainer import TrainState, train
 from diffusion_core.unet import UNet
 from pruning.config import PruneConfig
 from pruning.cost import count_cost
-from pruning.masks import WeightMasks, apply_masks, attach_masks, maskable, sparsity
-from pruning.pruner import MASKS_PART, is_pruned, prune_state, resume_pruning
+from pruning.masks import MASKS_PART, WeightMasks, apply_masks, attach_masks, maskable, sparsity
+from pruning.pruner import is_pruned, prune_state, resume_pruning
 from pruning.strategies import global_magnitude
 
 CONFIG = tiny_config(train__weight_decay=0.1, train__lr=3e-3, train__steps=200)
@@ -138,7 +138,7 @@ def assert_held(state: TrainState, masks: WeightMasks, fraction: float) -> None:
 def test_sparsity_is_exact_after_200_steps_with_momentum_and_weight_decay() -> None:
     fraction = 0.7
     state = run(lively_state(), 20)  # Moments of every weight, to be revived by.
-    report = prune_state(state, CONFIG, PruneConfig(method="magnitude", ratio=fraction))
+    report = prune_state(state, CONFIG, PruneConfig(method="magnitude", keep=1 - fraction))
     masks = {name: mask.clone() for name, mask in state.extra_parts[MASKS_PART].items()}
     assert report.sparsity == pytest.approx(fraction, abs=1e-4)
     assert_held(state, masks, fraction)
@@ -155,7 +155,7 @@ def test_sparsity_is_exact_after_200_steps_with_momentum_and_weight_decay() -> N
 def test_gradients_of_pruned_weights_are_zero_and_do_not_count_in_the_norm() -> None:
     """The reported norm is that of the gradient of a network in which the pruned weights do not exist."""
     state = run(lively_state(), 3)
-    prune_state(state, CONFIG, PruneConfig(method="magnitude", ratio=0.5))
+    prune_state(state, CONFIG, PruneConfig(method="magnitude", keep=0.5))
     masks = state.extra_parts[MASKS_PART]
     gradients: dict[str, Tensor] = {}
 
@@ -175,7 +175,7 @@ def test_gradients_of_pruned_weights_are_zero_and_do_not_count_in_the_norm() -> 
 
 def test_a_momentum_that_should_not_be_there_revives_nothing() -> None:
     state = run(lively_state(), 3)
-    prune_state(state, CONFIG, PruneConfig(method="magnitude", ratio=0.5))
+    prune_state(state, CONFIG, PruneConfig(method="magnitude", keep=0.5))
     masks = {name: mask.clone() for name, mask in state.extra_parts[MASKS_PART].items()}
     for moments in state.optimizer.state.values():
         moments["exp_avg"].fill_(1.0)
@@ -234,7 +234,7 @@ def test_sparsity_is_exact_after_resuming(tmp_path: Path) -> None:
     state = run(lively_state(), 5)
     assert not is_pruned(state)
     assert not is_pruned(round_trip(state, tmp_path / "dense"))
-    prune_state(state, CONFIG, PruneConfig(method="magnitude", ratio=fraction))
+    prune_state(state, CONFIG, PruneConfig(method="magnitude", keep=1 - fraction))
     run(state, 10)
     restored = round_trip(state, tmp_path / "pruned")
     assert is_pruned(restored)
@@ -252,14 +252,14 @@ def test_sparsity_is_exact_after_resuming(tmp_path: Path) -> None:
 def test_the_report_says_what_happened() -> None:
     state = run(lively_state(), 4)
     dense = count_cost(state.network)
-    report = prune_state(state, CONFIG, PruneConfig(method="magnitude", ratio=0.5))
+    report = prune_state(state, CONFIG, PruneConfig(method="magnitude", keep=0.5))
     count = sum(weight.numel() for weight in maskable(state.network).values())
     assert (report.method, report.step) == ("magnitude", 4)
     assert report.before == dense
     assert report.after.params == dense.params  # Masked weights are still there,
     assert report.after.macs == dense.macs  # and still multiplied with.
     assert report.after.nonzero_params == dense.params - round(0.5 * count)
-    assert state.extra_metadata["pruning"]["after"]["nonzero_params"] == report.after.nonzero_params
+    assert state.extra_metadata["pruning"][-1]["after"]["nonzero_params"] == report.after.nonzero_params
 
 
 def test_cost_is_that_of_the_layers_summed_by_hand() -> None:

@@ -55,13 +55,13 @@ CASES = {
     "none": ["--prune.method=none", f"--train.precision={'bf16' if BF16 else 'fp32'}"],
     "magnitude": [
         "--prune.method=magnitude",
-        "--prune.ratio=0.6",
+        "--prune.keep=0.4",
         f"--prune.step={PRUNED_AT}",
         "--train.precision=fp32",
     ],
     "structured": [
-        "--prune.method=structured-magnitude",
-        "--prune.ratio=0.5",
+        "--prune.method=structured",
+        "--prune.keep=0.5",
         f"--prune.step={PRUNED_AT}",
         "--train.precision=fp32",
     ],
@@ -191,7 +191,7 @@ def test_a_run_with_pruning(tmp_path: Path, case: str, unbroken: Callable[[str],
     assert run.interrupt(15) < PRUNED_AT
     assert "pruning" not in run.checkpoint().metadata["extra"]
     assert PRUNED_AT < run.interrupt(PRUNED_AT + 5) < STEPS
-    assert run.checkpoint().metadata["extra"]["pruning"]["step"] == PRUNED_AT
+    assert run.checkpoint().metadata["extra"]["pruning"][-1]["step"] == PRUNED_AT
     run.finish()
     assert_same_run(unbroken(case), run)
     if case == "structured":

@@ -151,8 +151,8 @@ def test_training_goes_on_and_survives_the_disk(tmp_path: Path, ratio: float, he
     state = TrainState.start(tiny_network(settings), settings)
     train(state, batches, settings, accelerator=cpu(), until=4)
     dense = state.network
-    report = prune_state(state, settings, PruneConfig(method="structured-magnitude", ratio=ratio))
-    assert (report.method, report.step, state.step) == ("structured-magnitude", 4, 4)
+    report = prune_state(state, settings, PruneConfig(method="structured", keep=1 - ratio))
+    assert (report.method, report.step, state.step) == ("structured", 4, 4)
     assert report.before == count_cost(dense)
     assert report.after == count_cost(state.network)
     assert report.sparsity == pytest.approx(1 - params(state.network) / params(dense))
@@ -201,6 +201,6 @@ def test_an_untrained_network_can_be_pruned() -> None:
     """Whose last layers are zero: nobody divides by their norm."""
     settings = config()
     state = tiny_state(settings)
-    prune_state(state, settings, PruneConfig(method="structured-magnitude", ratio=0.5))
+    prune_state(state, settings, PruneConfig(method="structured", keep=0.5))
     assert all(torch.isfinite(parameter).all() for parameter in state.network.parameters())
     assert prune_channels(tiny_network(settings).eval(), 0.5).training is False

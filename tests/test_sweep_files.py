@@ -259,6 +259,12 @@ WRONG: dict[str, tuple[Any, list[str]]] = {
         changed(add={"prune.step": {"values": [50, 90]}, "train.steps": {"values": [100, 80, 60, 40]}}),
         ["prune.step = 50: expected less than train.steps = 40"],
     ),
+    "a knob that no method of the sweep listens to": (
+        changed(
+            add={"prune.method": {"values": ["none", "structured"]}, "prune.scope": {"values": ["global", "layer"]}}
+        ),
+        ["prune.scope = 'layer': says nothing to prune.method=none or structured; leave it out, or use magnitude"],
+    ),
     "end of a distribution out of range": (
         changed(add={"train.lr": {"distribution": "uniform", "min": 0.1, "max": 1.5}}),
         ["train.lr = 1.5: expected a number > 0 and <= 1"],
@@ -399,7 +405,7 @@ WRONG: dict[str, tuple[Any, list[str]]] = {
             "train.steps = 0: expected an integer >= 1",
             "train.steps = -1: expected an integer >= 1",
             "ema.decay = 1.1: expected a number >= 0 and < 1",
-            "prune.method = 'magnitud': expected one of none, magnitude, structured-magnitude",
+            "prune.method = 'magnitud': expected one of none, magnitude, structured",
         ],
     ),
     "empty": ("", ["method = None", "command = None", "parameters = None"]),

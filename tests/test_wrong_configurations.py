@@ -34,8 +34,8 @@ UNKNOWN: list[Case] = [
     ("--model.attention_resolution=16", "model.attention_resolution = '16'", "model.attention_resolutions?"),
     ("--diffusion.scedule=linear", "diffusion.scedule = 'linear'", "did you mean diffusion.schedule?"),
     ("--diffusion.timestep=10", "diffusion.timestep = '10'", "did you mean diffusion.timesteps?"),
-    ("--prune.rate=0.5", "prune.rate = '0.5'", "did you mean prune.ratio?"),
-    ("--pruning.ratio=0.5", "pruning.ratio = '0.5'", "did you mean prune.ratio?"),
+    ("--prune.kep=0.5", "prune.kep = '0.5'", "did you mean prune.keep?"),
+    ("--pruning.keep=0.5", "pruning.keep = '0.5'", "did you mean prune.keep?"),
     ("--sample.guidance_scale=2", "sample.guidance_scale = '2'", "did you mean sample.guidance?"),
     ("--checkpoint.metric=val/loss", "checkpoint.metric = 'val/loss'", "did you mean checkpoint.best_metric?"),
     ("--data.names=digits", "data.names = 'digits'", "did you mean data.name?"),
@@ -234,7 +234,7 @@ COMBINATIONS: list[Case] = [
     ("--ema.sampled=power", "ema.sampled = 'power'", "needs ema.power_widths, such as 0.05,0.1"),
     ("--ema.sampled=average", "ema.sampled = 'average'", "needs ema.average_from"),
     (
-        "--prune.method=structured-magnitude --ema.average_from=400000",
+        "--prune.method=structured --ema.average_from=400000",
         "ema.average_from = 400000",
         "averages start anew with the smaller network, 400000 steps before the end",
     ),
@@ -242,7 +242,9 @@ COMBINATIONS: list[Case] = [
     ("--prune.step=800000", "prune.step = 800000", "less than train.steps = 800000"),
     ("--train.steps=5 --prune.step=6", "prune.step = 6", "less than train.steps = 5"),
     ("--train.steps=1 --prune.method=magnitude", "train.steps = 1", "prune.method=magnitude needs at least 2"),
-    ("--train.steps=1 --prune.method=structured-magnitude", "train.steps = 1", "needs at least 2"),
+    ("--train.steps=1 --prune.method=structured", "train.steps = 1", "needs at least 2"),
+    ("--prune.keep=0.7", "prune.keep = 0.7", "says nothing to prune.method=none"),
+    ("--prune.method=structured --prune.scope=layer", "prune.scope = 'layer'", "leave it out, or use magnitude"),
 ]
 
 SEVERAL: list[Case] = [
@@ -312,7 +314,7 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def load_data(*_: object, **__: object) -> None:
         raise AssertionError("data were read although the configuration is wrong")
 
-    monkeypatch.setattr("diffusion_core.data.load_data", load_data)
+    monkeypatch.setattr("agent.session.load_data", load_data)
     folder = tmp_path / "empty"
     folder.mkdir()
     monkeypatch.chdir(folder)

@@ -1,0 +1,70 @@
+"""Training images with noise, on which a pruner measures gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from diffusion_core.config import CoreConfig
+from diffusion_core.data import Batches, Images
+from diffusion_core.denoiser import Denoiser
+from diffusion_core.draws import Draws, draw
+from diffusion_core.losses import diffusion_loss
+from diffusion_core.randomness import Purpose, stream_seed
+from diffusion_core.unet import UNet
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches of training images, drawn as in training but from streams of their own.
+
+    Attributes:
+        batches: the images; batch n is the same whenever it is asked for.
+        config: the run's configuration, with the seed of these streams.
+    """
+
+    batches: Batches
+    config: CoreConfig
+
+    @classmethod
+    def of(cls, images: Images, config: CoreConfig, device: torch.device) -> Calibration:
+        """Batches of ``train.batch_size`` training images."""
+        config = config.model_copy(update={"seed": stream_seed(config.seed, Purpose.CALIBRATION)})
+        batches = Batches(
+            images,
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            horizontal_flip=config.data.flips,
+            device=device,
+        )
+        return cls(batches, config)
+
+    def draws(self, index: int, network: UNet, t: int | None = None) -> Draws:
+        """Batch ``index`` with its noise; at timestep ``t`` throughout, or as they are drawn in training."""
+        drawn = draw(index, self.batches, self.config, self._denoiser(network).schedule)
+        return drawn if t is None else replace(drawn, t_B=torch.full_like(drawn.t_B, t))
+
+    def loss(self, network: UNet, drawn: Draws) -> Tensor:
+        """The training loss of each image, ``(B,)``, in float32, with a graph to differentiate."""
+        return diffusion_loss(
+            self._denoiser(network),
+            drawn.x0_BCHW,
+            drawn.noise_BCHW,
+            drawn.t_B,
+            drawn.labels_B,
+            self.config.diffusion,
+            drawn.shown_B,
+        )
+
+    def gradients(self, network: UNet, indices: range) -> Iterator[dict[str, Tensor]]:
+        """Of each batch the gradient of its mean loss, by name of the parameter; the network's own are left alone."""
+        parameters = dict(network.named_parameters())
+        for index in indices:
+            loss = self.loss(network, self.draws(index, network)).mean()
+            yield dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+
+    def _denoiser(self, network: UNet) -> Denoiser:
+        return Denoiser.from_config(network, self.config, next(network.parameters()).device)
