@@ -12,7 +12,6 @@ from diffusion_core.presets import PRESETS
 from pruning.blocks import block_shares
 from pruning.config import PruneConfig
 
-
 AT_START = frozenset({"snip", "synflow"})
 """Methods that prune at initialisation unless they are told another step."""
 
@@ -56,7 +55,6 @@ class TrialConfig(CoreConfig):
                 f"train.steps = {self.train.steps}: prune.method={self.prune.method} needs at least 2, "
                 f"before and after pruning"
             )
-
 
     def _mask_problems(self) -> Iterator[str]:
         prune = self.prune

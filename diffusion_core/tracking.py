@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,9 @@ class Tracker(Protocol):
     ) -> None:
         """A versioned set of files; the files may be deleted once this returns."""
 
+    def use(self, name: str) -> None:
+        """Say that the run is made from an artifact, ``NAME:ALIAS`` of the same project."""
+
     def close(self, exit_code: int = 0) -> None:
         """Send what is left; afterwards nothing more may be logged."""
 
@@ -59,6 +63,9 @@ class NullTracker:
     ) -> None:
         pass
 
+    def use(self, name: str) -> None:
+        pass
+
     def close(self, exit_code: int = 0) -> None:
         pass
 
@@ -70,6 +77,7 @@ class MemoryTracker:
     rows: list[dict[str, Any]] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     artifacts: list[dict[str, Any]] = field(default_factory=list)
+    used: list[str] = field(default_factory=list)
     exit_code: int | None = None
 
     def log(self, row: Mapping[str, float | Path], step: int) -> None:
@@ -90,6 +98,9 @@ class MemoryTracker:
                 "files": {path.name: path.stat().st_size for path in files},
             }
         )
+
+    def use(self, name: str) -> None:
+        self.used.append(name)
 
     def close(self, exit_code: int = 0) -> None:
         self.exit_code = exit_code
@@ -125,6 +136,16 @@ class WandbTracker:
             # Staged as a copy, since older checkpoints are deleted while uploads go on; no second copy in the cache.
             artifact.add_file(str(path), policy="mutable", skip_cache=True)
         self.run.log_artifact(artifact, aliases=list(aliases))
+
+    def use(self, name: str) -> None:
+        if self.run.offline:  # There is no lineage without a server.
+            return
+        import wandb
+
+        try:
+            self.run.use_artifact(name)
+        except (wandb.errors.Error, ValueError) as error:  # A missing arrow in a graph is no reason to lose a run.
+            print(f"W&B: no lineage from {name}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
 
     def close(self, exit_code: int = 0) -> None:
         self.run.finish(exit_code=exit_code)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor
-
 from diffusion_core.config import CoreConfig
 from diffusion_core.unet import UNet
 from pruning.blocks import block_shares

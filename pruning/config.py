@@ -11,9 +11,9 @@ from diffusion_core.config import Section
 
 
 class PruneConfig(Section):
-    method: Literal[
-        "none", "magnitude", "random", "snip", "synflow", "gradual", "n_of_m", "lottery", "structured"
-    ] = "none"
+    method: Literal["none", "magnitude", "random", "snip", "synflow", "gradual", "n_of_m", "lottery", "structured"] = (
+        "none"
+    )
     """none. Masks over weights: magnitude, the smallest go; random; snip (Lee et al. 2019) and synflow (Tanaka et al.
     2020), which rank at initialisation; gradual, magnitude in many small steps (Zhu & Gupta 2017); n_of_m, a pattern
     that GPUs multiply faster; lottery, rounds of training, magnitude and rewinding (Frankle & Carbin 2019). structured:
@@ -27,12 +27,12 @@ class PruneConfig(Section):
     profile: Literal["uniform", "erk", "blocks"] = "uniform"
     """With prune.scope=layer, what each layer keeps of its weights: the same share, more of small layers
     (Erdos-Renyi-kernel, Evci et al. 2020), or what prune.block_keep says."""
-    block_keep: list[str] = []
+    block_keep: list[str] = Field(default=[])
     """Shares that stay by block, for prune.profile=blocks: down.0:0.5,middle:0.1. Blocks are time_mlp, conv_in,
     down.0 (full resolution), down.1, ..., middle, up.0 (lowest resolution), ..., conv_out; others keep prune.keep."""
     step: Annotated[int, Field(ge=0)] | None = None
     """Optimizer steps before pruning, or its start (gradual); training goes on afterwards. None: half of train.steps;
-    gradual: a quarter; snip, synflow: 0, at initialisation. Figures before it are logged as dense/val/loss and so on."""
+    gradual: a quarter; snip, synflow: 0, at initialisation. Figures before it are logged as dense/val/loss etc."""
     until: Annotated[int, Field(ge=1)] | None = None
     """Step at which gradual pruning reaches prune.keep. None: three quarters of train.steps."""
     interval: Annotated[int, Field(ge=1)] = 100
@@ -49,8 +49,8 @@ class PruneConfig(Section):
     """Step that each round of a lottery goes back to, with weights, averages, optimizer, learning rate and order of
     the data as they were; 0 is initialisation."""
     control: Literal["none", "reinit", "random_mask"] = "none"
-    """What the last round of a lottery trains in place of its ticket: its mask over weights drawn anew (from step 0), or
-    over the rewound weights a random mask with as many weights in each layer."""
+    """What the last round of a lottery trains in place of its ticket: its mask over weights drawn anew (from step 0),
+    or over the rewound weights a random mask with as many weights in each layer."""
 
 
 _RANKED = frozenset({"method", "keep", "scope", "profile", "block_keep", "step"})

@@ -58,9 +58,7 @@ Pruner = Callable[[TrainState, CoreConfig, PruneConfig, Calibration | None], Pru
 """Prunes a training state in place. What it draws follows from ``config.seed``; gradients come from calibration."""
 
 
-def prune_weights(
-    state: TrainState, config: CoreConfig, prune: PruneConfig, calibration: Calibration | None
-) -> Pruned:
+def prune_weights(state: TrainState, config: CoreConfig, prune: PruneConfig, calibration: Calibration | None) -> Pruned:
     """Mask weights; those that are pruned stay zero in the network, its averages and the optimizer."""
     masks = agreed(choose_masks(state.network, held_masks(state), config, prune, calibration))
     hold_masks(state, masks)

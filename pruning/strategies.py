@@ -44,9 +44,7 @@ def keep_highest(scores: Mapping[str, Tensor], masks: Masks, count: int) -> Weig
         ties = (flat == threshold).nonzero()[:, 0]
         keep[ties[: pruned - int((~keep).sum())]] = False
     sizes = [score.numel() for score in scores.values()]
-    return {
-        name: part.view(score.shape) for (name, score), part in zip(scores.items(), keep.split(sizes), strict=True)
-    }
+    return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), keep.split(sizes), strict=True)}
 
 
 def rank_together(scores: Mapping[str, Tensor], masks: Masks, fraction: float) -> WeightMasks:
