@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from agent.run_folder import CHECKPOINTS, RESULT_FILE, write_json, write_text
 from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from pruning.blocks import block_names
 from pruning.lottery import chance_overlap, overlap
 from pruning.masks import MASKS_PART, WeightMasks, block_sparsity
 from pruning.pruner import RECORD_KEY
@@ -78,15 +79,10 @@ def read_stages(folder: Path) -> list[Trained]:
                 NAMES[details["control"]],
                 1.0 - records[-1]["sparsity"],
                 figures,
-                in_order(block_sparsity(ticket_masks(checkpoint)), len(checkpoint.config().model.channel_multipliers)),
+                dict(sorted(block_sparsity(ticket_masks(checkpoint)).items(), key=lambda item: _position(item[0]))),
             )
         )
     return sorted(stages, key=lambda stage: (stage.kind != TICKET, stage.kind, stage.round_number))
-
-
-def in_order(blocks: Mapping[str, float], levels: int) -> dict[str, float]:
-    """Figures by block in the order of the network."""
-    return {name: blocks[name] for name in block_names(levels)}
 
 
 def write_summary(folder: Path) -> dict[str, Path]:
@@ -141,6 +137,27 @@ def plot_quality(stages: Sequence[Trained], key: str, path: Path) -> Path:
     return _save(figure, path)
 
 
+def plot_spread(chains: Sequence[Sequence[Trained]], key: str, title: str, path: Path) -> Path:
+    """Quality of several chains that differ in their seed: mean and range against the share that remains."""
+    figure, axes = _figure(7.0, 4.2)
+    for kind, colour in COLOURS.items():
+        by_round: dict[int, list[Trained]] = {}
+        for stage in (stage for chain in chains for stage in chain if stage.kind == kind and key in stage.figures):
+            by_round.setdefault(stage.round_number, []).append(stage)
+        if not by_round:
+            continue
+        rows = [stages for _, stages in sorted(by_round.items())]
+        shares = [stages[0].remaining for stages in rows]
+        values = [[stage.figures[key] for stage in stages] for stages in rows]
+        axes.plot(shares, [sum(row) / len(row) for row in values], "o-", color=colour, label=kind, markersize=4)
+        axes.fill_between(shares, [min(row) for row in values], [max(row) for row in values], color=colour, alpha=0.15)
+    _remaining_axis(axes, [stage.remaining for chain in chains for stage in chain])
+    axes.set_ylabel(LABELS[key])
+    axes.set_title(title, fontsize=10)
+    axes.legend(frameon=False)
+    return _save(figure, path)
+
+
 def plot_blocks(stages: Sequence[Trained], path: Path) -> Path:
     """Sparsity of each block against the share of all weights that remain."""
     from matplotlib import colormaps
@@ -161,25 +178,36 @@ def plot_blocks(stages: Sequence[Trained], path: Path) -> Path:
     return _save(figure, path)
 
 
-def plot_overlap(first: Mapping[str, Any], second: Mapping[str, Any], names: tuple[str, str], path: Path) -> Path:
-    """Jaccard index of two tickets by block, beside what independent masks of the same layers would have.
+def plot_overlap(
+    first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: tuple[str, str], folder: Path
+) -> dict[str, float]:
+    """Write overlap.png: the Jaccard index of two tickets by block, beside that of independent masks as sparse.
+
+    Returns:
+        The index by block, and ``all``.
 
     Raises:
-        ValueError: if they are not of the same network.
+        ValueError: if they are not of the same network; nothing is written then.
     """
-    shares = overlap(first, second)
+    shares, chance = overlap(first, second), chance_overlap(first, second)
     figure, axes = _figure(7.0, 3.8)
-    axes.bar(
-        list(shares), list(shares.values()), color=[COLOURS[TICKET] if key == "all" else "#9db9da" for key in shares]
-    )
-    chance = chance_overlap(first, second)
-    axes.axhline(chance, color="black", linewidth=0.8, linestyle=":", label=f"by chance (all): {chance:.3f}")
-    axes.set_ylabel("weights of both / of either")
+    blocks = sorted(shares, key=_position)
+    axes.bar(blocks, [shares[key] for key in blocks], width=0.6, color="#9db9da", label="measured")
+    axes.plot(blocks, [chance[key] for key in blocks], "_", color="black", markersize=22, label="by chance")
+    axes.set_ylabel("weights in both / in either")
     axes.set_ylim(0.0, 1.0)
-    axes.set_title(f"overlap of {names[0]} and {names[1]}", fontsize=10)
+    axes.set_title(f"{names[0]} and {names[1]}", fontsize=9)
     axes.tick_params(axis="x", labelrotation=40)
     axes.legend(frameon=False)
-    return _save(figure, path)
+    folder.mkdir(parents=True, exist_ok=True)
+    _save(figure, folder / "overlap.png")
+    return {key: shares[key] for key in blocks}
+
+
+def _position(block: str) -> tuple[int, str]:
+    """Where a block stands in a plot: in the order of the network, all of it last."""
+    order = ("time_mlp", "conv_in", "down", "middle", "up", "conv_out", "all")
+    return order.index(block.partition(".")[0]), block
 
 
 def _figure(width: float, height: float) -> tuple[Any, Axes]:

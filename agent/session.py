@@ -87,6 +87,8 @@ def run_session(config: TrialConfig) -> int:
     if accelerator.is_main_process:
         shown = {key: value for key, value in result.figures.items() if key.startswith(("val/", "eval/", "prune/"))}
         print(f"finished {run_id} at step {result.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in shown.items()))
-        print(f"best checkpoint: {result.best_checkpoint}; pictures: {folder / SAMPLES}")
+        print(
+            f"best checkpoint: {result.best_checkpoint}; pictures: {folder if is_chain(config) else folder / SAMPLES}"
+        )
     tracker.close(0)
     return 0

@@ -6,6 +6,7 @@ dense network, and trains that again. Everything here is pure or makes new state
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 
@@ -129,17 +130,27 @@ def overlap(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[s
     """
     if {name: mask.shape for name, mask in first.items()} != {name: mask.shape for name, mask in second.items()}:
         raise ValueError("the tickets are not of the same network: names or shapes of their masks differ")
-    both: dict[str, int] = {"all": 0}
-    either: dict[str, int] = {"all": 0}
-    for name, mask in first.items():
+    return _jaccard(
+        {name: (int((mask & second[name]).sum()), *_sizes(mask, second[name])) for name, mask in first.items()}
+    )
+
+
+def chance_overlap(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, float]:
+    """What :func:`overlap` is expected to be of independent masks with as many weights in each layer."""
+    sizes = {name: _sizes(mask, second[name]) for name, mask in first.items()}
+    return _jaccard({name: (one * two / first[name].numel(), one, two) for name, (one, two) in sizes.items()})
+
+
+def _sizes(first: Tensor, second: Tensor) -> tuple[int, int]:
+    return int(first.sum()), int(second.sum())
+
+
+def _jaccard(layers: Mapping[str, tuple[float, int, int]]) -> dict[str, float]:
+    """From what two masks share of each layer, and what each keeps of it."""
+    both: defaultdict[str, float] = defaultdict(float)
+    either: defaultdict[str, float] = defaultdict(float)
+    for name, (shared, one, two) in layers.items():
         for key in ("all", block_of(name)):
-            both[key] = both.get(key, 0) + int((mask & second[name]).sum())
-            either[key] = either.get(key, 0) + int((mask | second[name]).sum())
+            both[key] += shared
+            either[key] += one + two - shared
     return {key: both[key] / either[key] if either[key] else 1.0 for key in both}
-
-
-def chance_overlap(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
-    """The Jaccard index that masks with as many weights in each layer have on average, if they are independent."""
-    both = sum(int(mask.sum()) * int(second[name].sum()) / mask.numel() for name, mask in first.items())
-    either = sum(int(mask.sum()) + int(second[name].sum()) for name, mask in first.items()) - both
-    return both / either if either else 1.0

@@ -139,7 +139,8 @@ def attach_masks(state: TrainState, masks: Mapping[str, Tensor]) -> None:
         for moment in state.optimizer.state.get(parameter, {}).values():
             if moment.shape == parameter.shape:
                 moment.mul_(factors[name])
-    weights, held = list(parameters.values()), list(factors.values())
+    weights: list[Tensor] = list(parameters.values())
+    held = [factors[name] for name in parameters]
 
     @torch.no_grad()
     def hold(*_: object) -> None:
