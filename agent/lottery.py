@@ -189,7 +189,7 @@ class Chain:
             state = reinitialised(masks, self.dataset.num_classes, config, device)
         else:
             state = rewound(self._early(), masks, config, device)
-        record(state, stage.round_number, config.prune)
+        record(state, config.prune, config.seed)
         if self.accelerator.is_main_process:
             warn_of_empty_layers(empty_layers(masks))
         return state
@@ -220,9 +220,9 @@ class Chain:
     def _use_inputs(self, stage: Stage, tracker: Tracker) -> None:
         """Say which artifacts a round is made from, where they were uploaded."""
         if stage.round_number and self.config.checkpoint.upload:
-            tracker.use(f"training-state-{self.stage_run_id(Stage(stage.round_number - 1))}:latest")
+            tracker.use(f"training-state-{self.stage_run_id(Stage(stage.round_number - 1))}:latest", "training-state")
             if stage.control != "reinit":
-                tracker.use(f"training-state-{self.run_id}-{REWIND}:latest")
+                tracker.use(f"training-state-{self.run_id}-{REWIND}:latest", "training-state")
 
 
 def run_chain(

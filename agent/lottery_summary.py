@@ -72,11 +72,11 @@ def read_stages(folder: Path) -> list[Trained]:
         if not records:
             stages.append(Trained(0, TICKET, 1.0, figures, {}))
             continue
-        details = records[-1]["details"]
+        knobs = records[-1]["knobs"]
         stages.append(
             Trained(
-                details["round"],
-                NAMES[details["control"]],
+                knobs["rounds"],
+                NAMES[knobs["control"]],
                 1.0 - records[-1]["sparsity"],
                 figures,
                 dict(sorted(block_sparsity(ticket_masks(checkpoint)).items(), key=lambda item: _position(item[0]))),

@@ -9,6 +9,8 @@ from accelerate import Accelerator
 
 from agent.checkpoints import SaveCheckpoints
 from agent.config import TrialConfig
+from agent.start import PARENT_KEY
+from agent.teacher import distillation_of, keep_dense_as_teacher
 from diffusion_core.data import Batches, Dataset
 from diffusion_core.trainer import Callback, TrainState, train
 from pruning.calibration import Calibration
@@ -49,10 +51,16 @@ def train_and_prune(
         if config.prune.method == "gradual":
             ramp = Ramp(config.prune_step, config.prune_until, config.prune.interval)
             before.insert(0, GradualPruning(ramp, config, config.prune))
-        train(state, batches, config, before, accelerator=accelerator, until=config.prune_until)
-        calibration = Calibration.of(dataset.train, config, accelerator.device)
+        _train(state, batches, config, before, accelerator, config.prune_until)
+        keep_dense_as_teacher(state, config)
+        calibration = None
+        if config.prune.needs_images:
+            progress = config.log.progress and accelerator.is_main_process
+            calibration = Calibration.of(dataset.train, config, accelerator.device, progress)
         report = prune_state(state, config, config.prune, calibration)
         saver.forget_best()
+        if PARENT_KEY in state.extra_metadata and accelerator.is_main_process:
+            saver.save_pruned(state)
         if accelerator.is_main_process:
             print(
                 f"pruned at step {report.step} ({report.method}): sparsity {report.sparsity:.4f}, parameters "
@@ -60,4 +68,19 @@ def train_and_prune(
                 f"{report.after.macs:,}"
             )
             warn_of_empty_layers(report.details.get("empty_layers", []))
-    train(state, batches, config, callbacks, accelerator=accelerator)
+    _train(state, batches, config, callbacks, accelerator, config.train.steps)
+
+
+def _train(
+    state: TrainState,
+    batches: Batches,
+    config: TrialConfig,
+    callbacks: Sequence[Callback],
+    accelerator: Accelerator,
+    until: int,
+) -> None:
+    """Train, with a teacher if the state has one."""
+    distillation = distillation_of(state, config)
+    train(state, batches, config, callbacks, accelerator=accelerator, until=until, distillation=distillation)
+    if distillation is not None:
+        distillation.close()

@@ -13,13 +13,14 @@ from accelerate.utils import broadcast_object_list
 from agent.callbacks import DrawSamples, Evaluate, LogHistory
 from agent.checkpoints import SaveCheckpoints
 from agent.config import TrialConfig
-from agent.facts import costs_of, system_facts
+from agent.facts import costs_of, describe_data, system_facts
 from agent.phases import train_and_prune
 from agent.preemption import Preempted, StopRequest
 from agent.resume import find_checkpoint
 from agent.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
+    DATA_FILE,
     RESULT_FILE,
     RUN_FILE,
     SAMPLES,
@@ -28,12 +29,12 @@ from agent.run_folder import (
     write_json,
     write_text,
 )
+from agent.start import start_state
 from diffusion_core.config_io import ConfigError, flatten, to_yaml
 from diffusion_core.data import Dataset
 from diffusion_core.hardware import pick_device
 from diffusion_core.tracking import Tracker
 from diffusion_core.trainer import Callback, TrainState
-from diffusion_core.unet import build_network
 from pruning.pruner import resume_pruning
 
 
@@ -109,13 +110,15 @@ def run_trial(
     elif start is not None:
         state = start()
     else:
-        network = build_network(config, dataset.num_classes).to(accelerator.device)
-        state = TrainState.start(network, config)
+        state = start_state(config, dataset, tracker, accelerator)
 
     saver = SaveCheckpoints(config, dataset, tracker, checkpoints, run_id, resumed)
     after_step = list(callbacks)
     if accelerator.is_main_process:
         write_run_files(config, folder, run_id)
+        write_json(folder / DATA_FILE, describe_data(config, dataset))
+        if resumed is None:
+            tracker.use(f"data-{config.data.name}", "dataset", [folder / DATA_FILE])
         after_step += [
             Evaluate(config, dataset, accelerator),
             DrawSamples(config, dataset, accelerator, folder / SAMPLES),
@@ -134,7 +137,7 @@ def run_trial(
         raise
     result = None
     if accelerator.is_main_process:
-        costs = costs_of(state)
+        costs = costs_of(state, saver.best_path)
         tracker.summary(costs)
         figures = best_figures(read_history(folder)) | costs
         result = TrialResult(run_id, state.step, figures, saver.best_path, time.perf_counter() - started)

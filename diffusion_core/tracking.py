@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,8 +41,8 @@ class Tracker(Protocol):
     ) -> None:
         """A versioned set of files; the files may be deleted once this returns."""
 
-    def use(self, name: str) -> None:
-        """Say that the run is made from an artifact, ``NAME:ALIAS`` of the same project."""
+    def use(self, name: str, kind: str = "model", files: Sequence[Path] = ()) -> None:
+        """An artifact that the run builds on, which lineage shows: one that there is, or one of these files."""
 
     def close(self, exit_code: int = 0) -> None:
         """Send what is left; afterwards nothing more may be logged."""
@@ -63,7 +62,7 @@ class NullTracker:
     ) -> None:
         pass
 
-    def use(self, name: str) -> None:
+    def use(self, name: str, kind: str = "model", files: Sequence[Path] = ()) -> None:
         pass
 
     def close(self, exit_code: int = 0) -> None:
@@ -77,7 +76,7 @@ class MemoryTracker:
     rows: list[dict[str, Any]] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     artifacts: list[dict[str, Any]] = field(default_factory=list)
-    used: list[str] = field(default_factory=list)
+    used: list[tuple[str, str]] = field(default_factory=list)
     exit_code: int | None = None
 
     def log(self, row: Mapping[str, float | Path], step: int) -> None:
@@ -99,8 +98,8 @@ class MemoryTracker:
             }
         )
 
-    def use(self, name: str) -> None:
-        self.used.append(name)
+    def use(self, name: str, kind: str = "model", files: Sequence[Path] = ()) -> None:
+        self.used.append((kind, name))
 
     def close(self, exit_code: int = 0) -> None:
         self.exit_code = exit_code
@@ -115,6 +114,7 @@ class WandbTracker:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self._logged: dict[str, Any] = {}
         run.define_metric(STEP, hidden=True)
         run.define_metric("*", step_metric=STEP)
         for name, goal in GOALS.items():
@@ -135,17 +135,22 @@ class WandbTracker:
         for path in files:
             # Staged as a copy, since older checkpoints are deleted while uploads go on; no second copy in the cache.
             artifact.add_file(str(path), policy="mutable", skip_cache=True)
-        self.run.log_artifact(artifact, aliases=list(aliases))
+        self._logged[name] = self.run.log_artifact(artifact, aliases=list(aliases))
 
-    def use(self, name: str) -> None:
-        if self.run.offline:  # There is no lineage without a server.
+    def use(self, name: str, kind: str = "model", files: Sequence[Path] = ()) -> None:
+        if self.run.offline:  # Only a server knows of other runs.
             return
         import wandb
 
-        try:
-            self.run.use_artifact(name)
-        except (wandb.errors.Error, ValueError) as error:  # A missing arrow in a graph is no reason to lose a run.
-            print(f"W&B: no lineage from {name}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        if files:
+            artifact = wandb.Artifact(name, type=kind)
+            for path in files:
+                artifact.add_file(str(path), policy="mutable", skip_cache=True)
+            self.run.use_artifact(artifact)
+        elif name in self._logged:  # Its own, which may still be on its way.
+            self.run.use_artifact(self._logged[name].wait())
+        else:
+            self.run.use_artifact(name, type=kind)
 
     def close(self, exit_code: int = 0) -> None:
         self.run.finish(exit_code=exit_code)

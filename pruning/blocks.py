@@ -23,23 +23,7 @@ def block_names(levels: int) -> list[str]:
     ]
 
 
-def block_shares(entries: Sequence[str], levels: int) -> dict[str, float]:
-    """Shares by block, from entries such as ``down.0:0.5``.
-
-    Raises:
-        ValueError: if an entry is none, in one line that says what is allowed.
-    """
-    names, shares = block_names(levels), dict[str, float]()
-    for entry in entries:
-        name, _, text = entry.partition(":")
-        try:
-            share = float(text)
-        except ValueError:
-            share = 0.0
-        if name not in names or not 0.0 < share <= 1.0:
-            raise ValueError(
-                f"{entry!r}: expected a block and the share that stays, > 0 and <= 1, such as {names[2]}:0.5; the "
-                f"blocks are {', '.join(names)}"
-            )
-        shares[name] = share
-    return shares
+def block_shares(shares: Sequence[float], levels: int) -> dict[str, float]:
+    """Shares by block, from ``prune.block_keep``: of the resolutions on the way down, the middle, and on the way up."""
+    names = [name for name in block_names(levels) if name.startswith(("down.", "middle", "up."))]
+    return dict(zip(names, shares, strict=True)) if shares else {}

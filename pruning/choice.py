@@ -45,9 +45,9 @@ def choose_masks(
         n, m = map(int, prune.pattern.split(":"))
         return n_of_m(n, m)(maskable(network), masks, 0.0)
     if prune.method == "snip":
-        assert calibration is not None
+        assert calibration is not None  # prune.needs_images
         ready = stand_in(network, config.seed)
-        gradients = calibration.gradients(ready, range(prune.calibration_batches))
+        gradients = calibration.gradients(ready, prune.calibration_batches)
         return rank_together(snip_scores(maskable(ready), gradients), masks, 1.0 - prune.keep)
     if prune.method == "synflow":
         return synflow_masks(stand_in(network, config.seed), masks, 1.0 - prune.keep)
@@ -76,7 +76,7 @@ def layer_shares(prune: PruneConfig, levels: int, progress: float = 1.0) -> Shar
         levels: number of resolutions of the network.
         progress: share of the way to the final sparsity, in [0, 1].
     """
-    if prune.scope == "global":
+    if prune.scope != "layer":
         return None
     if prune.profile == "uniform":
         return uniform

@@ -19,28 +19,45 @@ class PruneConfig(Section):
     that GPUs multiply faster; lottery, rounds of training, magnitude and rewinding (Frankle & Carbin 2019). structured:
     remove the weakest channels, which leaves a smaller network."""
     keep: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """Share that stays: of the weights (masks), or of the channels of each layer (structured)."""
-    scope: Literal["global", "layer"] = "global"
-    """What is ranked: the weights of the whole network together, or those of each layer by themselves. Ranked together,
-    by magnitude, layers that start at zero go whole if they had few steps to grow, and at 95% small networks lose whole
-    layers; by layer they do not."""
+    """Share that stays: of the weights (masks), or of prune.target (structured)."""
+    target: Literal["channels", "params", "macs", "latency"] = "macs"
+    """What prune.keep is a share of: channels, parameters, multiply-accumulates, or the measured time of a forward pass
+    of 16 images. Hit within 2% where the widths allow."""
+    importance: Literal[
+        "random", "l1", "l2", "taylor", "taylor_multivariable", "diff_pruning", "fisher", "hessian", "reinit"
+    ] = "l2"
+    """What says which channels are weak: nothing (random), the norm of their weights (l1, l2), how much the loss would
+    change to first order weight by weight (taylor) or in sum (taylor_multivariable) or over the timesteps that matter
+    (diff_pruning), to second order (fisher, hessian); reinit takes what l2 leaves and draws its weights anew."""
+    scope: Literal["auto", "global", "layer"] = "auto"
+    """Whether the whole network is ranked together, or each layer by itself. auto: global for masks, layer for
+    structured, as their authors do. Ranked together by magnitude, layers that start at zero go whole if they had few
+    steps to grow, and at 95% small networks lose whole layers; by layer they do not."""
     profile: Literal["uniform", "erk", "blocks"] = "uniform"
-    """With prune.scope=layer, what each layer keeps of its weights: the same share, more of small layers
+    """With masks and prune.scope=layer, what each layer keeps of its weights: the same share, more of small layers
     (Erdos-Renyi-kernel, Evci et al. 2020), or what prune.block_keep says."""
-    block_keep: list[str] = Field(default=[])
-    """Shares that stay by block, for prune.profile=blocks: down.0:0.5,middle:0.1. Blocks are time_mlp, conv_in,
-    down.0 (full resolution), down.1, ..., middle, up.0 (lowest resolution), ..., conv_out; others keep prune.keep."""
+    iterations: Annotated[int, Field(ge=1, le=100)] = 1
+    """Rounds of structured removal; channels are judged anew in each."""
+    round_to: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Widths become multiples of it. None: as coarse as the target allows, so that group norms keep many groups."""
+    block_keep: list[Annotated[float, Field(gt=0.0, le=1.0)]] = Field(default=[])
+    """Share to keep of each block: the resolutions on the way down, the middle, the resolutions on the way up; 1 spares
+    a block. structured: of the channels, in relation to the others, and what goes is scaled until prune.target is hit.
+    Masks with prune.profile=blocks: of the weights, exactly, and prune.keep of what is in no block."""
+    calibration_batches: Annotated[int, Field(ge=1, le=100_000)] = 100
+    """Batches of training images for gradients: at timesteps as in training, or for diff_pruning spread over them."""
+    threshold: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    """Diff-Pruning stops at the timestep whose loss is below this share of the largest loss (Fang et al. 2023)."""
     step: Annotated[int, Field(ge=0)] | None = None
-    """Optimizer steps before pruning, or its start (gradual); training goes on afterwards. None: half of train.steps;
-    gradual: a quarter; snip, synflow: 0, at initialisation. Figures before it are logged as dense/val/loss etc."""
+    """Optimizer steps before pruning, or its start (gradual); training goes on afterwards. 0: at once, for a run with
+    init.*; None: half of train.steps; gradual: a quarter; snip, synflow: 0. Layers that start at zero need some steps
+    to grow, or magnitude takes them whole. Figures before it are logged as dense/val/loss and so on."""
     until: Annotated[int, Field(ge=1)] | None = None
     """Step at which gradual pruning reaches prune.keep. None: three quarters of train.steps."""
     interval: Annotated[int, Field(ge=1)] = 100
     """Optimizer steps between two prunings of gradual; more go at first, fewer at last (a cubic)."""
     pattern: Literal["1:2", "2:4", "4:8"] = "2:4"
-    """n_of_m: how many stay of how many neighbouring inputs. Layers with an odd number of inputs stay dense."""
-    calibration_batches: Annotated[int, Field(ge=1)] = 8
-    """Batches of training images on which gradients are measured (snip)."""
+    """n_of_m: how many stay of how many neighbouring inputs. Layers whose inputs do not divide so stay dense."""
     rounds: Annotated[int, Field(ge=1, le=1000)] = 35
     """Rounds of a lottery, each a whole training, after the dense one; 1 is pruning in one shot."""
     per_round: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
@@ -52,7 +69,13 @@ class PruneConfig(Section):
     """What the last round of a lottery trains in place of its ticket: its mask over weights drawn anew (from step 0),
     or over the rewound weights a random mask with as many weights in each layer."""
 
+    @property
+    def needs_images(self) -> bool:
+        """Whether training images decide what goes."""
+        return self.method == "snip" or (self.method == "structured" and self.importance in GRADIENTS)
 
+
+_CHAIN = frozenset({"rounds", "per_round", "rewind_step", "control"})
 _RANKED = frozenset({"method", "keep", "scope", "profile", "block_keep", "step"})
 LISTENS_TO: dict[str, frozenset[str]] = {
     "none": frozenset({"method"}),
@@ -62,10 +85,13 @@ LISTENS_TO: dict[str, frozenset[str]] = {
     "synflow": frozenset({"method", "keep", "step"}),
     "gradual": _RANKED | {"until", "interval"},
     "n_of_m": frozenset({"method", "pattern", "step"}),
-    "lottery": frozenset({"method", "scope", "profile", "rounds", "per_round", "rewind_step", "control"}),
-    "structured": frozenset({"method", "keep", "step"}),
+    "lottery": frozenset({"method", "scope", "profile"}) | _CHAIN,
+    "structured": frozenset(PruneConfig.model_fields) - _CHAIN - {"profile", "until", "interval", "pattern"},
 }
 """The knobs that each method listens to."""
+
+GRADIENTS = frozenset({"taylor", "taylor_multivariable", "diff_pruning", "fisher", "hessian"})
+"""The importances that need training images."""
 
 
 def unheard(prune: PruneConfig, methods: Collection[str] | None = None) -> Iterator[str]:
@@ -81,6 +107,12 @@ def unheard(prune: PruneConfig, methods: Collection[str] | None = None) -> Itera
     alone = methods is None
     methods = [prune.method] if methods is None else list(dict.fromkeys(methods))
     heard = frozenset[str]().union(*(LISTENS_TO[method] for method in methods))
+    if methods == ["structured"] and prune.importance not in GRADIENTS:
+        heard -= {"calibration_batches"}
+    if methods == ["structured"] and prune.importance != "diff_pruning":
+        heard -= {"threshold"}
+    if methods == ["structured"] and prune.scope == "global":
+        heard -= {"block_keep"}
     for name, field in PruneConfig.model_fields.items():
         value = getattr(prune, name)
         if name not in heard and value != field.default:
@@ -89,11 +121,14 @@ def unheard(prune: PruneConfig, methods: Collection[str] | None = None) -> Itera
                 f"prune.{name} = {value!r}: says nothing to prune.method={' or '.join(methods)}; leave it out, or use "
                 f"{listeners}"
             )
-    if alone:
-        if prune.scope == "global" and prune.profile != "uniform" and "profile" in heard:
-            yield f"prune.profile = {prune.profile!r}: says nothing to prune.scope=global; use prune.scope=layer"
-        if prune.profile != "blocks" and prune.block_keep and "block_keep" in heard:
+    if alone and "profile" in heard:
+        if prune.scope != "layer" and prune.profile != "uniform":
             yield (
-                f"prune.block_keep = {prune.block_keep}: says nothing to prune.profile={prune.profile}; use "
-                f"prune.profile=blocks"
+                f"prune.profile = {prune.profile!r}: says nothing to prune.scope={prune.scope}; leave it out, or use "
+                f"prune.scope=layer"
+            )
+        if prune.profile != "blocks" and prune.block_keep:
+            yield (
+                f"prune.block_keep = {prune.block_keep}: says nothing to prune.profile={prune.profile}; leave it out, "
+                f"or use prune.profile=blocks"
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from pruning.choice import layer_shares, strategy
 from pruning.config import PruneConfig
 from pruning.cost import count_cost
 from pruning.masks import MASKS_PART, WeightMasks, empty_layers, hold_masks, maskable, sparsity
-from pruning.pruner import RECORD_KEY, PruneReport
+from pruning.pruner import PruneReport, heard_knobs, keep_record
 from pruning.strategies import Masks, keep_highest, random_scores
 
 
@@ -96,28 +96,23 @@ def reinitialised(masks: WeightMasks, num_classes: int, config: CoreConfig, devi
     return state
 
 
-def record(state: TrainState, round_number: int, prune: PruneConfig) -> None:
-    """Write down in a state which ticket it is of, as pruners do (:class:`pruning.pruner.PruneReport`)."""
+def record(state: TrainState, prune: PruneConfig, seed: int) -> None:
+    """Write down in a state which ticket it is of, as pruners do; ``prune.rounds`` is the ticket's round."""
     masks = state.extra_parts[MASKS_PART]
     cost = count_cost(state.network)
     # Weights that start at zero are not pruned: the mask is counted, not the zeros.
     pruned = sum(int((~mask).sum()) for mask in masks.values())
     report = PruneReport(
-        method="lottery",
+        method=prune.method,
         step=state.step,
-        keep=remaining(round_number, prune.per_round),
+        knobs=heard_knobs(prune),
+        seed=seed,
         sparsity=sparsity(masks),
         before=replace(cost, nonzero_params=cost.params),
         after=replace(cost, nonzero_params=cost.params - pruned),
-        details={
-            "round": round_number,
-            "control": prune.control,
-            "scope": prune.scope,
-            "profile": prune.profile,
-            "empty_layers": empty_layers(masks),
-        },
+        details={"empty_layers": empty_layers(masks)},
     )
-    state.extra_metadata[RECORD_KEY] = [asdict(report)]
+    keep_record(state, report)
 
 
 def overlap(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, float]:

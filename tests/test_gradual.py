@@ -61,7 +61,7 @@ def test_sparsity_rises_as_the_ramp_says_exact_to_one_weight(scope: str) -> None
         done = 1.0 if step > 12 else ramp.progress(min(10, max(2, step - step % 2)))
         assert zeros == round(0.8 * done * total), step
     (record,) = state.extra_metadata["pruning"]
-    assert (record["method"], record["step"], record["keep"]) == ("gradual", 12, 0.2)
+    assert (record["method"], record["step"], record["knobs"]["keep"]) == ("gradual", 12, 0.2)
     assert sparsity(held_masks(state) or {}) == pytest.approx(0.8, abs=1e-3)
 
 

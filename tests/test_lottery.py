@@ -215,7 +215,7 @@ def test_controls_differ_from_the_ticket_in_one_thing(done: Path) -> None:
     name = "middle.0.conv1.weight"
     assert not torch.equal(maskable(state.network)[name], maskable(dense.network)[name] * won[name])
     records = [read_checkpoint(done / "rounds" / stage).metadata["extra"]["pruning"] for stage in ("03", "03-reinit")]
-    assert [(r[0]["method"], r[0]["step"], r[0]["details"]["control"]) for r in records] == [
+    assert [(r[0]["method"], r[0]["step"], r[0]["knobs"]["control"]) for r in records] == [
         ("lottery", 2, "none"),
         ("lottery", 0, "reinit"),
     ]
@@ -247,8 +247,11 @@ def test_stopped_in_any_round_it_goes_on_and_ends_the_same(done: Path, tmp_path:
         ours, theirs = (read_checkpoint(folder / "rounds" / stage) for folder in (tmp_path, done))
         for part in theirs.parts:
             assert_same_tensors(ours.tensors(part), theirs.tensors(part))
-    assert trackers.rounds["c-00"].used == []
-    assert trackers.rounds["c-02"].used[-2:] == ["training-state-c-01:latest", "training-state-c-rewind:latest"]
+    assert [kind for kind, _ in trackers.rounds["c-00"].used] == ["dataset"]
+    assert trackers.rounds["c-02"].used[-2:] == [
+        ("training-state", "training-state-c-01:latest"),
+        ("training-state", "training-state-c-rewind:latest"),
+    ]
     assert trackers.rounds["c-03"].exit_code == 0
     names = {artifact["name"] for artifact in trackers.rounds["c-00"].artifacts}
     assert names == {"model-c-00", "training-state-c-00", "model-c-rewind", "training-state-c-rewind"}
@@ -305,7 +308,7 @@ def test_masks_of_another_shape_are_refused(done: Path) -> None:
         ("prune.rewind_step=500", "prune.rewind_step = 500: expected less than train.steps = 500"),
         ("prune.control=redraw", "prune.control = 'redraw': expected one of none, reinit, random_mask"),
         ("prune.keep=0.1", "prune.keep = 0.1: says nothing to prune.method=lottery"),
-        ("prune.profile=erk", "prune.profile = 'erk': says nothing to prune.scope=global"),
+        ("prune.profile=erk", "prune.profile = 'erk': says nothing to prune.scope=auto"),
     ],
 )
 def test_the_script_refuses_in_one_line_and_writes_nothing(

@@ -115,7 +115,7 @@ def test_erdos_renyi_kernel_is_that_of_the_paper() -> None:
 def test_shares_by_block_are_kept_in_every_layer_of_the_block() -> None:
     network = tiny_network()
     prune = PruneConfig(
-        method="magnitude", scope="layer", profile="blocks", keep=0.5, block_keep=["down.0:0.25", "middle:1"]
+        method="magnitude", scope="layer", profile="blocks", keep=0.5, block_keep=[0.25, 0.5, 1.0, 0.5, 0.5]
     )
     masks = choose_masks(network, None, tiny_config(), prune)
     for name, mask in masks.items():
@@ -130,10 +130,8 @@ def test_shares_by_block_are_kept_in_every_layer_of_the_block() -> None:
 
 def test_blocks_are_those_of_the_network() -> None:
     assert {block_of(name) for name in maskable(tiny_network())} == set(block_names(2))
-    assert block_shares(["up.1:0.5"], 2) == {"up.1": 0.5}
-    for entry in ("up.2:0.5", "middle", "middle:0", "middle:1.5", "middle:half", ":0.5"):
-        with pytest.raises(ValueError, match="expected a block and the share that stays"):
-            block_shares([entry], 2)
+    shares = block_shares([0.1, 0.2, 0.3, 0.4, 0.5], 2)
+    assert shares == {"down.0": 0.1, "down.1": 0.2, "middle": 0.3, "up.0": 0.4, "up.1": 0.5}
 
 
 def brute_force(weight: Tensor, n: int, m: int) -> Tensor:
