@@ -119,7 +119,7 @@ def _cost_to_hit(
     if prune.target == "latency":
 
         def ratio(counts: Counts) -> float:
-            ours, theirs = latencies([_untrained(network, groups, counts), network], LATENCY_BATCH, 1.0, least=3)
+            ours, theirs = latencies([_untrained(network, groups, counts), network], LATENCY_BATCH, least=3)
             return ours / theirs
 
         return ratio, keep

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +26,7 @@ from agent.lottery import run_chain
 from agent.run_folder import find_run
 from agent.trial import run_trial
 from diffusion_core import compilation, trainer
-from diffusion_core.checkpoint import list_checkpoints, read_checkpoint
+from diffusion_core.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
 from diffusion_core.config_io import ConfigError, flatten, knobs
 from diffusion_core.data import Dataset, Images, load_data
 from diffusion_core.hardware import has_bf16
@@ -64,6 +65,9 @@ BASE: dict[str, Any] = {
 FOLDER = "<folder>"
 """In the table: the path of a folder of images that the tests make."""
 
+CHECKPOINT = "<checkpoint>"
+"""The checkpoint of a run of the base configuration."""
+
 OTHER_FOLDER = "<other folder>"
 """Another one, whose images are inverted."""
 
@@ -93,6 +97,7 @@ SAMPLING_ONLY = ("weights", "ema weights", "val/loss", "train rows")
 PRUNED = {"prune.method": "magnitude", "prune.step": 6, "train.steps": 8, "train.lr": 0.02}
 GRADUAL = PRUNED | {"prune.method": "gradual", "prune.step": 1, "prune.until": 7, "prune.interval": 2}
 LOTTERY = {"prune.method": "lottery", "prune.rounds": 1, "train.lr": 0.02}
+NARROWED = {"prune.method": "structured", "prune.step": 2, "prune.calibration_batches": 4, "train.lr": 0.02}
 DDPM = {"sample.sampler": "ddpm"}
 KARRAS = {"diffusion.schedule": "karras", "diffusion.prediction": "edm"}
 AVERAGES = {"ema.power_widths": [0.1], "ema.average_from": 1}
@@ -199,6 +204,25 @@ TABLE: dict[str, Entry] = {
     "prune.keep": Entry(0.2, (*WEIGHTS, "zeros", "sparsity"), PRUNED),
     "prune.scope": Entry("layer", (*WEIGHTS, "masks"), PRUNED, same=("zeros", "shapes")),
     "prune.profile": Entry("erk", (*WEIGHTS, "masks"), PRUNED | {"prune.scope": "layer"}, same=("zeros", "shapes")),
+    "prune.target": Entry("params", (*WEIGHTS, "widths"), NARROWED),
+    "prune.importance": Entry("l1", (*WEIGHTS, "kept"), NARROWED, same=("widths",)),
+    "prune.iterations": Entry(2, (*WEIGHTS, "kept"), NARROWED | {"prune.importance": "taylor"}),
+    "prune.round_to": Entry(4, (*WEIGHTS, "widths"), NARROWED),
+    "prune.block_keep": Entry([1.0, 0.5, 0.5, 0.5, 1.0], (*WEIGHTS, "widths"), NARROWED),
+    "prune.calibration_batches": Entry(2, (*WEIGHTS, "kept"), NARROWED | {"prune.importance": "taylor"}),
+    "prune.threshold": Entry(0.9, (*WEIGHTS, "kept"), NARROWED | {"prune.importance": "diff_pruning"}),
+    "init.checkpoint": Entry(CHECKPOINT, (*WEIGHTS, "parent"), same=("shapes",)),
+    "init.artifact": Entry("model-nowhere", ("device",), why="without a W&B key the trial is refused, and says so"),
+    "init.weights": Entry("model", WEIGHTS, {"init.checkpoint": CHECKPOINT}),
+    "distill.output": Entry(1.0, (*WEIGHTS, "files"), NARROWED),
+    "distill.features": Entry(1.0, (*WEIGHTS, "files"), NARROWED),
+    "distill.checkpoint": Entry(CHECKPOINT, WEIGHTS, NARROWED | {"distill.output": 1.0}),
+    "distill.artifact": Entry(
+        "model-nowhere",
+        ("device",),
+        NARROWED | {"distill.output": 1.0},
+        why="without a W&B key the trial is refused, and says so",
+    ),
     "prune.step": Entry(5, (*WEIGHTS, "pruned at"), PRUNED),
     "prune.until": Entry(5, (*WEIGHTS, "pruned at"), GRADUAL),
     "prune.interval": Entry(3, WEIGHTS, GRADUAL, same=("pruned at", "sparsity")),
@@ -229,7 +253,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             for index in range(8):
                 sketch(index, label, invert).save(root / animal / f"{index}.png")
         paths[name] = str(root)
-    return paths
+    run = tmp_path_factory.mktemp("run")
+    config = build_config(BASE, {"seed": 7})
+    run_trial(config, MemoryTracker(), dataset=cached_data(config), folder=run, run_id="r")
+    return paths | {CHECKPOINT: str(run)}
 
 
 def digest(*parts: Any) -> str:
@@ -270,6 +297,8 @@ def observe(
     seen: dict[str, Any] = {"other knobs": {key: value for key, value in flatten(config).items() if key != "preset"}}
     monkeypatch.chdir(folder)
     monkeypatch.setenv("WANDB_RUN_ID", "r")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", os.devnull)
     run_id, run_folder = find_run(config.log.dir)
     seen["run folder"] = str(run_folder)
     dataset = cached_data(config)
@@ -301,7 +330,7 @@ def observe(
             chain = partial(run_chain, open_tracker=lambda *_: tracker)
             run = chain if config.prune.method == "lottery" else run_trial
             result = run(config, tracker, dataset=dataset, folder=run_folder, run_id=run_id)
-        except ConfigError as error:
+        except (ConfigError, CheckpointError) as error:
             return Observed(seen | {"device": str(error)})
     seen["batches"] = batches
     seen["compiled"], seen["only deterministic algorithms"] = compiled, algorithms
@@ -341,6 +370,9 @@ def observe(
     seen["zeros"] = sum(int((tensor == 0).sum()) for tensor in checkpoint.tensors("model").values())
     seen["image shape"] = checkpoint.shape_CHW
     seen["pruned at"] = checkpoint.metadata["extra"].get("pruning", [{}])[-1].get("step")
+    record = checkpoint.metadata["extra"].get("pruning", [{}])[-1]
+    seen["kept"], seen["widths"] = record.get("details"), checkpoint.metadata["structure"]
+    seen["parent"] = checkpoint.metadata["extra"].get("parent")
     seen["masks"] = digest(*checkpoint.tensors("masks").values()) if "masks" in checkpoint.parts else None
 
     grids = sorted((last_run / "samples").glob("samples-*.png"))
