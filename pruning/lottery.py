@@ -44,7 +44,7 @@ def ticket(weights: Mapping[str, Tensor], masks: Masks, round_number: int, prune
     """The mask of a round: the smallest of the trained weights go, down to :func:`remaining`, exact to one weight.
 
     Args:
-        weights: the maskable weights at the end of the round before.
+        weights: the maskable weights at the end of the round before, as trained (not averaged).
         masks: the mask of the round before; None for the dense network.
         round_number: from 1.
         prune: share a round, ranking and profile.
