@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import assert_same_tensors, cpu, digits, tiny_config, tiny_network
+from tiny import assert_same_tensors, cpu, digits, one_line, tiny_config, tiny_network
 
 from agent.config import TrialConfig, build_config
 from agent.phases import train_and_prune
 from agent.preemption import Preempted
 from agent.trial import run_trial
 from diffusion_core.checkpoint import list_checkpoints, read_checkpoint
-from diffusion_core.config_io import flatten
+from diffusion_core.config_io import ConfigError, flatten
 from diffusion_core.tracking import MemoryTracker
 from diffusion_core.trainer import TrainState
+from pruning.config import unheard
 from pruning.gradual import GradualPruning, Ramp
 from pruning.masks import held_masks, maskable, sparsity
 
@@ -97,3 +98,38 @@ def test_the_callback_prunes_at_its_steps_alone() -> None:
     state.step = 6
     callback(state, {})
     assert sparsity(held_masks(state) or {}) == pytest.approx(0.8 * (1 - 0.6**3), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"until": 2}, "prune.until = 2: expected more than prune.step = 2 and less than train.steps = 16"),
+        ({"until": 16}, "prune.until = 16: expected more than prune.step = 2 and less than train.steps = 16"),
+        ({"interval": 0}, "prune.interval = 0: expected an integer >= 1"),
+        ({"keep": 1.0}, "prune.keep = 1.0: expected a number > 0 and < 1"),
+        ({"scope": "layer", "profile": "blocks"}, "prune.profile = 'blocks': needs prune.block_keep"),
+        ({"method": "lottery", "profile": "blocks", "block_keep": [0.5] * 5}, "'blocks': not for prune.method=lottery"),
+    ],
+)
+def test_wrong_knobs_are_refused_in_one_line(changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config(**changes)
+    assert expected in one_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"profile": "erk"}, ["prune.profile = 'erk': says nothing to prune.scope=auto"]),
+        (
+            {"scope": "layer", "block_keep": [0.5] * 5},
+            ["prune.block_keep = [0.5, 0.5, 0.5, 0.5, 0.5]: says"],
+        ),
+        ({"rounds": 3}, ["prune.rounds = 3: says nothing to prune.method=gradual; leave it out, or use lottery"]),
+        ({"scope": "layer", "profile": "blocks", "block_keep": [0.5] * 5}, []),
+    ],
+)
+def test_knobs_that_say_nothing_are_named(changes: dict[str, Any], expected: list[str]) -> None:
+    problems = list(unheard(config(**changes).prune))
+    assert len(problems) == len(expected)
+    assert all(problem.startswith(start) for problem, start in zip(problems, expected, strict=True))
