@@ -328,6 +328,16 @@ def made_to_go_together(values: dict[str, Any]) -> None:
         values["ema.sampled"] = "decay"
 
 
+def masks_made_to_go_together(values: dict[str, Any]) -> None:
+    """Change what excludes each other among the knobs of masks and lotteries."""
+    if values["prune.profile"] == "blocks" and (values["prune.method"] == "lottery" or not values["prune.block_keep"]):
+        values["prune.profile"] = "erk"
+    if values["prune.method"] == "gradual":
+        values |= {"prune.step": None, "prune.until": None, "train.steps": values["train.steps"] + 4}
+    if values["prune.method"] == "lottery":
+        values["prune.rewind_step"] = min(values["prune.rewind_step"], values["train.steps"] - 1)
+
+
 @st.composite
 def configurations(draw: st.DrawFn) -> TrialConfig:
     """Random values for every knob, made to go together."""
@@ -375,6 +385,7 @@ def configurations(draw: st.DrawFn) -> TrialConfig:
     if values["prune.step"] is not None:
         values["prune.step"] = draw(st.integers(1, values["train.steps"] - 1))
     made_to_go_together(values)
+    masks_made_to_go_together(values)
     if values["prune.method"] == "structured" and values["ema.average_from"] is not None:
         first = values["train.steps"] // 2 if values["prune.step"] is None else values["prune.step"]
         values["ema.average_from"] = min(values["ema.average_from"], values["train.steps"] - first - 1)
