@@ -166,7 +166,8 @@ def inherit(state: TrainState, earlier: Sequence[Mapping[str, Any]], masks: Mapp
     Raises:
         ValueError: if the masks are not those of the network.
     """
-    state.extra_metadata |= {RECORD_KEY: list(earlier), INHERITED_KEY: len(earlier)}
+    if earlier:
+        state.extra_metadata |= {RECORD_KEY: list(earlier), INHERITED_KEY: len(earlier)}
     if any(record["method"] != "structured" for record in earlier):
         if masks is None:
             masks = {name: weight != 0 for name, weight in maskable(state.network).items()}

@@ -570,7 +570,7 @@ def test_keep_is_the_share_that_stays(seen: Any) -> None:
         seen(BASE | PRUNED | {"prune.method": "structured", "prune.keep": keep, "model.norm_groups": 1})
         for keep in (0.5, 0.75)
     )
-    assert narrow["sparsity"] > wide["sparsity"] > 0.25
+    assert narrow["sparsity"] > wide["sparsity"] > 0.2
     assert seen(BASE | {"prune.method": "magnitude"})["pruned at"] == 2, "by default half of train.steps"
 
 
