@@ -188,7 +188,7 @@ class Chain:
         if stage.control == "reinit":
             state = reinitialised(masks, self.dataset.num_classes, config, device)
         else:
-            state = rewound(self._early(), masks, config, device)
+            state = rewound(self.early(), masks, config, device)
         record(state, config.prune, config.seed)
         if self.accelerator.is_main_process:
             warn_of_empty_layers(empty_layers(masks))
@@ -207,7 +207,12 @@ class Chain:
 
         return keep
 
-    def _early(self) -> Checkpoint:
+    def early(self) -> Checkpoint:
+        """The checkpoint to which rounds go back.
+
+        Raises:
+            ConfigError: if the dense network was trained without keeping that step.
+        """
         step = self.config.prune.rewind_step
         path = self.folder / REWIND / step_folder(step)
         if not path.is_dir():
@@ -252,6 +257,8 @@ def run_chain(
     stages = stages_of(config.prune)
     # A folder of another chain is refused before anything in it changes; all processes skip the same rounds.
     (finished,) = broadcast_object_list([[chain.finished(stage) for stage in stages]])
+    if finished[0] is not None:
+        chain.early()
     if accelerator.is_main_process:
         write_run_files(config, folder, run_id)
     rows: list[dict[str, Any]] = []
