@@ -292,7 +292,7 @@ def test_a_step_that_was_not_kept_is_refused(done: Path, tmp_path: Path) -> None
     folder = tmp_path / "chain"
     shutil.copytree(done, folder, ignore=shutil.ignore_patterns("01", "02", "03*"))
     same = untouched(folder)
-    with pytest.raises(ConfigError, match="prune.rewind_step = 1: the chain in .* did not keep that step") as caught:
+    with pytest.raises(ConfigError, match=r"prune.rewind_step = 1: the chain in .* did not keep that step") as caught:
         chain(folder, **{"prune.rewind_step": 1})
     one_line(caught.value)
     assert same()
