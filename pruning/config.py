@@ -93,6 +93,17 @@ LISTENS_TO: dict[str, frozenset[str]] = {
 GRADIENTS = frozenset({"taylor", "taylor_multivariable", "diff_pruning", "fisher", "hessian"})
 """The importances that need training images."""
 
+_BY_LAYER = {"profile": ("scope", frozenset({"layer"})), "block_keep": ("profile", frozenset({"blocks"}))}
+NEEDS: dict[str, dict[str, tuple[str, frozenset[str]]]] = {
+    **dict.fromkeys(("magnitude", "random", "gradual", "lottery"), _BY_LAYER),
+    "structured": {
+        "calibration_batches": ("importance", GRADIENTS),
+        "threshold": ("importance", frozenset({"diff_pruning"})),
+        "block_keep": ("scope", frozenset({"auto", "layer"})),
+    },
+}
+"""Of each method the knobs that listen to another one: its name, and the values with which they are heard."""
+
 
 def unheard(prune: PruneConfig, methods: Collection[str] | None = None) -> Iterator[str]:
     """The knobs that are set although no method listens to them, each as one line for the user.
@@ -104,31 +115,23 @@ def unheard(prune: PruneConfig, methods: Collection[str] | None = None) -> Itera
         prune: the knobs.
         methods: None: the one that is set.
     """
-    alone = methods is None
     methods = [prune.method] if methods is None else list(dict.fromkeys(methods))
     heard = frozenset[str]().union(*(LISTENS_TO[method] for method in methods))
-    if methods == ["structured"] and prune.importance not in GRADIENTS:
-        heard -= {"calibration_batches"}
-    if methods == ["structured"] and prune.importance != "diff_pruning":
-        heard -= {"threshold"}
-    if methods == ["structured"] and prune.scope == "global":
-        heard -= {"block_keep"}
     for name, field in PruneConfig.model_fields.items():
         value = getattr(prune, name)
-        if name not in heard and value != field.default:
+        if value == field.default:
+            continue
+        if name not in heard:
             listeners = " or ".join(method for method, knobs in LISTENS_TO.items() if name in knobs)
             yield (
                 f"prune.{name} = {value!r}: says nothing to prune.method={' or '.join(methods)}; leave it out, or use "
                 f"{listeners}"
             )
-    if alone and "profile" in heard:
-        if prune.scope != "layer" and prune.profile != "uniform":
-            yield (
-                f"prune.profile = {prune.profile!r}: says nothing to prune.scope={prune.scope}; leave it out, or use "
-                f"prune.scope=layer"
-            )
-        if prune.profile != "blocks" and prune.block_keep:
-            yield (
-                f"prune.block_keep = {prune.block_keep}: says nothing to prune.profile={prune.profile}; leave it out, "
-                f"or use prune.profile=blocks"
-            )
+        elif len(methods) == 1 and name in NEEDS.get(methods[0], {}):
+            key, values = NEEDS[methods[0]][name]
+            now = getattr(prune, key)
+            if now not in values:
+                yield (
+                    f"prune.{name} = {value!r}: says nothing to prune.{key}={now}; leave it out, or use "
+                    f"prune.{key}={', '.join(sorted(values))}"
+                )

@@ -44,7 +44,8 @@ def names(artifacts):
 result = {}
 for run in api.runs("tester/test"):
     result[run.id] = {"used": names(run.used_artifacts()), "logged": names(run.logged_artifacts()),
-                      "config": dict(run.config), "summary": {key: run.summary.get(key) for key in ("model/macs", "model/params")}}
+                      "config": dict(run.config),
+                      "summary": {key: run.summary.get(key) for key in ("model/macs", "model/params")}}
 for run in [run for run in result if f"pruned-{run}" in result[run]["logged"]]:
     pruned = api.artifact(f"tester/test/pruned-{run}:latest")
     result[run]["pruned by"] = pruned.logged_by().id

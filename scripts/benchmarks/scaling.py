@@ -153,6 +153,7 @@ def plot(axes: dict[str, list[Point]], file: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 
     figure, panels = pyplot.subplots(1, len(axes), figsize=(3.6 * len(axes), 3.4), layout="constrained")
     for panel, (axis, points) in zip(panels, axes.items(), strict=True):
@@ -162,7 +163,10 @@ def plot(axes: dict[str, list[Point]], file: Path) -> None:
         panel.plot(values, expected, "--", color="grey", label="in proportion to the work")
         panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds")
         panel.set_xticks(values, [str(value) for value in values], minor=False)
-        panel.minorticks_off()
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        few = max(point.seconds for point in points) < 10 * min(point.seconds for point in points)
+        panel.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}") if few else NullFormatter())
     panels[0].legend(frameon=False)
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
