@@ -59,7 +59,8 @@ def download_model(name: str, option: str = "--artifact", instead: str = "--chec
             raise CheckpointError(f"{option} = {wanted!r}: its type is {artifact.type!r}; expected 'model'")
         root = Path(os.environ.get("WANDB_ARTIFACT_DIR", "artifacts"))
         folder = Path(artifact.download(root=str(root / f"{artifact.name.replace(':', '-')}")))
-        return Model(folder, artifact.qualified_name)
+        bare = artifact.name.partition(":")[0]  # Its own name may end in the alias, which moves.
+        return Model(folder, f"{artifact.entity}/{artifact.project}/{bare}:{artifact.version}")
     except (wandb.errors.Error, ValueError, OSError) as error:
         if isinstance(error, CheckpointError):
             raise

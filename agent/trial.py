@@ -66,6 +66,11 @@ def make_accelerator(config: TrialConfig) -> Accelerator:
             f"train.batch_size = {config.train.batch_size}: must be a multiple of the number of processes "
             f"({accelerator.num_processes}) times train.accumulation ({config.train.accumulation})"
         )
+    if config.prune.method == "structured" and config.prune.target == "latency" and accelerator.num_processes > 1:
+        raise ConfigError(
+            "prune.target = 'latency': every process would measure another one; expected channels, params or macs, or "
+            "scripts/prune.py on one device"
+        )
     return accelerator
 
 

@@ -12,7 +12,7 @@ from pruning.structural import prune_channels
 from pruning_tables.study import Results, Study, mean_and_range, plot, write_table
 
 KEEP = 0.5
-BATCHES = 50
+BATCHES = 20
 IMPORTANCES = get_args(PruneConfig.model_fields["importance"].annotation)
 DENSE = "dense"
 
