@@ -58,9 +58,9 @@ class Layer:
     positions: int
 
 
-def example_inputs(network: UNet, batch: int = 1, device: torch.device | None = None) -> tuple[Tensor, ...]:
-    """Inputs as the network's ``forward`` takes them, on its device or another one."""
-    device = next(network.parameters()).device if device is None else device
+def example_inputs(network: UNet, batch: int = 1) -> tuple[Tensor, ...]:
+    """Inputs of a batch, on the network's device, as its ``forward`` takes them."""
+    device = next(network.parameters()).device
     size = network.image_size
     image = torch.zeros(batch, network.input_channels, size, size, device=device)
     t = torch.zeros(batch, dtype=torch.long, device=device)
@@ -99,12 +99,12 @@ def network_layers(network: UNet) -> dict[str, Layer]:
         return hook
 
     handles = [module.register_forward_hook(note(name)) for name, module in network.named_modules() if sizes(module)]
+    was_training = network.training
     try:
-        meta = torch.device("meta")
-        tensors = {name: tensor.to(meta) for name, tensor in network.state_dict().items()}
         with torch.no_grad():
-            torch.func.functional_call(network, tensors, example_inputs(network, device=meta))
+            network.eval()(*example_inputs(network))
     finally:
+        network.train(was_training)
         for handle in handles:
             handle.remove()
     return {name: layers[name] for name, module in network.named_modules() if sizes(module)}

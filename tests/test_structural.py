@@ -46,7 +46,7 @@ def config(heads: int = 1, labels: bool = True, size: int = 8, **changes: Any) -
     """Of digits, or of larger pictures in colour."""
     pictures = {} if size == 8 else {"data__name": "cifar10", "data__image_size": size}
     settings = {
-        "model__channels": 16,
+        "model__channels": 16 if size < 64 else 8,
         "model__num_heads": heads,
         "model__class_conditional": labels,
         "model__attention_resolutions": [size // 2],

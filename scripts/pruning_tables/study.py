@@ -25,6 +25,7 @@ SAMPLING_SEED = 1
 QUIET = {
     "sample.every": 0,
     "eval.every": 0,
+    "eval.classifier": "none",
     "checkpoint.every": 0,
     "checkpoint.upload": False,
     "checkpoint.best_metric": "val/loss",
