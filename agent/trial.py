@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -83,6 +84,8 @@ def run_trial(
     run_id: str,
     stop: StopRequest | None = None,
     accelerator: Accelerator | None = None,
+    start: Callable[[], TrainState] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> TrialResult:
     """Train, prune, evaluate and log one model; continues where the run's folder left off.
 
@@ -94,6 +97,8 @@ def run_trial(
         run_id: names the artifacts.
         stop: asked after every step whether to stop; a checkpoint is written first.
         accelerator: None makes one.
+        start: makes the training state that a run begins with; None: that of a network drawn from the seed.
+        callbacks: called in this process after every step, before all others.
 
     Raises:
         ConfigError: if the folder holds a run of another configuration.
@@ -108,27 +113,29 @@ def run_trial(
     if resumed is not None:
         state = TrainState.restore(resumed, config, accelerator.device)
         resume_pruning(state)
+    elif start is not None:
+        state = start()
     else:
         state = start_state(config, dataset, tracker, accelerator)
 
     saver = SaveCheckpoints(config, dataset, tracker, checkpoints, run_id, resumed)
-    callbacks: list[Callback] = [Evaluate(config, dataset, accelerator, tracker, folder)]
+    after_step: list[Callback] = [*callbacks, Evaluate(config, dataset, accelerator, tracker, folder)]
     if accelerator.is_main_process:
-        _write_run_files(config, folder, run_id)
+        write_run_files(config, folder, run_id)
         write_json(folder / DATA_FILE, describe_data(config, dataset))
         if resumed is None:
             tracker.use(f"data-{config.data.name}", "dataset", [folder / DATA_FILE])
-        callbacks += [
+        after_step += [
             DrawSamples(config, dataset, accelerator, folder / SAMPLES),
             saver,
             LogHistory(tracker, folder, state.step),
         ]
         tracker.summary(system_facts(config, accelerator, dataset))
     if stop is not None:
-        callbacks.append(stop.check)
+        after_step.append(stop.check)
 
     try:
-        train_and_prune(state, config, dataset, callbacks, saver, accelerator)
+        train_and_prune(state, config, dataset, after_step, saver, accelerator)
     except Preempted:
         if accelerator.is_main_process:
             saver.save(state)
@@ -146,7 +153,8 @@ def run_trial(
     return result
 
 
-def _write_run_files(config: TrialConfig, folder: Path, run_id: str) -> None:
+def write_run_files(config: TrialConfig, folder: Path, run_id: str) -> None:
+    """Write what a run's folder says of the run itself: its id and its configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RUN_FILE, {"id": run_id})
     write_text(folder / CONFIG_FILE, to_yaml(config))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,7 +151,10 @@ class WandbTracker:
         elif name in self._logged:  # Its own, which may still be on its way.
             self.run.use_artifact(self._logged[name].wait())
         else:
-            self.run.use_artifact(name, type=kind)
+            try:
+                self.run.use_artifact(name, type=kind)
+            except (wandb.errors.Error, ValueError) as error:  # An arrow missing in a graph is no reason to lose a run.
+                print(f"W&B: no lineage from {name}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
 
     def close(self, exit_code: int = 0) -> None:
         self.run.finish(exit_code=exit_code)
