@@ -9,8 +9,9 @@ from typing import Any
 from accelerate import Accelerator
 
 from agent.config import TrialConfig
-from agent.run_folder import HISTORY_FILE, read_history, write_text
+from agent.run_folder import HISTORY_FILE, picture_files, read_history, without_step, write_text
 from diffusion_core import media
+from diffusion_core.checkpoint import Checkpoint
 from diffusion_core.data import Dataset
 from diffusion_core.evaluation import build_classifier, validation_loss
 from diffusion_core.generation import Generator, Request, all_labels, requests
@@ -81,11 +82,17 @@ class DrawSamples:
 class LogHistory:
     """Logs each row, to the tracker and to ``history.jsonl`` in the run's folder, where anyone can plot from."""
 
-    def __init__(self, tracker: Tracker, folder: Path, resumed_step: int) -> None:
+    def __init__(self, tracker: Tracker, folder: Path, resumed: Checkpoint | None) -> None:
         self.tracker = tracker
         self.file = folder / HISTORY_FILE
-        kept = [row for row in read_history(folder) if row[STEP] <= resumed_step]
+        step, rows = 0, {}
+        if resumed is not None:  # From another machine's disk its history comes along.
+            step, rows = resumed.step, {row[STEP]: row for row in read_history(resumed.path)}
+        rows |= {row[STEP]: row for row in read_history(folder)}
+        kept = [rows[at] for at in sorted(rows) if at <= step]
         write_text(self.file, "".join(json.dumps(row) + "\n" for row in kept))
+        for row in kept:  # The tracker passes over those that it was told already.
+            tracker.log(without_step(row) | picture_files(folder, row[STEP]), row[STEP])
 
     def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
         if not row:

@@ -12,7 +12,9 @@ from urllib.parse import urlsplit
 
 from dotenv import find_dotenv, load_dotenv
 
+from agent.redact import redact, redacted, redacted_arguments
 from diffusion_core.config_io import ConfigError
+from diffusion_core.tracking import PATIENCE_S
 
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 DEFAULT_PROJECT = "diffusion-sweeps"
 OFFLINE_SWEEP = "DIFFUSION_SWEEPS_OFFLINE"
 """The variable that an offline sweep sets for its trials, to its name."""
+INIT_WITHIN_S = 60.0
+"""How long the start of a run may take before it is recorded offline instead."""
+
 MODES = {"online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline",
          "disabled": "disabled"}  # fmt: skip
 
@@ -71,7 +76,19 @@ def has_key() -> bool:
 
 
 def start_wandb(run_id: str, folder: Path, config: Mapping[str, Any], mode: str) -> Run:
-    """Start or resume the W&B run of a trial. Under an agent, entity, project and id are the agent's."""
+    """Start or resume the W&B run of a trial. Under an agent, entity, project and id are the agent's.
+
+    A server that cannot be reached does not keep a trial from running: it is recorded offline then.
+
+    Args:
+        run_id: the run's id.
+        folder: its folder.
+        config: what W&B records as its configuration; keys in it are blanked out.
+        mode: ``online`` or ``offline``.
+
+    Raises:
+        ConfigError: if the server refuses the run.
+    """
     import wandb  # Slow to import, and --help and --dry-run do without it.
 
     if mode == "offline" and "WANDB_MODE" not in os.environ:
@@ -83,10 +100,34 @@ def start_wandb(run_id: str, folder: Path, config: Mapping[str, Any], mode: str)
     os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb" / "data"))
     Path(os.environ["WANDB_DIR"]).mkdir(parents=True, exist_ok=True)
     Path(os.environ["WANDB_DATA_DIR"]).mkdir(parents=True, exist_ok=True)
-    return wandb.init(
-        config=dict(config),
-        mode=mode,  # type: ignore[arg-type]
-        resume="allow",
-        id=None if under_agent else run_id,
-        project=None if under_agent or "WANDB_PROJECT" in os.environ else DEFAULT_PROJECT,
-    )
+    # What is printed is recorded by agent/redact.py, without keys.
+    settings = wandb.Settings(console="off", finish_timeout_raises=True, **_timeouts())
+
+    def start(mode: str) -> Run:
+        with redacted_arguments():
+            return wandb.init(
+                config=redacted(dict(config)),
+                mode=mode,  # type: ignore[arg-type]
+                resume="allow",
+                id=None if under_agent and mode == "online" else run_id,
+                project=None if under_agent or "WANDB_PROJECT" in os.environ else DEFAULT_PROJECT,
+                settings=settings,
+            )
+
+    try:
+        return start(mode)
+    except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
+        raise ConfigError(f"W&B: {redact(' '.join(str(error).split())[:300])}") from None
+    except (wandb.errors.Error, TimeoutError) as error:
+        if mode != "online":
+            raise
+        reason = redact(" ".join(str(error).split())[:200])
+        print(f"W&B: the server does not answer, so this run is recorded offline ({reason})", file=sys.stderr)
+        wandb.teardown()  # What was begun would go on trying.
+        return start("offline")
+
+
+def _timeouts() -> dict[str, float]:
+    """How long to wait for the server when a run starts and ends, unless W&B's own variables say so."""
+    wanted = {"init_timeout": INIT_WITHIN_S, "finish_timeout": PATIENCE_S}
+    return {name: value for name, value in wanted.items() if f"WANDB_{name.upper()}" not in os.environ}
