@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,7 @@ class LogHistory:
         rows |= {row[STEP]: row for row in read_history(folder)}
         kept = [rows[at] for at in sorted(rows) if at <= step]
         write_text(self.file, "".join(json.dumps(row) + "\n" for row in kept))
-        for row in kept:  # The tracker passes over those that it was told already.
-            tracker.log(without_step(row) | picture_files(folder, row[STEP]), row[STEP])
+        log_rows(tracker, folder, kept)
 
     def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
         if not row:
@@ -101,3 +101,9 @@ class LogHistory:
         numbers = {key: value for key, value in row.items() if not isinstance(value, Path)}
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({STEP: state.step, **numbers}) + "\n")
+
+
+def log_rows(tracker: Tracker, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Log rows of a run's history with their pictures; the tracker passes over those that it was told already."""
+    for row in rows:
+        tracker.log(without_step(row) | picture_files(folder, row[STEP]), row[STEP])

@@ -106,15 +106,13 @@ class SaveCheckpoints:
             self.tracker,
             checkpoint,
             self.run_id,
-            is_best=bool(self.best) and checkpoint.step == self.best["step"],
+            is_best=self.best is not None and checkpoint.step == self.best["step"],
             history=read_history(self.folder.parent),
             ttl_days=self.config.checkpoint.ttl_days,
         )
 
     def _kept(self) -> list[Path]:
-        paths = list_checkpoints(self.folder)
-        best = step_folder(self.best["step"]) if self.best else None
-        return [path for path in paths if path.name == best or path in paths[-self.config.checkpoint.keep :]]
+        return kept_checkpoints(self.folder, self.config.checkpoint.keep, self.best["step"] if self.best else None)
 
     def _delete_old(self) -> None:
         """Delete what is not kept; the newest checkpoint is on the disk by now."""
@@ -131,6 +129,13 @@ class SaveCheckpoints:
         assert self.saved_step is not None
         best = self.folder / step_folder(self.best["step"] if self.best else self.saved_step)
         return best if best.is_dir() else self.folder / step_folder(self.saved_step)
+
+
+def kept_checkpoints(folder: Path, keep: int, best_step: int | None) -> list[Path]:
+    """Of the checkpoints in a folder those that are kept, oldest first: the newest ones and the best."""
+    paths = list_checkpoints(folder)
+    best = None if best_step is None else step_folder(best_step)
+    return [path for path in paths if path.name == best or path in paths[-keep:]]
 
 
 def log_checkpoint(

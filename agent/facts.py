@@ -63,5 +63,5 @@ def fingerprint(dataset: Dataset) -> str:
     for part in (dataset.train, dataset.val):
         digest.update(repr(len(part)).encode())
         for tensor in (part.images_NCHW, part.labels_N):
-            digest.update(tensor.cpu().contiguous().numpy())
+            digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()

@@ -90,6 +90,12 @@ def fetch_checkpoint(run: Run, folder: Path) -> Checkpoint | None:
     return None
 
 
+def uploaded_steps(run: Run) -> set[int]:
+    """The steps of which W&B has a whole checkpoint of a run."""
+    models, states = (_versions(run, kind) for kind in (MODEL, STATE))
+    return models.keys() & states.keys()
+
+
 def _versions(run: Run, kind: str) -> dict[int, Artifact]:
     """The versions of a run's artifact, by step."""
     import wandb

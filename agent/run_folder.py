@@ -1,7 +1,7 @@
 """The folder of a run: what is in it, and how to read it back.
 
 runs/ID/
-    run.json              the W&B run id, and how often the run was preempted
+    run.json              the W&B run id, where it belongs, and how often the run was preempted
     lock                  held by the process that works on the run
     config.yaml           every knob; `--config` reads it
     history.jsonl         a row of figures per logging interval
@@ -29,6 +29,10 @@ from diffusion_core.tracking import STEP
 
 RUN_FILE = "run.json"
 LOCK_FILE = "lock"
+ENVIRONMENT = "environment"
+BELONGS_BY = ("WANDB_ENTITY", "WANDB_PROJECT", "WANDB_SWEEP_ID", "WANDB_RUN_GROUP")
+"""Variables that say where on W&B a run belongs; `run.json` remembers them. (No address: a key is sent there.)"""
+
 CONFIG_FILE = "config.yaml"
 HISTORY_FILE = "history.jsonl"
 RESULT_FILE = "result.json"
@@ -65,6 +69,16 @@ def make_folder(folder: Path) -> None:
         raise ConfigError(f"log.dir = {str(folder)!r}: {error.strerror}; choose another folder") from None
 
 
+def run_folders(folder: Path) -> list[Path]:
+    """The folders of runs at a folder and below it."""
+    return sorted(found.parent for found in folder.rglob(RUN_FILE) if (found.parent / HISTORY_FILE).is_file())
+
+
+def belongs_here() -> dict[str, str]:
+    """Where on W&B this process's run belongs, by its environment."""
+    return {name: os.environ[name] for name in BELONGS_BY if name in os.environ}
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Work on a run's folder, alone. The lock ends with the process, however that ends; the file means nothing.
@@ -97,7 +111,9 @@ def read_run_file(folder: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        return {"id": str(content["id"]), "preemptions": int(content.get("preemptions", 0))}
+        belongs = {name: str(value) for name, value in content.get(ENVIRONMENT, {}).items() if name in BELONGS_BY}
+        preemptions = int(content.get("preemptions", 0))
+        return {"id": str(content["id"]), "preemptions": preemptions, ENVIRONMENT: belongs}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(f"log.dir = {str(folder)!r}: its {RUN_FILE} is damaged; choose another folder") from None
 

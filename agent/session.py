@@ -36,6 +36,7 @@ from agent.run_folder import (
 )
 from agent.settings import load_environment, start_wandb, wandb_mode
 from agent.stop_cause import was_asked_to_end
+from agent.sync import mark_synced
 from agent.trial import TrialResult, make_accelerator, run_trial
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config_io import ConfigError, flatten
@@ -93,6 +94,8 @@ class _Session:
         self.tracker: Tracker = NullTracker()
         self.wandb_run: Run | None = None
         self.preemptions = 0
+        self.is_new = True
+        """Whether the folder held no history of the run when the trial began."""
 
     def run(self) -> int:
         self.peers.watch(functools.partial(self.last_words, 1))
@@ -144,6 +147,7 @@ class _Session:
     def _start_tracking(self, config: TrialConfig, run_id: str, folder: Path) -> None:
         run = self.wandb_run = start_wandb(run_id, folder, flatten(config), self.mode)
         logged = [row[STEP] for row in read_history(folder)]
+        self.is_new = not logged
         online = not run.settings._offline
         self.tracker = WandbTracker(
             run,
@@ -211,7 +215,13 @@ class _Session:
             print(f"W&B: this has not arrived yet: {left}; to send it: python -m agent.sync {self.folder}",
                   file=sys.stderr)  # fmt: skip
         else:
-            if self.wandb_run is not None and not self.tracker.live:
+            if self.wandb_run is None or self.folder is None:
+                return
+            if self.tracker.live:
+                mark_synced(self.folder)
+            elif self.is_new:
+                print(f"to put this run on W&B: wandb sync {self.wandb_run.settings.sync_dir}", file=sys.stderr)
+            else:
                 print(f"to put this run on W&B: python -m agent.sync {self.folder}", file=sys.stderr)
 
     def last_words(self, told: int) -> bool:

@@ -75,7 +75,7 @@ def has_key() -> bool:
         return False
 
 
-def start_wandb(run_id: str, folder: Path, config: Mapping[str, Any], mode: str) -> Run:
+def start_wandb(run_id: str, folder: Path, config: Mapping[str, Any], mode: str, *, or_offline: bool = True) -> Run:
     """Start or resume the W&B run of a trial. Under an agent, entity, project and id are the agent's.
 
     A server that cannot be reached does not keep a trial from running: it is recorded offline then.
@@ -85,9 +85,10 @@ def start_wandb(run_id: str, folder: Path, config: Mapping[str, Any], mode: str)
         folder: its folder.
         config: what W&B records as its configuration; keys in it are blanked out.
         mode: ``online`` or ``offline``.
+        or_offline: whether to go offline where the server does not answer.
 
     Raises:
-        ConfigError: if the server refuses the run.
+        ConfigError: if the server refuses the run, or does not answer and is needed.
     """
     import wandb  # Slow to import, and --help and --dry-run do without it.
 
@@ -101,7 +102,11 @@ def start_wandb(run_id: str, folder: Path, config: Mapping[str, Any], mode: str)
     Path(os.environ["WANDB_DIR"]).mkdir(parents=True, exist_ok=True)
     Path(os.environ["WANDB_DATA_DIR"]).mkdir(parents=True, exist_ok=True)
     # What is printed is recorded by agent/redact.py, without keys.
-    settings = wandb.Settings(console="off", finish_timeout_raises=True, **_timeouts())
+    settings = wandb.Settings(console="off", finish_timeout_raises=True)
+    if "WANDB_INIT_TIMEOUT" not in os.environ:
+        settings.init_timeout = INIT_WITHIN_S
+    if "WANDB_FINISH_TIMEOUT" not in os.environ:
+        settings.finish_timeout = PATIENCE_S
 
     def start(mode: str) -> Run:
         with redacted_arguments():
@@ -122,12 +127,8 @@ def start_wandb(run_id: str, folder: Path, config: Mapping[str, Any], mode: str)
         if mode != "online":
             raise
         reason = redact(" ".join(str(error).split())[:200])
+        if not or_offline:
+            raise ConfigError(f"W&B: the server does not answer ({reason})") from None
         print(f"W&B: the server does not answer, so this run is recorded offline ({reason})", file=sys.stderr)
         wandb.teardown()  # What was begun would go on trying.
         return start("offline")
-
-
-def _timeouts() -> dict[str, float]:
-    """How long to wait for the server when a run starts and ends, unless W&B's own variables say so."""
-    wanted = {"init_timeout": INIT_WITHIN_S, "finish_timeout": PATIENCE_S}
-    return {name: value for name, value in wanted.items() if f"WANDB_{name.upper()}" not in os.environ}

@@ -21,9 +21,11 @@ from agent.resume import find_checkpoint
 from agent.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
+    ENVIRONMENT,
     RESULT_FILE,
     RUN_FILE,
     SAMPLES,
+    belongs_here,
     best_figures,
     read_history,
     read_run_file,
@@ -138,8 +140,8 @@ def run_trial(
         tracker.summary(costs)
         figures = best_figures(read_history(folder)) | costs
         result = TrialResult(run_id, state.step, figures, saver.best_path, time.perf_counter() - started)
-        described = asdict(result) | {"best_checkpoint": str(result.best_checkpoint), "config": redacted(flatten(config))}
-        write_json(folder / RESULT_FILE, described)
+        described = asdict(result) | {"best_checkpoint": str(result.best_checkpoint), "config": flatten(config)}
+        write_json(folder / RESULT_FILE, redacted(described))
     (result,) = broadcast_object_list([result])
     assert result is not None
     return result
@@ -147,5 +149,6 @@ def run_trial(
 
 def _write_run_files(config: TrialConfig, folder: Path, run_id: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / RUN_FILE, read_run_file(folder) | {"id": run_id})
+    belongs = read_run_file(folder).get(ENVIRONMENT, {}) | belongs_here()
+    write_json(folder / RUN_FILE, read_run_file(folder) | {"id": run_id, ENVIRONMENT: belongs})
     write_text(folder / CONFIG_FILE, redact(to_yaml(config)))
