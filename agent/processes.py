@@ -36,11 +36,12 @@ class Peers:
         self.lost: int | None = None
         """The rank of a process that ended before the trial did."""
         self._over = threading.Event()
+        self._group: Any = None
         self._here: dict[int, int] = {}
         if self.count > 1:
             # On the processor, beside the GPUs' own group: agreeing after every step must not wait for a GPU.
-            self._group: Any = distributed.new_group(backend="gloo", timeout=PATIENCE)
-            everyone: list[tuple[str, int]] = [("", 0)] * self.count
+            self._group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+            everyone: list[Any] = [None] * self.count
             me = (socket.gethostname(), os.getpid())
             distributed.all_gather_object(everyone, me, group=self._group)
             self._here = {rank: pid for rank, (host, pid) in enumerate(everyone) if host == me[0] and rank != self.rank}

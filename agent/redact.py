@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from io import TextIOBase
 from typing import Any, TextIO
 
 BLANK = "[redacted]"
@@ -64,41 +63,31 @@ def redacted_arguments() -> Iterator[None]:
         sys.argv = arguments
 
 
-class Tee(TextIOBase):
+class Tee:
     """A stream that also hands each finished line, redacted, to a sink; of a progress bar its last state alone."""
 
     def __init__(self, stream: TextIO, sink: Callable[[str], None]) -> None:
-        self.stream = stream
-        self.sink = sink
-        self.line = ""
+        self._stream = stream
+        self._sink = sink
+        self._line = ""
 
     def write(self, text: str) -> int:
-        written = self.stream.write(text)
-        *lines, self.line = (self.line + text).split("\n")
+        written = self._stream.write(text)
+        *lines, rest = (self._line + text).split("\n")
         for line in lines:
-            self.sink(redact(line.rpartition("\r")[2]))
-        self.line = self.line.rpartition("\r")[2] if not self.line.endswith("\r") else self.line
+            self._sink(redact(line.rstrip("\r").rpartition("\r")[2]))
+        self._line = rest[rest.rfind("\r", 0, -1) + 1 :]
         return written
 
-    def flush(self) -> None:
-        self.stream.flush()
-
-    def isatty(self) -> bool:
-        return self.stream.isatty()
-
-    def fileno(self) -> int:
-        return self.stream.fileno()
-
-    @property
-    def encoding(self) -> str:
-        return self.stream.encoding
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 @contextmanager
 def recorded_console(sink: Callable[[str], None]) -> Iterator[None]:
     """Within this context every line that is printed also goes to ``sink``, without keys."""
     out, err = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Tee(out, sink), Tee(err, sink)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = Tee(out, sink), Tee(err, sink)
     try:
         yield
     finally:

@@ -65,8 +65,9 @@ def make_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"log.dir = {str(folder)!r}: {error.strerror}; choose another folder") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte.
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"log.dir = {str(folder)!r}: {reason}; choose another folder") from None
 
 
 def run_folders(folder: Path) -> list[Path]:
@@ -107,14 +108,16 @@ def read_run_file(folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: if it is damaged.
     """
-    if not (folder / RUN_FILE).is_file():
-        return {}
     try:
+        if not (folder / RUN_FILE).is_file():
+            return {}
         content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         belongs = {name: str(value) for name, value in content.get(ENVIRONMENT, {}).items() if name in BELONGS_BY}
         preemptions = int(content.get("preemptions", 0))
         return {"id": str(content["id"]), "preemptions": preemptions, ENVIRONMENT: belongs}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except OSError as error:
+        raise ConfigError(f"log.dir = {str(folder)!r}: {error.strerror}; choose another folder") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(f"log.dir = {str(folder)!r}: its {RUN_FILE} is damaged; choose another folder") from None
 
 

@@ -228,8 +228,11 @@ def _metadata_problem(metadata: Any) -> str | None:
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         return f"not a checkpoint of format {FORMAT}"
     for key, kind in expected.items():
-        if not isinstance(metadata.get(key), kind):
+        if not isinstance(metadata.get(key), kind) or isinstance(metadata[key], bool):
             return f"{key} is missing or no {kind.__name__}"
+    for key in ("step", "ema_updates"):
+        if metadata[key] < 0:
+            return f"{key} = {metadata[key]}: expected 0 or more"
     shape = metadata["image_shape"]
     if len(shape) != 3 or not all(type(size) is int and 1 <= size <= 4096 for size in shape) or shape[1] != shape[2]:
         return f"image_shape = {shape!r}: expected channels, height and an equal width"
