@@ -66,16 +66,18 @@ def sync(folder: Path) -> None:
         ConfigError: if W&B cannot be reached, or the folder holds no readable run.
         TimeoutError: if not everything arrived in time.
     """
+    import wandb
+
     from agent.callbacks import log_rows
     from agent.checkpoints import log_checkpoint
     from agent.resume import uploaded_steps
 
-    known = read_run_file(folder)
-    # The project and the sweep that the run belongs to, wherever this is called.
-    os.environ.update(known.get(ENVIRONMENT, {}))
-    os.environ["WANDB_RUN_ID"] = known["id"]
     if not has_key():
         raise ConfigError("WANDB_API_KEY = None: needed to send a run; set it (see .env.example), or run `wandb login`")
+    known = read_run_file(folder)
+    # The project and the sweep that the run belongs to, wherever this is called.
+    os.environ.update(known.get(ENVIRONMENT, {}) | {"WANDB_RUN_ID": known["id"]})
+    wandb.teardown()  # It reads the environment once.
     config = read_yaml(folder / CONFIG_FILE)
     rows = read_history(folder)
     run = start_wandb(known["id"], folder, config, "online", or_offline=False)

@@ -98,13 +98,14 @@ class UploadQueue:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-            left = self._unsent()
+            left = self.unsent()
             if left:
                 print(f"waiting up to {patience_s:.0f} s for uploads: {', '.join(left)}", file=sys.stderr)
-            self._changed.wait_for(lambda: not self._unsent(), timeout=patience_s)
-            return self._unsent()
+            self._changed.wait_for(lambda: not self.unsent(), timeout=patience_s)
+            return self.unsent()
 
-    def _unsent(self) -> list[str]:
+    def unsent(self) -> list[str]:
+        """The names of what waits or is on its way."""
         uploads = [*([self._sending] if self._sending else []), *self._waiting]
         return list(dict.fromkeys(upload.name for upload in uploads))
 
