@@ -24,7 +24,7 @@ def train_and_prune(
     """Train to the pruning, prune, and train on; without pruning, train."""
     batches = Batches(
         dataset.train,
-        batch_size=config.train.batch_size,
+        batch_size=config.train.images_per_step,
         seed=config.seed,
         horizontal_flip=config.data.flips,
         device=accelerator.device,

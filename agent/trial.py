@@ -63,7 +63,7 @@ class TrialResult:
 def make_accelerator(config: TrialConfig) -> Accelerator:
     """Processes and devices as ``accelerate launch`` set them up. Precision is ours alone (``train.precision``)."""
     accelerator = Accelerator(cpu=pick_device(config.train).type == "cpu", mixed_precision="no")
-    share, remainder = divmod(config.train.batch_size, accelerator.num_processes)
+    share, remainder = divmod(config.train.images_per_step, accelerator.num_processes)
     if remainder or share % config.train.accumulation:
         raise ConfigError(
             f"train.batch_size = {config.train.batch_size}: must be a multiple of the number of processes "

@@ -140,8 +140,9 @@ class DiffusionConfig(Section):
 class TrainConfig(Section):
     steps: Positive = 800_000
     """Optimizer steps."""
-    batch_size: Positive = 128
-    """Images per optimizer step, over all processes and accumulated parts."""
+    batch_size: Positive | Literal["auto"] = 128
+    """Images per optimizer step, over all processes and accumulated parts. auto: the largest power of two that fits the
+    memory, found before the first step and kept when the run is resumed; it changes what is trained."""
     accumulation: Positive = 1
     """Parts that a batch is split into to save memory; must divide the batch of each process."""
     lr: Annotated[float, Field(gt=0.0, le=1.0)] = 2e-4
@@ -162,6 +163,19 @@ class TrainConfig(Section):
     """Arithmetic of the network; auto is bf16 where the processor or GPU computes in it. Weights stay fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
+    compile: Literal["auto", "none", "blocks", "network"] = "auto"
+    """Compile the network for training (torch.compile): as a whole, block by block, or not; auto compiles it on a GPU
+    where training takes long enough to pay for it. Rounding differs. Later trials find it in the compiler's
+    cache."""
+    deterministic: bool = False
+    """Only algorithms whose result is the same bit for bit on every run, which may be slower on a GPU. (The processor's
+    are.)"""
+
+    @property
+    def images_per_step(self) -> int:
+        """The batch size, where it is known: ``auto`` becomes a number before anything is trained."""
+        assert isinstance(self.batch_size, int), "train.batch_size=auto was not settled"
+        return self.batch_size
 
 
 class EmaConfig(Section):
@@ -309,7 +323,10 @@ class CoreConfig(Section):
         yield from self._formulation_problems()
         if train.label_dropout == 1.0 and model.class_conditional:
             yield "train.label_dropout = 1.0: no label would ever be seen; use model.class_conditional=false"
-        if train.batch_size % train.accumulation:
+        if train.batch_size == "auto":
+            if train.accumulation != 1:
+                yield f"train.accumulation = {train.accumulation}: not with train.batch_size=auto"
+        elif train.batch_size % train.accumulation:
             yield f"train.accumulation = {train.accumulation}: must divide train.batch_size = {train.batch_size}"
         if self.eval.classifier == "svc" and not model.class_conditional:
             yield "eval.classifier = 'svc': class agreement needs model.class_conditional=true"

@@ -1,8 +1,10 @@
-"""Which device computes, and in which precision."""
+"""Which device computes, in which precision, memory layout and with which algorithms."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
 import torch
@@ -43,3 +45,27 @@ def has_bf16(device: torch.device) -> bool:
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
     """The context in which networks compute in that precision."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """How convolution weights lie in memory: channels last on a GPU, whose bf16 convolutions compute in that layout."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+@contextmanager
+def algorithms(config: TrainConfig) -> Iterator[None]:
+    """Inside, the GPU's libraries choose their algorithms as ``train.deterministic`` asks; afterwards as before.
+
+    Otherwise they try which of their convolutions is fastest for each shape, which may differ between runs.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # Or cuBLAS may split sums differently.
+    cudnn.benchmark = not config.deterministic
+    torch.use_deterministic_algorithms(config.deterministic)
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before[0]
+        torch.use_deterministic_algorithms(before[1])

@@ -20,12 +20,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_core.checkpoint import Checkpoint, CheckpointError
+from diffusion_core.compilation import compile_network, pick_compilation
 from diffusion_core.config import CoreConfig, EmaConfig, TrainConfig
 from diffusion_core.data import Batches
 from diffusion_core.denoiser import Denoiser
 from diffusion_core.draws import Draws, draw
 from diffusion_core.ema import Ema, profiles, sampled_profile
-from diffusion_core.hardware import Precision, autocast, pick_precision
+from diffusion_core.hardware import Precision, algorithms, autocast, memory_format, pick_precision
 from diffusion_core.losses import diffusion_loss
 from diffusion_core.randomness import Purpose, stream_seed
 from diffusion_core.unet import UNet
@@ -55,6 +56,8 @@ class TrainState:
     @classmethod
     def start(cls, network: UNet, config: CoreConfig, step: int = 0) -> TrainState:
         """A state with fresh averages and a fresh optimizer; the network keeps its device."""
+        device = next(network.parameters()).device
+        network = network.to(memory_format=memory_format(device))
         return cls(network, Ema(network, config.ema), build_optimizer(network, config.train), step)
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
@@ -160,6 +163,7 @@ def train(
     settings, device = config.train, accelerator.device
     until = settings.steps if until is None else until
     precision = pick_precision(settings, device)
+    compile_network(state.network, pick_compilation(settings, state.network, device))
     network = accelerator.prepare_model(state.network)
     network.train()
     denoiser = Denoiser.from_config(network, config, device)
@@ -173,7 +177,7 @@ def train(
         disable=not (config.log.progress and accelerator.is_main_process),
         mininterval=PROGRESS_EVERY_S if sys.stderr.isatty() else PROGRESS_EVERY_S_IN_FILES,
     )
-    with bar:
+    with bar, algorithms(settings):
         while state.step < until:
             if config.model.dropout:
                 torch.manual_seed(stream_seed(config.seed, Purpose.DROPOUT, state.step, accelerator.process_index))
@@ -207,8 +211,8 @@ def train(
                     "train/loss": mean_loss,
                     "train/lr": rate,
                     "train/grad_norm": mean_norm,
-                    "train/images_per_second": counted * settings.batch_size / elapsed,
-                    "train/epoch": state.step * settings.batch_size / len(batches.images),
+                    "train/images_per_second": counted * batches.batch_size / elapsed,
+                    "train/epoch": state.step * batches.batch_size / len(batches.images),
                 }
                 bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_s=f"{row['train/images_per_second']:.0f}")
                 loss_sum.zero_()

@@ -35,7 +35,7 @@ class Calibration:
         config = config.model_copy(update={"seed": stream_seed(config.seed, Purpose.CALIBRATION)})
         batches = Batches(
             images,
-            batch_size=config.train.batch_size,
+            batch_size=config.train.images_per_step,
             seed=config.seed,
             horizontal_flip=config.data.flips,
             device=device,

@@ -18,7 +18,7 @@ CORE_LAYERS = (
     {"config", "config_io", "presets", "image_files", "figure_names", "cache", "uploads"},
     {"randomness", "data", "hardware", "compilation", "unet", "structure"},
     {"schedule", "denoiser", "losses", "guidance", "samplers"},
-    {"draws", "ema", "checkpoint", "distillation", "trainer", "generation"},
+    {"draws", "ema", "checkpoint", "distillation", "memory", "trainer", "generation"},
     {"evaluation", "tracking", "media", "preparation"},
     {"diffusers_names", "diffusers_networks", "diffusers_import", "diffusers_export"},
 )

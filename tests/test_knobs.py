@@ -17,17 +17,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from agent.config import TrialConfig, build_config
 from agent.run_folder import find_run
 from agent.trial import run_trial
+from diffusion_core import compilation, trainer
 from diffusion_core.checkpoint import list_checkpoints, read_checkpoint
 from diffusion_core.config_io import ConfigError, flatten, knobs
 from diffusion_core.data import Dataset, Images, load_data
 from diffusion_core.hardware import has_bf16
 from diffusion_core.presets import PRESETS
 from diffusion_core.tracking import MemoryTracker
-from diffusion_core.unet import build_network
+from diffusion_core.unet import UNet, build_network
 
 BASE: dict[str, Any] = {
     "data.name": "digits",
@@ -149,6 +151,8 @@ TABLE: dict[str, Entry] = {
     "train.beta2": Entry(0.5, WEIGHTS),
     "train.grad_clip": Entry(None, WEIGHTS, {"train.grad_clip": 0.01, "train.lr": 0.1}),
     "train.label_dropout": Entry(0.9, WEIGHTS),
+    "train.compile": Entry("blocks", ("compiled",), why="the result is the same but for rounding"),
+    "train.deterministic": Entry(True, ("only deterministic algorithms",), same=("weights",)),
     "train.precision": Entry("bf16", (*WEIGHTS, "precision")),
     "train.device": Entry("cuda", ("device",), why="without a GPU the trial is refused, and says so"),
     "ema.decay": Entry(0.9, ("ema weights", "val/loss", "grid"), same=("weights",)),
@@ -266,14 +270,27 @@ def observe(
     tracker = MemoryTracker()
     capsys.readouterr()
     batches: list[int] = []
-    with torch.nn.modules.module.register_module_forward_pre_hook(
-        lambda module, inputs: batches.append(len(inputs[0])) if type(module).__name__ == "UNet" else None
+    compiled: list[str] = []
+
+    def compile_network(network: UNet, how: str) -> None:
+        compiled.append(how)
+        compilation.compile_network(network, how)
+
+    monkeypatch.setattr(trainer, "compile_network", compile_network)
+    monkeypatch.setattr(compilation, "BACKEND", "eager")  # The compiler proper takes minutes on a processor.
+    algorithms: set[bool] = set()
+    with (
+        torch.nn.modules.module.register_module_forward_pre_hook(
+            lambda module, inputs: batches.append(len(inputs[0])) if type(module).__name__ == "UNet" else None
+        ),
+        register_optimizer_step_pre_hook(lambda *_: algorithms.add(torch.are_deterministic_algorithms_enabled())),
     ):
         try:
             result = run_trial(config, tracker, dataset=dataset, folder=run_folder, run_id=run_id)
         except ConfigError as error:
             return Observed(seen | {"device": str(error)})
     seen["batches"] = batches
+    seen["compiled"], seen["only deterministic algorithms"] = compiled, algorithms
     seen["stderr"] = "training:" in capsys.readouterr().err
     if twice:
         second = MemoryTracker()

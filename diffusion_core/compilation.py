@@ -1,0 +1,76 @@
+"""Whether a network is compiled for training (torch.compile), and what that must save to be worth it."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from diffusion_core.config import TrainConfig
+from diffusion_core.unet import AttentionBlock, ResidualBlock, UNet
+
+BACKEND = "inductor"
+COMPILE_S = 90.0
+"""Assumed time of compiling forward and backward pass on a GPU, with nothing in the compiler's cache. Not measured."""
+
+GAIN = 0.25
+"""Assumed share of the training time that a compiled network saves on a GPU. Not measured."""
+
+EAGER_FLOPS = 1.5e14
+"""Assumed floating point operations a second of uncompiled training in bf16 on a data-centre GPU. Not measured."""
+
+BACKWARD_COST = 2.0
+"""A backward pass computes two products where the forward pass computes one."""
+
+LIMIT = 64
+"""Shapes of blocks that torch.compile may specialise for; its own limit of 8 would leave the others uncompiled."""
+
+
+def forward_flops(network: UNet) -> int:
+    """Floating point operations of one forward pass for one image (two a multiply-accumulate), counted without data."""
+    from torch.utils.flop_counter import FlopCounterMode  # Slow to import, and most runs do without it.
+
+    shadow = copy.deepcopy(network).to("meta")
+    size = network.image_size
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        image = torch.empty(1, network.input_channels, size, size, device="meta")
+        shadow(image, torch.empty(1, dtype=torch.long, device="meta"))
+    return counter.get_total_flops()
+
+
+def break_even_seconds() -> float:
+    """Uncompiled training time beyond which compiling pays: the time that it costs over the share that it saves."""
+    return COMPILE_S / GAIN
+
+
+def pick_compilation(config: TrainConfig, network: UNet, device: torch.device) -> str:
+    """What ``train.compile`` comes to: ``none``, ``blocks`` or ``network``.
+
+    ``auto`` decides by the device and the configuration alone, so that a resumed run computes as the unbroken one did:
+    ``network`` on a GPU where training would take longer than the break-even, else ``none`` (on a processor it takes
+    minutes, and needs a C++ compiler).
+    """
+    if config.compile != "auto":
+        return config.compile
+    if device.type != "cuda":
+        return "none"
+    images = config.steps * config.images_per_step
+    seconds = images * forward_flops(network) * (1.0 + BACKWARD_COST) / EAGER_FLOPS
+    return "network" if seconds > break_even_seconds() else "none"
+
+
+def compile_network(network: UNet, how: str) -> None:
+    """Compile a network in place, with static shapes; its parameters and their names stay as they are.
+
+    Args:
+        network: any network.
+        how: ``network``: as a whole; ``blocks``: each residual and attention block on its own, equal ones once, which
+            compiles sooner and saves less; ``none``: not at all.
+    """
+    if how == "none":
+        return
+    torch._dynamo.config.recompile_limit = max(LIMIT, torch._dynamo.config.recompile_limit)
+    kinds = (UNet,) if how == "network" else (ResidualBlock, AttentionBlock)
+    for module in network.modules():
+        if isinstance(module, kinds):
+            module.compile(backend=BACKEND, dynamic=False)

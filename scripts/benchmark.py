@@ -1,0 +1,103 @@
+"""Measure speed, side by side with peers."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.machine import machine
+from benchmarks.options import Options
+from benchmarks.rows import Row, markdown
+
+DESCRIPTION = """\
+Measure speed against peers that do the same work in the same process, in turns; medians. Run it on a quiet machine.
+Needs the optional extra: pip install -e ".[bench]"
+
+subjects:
+  all             everything below
+  training-step   a step of the 35.7 M parameter network, against diffusers' example loop
+  training-loop   the whole loop on digits with W&B offline, against a bare loop around the same network
+  sampling        DDIM, against diffusers' DDIMPipeline with the same weights
+  loading         images a second from a folder, against denoising-diffusion-pytorch's loader
+  ema             the update of the averaged weights, against ema-pytorch
+  pruned          a network of half the multiply-accumulates, against the dense one
+  fid             Frechet distance and features, against pytorch-fid
+  cold-trial      import to first step, and a whole trial of one step
+  accuracy        that bf16 and the compiler change no result
+  scaling         cost against batch, width, image size, steps and processes: a table and a plot
+  gpu             matrix rate and bandwidth of the GPU; training, sampling, FID and pruning against them"""
+
+SUBJECTS = (
+    "training-step",
+    "training-loop",
+    "sampling",
+    "loading",
+    "ema",
+    "pruned",
+    "fid",
+    "cold-trial",
+    "accuracy",
+    "scaling",
+    "gpu",
+)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "benchmark.py", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "subject", nargs="+", choices=["all", *SUBJECTS], metavar="SUBJECT", help="one or more of these"
+    )
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="repetitions; the median counts (5)")
+    parser.add_argument("--short", action="store_true", help="tiny work, to see that it runs; no figures to publish")
+    parser.add_argument("--json", action="store_true", help="print JSON (machine, versions, commit, rows) on stdout")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write that JSON to a file too, and plots beside it")
+    arguments = parser.parse_args(argv)
+    if arguments.rounds < 1:
+        parser.error(f"--rounds = {arguments.rounds}: expected an integer >= 1")
+    return arguments
+
+
+def measure(subject: str, options: Options) -> list[Row]:
+    """The rows of one subject; one that cannot run here says why."""
+    module = importlib.import_module(f"benchmarks.{subject.replace('-', '_')}")
+    try:
+        rows: list[Row] = module.measure(options)
+    except ModuleNotFoundError as error:
+        return [Row(subject, "-", None, note=f'needs {error.name}: pip install -e ".[bench]"')]
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
+    arguments = parse_arguments(argv)
+    options = Options(arguments.rounds, arguments.short, plots=arguments.out.parent if arguments.out else None)
+    subjects = SUBJECTS if "all" in arguments.subject else dict.fromkeys(arguments.subject)
+    facts = machine()
+    rows: list[Row] = []
+    for subject in subjects:
+        print(f"{subject}:", file=sys.stderr, flush=True)
+        rows += measure(subject, options)
+        report = {"machine": facts, "short": options.short, "rounds": options.rounds,
+                  "rows": [asdict(row) | {"holds": row.holds} for row in rows]}  # fmt: skip
+        if arguments.out:  # After each subject: what was measured stays, whatever happens to the next.
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    if arguments.json:
+        print(json.dumps(report, indent=1))
+    else:
+        print(", ".join(f"{key}: {value}" for key, value in facts.items() if key != "versions"))
+        if options.short:
+            print("SHORT: these figures say that the benchmark runs, and nothing else")
+        print(markdown(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""What a trial costs beyond training: a cold trial of one step on digits, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from agent.run_folder import HISTORY_FILE
+from benchmarks.options import Options
+from benchmarks.rows import Row
+
+SUBJECT = "cold-trial"
+FIRST_STEP_TARGET_S, TRIAL_TARGET_S = 6.0, 10.0
+ROOT = Path(__file__).resolve().parents[2]
+POLL_S = 0.005
+WORDS = ["--preset=digits", "--train.warmup_steps=0", "--log.every=1", "--log.progress=false"]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    own = {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    return kept | own | {"DIFFUSION_SWEEPS_CACHE": str(folder / "cache")}
+
+
+def first_step(folder: Path) -> float:
+    """Seconds from the start of the process to its first row of history, right after the first step."""
+    history = folder / "run" / HISTORY_FILE
+    # Of many steps, so that nothing is evaluated, drawn or saved before the first row is written.
+    words = [*WORDS, "--train.steps=1000", f"--log.dir={folder / 'run'}"]
+    started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "agent", *words], cwd=folder, env=environment(folder),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    while not (history.is_file() and history.stat().st_size) and process.poll() is None:
+        time.sleep(POLL_S)
+    taken = time.perf_counter() - started
+    process.kill()
+    if process.wait() != -9:
+        raise RuntimeError(f"the trial ended before its first step, with status {process.returncode}")
+    return taken
+
+
+def whole_trial(folder: Path) -> float:
+    """Seconds of a trial of one step: imports, data, step, evaluation, pictures, checkpoint, W&B."""
+    words = [*WORDS, "--train.steps=1", "--sample.every=0", "--eval.every=0", f"--log.dir={folder / 'run'}"]
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "agent", *words], cwd=folder, env=environment(folder), check=True,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    return time.perf_counter() - started
+
+
+def measure(options: Options) -> list[Row]:
+    """Both, in a fresh folder each time."""
+    rows = []
+    for what, work, target in (
+        ("from the start of the process to the first step, digits", first_step, FIRST_STEP_TARGET_S),
+        ("whole trial of one step, digits: imports to the last artifact", whole_trial, TRIAL_TARGET_S),
+    ):
+        times = []
+        for index in range(options.rounds + 1):
+            with tempfile.TemporaryDirectory() as name:
+                times.append(work(Path(name)))
+            options.say(f"{'round ' + str(index) if index else 'warm-up'} of {options.rounds}: {times[-1]:.2f} s")
+        median = statistics.median(times[1:])
+        rows.append(Row(SUBJECT, what, median, "s", target, at_least=False, details={"seconds": times[1:]}))
+    return rows

@@ -1,0 +1,66 @@
+"""One measurement beside its target, and a table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+HEADER = ("subject", "what", "ours", "peer", "measured", "target", "holds")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measurement.
+
+    Attributes:
+        subject: name of the benchmark.
+        what: the work, and what it is compared with.
+        value: the figure that has the target: a ratio (how many times better than the peer), or a figure of its own;
+            None if it could not be measured here.
+        unit: of ``value``; a ratio is so many ``times``.
+        target: what the value should reach, or None.
+        at_least: whether the target is a lower bound, else an upper one.
+        ours: our own figure, with its unit.
+        peer: the peer's, with its unit.
+        note: why it was not measured, or what explains it.
+        details: all single figures, for the JSON.
+    """
+
+    subject: str
+    what: str
+    value: float | None
+    unit: str = "times"
+    target: float | None = None
+    at_least: bool = True
+    ours: str = ""
+    peer: str = ""
+    note: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the target is met; None without a target or a measurement."""
+        if self.value is None or self.target is None:
+            return None
+        return self.value >= self.target if self.at_least else self.value <= self.target
+
+    def cells(self) -> tuple[str, ...]:
+        """The row's cells as text, in the order of ``HEADER``."""
+        value = "not measured" if self.value is None else f"{self.value:.3g} {self.unit}".strip()
+        bound = "at least" if self.at_least else "at most"
+        target = "-" if self.target is None else f"{bound} {self.target:g} {self.unit}".strip()
+        holds = {True: "yes", False: "no", None: "-"}[self.holds]
+        what = f"{self.what} ({self.note})" if self.note else self.what
+        return self.subject, what, self.ours or "-", self.peer or "-", value, target, holds
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = [HEADER, tuple("---" for _ in HEADER), *(row.cells() for row in rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def seconds(value: float) -> str:
+    """A time as text: ``1.93 s``, ``8.4 ms``."""
+    return f"{value:.3g} s" if value >= 1.0 else f"{1000.0 * value:.3g} ms"

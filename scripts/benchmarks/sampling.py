@@ -1,0 +1,60 @@
+"""Sampling with DDIM from the 35.7 M parameter network: ours against Diffusers' pipeline with the same weights."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.networks import cifar_config, lively_network, twin
+from benchmarks.options import Options
+from benchmarks.rows import Row, seconds
+from benchmarks.timing import alternating
+from diffusion_core.generation import Generator, requests
+from diffusion_core.hardware import memory_format, pick_device, pick_precision
+from diffusion_core.unet import NO_LABEL
+
+SUBJECT = "sampling"
+BATCH, STEPS, SHORT_STEPS = 16, 50, 3
+DEFAULT_TARGET, EQUAL_TARGET = 1.6, 1.05
+
+
+def measure(options: Options) -> list[Row]:
+    """The default precision against Diffusers' float32, and both in float32."""
+    from diffusers import DDIMPipeline, DDIMScheduler
+
+    steps = SHORT_STEPS if options.short else STEPS
+    config = cifar_config(options.short, sample__steps=steps, sample__batch_size=BATCH)
+    device = pick_device(config.train)
+    network = lively_network(config, device).eval()
+    pipeline = DDIMPipeline(twin(network, config).eval(), DDIMScheduler(num_train_timesteps=1000))
+    pipeline.set_progress_bar_config(disable=True)
+    network = network.to(memory_format=memory_format(device))
+    wanted = requests([NO_LABEL], BATCH)
+    precision = pick_precision(config.train, device)
+    ours, exact = Generator(network, config, precision), Generator(network, config, "fp32")
+    times = alternating(
+        {
+            "ours": lambda: ours.images(wanted, config.sample, 0),
+            "ours, fp32": lambda: exact.images(wanted, config.sample, 0),
+            "diffusers, fp32": lambda: pipeline(
+                BATCH, torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="np"
+            ),
+        },
+        options.rounds,
+        options.say,
+    )
+    peer = times["diffusers, fp32"]
+    return [
+        Row(
+            SUBJECT,
+            f"{what}, DDIM {steps} steps, batch {BATCH}, against diffusers' DDIMPipeline in fp32",
+            peer / times[name],
+            target=target,
+            ours=seconds(times[name]),
+            peer=seconds(peer),
+            details=times,
+        )
+        for what, name, target in (
+            (f"by default ({precision})", "ours", DEFAULT_TARGET),
+            ("in fp32", "ours, fp32", EQUAL_TARGET),
+        )
+    ]

@@ -1,0 +1,94 @@
+"""The whole training loop on digits, W&B offline logging on, against a bare loop around the same network."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from agent.callbacks import LogHistory
+from agent.config import TrialConfig, build_config
+from agent.settings import start_wandb
+from agent.trial import make_accelerator
+from benchmarks.options import Options
+from benchmarks.rows import Row, seconds
+from benchmarks.timing import alternating
+from diffusion_core.config_io import flatten
+from diffusion_core.data import Batches, Dataset, load_data, to_unit
+from diffusion_core.hardware import autocast, pick_precision
+from diffusion_core.schedule import build_schedule
+from diffusion_core.tracking import WandbTracker
+from diffusion_core.trainer import TrainState, train
+from diffusion_core.unet import build_network
+
+SUBJECT = "training-loop"
+TARGET = 0.95
+STEPS, SHORT_STEPS = 100, 5
+
+
+class BareLoop:
+    """Noise, network, squared error, AdamW: nothing else."""
+
+    def __init__(self, config: TrialConfig, dataset: Dataset, device: torch.device) -> None:
+        self.network = build_network(config, dataset.num_classes).to(device).train()
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=config.train.lr, fused=True)
+        self.images = to_unit(dataset.train.images_NCHW).to(device)
+        self.labels = dataset.train.labels_N.to(device)
+        self.schedule = build_schedule(config.diffusion).to(device)
+        self.precision = pick_precision(config.train, device)
+        self.batch, self.device = config.train.images_per_step, device
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            chosen = torch.randint(len(self.images), (self.batch,), device=self.device)
+            x0_BCHW = self.images[chosen]
+            noise_BCHW = torch.randn_like(x0_BCHW)
+            t_B = torch.randint(self.schedule.timesteps, (self.batch,), device=self.device)
+            alpha, sigma = self.schedule.at(t_B, x0_BCHW)
+            with autocast(self.device, self.precision):
+                output = self.network(alpha * x0_BCHW + sigma * noise_BCHW, t_B, self.labels[chosen])
+            F.mse_loss(output.float(), noise_BCHW).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def measure(options: Options) -> list[Row]:
+    """Steps a second of both, in the default precision."""
+    steps = SHORT_STEPS if options.short else STEPS
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ |= {"WANDB_SILENT": "true", "WANDB_DIR": name, "WANDB_DATA_DIR": name}
+        config = build_config({"preset": "digits", "train.steps": 10**6, "log.progress": False})
+        accelerator = make_accelerator(config)
+        dataset = load_data(config.data)
+        state = TrainState.start(build_network(config, dataset.num_classes).to(accelerator.device), config)
+        batches = Batches(
+            dataset.train,
+            batch_size=config.train.images_per_step,
+            seed=0,
+            horizontal_flip=False,
+            device=accelerator.device,
+        )
+        tracker = WandbTracker(start_wandb("benchmark", folder, flatten(config), "offline"))
+        history = LogHistory(tracker, folder, 0)
+        bare = BareLoop(config, dataset, accelerator.device)
+
+        def ours() -> None:
+            train(state, batches, config, [history], accelerator=accelerator, until=state.step + steps)
+
+        times = alternating({"ours": ours, "bare": lambda: bare.run(steps)}, options.rounds, options.say)
+        tracker.close()
+    return [
+        Row(
+            SUBJECT,
+            f"digits, batch {config.train.batch_size}: data, step, average, history, W&B offline; against a bare loop",
+            times["bare"] / times["ours"],
+            target=TARGET,
+            ours=f"{seconds(times['ours'] / steps)} a step",
+            peer=f"{seconds(times['bare'] / steps)} a step",
+            details=times,
+        )
+    ]

@@ -1,0 +1,104 @@
+"""One optimizer step of the 35.7 M parameter network: ours against Diffusers' plain training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+from benchmarks.networks import cifar_config, lively_network, twin
+from benchmarks.options import Options
+from benchmarks.rows import Row, seconds
+from benchmarks.timing import alternating
+from diffusion_core.config import CoreConfig
+from diffusion_core.data import Batches, Images
+from diffusion_core.hardware import pick_precision
+from diffusion_core.trainer import TrainState, train
+
+SUBJECT = "training-step"
+BATCH = 16
+DEFAULT_TARGET, EQUAL_TARGET = 1.7, 1.0
+
+
+def our_step(config: CoreConfig, accelerator: Accelerator, batch: int, steps: int = 1) -> Callable[[], object]:
+    """Steps of our own loop: batch, draws, loss, gradients, clipping, AdamW, average."""
+    state = TrainState.start(lively_network(config, accelerator.device), config)
+    source = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (4 * batch, 3, 32, 32), dtype=torch.uint8, generator=source)
+    batches = Batches(
+        Images(pixels, torch.zeros(4 * batch, dtype=torch.long)),
+        batch_size=batch,
+        seed=0,
+        horizontal_flip=True,
+        device=accelerator.device,
+    )
+    return lambda: train(state, batches, config, accelerator=accelerator, until=state.step + steps)
+
+
+def peer_step(
+    config: CoreConfig, accelerator: Accelerator, batch: int, precision: str, steps: int = 1
+) -> Callable[[], object]:
+    """Steps of Diffusers' unconditional example: noise, timesteps, add_noise, accelerate, clipping, AdamW, warm-up."""
+    from diffusers import DDPMScheduler
+    from diffusers.optimization import get_cosine_schedule_with_warmup
+
+    network = twin(lively_network(config, accelerator.device), config).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.train.lr)
+    rates = get_cosine_schedule_with_warmup(optimizer, 500, 100_000)
+    scheduler = DDPMScheduler(num_train_timesteps=1000)
+    images = torch.randn(batch, 3, 32, 32, device=accelerator.device)
+
+    def step() -> None:
+        noise = torch.randn(images.shape, device=accelerator.device)
+        timesteps = torch.randint(0, 1000, (batch,), device=accelerator.device)
+        noisy = scheduler.add_noise(images, noise, timesteps)
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            output = network(noisy, timesteps).sample
+        loss = F.mse_loss(output.float(), noise)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        rates.step()
+        optimizer.zero_grad()
+        loss.detach().item()  # The example's progress bar shows it at every step.
+
+    def run() -> None:
+        for _ in range(steps):
+            step()
+
+    return run
+
+
+def measure(options: Options) -> list[Row]:
+    """The default precision against float32, and both in float32."""
+    config = cifar_config(options.short, train__batch_size=BATCH, log__every=1)
+    exact = cifar_config(options.short, train__batch_size=BATCH, log__every=1, train__precision="fp32")
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+    precision = pick_precision(config.train, accelerator.device)
+    times = alternating(
+        {
+            "ours": our_step(config, accelerator, BATCH),
+            "ours, fp32": our_step(exact, accelerator, BATCH),
+            "diffusers, fp32": peer_step(exact, accelerator, BATCH, "fp32"),
+        },
+        options.rounds,
+        options.say,
+    )
+    peer = times["diffusers, fp32"]
+    return [
+        Row(
+            SUBJECT,
+            f"{what}, batch {BATCH}, against diffusers' example loop in fp32",
+            peer / times[name],
+            target=target,
+            ours=seconds(times[name]),
+            peer=seconds(peer),
+            details=times,
+        )
+        for what, name, target in (
+            (f"by default ({precision})", "ours", DEFAULT_TARGET),
+            ("in fp32", "ours, fp32", EQUAL_TARGET),
+        )
+    ]
