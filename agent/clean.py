@@ -107,7 +107,7 @@ def on_wandb(project: str) -> Iterator[Leftover]:
                 continue
             for collection in api.artifact_type(kind, project).collections():
                 for version in collection.artifacts():
-                    if not version.aliases:
+                    if not version.aliases and not version.linked_artifacts:
                         yield Leftover(version.name, version.size, version.delete)
     except (wandb.errors.Error, ValueError) as error:
         reason = " ".join(str(error).split())[:300]

@@ -72,14 +72,19 @@ class Peers:
 
     def _watch(self, on_loss: Callable[[], object]) -> None:
         while not self._over.wait(WATCH_EVERY_S):
-            self.lost = next((rank for rank, pid in self._here.items() if not _is_alive(pid)), None)
-            if self.lost is not None:
+            if self.are_gone():
                 time.sleep(LEAVE_AFTER_S)
                 if not self._over.is_set():
                     print(f"error: {self.loss()}", file=sys.stderr, flush=True)
                     on_loss()
                     os._exit(1)
                 return
+
+    def are_gone(self) -> bool:
+        """Whether any other process of this machine has ended; :attr:`lost` says which one."""
+        if self.lost is None and not self._over.is_set():
+            self.lost = next((rank for rank, pid in self._here.items() if not _is_alive(pid)), None)
+        return self.lost is not None
 
     def loss(self) -> str:
         """What happened, if :attr:`lost` says that something did."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -36,19 +36,27 @@ def secrets_here() -> list[str]:
 
 def redact(text: str) -> str:
     """The text without what is, or looks like, a key."""
-    for secret in secrets_here():
-        text = text.replace(secret, BLANK)
-    return KEYS.sub(BLANK, text)
+    return _redact(text, secrets_here())
 
 
 def redacted(value: Any) -> Any:
     """A value, or a nested container of values, with keys blanked out in every text."""
+    return _redacted(value, secrets_here())
+
+
+def _redact(text: str, secrets: Sequence[str]) -> str:
+    for secret in secrets:
+        text = text.replace(secret, BLANK)
+    return KEYS.sub(BLANK, text)
+
+
+def _redacted(value: Any, secrets: Sequence[str]) -> Any:
     if isinstance(value, str):
-        return redact(value)
+        return _redact(value, secrets)
     if isinstance(value, dict):
-        return {redacted(key): redacted(entry) for key, entry in value.items()}
+        return {_redacted(key, secrets): _redacted(entry, secrets) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [redacted(entry) for entry in value]
+        return [_redacted(entry, secrets) for entry in value]
     return value
 
 

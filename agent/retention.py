@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from wandb import Artifact
 
-from diffusion_core.uploads import BEST
-
-LATEST = "latest"
+STEP_ALIAS = "step-"
 
 
 class Retention:
@@ -35,13 +33,14 @@ class Retention:
             versions = list(api.artifacts(artifact.type, f"{artifact.entity}/{artifact.project}/{collection}"))
             versions.sort(key=lambda version: version.metadata.get("step", -1), reverse=True)
             for version in versions[self.keep :]:
-                if version.aliases and not {BEST, LATEST} & set(version.aliases):
+                # One that anybody gave a name to is none of ours.
+                if version.aliases and all(alias.startswith(STEP_ALIAS) for alias in version.aliases):
                     self._release(version)
         except Exception as error:  # Tidying up ends no upload.
             print(f"W&B: old versions of {collection} stay: {' '.join(str(error).split())[:200]}", file=sys.stderr)
 
     def _release(self, version: Artifact) -> None:
-        version.aliases = [alias for alias in version.aliases if not alias.startswith("step-")]
+        version.aliases = []
         if self.ttl_days is not None:
             version.ttl = timedelta(days=self.ttl_days)
         version.save()

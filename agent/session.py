@@ -158,13 +158,18 @@ class _Session:
         )
         self.stop.asked_to_end = functools.partial(was_asked_to_end, run)
         if online:
-            self.stop.mark_preempting = run.mark_preempting
+            self.stop.mark_preempting = self._mark_preempting
         if online and run.resumed:
             self.preemptions = max(self.preemptions, int(run.summary.get("preemptions") or 0))
             if config.checkpoint.resume:
                 fetch_checkpoint(run, folder / CHECKPOINTS)
         if os.environ.get("WANDB_CONSOLE") != "off" and hasattr(run, "write_logs"):
             self.stack.enter_context(recorded_console(run.write_logs))
+
+    def _mark_preempting(self) -> None:
+        # A launcher that lost one process sends the others SIGTERM too: that trial failed, and is not to be repeated.
+        if self.wandb_run is not None and not self.peers.are_gone():
+            self.wandb_run.mark_preempting()
 
     def _stopped(self, stopped: Stopped) -> tuple[int, int]:
         """The exit status of this process, and the one that W&B is told."""
@@ -197,9 +202,11 @@ class _Session:
 
     def _is_for_a_lost_peer(self) -> bool:
         """Whether an error may come of a process that is gone: what breaks first is the connection to it."""
-        if self.peers.count > 1:
-            time.sleep(4 * WATCH_EVERY_S)
-        return self.peers.lost is not None
+        for _ in range(4 if self.peers.count > 1 else 0):
+            if self.peers.are_gone():
+                return True
+            time.sleep(WATCH_EVERY_S)
+        return False
 
     def _print(self, result: TrialResult) -> None:
         shown = {key: value for key, value in result.figures.items() if key.startswith(("val/", "eval/", "prune/"))}

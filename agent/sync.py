@@ -88,16 +88,11 @@ def sync(folder: Path) -> None:
     tracker.summary({key: value for key, value in result.get("figures", {}).items() if key not in logged})
     there = uploaded_steps(run)
     paths = list_checkpoints(folder / CHECKPOINTS) if config.get("checkpoint.upload", True) else []
-    for path in paths:
-        checkpoint = read_checkpoint(path)
-        newest = read_checkpoint(paths[-1], verify=False)
+    best = (read_checkpoint(paths[-1], verify=False).metadata.get("best") or {}) if paths else {}
+    for checkpoint in map(read_checkpoint, paths):
         if checkpoint.step not in there:
-            best = newest.metadata.get("best") or {}
-            ttl_days = config.get("checkpoint.ttl_days")
-            log_checkpoint(
-                tracker, checkpoint, run.id, is_best=best.get("step") == checkpoint.step, history=rows,
-                ttl_days=ttl_days,
-            )  # fmt: skip
+            is_best, ttl_days = best.get("step") == checkpoint.step, config.get("checkpoint.ttl_days")
+            log_checkpoint(tracker, checkpoint, run.id, is_best=is_best, history=rows, ttl_days=ttl_days)
     tracker.close(0 if result else 1)
     mark_synced(folder)
     print(f"{folder}: complete on W&B ({run.entity}/{run.project}/{run.id})")
