@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import os
 import sys
@@ -47,6 +49,7 @@ from diffusion_core.trainer import TrainingDiverged
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LAST_WORDS_S = 15.0
 """How long W&B is waited for when a trial is to end at once: another process has died, or a second signal came."""
 
@@ -114,7 +117,9 @@ class _Session:
             self._close(told)
             self.peers.wait()  # For the first process's uploads: a launcher ends all when one has ended.
         elif self.peers.count > 1:
-            self.last_words(told)
+            self.peers.part()
+            if not self.last_words(told):
+                os._exit(status)  # Or W&B's client would wait on.
         else:
             self._close(told)
         self.peers.part()
@@ -169,13 +174,15 @@ class _Session:
     def _mark_preempting(self) -> None:
         # A launcher that lost one process sends the others SIGTERM too: that trial failed, and is not to be repeated.
         if self.wandb_run is not None and not self.peers.are_gone():
-            self.wandb_run.mark_preempting()
+            with contextlib.suppress(Exception):  # A run that is over by now refuses it.
+                self.wandb_run.mark_preempting()
 
     def _stopped(self, stopped: Stopped) -> tuple[int, int]:
         """The exit status of this process, and the one that W&B is told."""
         if stopped.ended:
             # Told so by its own server: for an agent, which gives up after a few failures, the trial went well.
-            print(f"{stopped}, as W&B asked; the run is over", file=sys.stderr)
+            if self.is_main:
+                print(f"{stopped}, as W&B asked; the run is over", file=sys.stderr)
             return 0, stopped.signal_code
         if self.is_main and self.folder is not None:
             self.preemptions += 1
@@ -194,6 +201,9 @@ class _Session:
             self.tracker.alert(health.DIVERGED, str(error))
         if isinstance(error, CheckpointError | TrainingDiverged):
             print(f"error: {error}", file=sys.stderr)
+        elif isinstance(error, OSError) and error.errno in DISK_FULL:
+            print(f"error: {str(error.filename or self.folder)!r}: {error.strerror}; make room, and continue with "
+                  f"--log.dir={self.folder}", file=sys.stderr)  # fmt: skip
         elif self._is_for_a_lost_peer():
             print(f"error: {self.peers.loss()}", file=sys.stderr)
         else:
