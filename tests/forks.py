@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -117,17 +118,17 @@ def serve() -> None:
     import agent.__main__
     import agent.session  # noqa: F401
 
-    ended: dict[int, int] = {}
+    ended: dict[int, int | None] = {}
     for line in sys.stdin:
         request = json.loads(line)
         answer: Any = None
         if "poll" in request:
             pid = request["poll"]
-            if pid not in ended:
+            if ended[pid] is None:
                 found, status = os.waitpid(pid, os.WNOHANG)
                 if found:
                     ended[pid] = os.waitstatus_to_exitcode(status)
-            answer = ended.get(pid)
+            answer = ended[pid]
         else:
             answer = os.fork()
             if answer == 0:
@@ -142,7 +143,11 @@ def serve() -> None:
                 os.chdir(request["folder"])
                 sys.argv = [request["module"], *request["start"]]
                 sys.exit(importlib.import_module(request["module"]).main(request["start"]))
+            ended[answer] = None
         print(json.dumps(answer), flush=True)
+    for pid, status in ended.items():  # Of a test that failed.
+        if status is None:
+            os.kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":
