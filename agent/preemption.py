@@ -57,13 +57,16 @@ class StopRequest:
         self._wake: int | None = None
 
     def _handle(self, number: int, _frame: Any) -> None:
-        if self.number:
-            if time.monotonic() - self._came_at > SAME_REQUEST_S:  # Whoever asks again does not wait for the step.
-                raise KeyboardInterrupt
-            return
-        self.number, self._came_at = number, time.monotonic()
-        if self._wake is not None:
-            os.write(self._wake, b"!")  # All else may wait for a lock that this very thread holds.
+        if self.number and time.monotonic() - self._came_at > SAME_REQUEST_S:
+            raise KeyboardInterrupt  # Whoever asks again does not wait for the step.
+        self.ask(number)
+
+    def ask(self, number: int = signal.SIGINT) -> None:
+        """Stop as if that signal had come, for the first time: what W&B's client calls, besides the agent's signal."""
+        if not self.number:
+            self.number, self._came_at = number, time.monotonic()
+            if self._wake is not None:
+                os.write(self._wake, b"!")  # All else may wait for a lock that this very thread holds.
 
     def _judge(self, woken: int) -> None:
         """On a thread of its own, since a step may take longer than a cluster manager waits."""
@@ -80,7 +83,7 @@ class StopRequest:
         number = self.agree(self.number)
         if number:
             if not self.number:  # It came to another process only.
-                self._handle(number, None)
+                self.ask(number)
             if self._wake is not None:
                 self._judged.wait(VERDICT_WITHIN_S)
             raise Stopped(number, ended=bool(self.agree(int(self._ended))))

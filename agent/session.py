@@ -150,7 +150,7 @@ class _Session:
         )
 
     def _start_tracking(self, config: TrialConfig, run_id: str, folder: Path) -> None:
-        run = self.wandb_run = start_wandb(run_id, folder, flatten(config), self.mode)
+        run = self.wandb_run = start_wandb(run_id, folder, flatten(config), self.mode, on_stop=self.stop.ask)
         logged = [row[STEP] for row in read_history(folder)]
         self.is_new = not logged
         online = not run.settings._offline

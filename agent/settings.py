@@ -5,7 +5,7 @@ from __future__ import annotations
 import netrc
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -75,7 +75,15 @@ def has_key() -> bool:
         return False
 
 
-def start_wandb(run_id: str, folder: Path, config: Mapping[str, Any], mode: str, *, or_offline: bool = True) -> Run:
+def start_wandb(
+    run_id: str,
+    folder: Path,
+    config: Mapping[str, Any],
+    mode: str,
+    *,
+    or_offline: bool = True,
+    on_stop: Callable[[], None] | None = None,
+) -> Run:
     """Start or resume the W&B run of a trial. Under an agent, entity, project and id are the agent's.
 
     A server that cannot be reached does not keep a trial from running: it is recorded offline then.
@@ -86,6 +94,7 @@ def start_wandb(run_id: str, folder: Path, config: Mapping[str, Any], mode: str,
         config: what W&B records as its configuration; keys in it are blanked out.
         mode: ``online`` or ``offline``.
         or_offline: whether to go offline where the server does not answer.
+        on_stop: called when a user stops the run on W&B; None: this process is interrupted.
 
     Raises:
         ConfigError: if the server refuses the run, or does not answer and is needed.
@@ -103,6 +112,8 @@ def start_wandb(run_id: str, folder: Path, config: Mapping[str, Any], mode: str,
     Path(os.environ["WANDB_DATA_DIR"]).mkdir(parents=True, exist_ok=True)
     # What is printed is recorded by agent/redact.py, without keys.
     settings = wandb.Settings(console="off", finish_timeout_raises=True)
+    if on_stop is not None and hasattr(settings, "stop_fn"):  # Not in older clients.
+        settings.stop_fn = on_stop
     if "WANDB_INIT_TIMEOUT" not in os.environ:
         settings.init_timeout = INIT_WITHIN_S
     if "WANDB_FINISH_TIMEOUT" not in os.environ:
