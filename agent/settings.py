@@ -113,7 +113,7 @@ def start_wandb(
     # What is printed is recorded by agent/redact.py, without keys.
     settings = wandb.Settings(console="off", finish_timeout_raises=True)
     if on_stop is not None and hasattr(settings, "stop_fn"):  # Not in older clients.
-        settings.stop_fn = on_stop
+        settings.stop_fn = lambda: on_stop()  # W&B copies its settings deeply; a plain function stays itself.
     if "WANDB_INIT_TIMEOUT" not in os.environ:
         settings.init_timeout = INIT_WITHIN_S
     if "WANDB_FINISH_TIMEOUT" not in os.environ:

@@ -48,6 +48,7 @@ def test_a_diverged_trial_and_one_that_is_preempted_a_third_time_raise_alerts(tm
         )
         end = time.monotonic() + WAIT_S
         while not (folder / "history.jsonl").exists() or not (folder / "history.jsonl").read_text():
+            assert moved.poll() is None, moved.output
             assert time.monotonic() < end, moved.output
             time.sleep(0.05)
         moved.send(signal.SIGUSR1)

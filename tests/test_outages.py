@@ -47,6 +47,7 @@ def until(condition: Callable[[], bool], trial: Fork) -> None:
     end = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < end, trial.output
+        assert trial.poll() in (None, 0), trial.output
         time.sleep(0.05)
 
 
