@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -102,20 +101,3 @@ class StopRequest:
                 signal.signal(number, handler)
             os.close(self._wake)
             self._wake = None
-
-
-@contextmanager
-def forward_signals(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """While a process runs, SIGINT, SIGTERM and SIGHUP to this one go to it; yields the list of those that came."""
-    came: list[int] = []
-
-    def forward(number: int, _frame: Any) -> None:
-        came.append(number)
-        process.send_signal(number)
-
-    old = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield came
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

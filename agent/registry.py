@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from agent.artifacts import full_name
 from agent.checkpoints import MODEL
+from agent.online import flat_summary
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.figure_names import GOALS, goal_of, is_better
 from diffusion_core.uploads import BEST
@@ -33,7 +33,7 @@ def best_model(sweep: str) -> str:
         raise CheckpointError(f"--sweep = {sweep!r}: its metric is {metric!r}; expected one of {', '.join(GOALS)}")
     best, value = None, None
     for run in runs:
-        reached = _figure(run.summary.get(metric))
+        reached = flat_summary(dict(run.summary)).get(metric)
         if reached is not None and is_better(metric, reached, value):
             best, value = run, reached
     if best is None:
@@ -72,14 +72,6 @@ def promote(name: str, registry: str, collection: str, aliases: Sequence[str]) -
             ) from None
         raise CheckpointError(f"--registry = {registry!r}: {_one_line(error)}") from None
     return target
-
-
-def _figure(value: Any) -> float | None:
-    """A figure of a summary, which nests those that have a goal: ``{"val/loss": {"min": 0.1}}``."""
-    nested = getattr(value, "items", None)
-    if nested is not None:
-        value = next((number for kind, number in nested() if kind in ("min", "max")), None)
-    return float(value) if isinstance(value, int | float) else None
 
 
 def _one_line(error: Exception) -> str:
