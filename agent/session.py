@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from agent import health
+from agent.batch_size import settled
 from agent.config import TrialConfig
 from agent.lottery import OpenTracker, run_chain
 from agent.preemption import Stopped, StopRequest
@@ -162,6 +163,7 @@ class _Session:
         config = config.model_copy(update={"log": config.log.model_copy(update={"dir": str(self.folder)})})
         with accelerator.main_process_first():  # The first process downloads, the others read.
             dataset = load_data(config.data, progress=config.log.progress and self.is_main)
+        config = settled(config, accelerator, dataset, self.folder / CHECKPOINTS)
         if self.is_main:
             make_folder(self.folder)
             self.stack.enter_context(locked(self.folder))

@@ -66,6 +66,8 @@ class TrialResult:
 def make_accelerator(config: TrialConfig) -> Accelerator:
     """Processes and devices as ``accelerate launch`` set them up. Precision is ours alone (``train.precision``)."""
     accelerator = Accelerator(cpu=pick_device(config.train).type == "cpu", mixed_precision="no")
+    if config.train.batch_size == "auto":  # Will be a share a process.
+        return accelerator
     share, remainder = divmod(config.train.images_per_step, accelerator.num_processes)
     if remainder or share % config.train.accumulation:
         raise ConfigError(
