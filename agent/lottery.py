@@ -14,6 +14,7 @@ longer, or be given a control, by running it again with another prune.rounds or 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +28,7 @@ from agent.checkpoints import SaveCheckpoints
 from agent.config import TrialConfig
 from agent.lottery_summary import ROUNDS, write_summary
 from agent.phases import warn_of_empty_layers
-from agent.preemption import Preempted, StopRequest
+from agent.preemption import Stopped, StopRequest
 from agent.resume import find_checkpoint
 from agent.run_folder import CHECKPOINTS, HISTORY_FILE, RESULT_FILE, write_json, write_text
 from agent.trial import TrialResult, make_accelerator, run_trial, write_run_files
@@ -164,13 +165,13 @@ class Chain:
                 start=lambda: self._start(stage, config, tracker),
                 callbacks=[self._keep_for_rewinding(config, tracker)] if is_main and not stage.round_number else [],
             )
-        except Preempted as preempted:
-            tracker.close(preempted.exit_code)
+        except Stopped as stopped:
+            _close(tracker, stopped.signal_code, folder)
             raise
         except BaseException:
-            tracker.close(1)
+            _close(tracker, 1, folder)
             raise
-        tracker.close(0)
+        _close(tracker, 0, folder)
         return result
 
     def _start(self, stage: Stage, config: TrialConfig, tracker: Tracker) -> TrainState:
@@ -228,6 +229,14 @@ class Chain:
             tracker.use(f"training-state-{self.stage_run_id(Stage(stage.round_number - 1))}:latest", "training-state")
             if stage.control != "reinit":
                 tracker.use(f"training-state-{self.run_id}-{REWIND}:latest", "training-state")
+
+
+def _close(tracker: Tracker, exit_code: int, folder: Path) -> None:
+    """End a round's run on W&B; what has not arrived in time can be sent later."""
+    try:
+        tracker.close(exit_code)
+    except TimeoutError as left:
+        print(f"W&B: this has not arrived yet: {left}; to send it: python -m agent.sync {folder}", file=sys.stderr)
 
 
 def run_chain(

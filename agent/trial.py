@@ -15,18 +15,23 @@ from agent.checkpoints import SaveCheckpoints
 from agent.config import TrialConfig
 from agent.evaluation import Evaluate
 from agent.facts import costs_of, describe_data, system_facts
+from agent.health import WatchQuality
 from agent.phases import train_and_prune
-from agent.preemption import Preempted, StopRequest
+from agent.preemption import Stopped, StopRequest
+from agent.redact import redact, redacted
 from agent.resume import find_checkpoint
 from agent.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
     DATA_FILE,
+    ENVIRONMENT,
     RESULT_FILE,
     RUN_FILE,
     SAMPLES,
+    belongs_here,
     best_figures,
     read_history,
+    read_run_file,
     write_json,
     write_text,
 )
@@ -104,7 +109,7 @@ def run_trial(
         ConfigError: if the folder holds a run of another configuration.
         CheckpointError: if a checkpoint cannot be read or written.
         TrainingDiverged: if the loss is no number any more; earlier checkpoints stay.
-        Preempted: if ``stop`` asked for it.
+        Stopped: if ``stop`` asked for it.
     """
     started = time.perf_counter()
     accelerator = accelerator or make_accelerator(config)
@@ -127,8 +132,9 @@ def run_trial(
             tracker.use(f"data-{config.data.name}", "dataset", [folder / DATA_FILE])
         after_step += [
             DrawSamples(config, dataset, accelerator, folder / SAMPLES),
+            WatchQuality(config.checkpoint.best_metric, saver.best["value"] if saver.best else None, tracker),
+            LogHistory(tracker, folder, resumed),
             saver,
-            LogHistory(tracker, folder, state.step),
         ]
         tracker.summary(system_facts(config, accelerator, dataset))
     if stop is not None:
@@ -136,10 +142,13 @@ def run_trial(
 
     try:
         train_and_prune(state, config, dataset, after_step, saver, accelerator)
-    except Preempted:
+    except Stopped:
         if accelerator.is_main_process:
             saver.save(state)
         raise
+    finally:
+        if accelerator.is_main_process and not tracker.live:
+            saver.log_kept()
     result = None
     if accelerator.is_main_process:
         costs = costs_of(state, saver.best_path)
@@ -147,7 +156,7 @@ def run_trial(
         figures = best_figures(read_history(folder)) | costs
         result = TrialResult(run_id, state.step, figures, saver.best_path, time.perf_counter() - started)
         described = asdict(result) | {"best_checkpoint": str(result.best_checkpoint), "config": flatten(config)}
-        write_json(folder / RESULT_FILE, described)
+        write_json(folder / RESULT_FILE, redacted(described))
     (result,) = broadcast_object_list([result])
     assert result is not None
     return result
@@ -156,5 +165,6 @@ def run_trial(
 def write_run_files(config: TrialConfig, folder: Path, run_id: str) -> None:
     """Write what a run's folder says of the run itself: its id and its configuration."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / RUN_FILE, {"id": run_id})
-    write_text(folder / CONFIG_FILE, to_yaml(config))
+    belongs = read_run_file(folder).get(ENVIRONMENT, {}) | belongs_here()
+    write_json(folder / RUN_FILE, read_run_file(folder) | {"id": run_id, ENVIRONMENT: belongs})
+    write_text(folder / CONFIG_FILE, redact(to_yaml(config)))

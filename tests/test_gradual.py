@@ -10,7 +10,7 @@ from tiny import assert_same_tensors, cpu, digits, one_line, tiny_config, tiny_n
 
 from agent.config import TrialConfig, build_config
 from agent.phases import train_and_prune
-from agent.preemption import Preempted
+from agent.preemption import Stopped
 from agent.trial import run_trial
 from diffusion_core.checkpoint import list_checkpoints, read_checkpoint
 from diffusion_core.config_io import ConfigError, flatten
@@ -73,13 +73,13 @@ def test_stopped_on_the_way_it_prunes_as_if_it_had_not_been(tmp_path: Path) -> N
     def run(folder: Path, stop_at: int | None) -> None:
         def stop(state: TrainState, _row: dict[str, Any]) -> None:
             if state.step == stop_at:
-                raise Preempted(15)
+                raise Stopped(15)
 
         run_trial(settings, MemoryTracker(), dataset=digits(), folder=folder, run_id="r", callbacks=[stop])
 
     run(unbroken, None)
     for stop_at in (5, 8):  # Between two prunings, and right after one.
-        with pytest.raises(Preempted):
+        with pytest.raises(Stopped):
             run(broken, stop_at)
     run(broken, None)
     ours, theirs = (read_checkpoint(list_checkpoints(folder / "checkpoints")[-1]) for folder in (broken, unbroken))

@@ -203,7 +203,8 @@ TABLE: dict[str, Entry] = {
     "checkpoint.keep": Entry(3, ("files",), OFTEN, same=("weights", "artifacts")),
     "checkpoint.best_metric": Entry("train/loss", ("best", "artifacts"), JUDGED, same=("weights", "rows")),
     "checkpoint.resume": Entry(False, ("second run",), {"checkpoint.every": 2}),
-    "checkpoint.upload": Entry(False, ("artifacts",), same=("weights", "files")),
+    "checkpoint.upload": Entry(False, ("artifacts",), same=("weights",)),
+    "checkpoint.ttl_days": Entry(7, ("artifacts",), {"checkpoint.upload": True}, same=("weights", "files")),
     "log.every": Entry(1, ("train rows",), same=("weights", "val/loss", "grid")),
     "log.dir": Entry("somewhere/else", ("run folder",), same=("weights",)),
     "log.progress": Entry(True, ("stderr",), same=("weights",)),
@@ -351,7 +352,8 @@ def observe(
         second = MemoryTracker()
         try:
             run_trial(config, second, dataset=dataset, folder=run_folder, run_id=run_id)
-            seen["second run"] = f"goes on and trains {len(second.rows)} rows more"
+            more = len(second.rows) - len(tracker.rows)  # A tracker that knows nothing is told what came before.
+            seen["second run"] = f"goes on and trains {more} rows more"
         except ConfigError as error:
             seen["second run"] = str(error)
 
@@ -370,7 +372,8 @@ def observe(
     seen["val/loss"] = [(row["step"], row["val/loss"]) for row in seen["rows"] if "val/loss" in row]
     seen["class agreement"] = [row["eval/class_agreement"] for row in seen["rows"] if "eval/class_agreement" in row]
     seen["artifacts"] = [
-        (artifact["name"], artifact["aliases"], artifact["files"].keys()) for artifact in tracker.artifacts
+        (artifact["name"], artifact["aliases"], artifact["ttl_days"], artifact["files"].keys())
+        for artifact in tracker.artifacts
     ]
     seen["files"] = sorted(str(path.relative_to(run_folder)) for path in run_folder.rglob("*"))
 

@@ -18,7 +18,7 @@ from tiny import NUM_CLASSES, assert_same_tensors, digits, one_line, tiny_config
 from agent.config import TrialConfig, build_config
 from agent.lottery import run_chain
 from agent.lottery_summary import plot_overlap, read_stages, ticket_masks
-from agent.preemption import Preempted
+from agent.preemption import Stopped
 from agent.run_folder import read_history
 from agent.trial import TrialResult
 from diffusion_core.checkpoint import CheckpointError, read_checkpoint
@@ -231,13 +231,13 @@ class StopAt:
     def check(self, _state: TrainState, _row: dict[str, Any]) -> None:
         self.left -= 1
         if not self.left:
-            raise Preempted(15)
+            raise Stopped(15)
 
 
 def test_stopped_in_any_round_it_goes_on_and_ends_the_same(done: Path, tmp_path: Path) -> None:
     trackers = Trackers()
     for steps in (1, 7, 3):  # In the first round, in the next one, and in the one after.
-        with pytest.raises(Preempted):
+        with pytest.raises(Stopped):
             chain(tmp_path, trackers, StopAt(steps))
     rounds = sorted(path.name for path in (tmp_path / "rounds").iterdir() if (path / "result.json").is_file())
     assert rounds == ["00", "01"]
