@@ -115,6 +115,7 @@ def unheard(prune: PruneConfig, methods: Collection[str] | None = None) -> Itera
         prune: the knobs.
         methods: None: the one that is set.
     """
+    needs = NEEDS.get(prune.method, {}) if methods is None else {}  # A sweep may vary what a knob needs.
     methods = [prune.method] if methods is None else list(dict.fromkeys(methods))
     heard = frozenset[str]().union(*(LISTENS_TO[method] for method in methods))
     for name, field in PruneConfig.model_fields.items():
@@ -127,8 +128,8 @@ def unheard(prune: PruneConfig, methods: Collection[str] | None = None) -> Itera
                 f"prune.{name} = {value!r}: says nothing to prune.method={' or '.join(methods)}; leave it out, or use "
                 f"{listeners}"
             )
-        elif len(methods) == 1 and name in NEEDS.get(methods[0], {}):
-            key, values = NEEDS[methods[0]][name]
+        elif name in needs:
+            key, values = needs[name]
             now = getattr(prune, key)
             if now not in values:
                 yield (
