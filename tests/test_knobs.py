@@ -193,7 +193,7 @@ TABLE: dict[str, Entry] = {
     "prune.importance": Entry("l1", (*WEIGHTS, "kept"), NARROWED, same=("widths",)),
     "prune.iterations": Entry(2, (*WEIGHTS, "kept"), NARROWED | {"prune.importance": "taylor"}),
     "prune.round_to": Entry(4, (*WEIGHTS, "widths"), NARROWED),
-    "prune.block_keep": Entry([1.0, 0.5, 0.5, 0.5, 1.0], (*WEIGHTS, "widths"), NARROWED),
+    "prune.block_keep": Entry([1.0, 0.5, 1.0], (*WEIGHTS, "widths"), NARROWED),
     "prune.calibration_batches": Entry(2, (*WEIGHTS, "kept"), NARROWED | {"prune.importance": "taylor"}),
     "prune.threshold": Entry(0.9, (*WEIGHTS, "kept"), NARROWED | {"prune.importance": "diff_pruning"}),
     "init.checkpoint": Entry(CHECKPOINT, (*WEIGHTS, "parent"), same=("shapes",)),
@@ -299,7 +299,10 @@ def observe(
     algorithms: set[bool] = set()
     with (
         torch.nn.modules.module.register_module_forward_pre_hook(
-            lambda module, inputs: batches.append(len(inputs[0])) if type(module).__name__ == "UNet" else None
+            # Nothing but zeros is shown where time and memory of a pass are measured, as often as there is time for.
+            lambda module, inputs: (
+                batches.append(len(inputs[0])) if type(module).__name__ == "UNet" and inputs[0].any() else None
+            )
         ),
         register_optimizer_step_pre_hook(lambda *_: algorithms.add(torch.are_deterministic_algorithms_enabled())),
     ):
