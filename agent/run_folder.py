@@ -5,6 +5,7 @@ runs/ID/
     data.json             which images: names, counts, a hash
     config.yaml           every knob; `--config` reads it
     history.jsonl         a row of figures per logging interval
+    protocols.json        how each figure of generated images was measured
     checkpoints/step-*/   see diffusion_core/checkpoint.py
     samples/              grids (PNG) and animations (GIF)
     result.json           once the run is finished
@@ -29,6 +30,7 @@ RUN_FILE = "run.json"
 DATA_FILE = "data.json"
 CONFIG_FILE = "config.yaml"
 HISTORY_FILE = "history.jsonl"
+PROTOCOLS_FILE = "protocols.json"
 RESULT_FILE = "result.json"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"

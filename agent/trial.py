@@ -9,9 +9,10 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from agent.callbacks import DrawSamples, Evaluate, LogHistory
+from agent.callbacks import DrawSamples, LogHistory
 from agent.checkpoints import SaveCheckpoints
 from agent.config import TrialConfig
+from agent.evaluation import Evaluate
 from agent.facts import costs_of, describe_data, system_facts
 from agent.phases import train_and_prune
 from agent.preemption import Preempted, StopRequest
@@ -111,14 +112,13 @@ def run_trial(
         state = start_state(config, dataset, tracker, accelerator)
 
     saver = SaveCheckpoints(config, dataset, tracker, checkpoints, run_id, resumed)
-    callbacks: list[Callback] = []
+    callbacks: list[Callback] = [Evaluate(config, dataset, accelerator, tracker, folder)]
     if accelerator.is_main_process:
         _write_run_files(config, folder, run_id)
         write_json(folder / DATA_FILE, describe_data(config, dataset))
         if resumed is None:
             tracker.use(f"data-{config.data.name}", "dataset", [folder / DATA_FILE])
-        callbacks = [
-            Evaluate(config, dataset, accelerator),
+        callbacks += [
             DrawSamples(config, dataset, accelerator, folder / SAMPLES),
             saver,
             LogHistory(tracker, folder, state.step),

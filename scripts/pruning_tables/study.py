@@ -9,12 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from agent.config import TrialConfig, build_config
 from agent.run_folder import RESULT_FILE, write_json, write_text
 from agent.trial import run_trial
 from diffusion_core.checkpoint import Checkpoint, read_checkpoint
 from diffusion_core.data import Dataset, load_data
-from diffusion_core.evaluation import PixelClassifier, validation_loss
+from diffusion_core.evaluation.classifier import Classifier, classifier_for
+from diffusion_core.evaluation.validation import validation_loss
 from diffusion_core.generation import Generator, Request
 from diffusion_core.hardware import pick_precision
 from diffusion_core.tracking import NullTracker
@@ -56,8 +59,9 @@ class Study:
         return load_data(build_config({"preset": "digits"}).data)
 
     @cached_property
-    def classifier(self) -> PixelClassifier:
-        return PixelClassifier(self.dataset)
+    def classifier(self) -> Classifier:
+        """What judges the images: the network that the digits preset is judged by."""
+        return classifier_for(self.dataset, "digits", mirrored=False, device=torch.device("cpu"))
 
     def config(self, **changes: Any) -> TrialConfig:
         """The digits preset with this study's settings; a dot is written as two underscores."""
