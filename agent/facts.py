@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from accelerate import Accelerator
 from agent.config import TrialConfig
 from diffusion_core.checkpoint import METADATA_FILE, SAMPLING_PARTS
 from diffusion_core.data import Dataset
+from diffusion_core.evaluation.features import fingerprint
 from diffusion_core.hardware import pick_precision
 from diffusion_core.trainer import TrainState
 from pruning.cost import LATENCY_BATCH, count_cost, latencies, peak_memory
@@ -38,17 +38,14 @@ def costs_of(state: TrainState, checkpoint: Path) -> dict[str, float]:
 
 def describe_data(config: TrialConfig, dataset: Dataset) -> dict[str, Any]:
     """Which images a run was trained and judged on, as JSON that is the same for the same images."""
-    total = hashlib.sha256()
-    for images in (dataset.train, dataset.val):
-        total.update(images.images_NCHW.contiguous().numpy().data)
-        total.update(images.labels_N.contiguous().numpy().data)
     return {
         "name": config.data.name,
         "image_shape": list(dataset.shape_CHW),
         "class_names": list(dataset.class_names),
         "train_images": len(dataset.train),
         "val_images": len(dataset.val),
-        "sha256": total.hexdigest(),
+        "train_sha256": fingerprint(dataset.train),
+        "val_sha256": fingerprint(dataset.val),
     }
 
 
