@@ -78,7 +78,8 @@ def unheard(prune: PruneConfig, methods: Collection[str] | None = None) -> Itera
         prune: the knobs.
         methods: None: the one that is set.
     """
-    methods = [prune.method] if methods is None else list(dict.fromkeys(methods))
+    of_sweep = methods is not None
+    methods = list(dict.fromkeys(methods)) if methods is not None else [prune.method]
     heard = frozenset[str]().union(*(LISTENS_TO[method] for method in methods))
     for name, field in PruneConfig.model_fields.items():
         value = getattr(prune, name)
@@ -90,7 +91,7 @@ def unheard(prune: PruneConfig, methods: Collection[str] | None = None) -> Itera
                 f"prune.{name} = {value!r}: says nothing to prune.method={' or '.join(methods)}; leave it out, or use "
                 f"{listeners}"
             )
-        elif methods == ["structured"] and name in NEEDS:
+        elif not of_sweep and name in NEEDS:
             key, values = NEEDS[name]
             now = getattr(prune, key)
             if now not in values:

@@ -211,7 +211,7 @@ TABLE: dict[str, Entry] = {
     "prune.importance": Entry("l1", (*WEIGHTS, "kept"), NARROWED, same=("widths",)),
     "prune.iterations": Entry(2, (*WEIGHTS, "kept"), NARROWED | {"prune.importance": "taylor"}),
     "prune.round_to": Entry(4, (*WEIGHTS, "widths"), NARROWED),
-    "prune.block_keep": Entry([1.0, 0.5, 1.0], (*WEIGHTS, "widths"), NARROWED),
+    "prune.block_keep": Entry([0.9, 0.5, 0.7], (*WEIGHTS, "widths"), NARROWED | {"prune.keep": 0.8}),
     "prune.calibration_batches": Entry(2, (*WEIGHTS, "kept"), NARROWED | {"prune.importance": "taylor"}),
     "prune.threshold": Entry(0.9, (*WEIGHTS, "kept"), NARROWED | {"prune.importance": "diff_pruning"}),
     "init.checkpoint": Entry(CHECKPOINT, (*WEIGHTS, "parent"), same=("shapes",)),
@@ -288,6 +288,11 @@ def steady(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in UNSTEADY and not isinstance(value, Path)}
 
 
+def shows(images_BCHW: torch.Tensor) -> bool:
+    """Whether there is anything to see."""
+    return images_BCHW.device.type != "meta" and bool(images_BCHW.any())
+
+
 def observe(
     config: TrialConfig, folder: Path, twice: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Observed:
@@ -321,7 +326,7 @@ def observe(
         torch.nn.modules.module.register_module_forward_pre_hook(
             # Nothing but zeros is shown where time and memory of a pass are measured, as often as there is time for.
             lambda module, inputs: (
-                batches.append(len(inputs[0])) if type(module).__name__ == "UNet" and inputs[0].any() else None
+                batches.append(len(inputs[0])) if type(module).__name__ == "UNet" and shows(inputs[0]) else None
             )
         ),
         register_optimizer_step_pre_hook(lambda *_: algorithms.add(torch.are_deterministic_algorithms_enabled())),
