@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from agent.config import TrialConfig
-from agent.run_folder import HISTORY_FILE, read_history, write_text
+from agent.run_folder import HISTORY_FILE, picture_files, read_history, without_step, write_text
 from diffusion_core import media
+from diffusion_core.checkpoint import Checkpoint
 from diffusion_core.data import Dataset
 from diffusion_core.generation import Generator, all_labels, requests
 from diffusion_core.hardware import pick_precision
@@ -50,11 +52,16 @@ class DrawSamples:
 class LogHistory:
     """Logs each row, to the tracker and to ``history.jsonl`` in the run's folder, where anyone can plot from."""
 
-    def __init__(self, tracker: Tracker, folder: Path, resumed_step: int) -> None:
+    def __init__(self, tracker: Tracker, folder: Path, resumed: Checkpoint | None) -> None:
         self.tracker = tracker
         self.file = folder / HISTORY_FILE
-        kept = [row for row in read_history(folder) if row[STEP] <= resumed_step]
+        step, rows = 0, {}
+        if resumed is not None:  # From another machine's disk its history comes along.
+            step, rows = resumed.step, {row[STEP]: row for row in read_history(resumed.path)}
+        rows |= {row[STEP]: row for row in read_history(folder)}
+        kept = [rows[at] for at in sorted(rows) if at <= step]
         write_text(self.file, "".join(json.dumps(row) + "\n" for row in kept))
+        log_rows(tracker, folder, kept)
 
     def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
         if not row:
@@ -63,3 +70,9 @@ class LogHistory:
         numbers = {key: value for key, value in row.items() if not isinstance(value, Path)}
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({STEP: state.step, **numbers}) + "\n")
+
+
+def log_rows(tracker: Tracker, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Log rows of a run's history with their pictures; the tracker passes over those that it was told already."""
+    for row in rows:
+        tracker.log(without_step(row) | picture_files(folder, row[STEP]), row[STEP])

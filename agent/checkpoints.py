@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from agent.config import TrialConfig
+from agent.redact import redacted
+from agent.run_folder import HISTORY_FILE, read_history, write_text
 from diffusion_core.checkpoint import (
     METADATA_FILE,
     SAMPLING_PARTS,
     Checkpoint,
     list_checkpoints,
+    read_checkpoint,
     step_folder,
     write_checkpoint,
 )
@@ -21,15 +25,22 @@ from diffusion_core.config_io import flatten
 from diffusion_core.data import Dataset
 from diffusion_core.figure_names import is_better
 from diffusion_core.structure import structure
-from diffusion_core.tracking import Tracker
+from diffusion_core.tracking import STEP, Tracker
 from diffusion_core.trainer import TrainState, is_due
+from diffusion_core.uploads import BEST
+
+MODEL = "model"
+"""Type of the artifacts that sampling needs; the name is ``model-RUN_ID``."""
+
+STATE = "training-state"
+"""Type of the artifacts that hold what resuming needs besides; the name is ``training-state-RUN_ID``."""
 
 
 def describe(state: TrainState, config: TrialConfig, class_names: Sequence[str]) -> dict[str, Any]:
     """What a checkpoint says of its network, with no figures yet."""
     network = state.network
     return {
-        "config": flatten(config),
+        "config": redacted(flatten(config)),
         "image_shape": [network.in_channels, network.image_size, network.image_size],
         "num_classes": network.num_classes,
         "class_names": list(class_names),
@@ -105,31 +116,34 @@ class SaveCheckpoints:
         }
         checkpoint = write_checkpoint(self.folder, state.step, metadata, state.parts())
         self.saved_step = state.step
-        if self.config.checkpoint.upload:
-            self._log_artifacts(checkpoint, is_best)
+        if self.config.checkpoint.upload and self.tracker.live:
+            self._log_artifacts(checkpoint)
         self._delete_old()
         return checkpoint
 
-    def _log_artifacts(self, checkpoint: Checkpoint, is_best: bool) -> None:
-        aliases = ["latest", f"step-{checkpoint.step}", *(["best"] if is_best else [])]
-        described = {
-            "step": checkpoint.step,
-            "config": checkpoint.metadata["config"],
-            "figures": checkpoint.metadata["figures"],
-            **checkpoint.metadata["extra"],
-        }
-        sampling = model_files(checkpoint)
-        training = [checkpoint.path / METADATA_FILE] + [
-            path for part in checkpoint.parts if (path := checkpoint.path / f"{part}.safetensors") not in sampling
-        ]
-        self.tracker.artifact(f"model-{self.run_id}", "model", sampling, aliases, described)
-        self.tracker.artifact(f"training-state-{self.run_id}", "training-state", training, aliases, described)
+    def log_kept(self) -> None:
+        """Log the checkpoints that are on the disk: for trackers to which it was of no use to log each of them."""
+        if self.config.checkpoint.upload:
+            for path in self._kept():
+                self._log_artifacts(read_checkpoint(path, verify=False))
+
+    def _log_artifacts(self, checkpoint: Checkpoint) -> None:
+        log_checkpoint(
+            self.tracker,
+            checkpoint,
+            self.run_id,
+            is_best=self.best is not None and checkpoint.step == self.best["step"],
+            history=read_history(self.folder.parent),
+            ttl_days=self.config.checkpoint.ttl_days,
+        )
+
+    def _kept(self) -> list[Path]:
+        return kept_checkpoints(self.folder, self.config.checkpoint.keep, self.best["step"] if self.best else None)
 
     def _delete_old(self) -> None:
-        kept = {step_folder(self.best["step"])} if self.best else set()
-        for path in list_checkpoints(self.folder)[: -self.config.checkpoint.keep]:
-            if path.name not in kept:
-                shutil.rmtree(path)
+        """Delete what is not kept; the newest checkpoint is on the disk by now."""
+        for path in set(list_checkpoints(self.folder)) - set(self._kept()):
+            shutil.rmtree(path)
 
     def forget_best(self) -> None:
         """Start over with `best`: the network is another one from now on."""
@@ -137,7 +151,48 @@ class SaveCheckpoints:
 
     @property
     def best_path(self) -> Path:
-        """The best checkpoint, or the newest one if the metric was never measured at a checkpoint."""
-        step = self.best["step"] if self.best else self.saved_step
-        assert step is not None
-        return self.folder / step_folder(step)
+        """The best checkpoint, or the newest one if the best one is on another machine, or nothing was measured yet."""
+        assert self.saved_step is not None
+        best = self.folder / step_folder(self.best["step"] if self.best else self.saved_step)
+        return best if best.is_dir() else self.folder / step_folder(self.saved_step)
+
+
+def kept_checkpoints(folder: Path, keep: int, best_step: int | None) -> list[Path]:
+    """Of the checkpoints in a folder those that are kept, oldest first: the newest ones and the best."""
+    paths = list_checkpoints(folder)
+    best = None if best_step is None else step_folder(best_step)
+    return [path for path in paths if path.name == best or path in paths[-keep:]]
+
+
+def log_checkpoint(
+    tracker: Tracker,
+    checkpoint: Checkpoint,
+    run_id: str,
+    *,
+    is_best: bool,
+    history: Sequence[Mapping[str, Any]],
+    ttl_days: int | None,
+) -> None:
+    """Log a checkpoint as two artifacts: what sampling needs, and what resuming needs besides.
+
+    Args:
+        tracker: where to.
+        checkpoint: on the disk.
+        run_id: names the artifacts.
+        is_best: whether it is the best one of its run so far.
+        history: rows of the run; those up to the checkpoint's step come along, for another machine to go on from.
+        ttl_days: how long the server keeps what resuming needs; None: for ever.
+    """
+    aliases = ["latest", f"step-{checkpoint.step}", *([BEST] if is_best else [])]
+    described = {
+        "step": checkpoint.step,
+        "config": checkpoint.metadata["config"],
+        "figures": checkpoint.metadata["figures"],
+        **checkpoint.metadata["extra"],
+    }
+    rows = checkpoint.path / HISTORY_FILE
+    write_text(rows, "".join(json.dumps(row) + "\n" for row in history if row[STEP] <= checkpoint.step))
+    metadata = checkpoint.path / METADATA_FILE
+    training = [checkpoint.path / f"{part}.safetensors" for part in checkpoint.parts if part not in SAMPLING_PARTS]
+    tracker.artifact(f"{MODEL}-{run_id}", MODEL, model_files(checkpoint), aliases, described)
+    tracker.artifact(f"{STATE}-{run_id}", STATE, [metadata, *training, rows], aliases, described, ttl_days)

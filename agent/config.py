@@ -13,6 +13,9 @@ from diffusion_core.config_io import build, read_yaml
 from diffusion_core.presets import PRESETS
 from pruning.config import PruneConfig
 
+AT_START = frozenset({"snip", "synflow"})
+"""Methods that prune at initialisation unless they are told another step."""
+
 
 class InitConfig(Section):
     checkpoint: Annotated[str, Field(min_length=1)] | None = None
@@ -52,8 +55,19 @@ class TrialConfig(CoreConfig):
 
     @property
     def prune_step(self) -> int:
-        """Optimizer steps before pruning."""
-        return self.prune.step if self.prune.step is not None else max(1, self.train.steps // 2)
+        """Optimizer steps before pruning, or before its start (gradual)."""
+        if self.prune.step is not None:
+            return self.prune.step
+        if self.prune.method in AT_START:
+            return 0
+        return max(1, self.train.steps // (4 if self.prune.method == "gradual" else 2))
+
+    @property
+    def prune_until(self) -> int:
+        """Optimizer steps before pruning is complete: those before it, but for gradual pruning."""
+        if self.prune.method != "gradual":
+            return self.prune_step
+        return self.prune.until if self.prune.until is not None else max(1, 3 * self.train.steps // 4)
 
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
@@ -65,6 +79,7 @@ class TrialConfig(CoreConfig):
                 f"ema.average_from = {self.ema.average_from}: averages start anew with the smaller network, {left} "
                 f"steps before the end; expected less than that"
             )
+        yield from self._mask_problems()
         if self.prune.method != "none" and self.prune.step is None and self.train.steps < 2:
             yield (
                 f"train.steps = {self.train.steps}: prune.method={self.prune.method} needs at least 2, "
@@ -96,6 +111,34 @@ class TrialConfig(CoreConfig):
                 f"distill.output = {self.distill.output}: the teacher {teacher!r} says nothing while it and "
                 "distill.features are 0"
             )
+
+    def _mask_problems(self) -> Iterator[str]:
+        prune = self.prune
+        if prune.profile == "blocks" and not prune.block_keep:
+            yield "prune.profile = 'blocks': needs prune.block_keep, such as 0.5,0.5,0.2,0.5,0.5 for two resolutions"
+        if prune.profile == "blocks" and prune.method == "lottery":
+            yield "prune.profile = 'blocks': not for prune.method=lottery, whose rounds say how much stays; use erk"
+        if prune.method == "gradual" and not self.prune_step < self.prune_until < self.train.steps:
+            yield (
+                f"prune.until = {self.prune_until}: expected more than prune.step = {self.prune_step} and less than "
+                f"train.steps = {self.train.steps}"
+            )
+        if prune.method == "lottery":
+            yield from self._lottery_problems()
+
+    def _lottery_problems(self) -> Iterator[str]:
+        prune = self.prune
+        if self.init.checkpoint is not None or self.init.artifact is not None:
+            key = "init.checkpoint" if self.init.checkpoint else "init.artifact"
+            start = self.init.checkpoint or self.init.artifact
+            yield f"{key} = {start!r}: not for prune.method=lottery, whose dense network starts from nothing"
+        if self.distill.wanted:
+            yield (
+                f"distill.output = {self.distill.output}: not for prune.method=lottery, whose tickets train as the "
+                f"dense network did"
+            )
+        if prune.rewind_step >= self.train.steps:
+            yield f"prune.rewind_step = {prune.rewind_step}: expected less than train.steps = {self.train.steps}"
 
 
 def build_config(*layers: Mapping[str, Any]) -> TrialConfig:

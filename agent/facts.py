@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import platform
+import subprocess
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from agent.config import TrialConfig
 from diffusion_core.checkpoint import METADATA_FILE, SAMPLING_PARTS
 from diffusion_core.data import Dataset
-from diffusion_core.evaluation.features import fingerprint
 from diffusion_core.hardware import pick_precision
 from diffusion_core.trainer import TrainState
 from pruning.cost import LATENCY_BATCH, count_cost, latencies, peak_memory
@@ -44,18 +48,43 @@ def describe_data(config: TrialConfig, dataset: Dataset) -> dict[str, Any]:
         "class_names": list(dataset.class_names),
         "train_images": len(dataset.train),
         "val_images": len(dataset.val),
-        "train_sha256": fingerprint(dataset.train),
-        "val_sha256": fingerprint(dataset.val),
+        "sha256": fingerprint(dataset),
     }
 
 
 def system_facts(config: TrialConfig, accelerator: Accelerator, dataset: Dataset) -> dict[str, Any]:
-    """Where a trial runs, and on how many images (``system/*``, ``data/*``)."""
+    """Where a trial runs, by which code, and on which images (``system/*``, ``data/*``)."""
+    device = accelerator.device
     return {
-        "system/device": str(accelerator.device),
+        "system/device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "system/python": platform.python_version(),
+        **{f"system/{package}": version(package) for package in ("torch", "accelerate", "wandb")},
+        "system/commit": commit(),
+        "data/sha256": fingerprint(dataset),
         "system/precision": pick_precision(config.train, accelerator.device),
         "system/processes": accelerator.num_processes,
         "data/train_images": len(dataset.train),
         "data/val_images": len(dataset.val),
         "data/num_classes": dataset.num_classes,
     }
+
+
+def commit() -> str | None:
+    """The git commit of this code, marked where files differ from it; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        folder = Path(__file__).parent
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """A SHA-256 over all images, labels and class names: equal for equal data, wherever it was read from."""
+    digest = hashlib.sha256(repr((dataset.shape_CHW, dataset.class_names)).encode())
+    for part in (dataset.train, dataset.val):
+        digest.update(repr(len(part)).encode())
+        for tensor in (part.images_NCHW, part.labels_N):
+            digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()

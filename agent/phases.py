@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from accelerate import Accelerator
@@ -13,7 +14,18 @@ from agent.teacher import distillation_of, keep_dense_as_teacher
 from diffusion_core.data import Batches, Dataset
 from diffusion_core.trainer import Callback, TrainState, train
 from pruning.calibration import Calibration
+from pruning.gradual import GradualPruning, Ramp
 from pruning.pruner import is_pruned, prune_state
+
+
+def warn_of_empty_layers(layers: Sequence[str]) -> None:
+    """One line if layers are left without any weight."""
+    if layers:
+        print(
+            f"warning: pruning left no weight in {len(layers)} layers ({', '.join(layers[:5])}"
+            f"{', ...' if len(layers) > 5 else ''}); prune.scope=layer keeps some in each",
+            file=sys.stderr,
+        )
 
 
 def train_and_prune(
@@ -35,7 +47,11 @@ def train_and_prune(
         world_size=accelerator.num_processes,
     )
     if config.prune.method != "none" and not is_pruned(state):
-        _train(state, batches, config, callbacks, accelerator, config.prune_step)
+        before = list(callbacks)
+        if config.prune.method == "gradual":
+            ramp = Ramp(config.prune_step, config.prune_until, config.prune.interval)
+            before.insert(0, GradualPruning(ramp, config, config.prune))
+        _train(state, batches, config, before, accelerator, config.prune_until)
         keep_dense_as_teacher(state, config)
         calibration = None
         if config.prune.needs_images:
@@ -51,6 +67,7 @@ def train_and_prune(
                 f"{report.before.nonzero_params:,} -> {report.after.nonzero_params:,}, MACs {report.before.macs:,} -> "
                 f"{report.after.macs:,}"
             )
+            warn_of_empty_layers(report.details.get("empty_layers", []))
     _train(state, batches, config, callbacks, accelerator, config.train.steps)
 
 

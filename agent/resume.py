@@ -1,12 +1,29 @@
-"""Where a run goes on from."""
+"""Where a run goes on from: the newest whole checkpoint, of this disk or of W&B."""
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from agent.artifacts import download_files
+from agent.checkpoints import MODEL, STATE
 from agent.config import TrialConfig
-from diffusion_core.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint
+from agent.redact import redacted
+from diffusion_core.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    list_checkpoints,
+    newest_checkpoint,
+    read_checkpoint,
+    step_folder,
+)
 from diffusion_core.config_io import ConfigError, flatten
+
+if TYPE_CHECKING:
+    from wandb import Artifact
+    from wandb.sdk.wandb_run import Run
 
 FREE_TO_CHANGE = (
     "train.device",
@@ -31,7 +48,7 @@ def find_checkpoint(config: TrialConfig, folder: Path) -> Checkpoint | None:
         return None
     checkpoint = newest_checkpoint(folder)
     if checkpoint is not None:
-        now, then = flatten(config), checkpoint.metadata["config"]
+        now, then = redacted(flatten(config)), checkpoint.metadata["config"]
         for key, value in now.items():
             if key in then and then[key] != value and not key.startswith(FREE_TO_CHANGE):
                 raise ConfigError(
@@ -39,3 +56,70 @@ def find_checkpoint(config: TrialConfig, folder: Path) -> Checkpoint | None:
                     f"another log.dir, or set it back to continue"
                 )
     return checkpoint
+
+
+def fetch_checkpoint(run: Run, folder: Path) -> Checkpoint | None:
+    """Download the newest checkpoint of a W&B run, if it is newer than those on this disk.
+
+    Args:
+        run: the run that goes on here.
+        folder: of its checkpoints.
+
+    Returns:
+        What was downloaded, verified; None if W&B has nothing newer that is whole, or does not answer.
+    """
+    import wandb
+
+    try:
+        here = newest_checkpoint(folder)
+    except CheckpointError:  # All of them are damaged.
+        here = None
+    newest_step = here.step if here else -1
+    try:
+        models, states = (_versions(run, kind) for kind in (MODEL, STATE))
+        for step in sorted(models.keys() & states.keys(), reverse=True):
+            if step <= newest_step:
+                return None
+            try:
+                return _download([models[step], states[step]], folder, step)
+            except CheckpointError as error:
+                print(f"W&B: passing over the checkpoint of step {step}: {error}", file=sys.stderr)
+    except (wandb.errors.Error, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        print(f"W&B: no checkpoint of this run could be downloaded ({reason})", file=sys.stderr)
+    return None
+
+
+def uploaded_steps(run: Run) -> set[int]:
+    """The steps of which W&B has a whole checkpoint of a run."""
+    models, states = (_versions(run, kind) for kind in (MODEL, STATE))
+    return models.keys() & states.keys()
+
+
+def _versions(run: Run, kind: str) -> dict[int, Artifact]:
+    """The versions of a run's artifact, by step."""
+    import wandb
+
+    name = f"{run.entity}/{run.project}/{kind}-{run.id}"
+    api = wandb.Api()
+    if not api.artifact_collection_exists(name, kind):
+        return {}
+    found = [(artifact.metadata.get("step"), artifact) for artifact in api.artifacts(kind, name)]
+    return {step: artifact for step, artifact in found if type(step) is int}
+
+
+def _download(artifacts: list[Artifact], folder: Path, step: int) -> Checkpoint:
+    partial = folder / f".{step_folder(step)}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for artifact in artifacts:
+            download_files(artifact, partial)
+        checkpoint = read_checkpoint(partial)
+        if checkpoint.step != step:
+            raise CheckpointError(f"it says that it is of step {checkpoint.step}")
+        final = folder / step_folder(step)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        return Checkpoint(final, checkpoint.metadata)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

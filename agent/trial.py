@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,18 +15,23 @@ from agent.checkpoints import SaveCheckpoints
 from agent.config import TrialConfig
 from agent.evaluation import Evaluate
 from agent.facts import costs_of, describe_data, system_facts
+from agent.health import WatchQuality
 from agent.phases import train_and_prune
-from agent.preemption import Preempted, StopRequest
+from agent.preemption import Stopped, StopRequest
+from agent.redact import redact, redacted
 from agent.resume import find_checkpoint
 from agent.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
     DATA_FILE,
+    ENVIRONMENT,
     RESULT_FILE,
     RUN_FILE,
     SAMPLES,
+    belongs_here,
     best_figures,
     read_history,
+    read_run_file,
     write_json,
     write_text,
 )
@@ -83,6 +89,8 @@ def run_trial(
     run_id: str,
     stop: StopRequest | None = None,
     accelerator: Accelerator | None = None,
+    start: Callable[[], TrainState] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> TrialResult:
     """Train, prune, evaluate and log one model; continues where the run's folder left off.
 
@@ -94,12 +102,14 @@ def run_trial(
         run_id: names the artifacts.
         stop: asked after every step whether to stop; a checkpoint is written first.
         accelerator: None makes one.
+        start: makes the training state that a run begins with; None: that of a network drawn from the seed.
+        callbacks: called in this process after every step, before all others.
 
     Raises:
         ConfigError: if the folder holds a run of another configuration.
         CheckpointError: if a checkpoint cannot be read or written.
         TrainingDiverged: if the loss is no number any more; earlier checkpoints stay.
-        Preempted: if ``stop`` asked for it.
+        Stopped: if ``stop`` asked for it.
     """
     started = time.perf_counter()
     accelerator = accelerator or make_accelerator(config)
@@ -108,31 +118,37 @@ def run_trial(
     if resumed is not None:
         state = TrainState.restore(resumed, config, accelerator.device)
         resume_pruning(state)
+    elif start is not None:
+        state = start()
     else:
         state = start_state(config, dataset, tracker, accelerator)
 
     saver = SaveCheckpoints(config, dataset, tracker, checkpoints, run_id, resumed)
-    callbacks: list[Callback] = [Evaluate(config, dataset, accelerator, tracker, folder)]
+    after_step: list[Callback] = [*callbacks, Evaluate(config, dataset, accelerator, tracker, folder)]
     if accelerator.is_main_process:
-        _write_run_files(config, folder, run_id)
+        write_run_files(config, folder, run_id)
         write_json(folder / DATA_FILE, describe_data(config, dataset))
         if resumed is None:
             tracker.use(f"data-{config.data.name}", "dataset", [folder / DATA_FILE])
-        callbacks += [
+        after_step += [
             DrawSamples(config, dataset, accelerator, folder / SAMPLES),
+            WatchQuality(config.checkpoint.best_metric, saver.best["value"] if saver.best else None, tracker),
+            LogHistory(tracker, folder, resumed),
             saver,
-            LogHistory(tracker, folder, state.step),
         ]
         tracker.summary(system_facts(config, accelerator, dataset))
     if stop is not None:
-        callbacks.append(stop.check)
+        after_step.append(stop.check)
 
     try:
-        train_and_prune(state, config, dataset, callbacks, saver, accelerator)
-    except Preempted:
+        train_and_prune(state, config, dataset, after_step, saver, accelerator)
+    except Stopped:
         if accelerator.is_main_process:
             saver.save(state)
         raise
+    finally:
+        if accelerator.is_main_process and not tracker.live:
+            saver.log_kept()
     result = None
     if accelerator.is_main_process:
         costs = costs_of(state, saver.best_path)
@@ -140,13 +156,15 @@ def run_trial(
         figures = best_figures(read_history(folder)) | costs
         result = TrialResult(run_id, state.step, figures, saver.best_path, time.perf_counter() - started)
         described = asdict(result) | {"best_checkpoint": str(result.best_checkpoint), "config": flatten(config)}
-        write_json(folder / RESULT_FILE, described)
+        write_json(folder / RESULT_FILE, redacted(described))
     (result,) = broadcast_object_list([result])
     assert result is not None
     return result
 
 
-def _write_run_files(config: TrialConfig, folder: Path, run_id: str) -> None:
+def write_run_files(config: TrialConfig, folder: Path, run_id: str) -> None:
+    """Write what a run's folder says of the run itself: its id and its configuration."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / RUN_FILE, {"id": run_id})
-    write_text(folder / CONFIG_FILE, to_yaml(config))
+    belongs = read_run_file(folder).get(ENVIRONMENT, {}) | belongs_here()
+    write_json(folder / RUN_FILE, read_run_file(folder) | {"id": run_id, ENVIRONMENT: belongs})
+    write_text(folder / CONFIG_FILE, redact(to_yaml(config)))

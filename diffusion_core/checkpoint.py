@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffusion_core.config import CoreConfig
@@ -36,6 +36,7 @@ FORMAT = 1
 METADATA_FILE = "checkpoint.json"
 FILE_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}\.safetensors")
 MAX_CLASSES = 1_000_000
+MAX_METADATA_BYTES = 100_000_000
 SAMPLING_PARTS = ("ema",)
 """What goes into the `model` artifact; all other parts go into the `training-state` artifact."""
 
@@ -130,13 +131,11 @@ def write_checkpoint(
         temporary.mkdir()
         files = {}
         for part, tensors in parts.items():
-            path = temporary / f"{part}.safetensors"
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-            _flush(path)
-        content = {"format": FORMAT, "step": step, **metadata, "files": files}
-        (temporary / METADATA_FILE).write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
-        _flush(temporary / METADATA_FILE)
+            content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+            files[f"{part}.safetensors"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            _write(temporary / f"{part}.safetensors", content)
+        described = {"format": FORMAT, "step": step, **metadata, "files": files}
+        _write(temporary / METADATA_FILE, json.dumps(described, indent=1, allow_nan=False).encode())
         _flush(temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
@@ -145,7 +144,14 @@ def write_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise CheckpointError(f"cannot write checkpoint {str(final)!r}: {reason}") from None
-    return Checkpoint(final, content)
+    return Checkpoint(final, described)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _flush(path: Path) -> None:
@@ -162,11 +168,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
     """Read a checkpoint's metadata and verify that its files are what was written.
 
     Accepts the folder of one checkpoint, a folder of checkpoints (the newest is taken), a run's folder, or the
     download of a `model` artifact, which holds the parts for sampling alone.
+
+    Args:
+        path: where it is.
+        verify: False where this process wrote the files, or read them before.
 
     Raises:
         CheckpointError: if there is none, or it is damaged, or of an unknown format.
@@ -178,7 +188,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 return newest
         raise CheckpointError(f"{str(path)!r}: no checkpoint here (expected a folder with {METADATA_FILE})")
     try:
+        if (path / METADATA_FILE).stat().st_size > MAX_METADATA_BYTES:
+            raise CheckpointError(f"{str(path)!r}: {METADATA_FILE} is larger than {MAX_METADATA_BYTES:,} bytes")
         metadata = json.loads((path / METADATA_FILE).read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
     except (OSError, ValueError, RecursionError):
         raise CheckpointError(f"{str(path)!r}: {METADATA_FILE} cannot be read as JSON") from None
     problem = _metadata_problem(metadata)
@@ -191,7 +205,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             if name.removesuffix(".safetensors") in SAMPLING_PARTS:
                 raise CheckpointError(f"{str(path)!r}: {name} is missing")
             continue
-        if file.stat().st_size != facts["bytes"] or sha256(file) != facts["sha256"]:
+        if verify and (file.stat().st_size != facts["bytes"] or sha256(file) != facts["sha256"]):
             raise CheckpointError(f"{str(path)!r}: {name} is damaged (its size or SHA-256 is not what was written)")
         present[name] = facts
     return Checkpoint(path, metadata | {"files": present})
@@ -214,8 +228,11 @@ def _metadata_problem(metadata: Any) -> str | None:
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         return f"not a checkpoint of format {FORMAT}"
     for key, kind in expected.items():
-        if not isinstance(metadata.get(key), kind):
+        if not isinstance(metadata.get(key), kind) or isinstance(metadata[key], bool):
             return f"{key} is missing or no {kind.__name__}"
+    for key in ("step", "ema_updates"):
+        if metadata[key] < 0:
+            return f"{key} = {metadata[key]}: expected 0 or more"
     shape = metadata["image_shape"]
     if len(shape) != 3 or not all(type(size) is int and 1 <= size <= 4096 for size in shape) or shape[1] != shape[2]:
         return f"image_shape = {shape!r}: expected channels, height and an equal width"

@@ -288,13 +288,16 @@ class CheckpointConfig(Section):
     every: Annotated[int, Field(ge=0)] = 5000
     """Optimizer steps between checkpoints; 0: only at the end."""
     keep: Positive = 2
-    """Newest checkpoints kept on disk; the best one is kept besides."""
+    """Newest checkpoints kept, on disk and on W&B; the best one is kept besides."""
     best_metric: Annotated[str, Field(min_length=1)] = "val/loss"
     """Figure that decides which checkpoint is `best`: any that this configuration logs and that is better one way."""
     resume: bool = True
     """Continue from the newest checkpoint of the run; False starts over and refuses a folder that has some."""
     upload: bool = True
     """Log checkpoints to W&B as artifacts (`model` for sampling, `training-state` for resuming)."""
+    ttl_days: Annotated[int, Field(ge=1)] | None = 30
+    """Days for which W&B keeps what is not kept for good: training states, and models that are neither the best one
+    nor among the newest; None: for ever."""
 
 
 class LogConfig(Section):

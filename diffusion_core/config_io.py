@@ -24,6 +24,9 @@ Schema = TypeVar("Schema", bound=BaseModel)
 FOREIGN_KEYS = frozenset({"_wandb", "wandb_version"})
 """Keys that W&B adds to the configuration of a run, and hands back when it resumes one."""
 
+MAX_YAML_BYTES = 1_000_000
+MAX_YAML_VALUES = 100_000
+
 NONE_WORDS = frozenset({"None", "none", "null", "Null", "NULL", "~"})
 
 
@@ -257,7 +260,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: if the file cannot be read, is no YAML, or holds no mapping.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+        with path.open("rb") as file:
+            text = file.read(MAX_YAML_BYTES + 1)
+        if len(text) > MAX_YAML_BYTES:
+            raise ConfigError(f"--config = {str(path)!r}: larger than {MAX_YAML_BYTES:,} bytes")
+        content = yaml.load(text.decode("utf-8"), _StrictLoader)
+        if not _is_bounded(content):
+            raise ConfigError(f"--config = {str(path)!r}: holds more than {MAX_YAML_VALUES:,} values, or itself")
+    except ConfigError:
+        raise
+    except RecursionError:
+        raise ConfigError(f"--config = {str(path)!r}: nested too deeply") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise ConfigError(f"--config = {str(path)!r}: {reason}") from None
@@ -268,6 +281,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"--config = {str(path)!r}: expected a mapping of keys to values")
     return content
+
+
+def _is_bounded(content: Any) -> bool:
+    """Whether a tree of containers ends: aliases make a short text a tree without end, or nearly so."""
+    left, seen = [content], 0
+    while left and seen <= MAX_YAML_VALUES:
+        value = left.pop()
+        seen += 1
+        if isinstance(value, Mapping):
+            left += value.values()
+        elif isinstance(value, list | tuple | set):
+            left += value
+    return seen <= MAX_YAML_VALUES
 
 
 def to_yaml(config: BaseModel) -> str:

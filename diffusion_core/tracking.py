@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from diffusion_core.figure_names import GOALS
+from diffusion_core.uploads import Upload, UploadQueue
 
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
@@ -18,12 +20,20 @@ if TYPE_CHECKING:
 STEP = "step"
 """The key that every row carries, and the x axis of every plot: optimizer steps done."""
 
+PATIENCE_S = 300.0
+"""How long a trial that is over waits for what has not reached W&B yet, unless WANDB_FINISH_TIMEOUT says otherwise."""
+
 
 class Tracker(Protocol):
     """What a trial tells the world.
 
     A row maps names to numbers, or to paths of pictures (``.png``) and animations (``.gif``).
+
+    Attributes:
+        live: whether artifacts reach others while training goes on; else it is enough to log them at the end.
     """
+
+    live: bool
 
     def log(self, row: Mapping[str, float | Path], step: int) -> None:
         """One row of history; called once a logging interval."""
@@ -38,8 +48,21 @@ class Tracker(Protocol):
         files: Sequence[Path],
         aliases: Sequence[str],
         metadata: Mapping[str, Any],
+        ttl_days: int | None = None,
     ) -> None:
-        """A versioned set of files; the files may be deleted once this returns."""
+        """A versioned set of files; the files may be deleted once this returns, but not written to.
+
+        Args:
+            name: of which this is a version.
+            kind: what it is.
+            files: what it holds.
+            aliases: what this version is called; an alias moves here from older versions.
+            metadata: facts about it.
+            ttl_days: after how many days the server may forget it; None: never.
+        """
+
+    def alert(self, title: str, text: str) -> None:
+        """Something that somebody should look at."""
 
     def use(self, name: str, kind: str = "model", files: Sequence[Path] = ()) -> None:
         """An artifact that the run builds on, which lineage shows: one that there is, or one of these files."""
@@ -51,6 +74,8 @@ class Tracker(Protocol):
 class NullTracker:
     """Keeps nothing: for trials without tracking, and for all processes but the first."""
 
+    live = False
+
     def log(self, row: Mapping[str, float | Path], step: int) -> None:
         pass
 
@@ -58,11 +83,20 @@ class NullTracker:
         pass
 
     def artifact(
-        self, name: str, kind: str, files: Sequence[Path], aliases: Sequence[str], metadata: Mapping[str, Any]
+        self,
+        name: str,
+        kind: str,
+        files: Sequence[Path],
+        aliases: Sequence[str],
+        metadata: Mapping[str, Any],
+        ttl_days: int | None = None,
     ) -> None:
         pass
 
     def use(self, name: str, kind: str = "model", files: Sequence[Path] = ()) -> None:
+        pass
+
+    def alert(self, title: str, text: str) -> None:
         pass
 
     def close(self, exit_code: int = 0) -> None:
@@ -77,7 +111,9 @@ class MemoryTracker:
     figures: dict[str, Any] = field(default_factory=dict)
     artifacts: list[dict[str, Any]] = field(default_factory=list)
     used: list[tuple[str, str]] = field(default_factory=list)
+    alerts: list[tuple[str, str]] = field(default_factory=list)
     exit_code: int | None = None
+    live = True
 
     def log(self, row: Mapping[str, float | Path], step: int) -> None:
         self.rows.append({STEP: step, **row})
@@ -86,7 +122,13 @@ class MemoryTracker:
         self.figures.update(figures)
 
     def artifact(
-        self, name: str, kind: str, files: Sequence[Path], aliases: Sequence[str], metadata: Mapping[str, Any]
+        self,
+        name: str,
+        kind: str,
+        files: Sequence[Path],
+        aliases: Sequence[str],
+        metadata: Mapping[str, Any],
+        ttl_days: int | None = None,
     ) -> None:
         self.artifacts.append(
             {
@@ -94,12 +136,16 @@ class MemoryTracker:
                 "type": kind,
                 "aliases": list(aliases),
                 "metadata": dict(metadata),
+                "ttl_days": ttl_days,
                 "files": {path.name: path.stat().st_size for path in files},
             }
         )
 
     def use(self, name: str, kind: str = "model", files: Sequence[Path] = ()) -> None:
         self.used.append((kind, name))
+
+    def alert(self, title: str, text: str) -> None:
+        self.alerts.append((title, text))
 
     def close(self, exit_code: int = 0) -> None:
         self.exit_code = exit_code
@@ -110,36 +156,72 @@ class WandbTracker:
 
     Args:
         run: what ``wandb.init`` returned.
+        first_step: the first step that the run has no row of; rows of earlier ones are there already.
+        keep: how many versions of an artifact may wait for their upload, besides the best one.
+        after_upload: called with each artifact that has arrived.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(
+        self,
+        run: Run,
+        *,
+        first_step: int = 0,
+        keep: int = 2,
+        after_upload: Callable[[Any], None] | None = None,
+    ) -> None:
         self.run = run
         self._logged: dict[str, Any] = {}
+        self.live = not run.settings._offline
+        self.first_step = first_step
+        self.after_upload = after_upload
+        # Offline, the files stay where they are until `wandb sync` reads them.
+        self.uploads = UploadQueue(self._send, Path(run.settings.sync_dir) / "staged", keep, discard=self.live)
         run.define_metric(STEP, hidden=True)
         run.define_metric("*", step_metric=STEP)
         for name, goal in GOALS.items():
             run.define_metric(name, step_metric=STEP, summary="min" if goal == "minimize" else "max")
 
     def log(self, row: Mapping[str, float | Path], step: int) -> None:
-        self.run.log({STEP: step, **{name: _wandb_value(value) for name, value in row.items()}}, step=step)
+        if step >= self.first_step:
+            # Committed at once: a row that waited for the next one would be lost with this process.
+            values = {STEP: step, **{name: _wandb_value(value) for name, value in row.items()}}
+            self.run.log(values, step=step, commit=True)
 
     def summary(self, figures: Mapping[str, Any]) -> None:
         self.run.summary.update(dict(figures))
 
     def artifact(
-        self, name: str, kind: str, files: Sequence[Path], aliases: Sequence[str], metadata: Mapping[str, Any]
+        self,
+        name: str,
+        kind: str,
+        files: Sequence[Path],
+        aliases: Sequence[str],
+        metadata: Mapping[str, Any],
+        ttl_days: int | None = None,
     ) -> None:
+        self.uploads.put(Upload(name, kind, tuple(files), tuple(aliases), dict(metadata), ttl_days))
+
+    def _send(self, upload: Upload) -> None:
         import wandb
 
-        artifact = wandb.Artifact(name, type=kind, metadata=dict(metadata))
-        for path in files:
-            # Staged as a copy, since older checkpoints are deleted while uploads go on; no second copy in the cache.
-            artifact.add_file(str(path), policy="mutable", skip_cache=True)
-        self._logged[name] = self.run.log_artifact(artifact, aliases=list(aliases))
+        artifact = wandb.Artifact(upload.name, type=upload.kind, metadata=dict(upload.metadata))
+        if upload.ttl_days is not None:
+            artifact.ttl = timedelta(days=upload.ttl_days)
+        for path in upload.files:
+            # Read where it is staged, and not copied into the cache once it is uploaded.
+            artifact.add_file(str(path), policy="immutable", skip_cache=True)
+        logged = self.run.log_artifact(artifact, aliases=list(upload.aliases))
+        if self.live:
+            logged.wait()
+            self._logged[upload.name] = logged
+            if self.after_upload is not None:
+                self.after_upload(logged)
 
     def use(self, name: str, kind: str = "model", files: Sequence[Path] = ()) -> None:
-        if self.run.offline:  # Only a server knows of other runs.
-            return
+        if self.live:  # Only a server knows of other runs. After all uploads before it, of which it may be one.
+            self.uploads.then(f"lineage from {name}", lambda: self._use(name, kind, files))
+
+    def _use(self, name: str, kind: str, files: Sequence[Path]) -> None:
         import wandb
 
         if files:
@@ -147,13 +229,27 @@ class WandbTracker:
             for path in files:
                 artifact.add_file(str(path), policy="mutable", skip_cache=True)
             self.run.use_artifact(artifact)
-        elif name in self._logged:  # Its own, which may still be on its way.
-            self.run.use_artifact(self._logged[name].wait())
+        elif name in self._logged:
+            self.run.use_artifact(self._logged[name])
         else:
             self.run.use_artifact(name, type=kind)
 
+    def alert(self, title: str, text: str) -> None:
+        self.run.alert(title, text, level="WARN")
+
     def close(self, exit_code: int = 0) -> None:
-        self.run.finish(exit_code=exit_code)
+        """Send what is left, for no longer than the run's finish_timeout.
+
+        Raises:
+            TimeoutError: if that was not long enough; the message names what has not arrived.
+        """
+        left = self.uploads.close(self.run.settings.finish_timeout or PATIENCE_S)
+        try:
+            self.run.finish(exit_code=exit_code)
+        except TimeoutError:
+            left = ["history", *left]
+        if left:
+            raise TimeoutError(", ".join(left))
 
 
 def _wandb_value(value: float | Path) -> Any:

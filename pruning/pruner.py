@@ -15,13 +15,22 @@ from diffusion_core.config import CoreConfig
 from diffusion_core.trainer import TrainState
 from diffusion_core.unet import UNet
 from pruning.calibration import Calibration
+from pruning.choice import choose_masks
 from pruning.config import LISTENS_TO, PruneConfig
 from pruning.cost import Cost, count_cost
-from pruning.masks import WeightMasks, attach_masks, maskable, sparsity
-from pruning.strategies import global_magnitude, layer_magnitude
+from pruning.masks import (
+    MASKS_PART,
+    WeightMasks,
+    agreed,
+    attach_masks,
+    empty_layers,
+    held_masks,
+    hold_masks,
+    maskable,
+    sparsity,
+)
 from pruning.structural import Removal, prune_channels, remove
 
-MASKS_PART = "masks"
 RECORD_KEY = "pruning"
 """Where checkpoints keep the records of the prunings, oldest first."""
 
@@ -66,15 +75,11 @@ Pruner = Callable[[TrainState, CoreConfig, PruneConfig, Calibration | None], Pru
 """Prunes a training state in place. What it draws follows from ``config.seed``; gradients come from calibration."""
 
 
-def prune_by_magnitude(
-    state: TrainState, _config: CoreConfig, prune: PruneConfig, _calibration: Calibration | None
-) -> Pruned:
-    """Mask the smallest weights; pruned weights stay zero in the network, its averages and the optimizer."""
-    choose = layer_magnitude if prune.scope == "layer" else global_magnitude
-    masks = choose(maskable(state.network), state.extra_parts.get(MASKS_PART), 1.0 - prune.keep)
-    attach_masks(state, masks)
-    state.extra_parts[MASKS_PART] = dict(masks)
-    return Pruned(sparsity(masks))
+def prune_weights(state: TrainState, config: CoreConfig, prune: PruneConfig, calibration: Calibration | None) -> Pruned:
+    """Mask weights; those that are pruned stay zero in the network, its averages and the optimizer."""
+    masks = agreed(choose_masks(state.network, held_masks(state), config, prune, calibration))
+    hold_masks(state, masks)
+    return Pruned(sparsity(masks), {"empty_layers": empty_layers(masks)})
 
 
 def prune_structure(
@@ -86,14 +91,13 @@ def prune_structure(
     """
     params = count_cost(state.network).params
     network, removal = prune_channels(state.network, prune, config.seed, calibration, config.log.progress)
-    masks = state.extra_parts.get(MASKS_PART)
+    masks = held_masks(state)
     if masks is not None:
         masks = smaller_masks(state.network, masks, removal)
-        state.extra_parts[MASKS_PART] = masks
     smaller = TrainState.start(network, config)
     state.network, state.ema, state.optimizer = smaller.network, smaller.ema, smaller.optimizer
     if masks is not None:
-        attach_masks(state, masks)
+        hold_masks(state, masks)
     return Pruned(1.0 - count_cost(state.network).params / params, asdict(removal))
 
 
@@ -104,7 +108,10 @@ def smaller_masks(network: UNet, masks: WeightMasks, removal: Removal) -> Weight
     return {name: weight != 0 for name, weight in maskable(remove(carrier, replace(removal, redrawn=None))).items()}
 
 
-PRUNERS: dict[str, Pruner] = {"magnitude": prune_by_magnitude, "structured": prune_structure}
+PRUNERS: dict[str, Pruner] = {
+    **dict.fromkeys(("magnitude", "random", "snip", "synflow", "gradual", "n_of_m"), prune_weights),
+    "structured": prune_structure,
+}
 """The pruner of each ``prune.method``."""
 
 
@@ -114,12 +121,28 @@ def prune_state(
     """Prune a training state, in place, and add a record of it to the state's."""
     before = count_cost(state.network)
     pruned = PRUNERS[prune.method](state, config, prune, calibration)
-    heard = {name: value for name, value in prune.model_dump(mode="json").items() if name in LISTENS_TO[prune.method]}
     report = PruneReport(
-        prune.method, state.step, heard, config.seed, pruned.sparsity, before, count_cost(state.network), pruned.details
+        method=prune.method,
+        step=state.step,
+        knobs=heard_knobs(prune),
+        seed=config.seed,
+        sparsity=pruned.sparsity,
+        before=before,
+        after=count_cost(state.network),
+        details=pruned.details,
     )
-    state.extra_metadata[RECORD_KEY] = [*records(state), asdict(report)]
+    keep_record(state, report)
     return report
+
+
+def heard_knobs(prune: PruneConfig) -> dict[str, Any]:
+    """The knobs that the method listens to, as JSON."""
+    return {name: value for name, value in prune.model_dump(mode="json").items() if name in LISTENS_TO[prune.method]}
+
+
+def keep_record(state: TrainState, report: PruneReport) -> None:
+    """Add what a pruning did to the records that every later checkpoint holds."""
+    state.extra_metadata[RECORD_KEY] = [*records(state), asdict(report)]
 
 
 def records(state: TrainState) -> list[dict[str, Any]]:
@@ -149,8 +172,7 @@ def inherit(state: TrainState, earlier: Sequence[Mapping[str, Any]], masks: Mapp
         if masks is None:
             masks = {name: weight != 0 for name, weight in maskable(state.network).items()}
         own = {name: mask.bool() for name, mask in masks.items()}
-        attach_masks(state, own)
-        state.extra_parts[MASKS_PART] = own
+        hold_masks(state, own)
 
 
 def resume_pruning(state: TrainState) -> None:

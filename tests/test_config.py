@@ -346,6 +346,18 @@ def starts_made_to_go_together(values: dict[str, Any]) -> None:
         values["distill.checkpoint"] = "runs/teacher"
 
 
+def masks_made_to_go_together(values: dict[str, Any]) -> None:
+    """Change what excludes each other among the knobs of masks and lotteries."""
+    if values["prune.profile"] == "blocks" and (values["prune.method"] == "lottery" or not values["prune.block_keep"]):
+        values["prune.profile"] = "erk"
+    if values["prune.method"] == "gradual":
+        values |= {"prune.step": None, "prune.until": None, "train.steps": values["train.steps"] + 4}
+    if values["prune.method"] == "lottery":
+        values["prune.rewind_step"] = min(values["prune.rewind_step"], values["train.steps"] - 1)
+        values |= dict.fromkeys(("init.checkpoint", "init.artifact", "distill.checkpoint", "distill.artifact"))
+        values |= {"init.weights": "ema", "distill.output": 0.0, "distill.features": 0.0}
+
+
 @st.composite
 def configurations(draw: st.DrawFn) -> TrialConfig:
     """Random values for every knob, made to go together."""
@@ -391,6 +403,7 @@ def configurations(draw: st.DrawFn) -> TrialConfig:
         values["prune.step"] = draw(st.integers(0, values["train.steps"] - 1))
     made_to_go_together(values)
     starts_made_to_go_together(values)
+    masks_made_to_go_together(values)
     if values["prune.method"] == "structured" and values["ema.average_from"] is not None:
         first = values["train.steps"] // 2 if values["prune.step"] is None else values["prune.step"]
         values["ema.average_from"] = min(values["ema.average_from"], values["train.steps"] - first - 1)

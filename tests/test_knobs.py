@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,6 +23,7 @@ from tiny import TINY
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from agent.config import TrialConfig, build_config
+from agent.lottery import run_chain
 from agent.run_folder import find_run
 from agent.trial import run_trial
 from diffusion_core import compilation, trainer
@@ -92,6 +94,8 @@ WEIGHTS = ("weights", "ema weights", "val/loss", "grid")
 SAMPLING_ONLY = ("weights", "ema weights", "val/loss", "train rows")
 # Late enough for the layers that start at zero to have grown: they would go first.
 PRUNED = {"prune.method": "magnitude", "prune.step": 6, "train.steps": 8, "train.lr": 0.02}
+GRADUAL = PRUNED | {"prune.method": "gradual", "prune.step": 1, "prune.until": 7, "prune.interval": 2}
+LOTTERY = {"prune.method": "lottery", "prune.rounds": 1, "train.lr": 0.02}
 NARROWED = {"prune.method": "structured", "prune.step": 2, "prune.calibration_batches": 4, "train.lr": 0.02}
 DDPM = {"sample.sampler": "ddpm"}
 KARRAS = {"diffusion.schedule": "karras", "diffusion.prediction": "edm"}
@@ -199,7 +203,8 @@ TABLE: dict[str, Entry] = {
     "checkpoint.keep": Entry(3, ("files",), OFTEN, same=("weights", "artifacts")),
     "checkpoint.best_metric": Entry("train/loss", ("best", "artifacts"), JUDGED, same=("weights", "rows")),
     "checkpoint.resume": Entry(False, ("second run",), {"checkpoint.every": 2}),
-    "checkpoint.upload": Entry(False, ("artifacts",), same=("weights", "files")),
+    "checkpoint.upload": Entry(False, ("artifacts",), same=("weights",)),
+    "checkpoint.ttl_days": Entry(7, ("artifacts",), {"checkpoint.upload": True}, same=("weights", "files")),
     "log.every": Entry(1, ("train rows",), same=("weights", "val/loss", "grid")),
     "log.dir": Entry("somewhere/else", ("run folder",), same=("weights",)),
     "log.progress": Entry(True, ("stderr",), same=("weights",)),
@@ -207,11 +212,12 @@ TABLE: dict[str, Entry] = {
     "prune.method": Entry("magnitude", (*WEIGHTS, "zeros", "figures"), {"prune.step": 2}),
     "prune.keep": Entry(0.2, (*WEIGHTS, "zeros", "sparsity"), PRUNED),
     "prune.scope": Entry("layer", (*WEIGHTS, "masks"), PRUNED, same=("zeros", "shapes")),
+    "prune.profile": Entry("erk", (*WEIGHTS, "masks"), PRUNED | {"prune.scope": "layer"}, same=("zeros", "shapes")),
     "prune.target": Entry("params", (*WEIGHTS, "widths"), NARROWED),
     "prune.importance": Entry("l1", (*WEIGHTS, "kept"), NARROWED, same=("widths",)),
     "prune.iterations": Entry(2, (*WEIGHTS, "kept"), NARROWED | {"prune.importance": "taylor"}),
     "prune.round_to": Entry(4, (*WEIGHTS, "widths"), NARROWED),
-    "prune.block_keep": Entry([0.9, 0.5, 0.7], (*WEIGHTS, "widths"), NARROWED | {"prune.keep": 0.8}),
+    "prune.block_keep": Entry([1.0, 0.5, 0.5], (*WEIGHTS, "widths"), NARROWED),
     "prune.calibration_batches": Entry(2, (*WEIGHTS, "kept"), NARROWED | {"prune.importance": "taylor"}),
     "prune.threshold": Entry(0.9, (*WEIGHTS, "kept"), NARROWED | {"prune.importance": "diff_pruning"}),
     "init.checkpoint": Entry(CHECKPOINT, (*WEIGHTS, "parent"), same=("shapes",)),
@@ -227,6 +233,13 @@ TABLE: dict[str, Entry] = {
         why="without a W&B key the trial is refused, and says so",
     ),
     "prune.step": Entry(5, (*WEIGHTS, "pruned at"), PRUNED),
+    "prune.until": Entry(5, (*WEIGHTS, "pruned at"), GRADUAL),
+    "prune.interval": Entry(3, WEIGHTS, GRADUAL, same=("pruned at", "sparsity")),
+    "prune.pattern": Entry("1:2", (*WEIGHTS, "masks"), {"prune.method": "n_of_m"}, same=("sparsity",)),
+    "prune.rounds": Entry(2, (*WEIGHTS, "zeros", "sparsity"), LOTTERY),
+    "prune.per_round": Entry(0.5, (*WEIGHTS, "zeros", "sparsity"), LOTTERY),
+    "prune.rewind_step": Entry(2, (*WEIGHTS, "pruned at"), LOTTERY, same=("masks",)),
+    "prune.control": Entry("reinit", WEIGHTS, LOTTERY, same=("masks", "sparsity")),
 }
 
 
@@ -249,12 +262,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             for index in range(8):
                 sketch(index, label, invert).save(root / animal / f"{index}.png")
         paths[name] = str(root)
+    network = tmp_path_factory.mktemp("network") / "net.safetensors"
+    Classifier(ClassifierNetwork(1, 10, 2).eval(), "other", 0.1, "", RECIPES["tiny"]).save(network)
     run = tmp_path_factory.mktemp("run")
     config = build_config(BASE, {"seed": 7})
     run_trial(config, MemoryTracker(), dataset=cached_data(config), folder=run, run_id="r")
-    network = tmp_path_factory.mktemp("network") / "net.safetensors"
-    Classifier(ClassifierNetwork(1, 10, 2).eval(), "other", 0.1, "", RECIPES["tiny"]).save(network)
-    return paths | {CHECKPOINT: str(run), str([NETWORK]): [str(network)]}
+    return paths | {str([NETWORK]): [str(network)], CHECKPOINT: str(run)}
 
 
 def digest(*parts: Any) -> str:
@@ -332,7 +345,10 @@ def observe(
         register_optimizer_step_pre_hook(lambda *_: algorithms.add(torch.are_deterministic_algorithms_enabled())),
     ):
         try:
-            result = run_trial(config, tracker, dataset=dataset, folder=run_folder, run_id=run_id)
+            # One tracker sees all rounds of a chain.
+            chain = partial(run_chain, open_tracker=lambda *_: tracker)
+            run = chain if config.prune.method == "lottery" else run_trial
+            result = run(config, tracker, dataset=dataset, folder=run_folder, run_id=run_id)
         except (ConfigError, CheckpointError) as error:
             return Observed(seen | {"device": str(error)})
     seen["batches"] = batches
@@ -344,7 +360,8 @@ def observe(
         second = MemoryTracker()
         try:
             run_trial(config, second, dataset=dataset, folder=run_folder, run_id=run_id)
-            seen["second run"] = f"goes on and trains {len(second.rows)} rows more"
+            more = len(second.rows) - len(tracker.rows)  # A tracker that knows nothing is told what came before.
+            seen["second run"] = f"goes on and trains {more} rows more"
         except ConfigError as error:
             seen["second run"] = str(error)
 
@@ -363,11 +380,13 @@ def observe(
     seen["val/loss"] = [(row["step"], row["val/loss"]) for row in seen["rows"] if "val/loss" in row]
     seen["class agreement"] = [row["eval/class_agreement"] for row in seen["rows"] if "eval/class_agreement" in row]
     seen["artifacts"] = [
-        (artifact["name"], artifact["aliases"], artifact["files"].keys()) for artifact in tracker.artifacts
+        (artifact["name"], artifact["aliases"], artifact["ttl_days"], artifact["files"].keys())
+        for artifact in tracker.artifacts
     ]
     seen["files"] = sorted(str(path.relative_to(run_folder)) for path in run_folder.rglob("*"))
 
-    checkpoint = read_checkpoint(list_checkpoints(run_folder / "checkpoints")[-1])
+    last_run = result.best_checkpoint.parents[1]  # Of a chain: the last round's.
+    checkpoint = read_checkpoint(list_checkpoints(last_run / "checkpoints")[-1])
     for name, part in (("weights", "model"), ("ema weights", "ema")):
         tensors = checkpoint.tensors(part)
         seen[name] = digest(*(item for pair in sorted(tensors.items()) for item in pair))
@@ -379,11 +398,11 @@ def observe(
     seen["parent"] = checkpoint.metadata["extra"].get("parent")
     seen["masks"] = digest(*checkpoint.tensors("masks").values()) if "masks" in checkpoint.parts else None
 
-    grids = sorted((run_folder / "samples").glob("samples-*.png"))
+    grids = sorted((last_run / "samples").glob("samples-*.png"))
     seen["grids"] = len(grids)
     with Image.open(grids[-1]) as grid:
         seen["grid size"], seen["grid"] = grid.size, digest(np.asarray(grid))
-    with Image.open(sorted((run_folder / "samples").glob("diffusion-*.gif"))[-1]) as gif:
+    with Image.open(sorted((last_run / "samples").glob("diffusion-*.gif"))[-1]) as gif:
         seen["frames"] = getattr(gif, "n_frames", 1)
     return Observed(seen)
 
@@ -539,7 +558,13 @@ def choices(knob: str) -> list[str]:
 def test_every_schedule_of_the_rate_and_every_choice_is_another_one(seen: Any) -> None:
     """Each pair of choices of a knob differs, not only the two of the table."""
     variants: dict[str, tuple[str, dict[str, Any], list[str]]] = {
-        "prune.method": ("weights", {"prune.step": 2}, ["none", "magnitude", "structured"]),
+        "prune.method": ("weights", {"prune.step": 2, "prune.rounds": 1}, choices("prune.method")),
+        "prune.profile": (
+            "masks",
+            PRUNED | {"prune.scope": "layer", "prune.block_keep": [0.1, 0.5, 0.9]},
+            choices("prune.profile"),
+        ),
+        "prune.control": ("weights", LOTTERY, choices("prune.control")),
         "eval.classifier": ("figures", {"sample.guidance": 2.0}, ["none", "network"]),
         "model.conditioning": ("weights", {}, choices("model.conditioning")),
         "diffusion.schedule": ("weights", {"diffusion.prediction": "edm"}, choices("diffusion.schedule")),

@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from wandb_client import Client, finish
+from wandb_server import WandbServer
 
+from agent.processes import LEAVE_AFTER_S, WATCH_EVERY_S
+from agent.session import LAST_WORDS_S
 from diffusion_core.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -49,8 +57,8 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run(folder: Path, processes: int, *words: str, mode: str = "disabled") -> subprocess.CompletedProcess[str]:
-    """`python -m agent` in an empty folder, on so many processes."""
+def launch(folder: Path, processes: int, *words: str, mode: str = "disabled") -> subprocess.Popen[str]:
+    """`python -m agent` in a folder, on so many processes."""
     folder.mkdir(exist_ok=True)
     launcher = [sys.executable]
     if processes > 1:
@@ -59,18 +67,23 @@ def run(folder: Path, processes: int, *words: str, mode: str = "disabled") -> su
             *("--num_processes", str(processes), "--num_machines", "1", "--main_process_port", str(free_port())),
             *("--mixed_precision", "no", "--dynamo_backend", "no"),
         ]
-    done = subprocess.run(
+    return subprocess.Popen(
         [*launcher, "-m", "agent", *WORDS, *words],
         cwd=folder,
         env={key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
         | {"PYTHONPATH": str(ROOT), "WANDB_MODE": mode, "OMP_NUM_THREADS": "1", "HOME": str(folder)},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
-        timeout=300,
     )
-    assert done.returncode == 0, done.stderr
-    return done
+
+
+def run(folder: Path, processes: int, *words: str, mode: str = "disabled") -> str:
+    """The same to its end, which must be a success; returns what it printed."""
+    process = launch(folder, processes, *words, mode=mode)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
 
 
 def only(folder: Path, pattern: str) -> Path:
@@ -103,7 +116,7 @@ def test_two_processes_train_the_model_of_one_as_one_run(tmp_path: Path) -> None
     ]
     alone, together = tmp_path / "alone", tmp_path / "together"
     run(alone, 1, *words)
-    done = run(together, 2, *words, mode="offline")
+    printed = run(together, 2, *words, mode="offline")
 
     one, two = (read_checkpoint(only(folder, "runs/*")) for folder in (alone, together))  # One run folder each.
     assert one.step == two.step == 4
@@ -115,7 +128,7 @@ def test_two_processes_train_the_model_of_one_as_one_run(tmp_path: Path) -> None
                 assert (tensor - theirs[name]).abs().max() < 1e-5, f"{part} {name}"
     assert len(list(together.rglob("offline-run-*"))) == 1
 
-    assert done.stdout.count("finished ") == 1  # The second process is silent.
+    assert printed.count("finished ") == 1  # The second process is silent.
     texts = [only(folder, "runs/*/history.jsonl").read_text() for folder in (alone, together)]
     rows = [[json.loads(line) for line in text.splitlines()] for text in texts]
     assert [row["step"] for row in rows[1]] == [1, 2, 3, 4]
@@ -124,3 +137,100 @@ def test_two_processes_train_the_model_of_one_as_one_run(tmp_path: Path) -> None
             assert ours[key] == pytest.approx(mine[key], rel=1e-5), key
     assert rows[1][-1]["val/loss"] == pytest.approx(rows[0][-1]["val/loss"], rel=1e-4)
     assert json.loads(only(together, "runs/*/result.json").read_text())["step"] == 4
+
+
+# Under the real agent, with a process that is killed.
+
+SWEEP = {
+    "method": "grid",
+    "metric": {"name": "val/loss", "goal": "minimize"},
+    "command": [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+        *("-m", "agent", "${args}"),
+    ],
+    "parameters": {
+        **{key: {"value": value} for key, value in (word[2:].split("=") for word in WORDS)},
+        "train.steps": {"values": [1_000_000, 4]},
+        "log.every": {"value": 100},
+        "checkpoint.every": {"value": 0},
+    },
+}
+RANK = re.compile(rb"(?:^|\0)RANK=(\d+)(?:\0|$)")
+
+
+def ranks() -> dict[tuple[str, int], int]:
+    """The processes of trials that run, by run id and rank."""
+    found = {}
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            content = environ.read_bytes()
+        except OSError:
+            continue
+        rank, run = RANK.search(content), re.search(rb"(?:^|\0)WANDB_RUN_ID=(\w+)", content)
+        if rank and run and b"agent" in (environ.parent / "cmdline").read_bytes().split(b"\0"):
+            found[run[1].decode(), int(rank[1])] = int(environ.parent.name)
+    return found
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_killed_process_fails_its_trial_and_the_agent_goes_on(tmp_path: Path) -> None:
+    with WandbServer() as server:
+        client = Client(server, tmp_path)
+        (tmp_path / "sweep.json").write_text(json.dumps(SWEEP))
+        client.wandb("sweep", "sweep.json")
+        (sweep,) = server.sweeps.values()
+        agent = client.agent(sweep)
+        wait_for(lambda: bool(sweep.runs) and len(sweep.runs[0].history) > 1)
+        first = sweep.runs[0]
+        processes = ranks()
+        assert {rank for run, rank in processes if run == first.id} == {0, 1}
+        os.kill(processes[first.id, 1], signal.SIGKILL)
+        wait_for(lambda: not any(run == first.id for run, _ in ranks()))
+        assert WATCH_EVERY_S + LEAVE_AFTER_S + LAST_WORDS_S < 30
+        output = finish(agent)
+        # One run for each trial, though every trial has two processes.
+        assert len(server.runs) == len(sweep.runs) == 2
+        assert (first.state, first.exit_code) == ("failed", 1)
+        assert output.count("error: process 1 of 2 ended before the trial did; this one ends too") == 1
+        assert "exitcode  : -9" in output  # The launcher names the first to fail.
+        second = sweep.runs[1]
+        assert (second.state, second.exit_code) == ("finished", 0)
+        assert second.config["train.steps"] == 4
+        assert server.errors == []
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path: Path) -> None:
+    """If they did not agree, one would wait for the other in vain."""
+    words = ["--train.steps=1000000", "--log.dir=run", "--checkpoint.every=0"]
+    process = launch(tmp_path, 2, *words)
+    history = tmp_path / "run" / "history.jsonl"
+    wait_for(lambda: history.exists() and history.read_text().count("\n") > 3)
+    found = [
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if _parent(path.parent) == process.pid and b"--log.dir=run" in path.read_bytes()
+    ]
+    assert len(found) == 2
+    os.kill(max(found), signal.SIGTERM)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert err.count("stopped by SIGTERM; continue with the same command") == 1, err
+    rows = [json.loads(line)["step"] for line in history.read_text().splitlines()]
+    stopped = read_checkpoint(tmp_path / "run").step
+    assert rows == list(range(1, stopped + 1))
+
+
+def _parent(process: Path) -> int:
+    try:
+        return int((process / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0

@@ -1,15 +1,12 @@
 """A run that is stopped by a signal and started again ends, bit for bit, where the unbroken one does.
 
-Every part is a process of its own, as on a cluster: ``python -m agent``, SIGTERM, the same command again.
+Every part is a process of its own, as on a cluster: ``python -m agent`` (forked), SIGTERM, the same command again.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,15 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Fork, Forks
 from tiny import assert_same_tensors
 
 from diffusion_core.checkpoint import newest_checkpoint
 from diffusion_core.hardware import has_bf16
 
-ROOT = Path(__file__).resolve().parents[1]
 STEPS = 160
 PRUNED_AT = 80
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 
 WORDS = [
     "--preset=digits",
@@ -68,58 +65,38 @@ CASES = {
 }
 
 
-def environment() -> dict[str, str]:
-    env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    return env | {"WANDB_MODE": "disabled", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        env=environment(),
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 @dataclass
 class Run:
     """A run's folder, and the command that works on it."""
 
+    forks: Forks
     folder: Path
     case: str
 
     def words(self) -> list[str]:
         return [*WORDS, *CASES[self.case], f"--log.dir={self.folder}"]
 
-    def start(self) -> subprocess.Popen[str]:
-        return start(["-m", "agent", *self.words()], self.folder.parent)
+    def start(self) -> Fork:
+        return self.forks.start(self.words(), self.folder.parent / f"by {self.case}")
 
     def finish(self) -> None:
         process = self.start()
-        out, err = process.communicate(timeout=TIMEOUT_S)
-        assert process.returncode == 0, out + err
+        assert process.wait() == 0, process.output
 
     def interrupt(self, step: int, number: signal.Signals = signal.SIGTERM) -> int:
         """Run until the history has that step, and stop by a signal; returns the step of the newest checkpoint."""
         process = self.start()
         deadline = time.monotonic() + TIMEOUT_S
-        try:
-            while process.poll() is None and (not self.history() or self.history()[-1]["step"] < step):
-                assert time.monotonic() < deadline, "no progress"
-                time.sleep(0.01)
-            process.send_signal(number)
-            out, err = process.communicate(timeout=TIMEOUT_S)
-        finally:
-            process.kill()
+        while process.poll() is None and (not self.history() or self.history()[-1]["step"] < step):
+            assert time.monotonic() < deadline, "no progress"
+            time.sleep(0.01)
+        process.send(number)
         if number == signal.SIGTERM:
-            assert process.returncode == 143, out + err
-            assert "stopped by SIGTERM" in err
-            assert "Traceback" not in err
+            assert process.wait() == 143, process.output
+            assert "stopped by SIGTERM" in process.output
+            assert "Traceback" not in process.output
         else:
-            assert process.returncode == -number, out + err
+            assert process.wait() == -number, process.output
         return self.checkpoint().step
 
     def checkpoint(self) -> Any:
@@ -151,28 +128,29 @@ def assert_same_run(straight: Run, broken: Run) -> None:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Run]]:
-    """The run of each case in one go; a process of its own works them off while the tests do theirs."""
+def forks() -> Iterator[Forks]:
+    with Forks() as forks:
+        yield forks
+
+
+@pytest.fixture(scope="module")
+def unbroken(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """The run of each case in one go, while the tests do theirs."""
     folder = tmp_path_factory.mktemp("unbroken")
-    runs = {case: Run(folder / case, case) for case in CASES}
-    code = "import json, sys; from agent.__main__ import main; sys.exit(any(map(main, json.loads(sys.argv[1]))))"
-    process = start(["-c", code, json.dumps([run.words() for run in runs.values()])], folder)
-    output: list[str] = []
+    runs = {case: Run(forks, folder / case, case) for case in CASES}
+    processes = {case: run.start() for case, run in runs.items()}
 
     def get(case: str) -> Run:
-        if not output:
-            output.extend(process.communicate(timeout=TIMEOUT_S))
-        assert process.returncode == 0, "".join(output)
+        assert processes[case].wait() == 0, processes[case].output
         return runs[case]
 
-    yield get
-    process.kill()
+    return get
 
 
 @pytest.mark.slow
-def test_a_run_without_pruning(tmp_path: Path, unbroken: Callable[[str], Run]) -> None:
+def test_a_run_without_pruning(tmp_path: Path, forks: Forks, unbroken: Callable[[str], Run]) -> None:
     """Killed without warning, which costs the steps since the last checkpoint; then stopped; then left to finish."""
-    run = Run(tmp_path / "run", "none")
+    run = Run(forks, tmp_path / "run", "none")
     saved = run.interrupt(45, signal.SIGKILL)
     assert saved % 40 == 0 < saved < run.history()[-1]["step"] < 90  # The history is ahead, and will be taken back.
     with (run.folder / "history.jsonl").open("a") as file:
@@ -185,9 +163,9 @@ def test_a_run_without_pruning(tmp_path: Path, unbroken: Callable[[str], Run]) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["magnitude", "structured"])
-def test_a_run_with_pruning(tmp_path: Path, case: str, unbroken: Callable[[str], Run]) -> None:
+def test_a_run_with_pruning(tmp_path: Path, case: str, forks: Forks, unbroken: Callable[[str], Run]) -> None:
     """Stopped before pruning and after it."""
-    run = Run(tmp_path / "run", case)
+    run = Run(forks, tmp_path / "run", case)
     assert run.interrupt(15) < PRUNED_AT
     assert "pruning" not in run.checkpoint().metadata["extra"]
     assert PRUNED_AT < run.interrupt(PRUNED_AT + 5) < STEPS

@@ -447,7 +447,8 @@ WRONG: dict[str, tuple[Any, list[str]]] = {
             "train.steps = 0: expected an integer >= 1",
             "train.steps = -1: expected an integer >= 1",
             "ema.decay = 1.1: expected a number >= 0 and < 1",
-            "prune.method = 'magnitud': expected one of none, magnitude, structured",
+            "prune.method = 'magnitud': expected one of none, magnitude, random, snip, synflow, gradual, n_of_m, "
+            "lottery, structured",
         ],
     ),
     "empty": ("", ["method = None", "command = None", "parameters = None"]),

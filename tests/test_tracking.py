@@ -38,6 +38,7 @@ def test_memory_tracker_keeps_everything(tmp_path: Path) -> None:
             "type": "model",
             "aliases": ["latest", "best"],
             "metadata": {"step": 20},
+            "ttl_days": None,
             "files": {"weights.bin": 5},
         }
     ]

@@ -16,8 +16,8 @@ from agent.run_folder import RESULT_FILE, write_json, write_text
 from agent.trial import run_trial
 from diffusion_core.checkpoint import Checkpoint, read_checkpoint
 from diffusion_core.data import Dataset, load_data
+from diffusion_core.evaluation import validation_loss
 from diffusion_core.evaluation.classifier import Classifier, classifier_for
-from diffusion_core.evaluation.validation import validation_loss
 from diffusion_core.generation import Generator, Request
 from diffusion_core.hardware import pick_precision
 from diffusion_core.tracking import NullTracker
@@ -60,7 +60,6 @@ class Study:
 
     @cached_property
     def classifier(self) -> Classifier:
-        """What judges the images: the network that the digits preset is judged by."""
         return classifier_for(self.dataset, "digits", mirrored=False, device=torch.device("cpu"))
 
     def config(self, **changes: Any) -> TrialConfig:

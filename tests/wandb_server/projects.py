@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from .graphql import Handler, Json, connection
 from .runs import USER
-from .store import ENTITY, ORGANIZATION, Project, encode_id, iso
+from .store import ENTITY, ORGANIZATION, PERSONAL_ENTITY, Project, encode_id, iso
 
 if TYPE_CHECKING:
     from .backend import Backend
@@ -55,7 +55,7 @@ class ProjectOperations:
         return {
             "id": encode_id("Entity", args["name"]),
             "name": args["name"],
-            "organization": self.organization({}),
+            "organization": None if args["name"] == PERSONAL_ENTITY else self.organization({}),
             "project": lambda inner: self.project({**inner, "entityName": args["name"]}),
         }
 

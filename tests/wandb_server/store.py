@@ -12,6 +12,9 @@ from typing import Any
 
 ENTITY = "tester"
 ORGANIZATION = "test-org"
+PERSONAL_ENTITY = "somebody"
+"""A user without an organization, and so without a registry."""
+
 UNCATEGORIZED = "uncategorized"
 
 TERMINAL_STATES = frozenset({"finished", "failed", "crashed", "killed"})

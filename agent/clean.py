@@ -1,0 +1,118 @@
+"""``python -m agent.clean``: show what checkpoints and uploads are kept for nothing, and remove it with --yes.
+
+On this machine: checkpoints that are neither the best nor among the newest `checkpoint.keep`, what was left half
+written, and copies of uploads that have arrived. On W&B: versions of models and training states that no alias holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.checkpoints import MODEL, STATE, kept_checkpoints
+from agent.refusal import fail
+from agent.run_folder import CHECKPOINTS, locked, run_folders
+from agent.settings import load_environment
+from agent.sync import SYNCED
+from diffusion_core.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
+from diffusion_core.config_io import ConfigError
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Something that nothing needs.
+
+    Attributes:
+        name: what it is.
+        size: in bytes.
+        remove: does away with it.
+    """
+
+    name: str
+    size: int
+    remove: Callable[[], object]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 if there is nowhere to look."""
+    parser = argparse.ArgumentParser("python -m agent.clean", description=__doc__, allow_abbrev=False)
+    parser.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="of runs, or of one run (runs)")
+    parser.add_argument("--project", metavar="ENTITY/PROJECT", help="look on W&B instead")
+    parser.add_argument("--yes", action="store_true", help="remove it")
+    arguments = parser.parse_args(argv)
+    load_environment()
+    try:
+        if arguments.project is not None:
+            found = list(on_wandb(arguments.project))
+            _report(found, arguments.yes)
+            return 0
+        folder = arguments.folder or Path("runs")
+        if not folder.is_dir():
+            return fail(f"FOLDER = {str(folder)!r}: no such folder")
+        for run_folder in run_folders(folder):
+            try:
+                with locked(run_folder):  # Not under a process that works there.
+                    _report(list(on_disk(run_folder)), arguments.yes)
+            except ConfigError as error:
+                print(f"passed over: {error}", file=sys.stderr)
+    except CheckpointError as error:
+        return fail(str(error))
+    return 0
+
+
+def _report(found: Sequence[Leftover], remove: bool) -> None:
+    for leftover in found:
+        print(f"{leftover.size / 1e6:10,.1f} MB  {leftover.name}{'  removed' if remove else ''}")
+        if remove:
+            leftover.remove()
+
+
+def on_disk(folder: Path) -> Iterator[Leftover]:
+    """What a run's folder holds for nothing."""
+    checkpoints = folder / CHECKPOINTS
+    paths = list_checkpoints(checkpoints)
+    if paths:
+        newest = read_checkpoint(paths[-1], verify=False).metadata
+        best = newest.get("best") or {}
+        kept = kept_checkpoints(checkpoints, int(newest["config"].get("checkpoint.keep", 2)), best.get("step"))
+        yield from (_folder(path) for path in paths if path not in kept)
+    yield from (_folder(path) for path in checkpoints.glob(".step-*.partial"))
+    for run in (folder / "wandb").glob("*run-*"):
+        arrived = not run.name.startswith("offline-") or any(run.glob(f"*{SYNCED}"))
+        if arrived and (run / "staged").is_dir() and not run.is_symlink():
+            yield from (_folder(path) for path in (run / "staged").iterdir())
+
+
+def _folder(path: Path) -> Leftover:
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return Leftover(str(path), size, lambda: shutil.rmtree(path))
+
+
+def on_wandb(project: str) -> Iterator[Leftover]:
+    """Versions of a project's models and training states that have no alias.
+
+    Raises:
+        CheckpointError: if W&B has no such project, or does not answer.
+    """
+    import wandb
+
+    try:
+        api = wandb.Api()
+        for kind in (MODEL, STATE):
+            if kind not in {known.name for known in api.artifact_types(project)}:
+                continue
+            for collection in api.artifact_type(kind, project).collections():
+                for version in collection.artifacts():
+                    if not version.aliases and not version.linked_artifacts:
+                        yield Leftover(version.name, version.size, version.delete)
+    except (wandb.errors.Error, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"--project = {project!r}: {reason}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

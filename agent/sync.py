@@ -1,0 +1,116 @@
+"""``python -m agent.sync FOLDER``: send what W&B lacks of runs that were recorded while it was out of reach.
+
+`wandb sync` uploads a run that W&B has never seen. Of one that it knows in part it would repeat rows; this compares
+with what is there first, and works from the run's own folder: history, pictures, checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from agent.refusal import fail
+from agent.run_folder import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    ENVIRONMENT,
+    HISTORY_FILE,
+    RESULT_FILE,
+    RUN_FILE,
+    locked,
+    read_history,
+    read_run_file,
+    run_folders,
+)
+from agent.settings import has_key, load_environment, start_wandb
+from diffusion_core.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
+from diffusion_core.config_io import ConfigError, read_yaml
+from diffusion_core.tracking import WandbTracker
+
+SYNCED = ".synced"
+"""What W&B appends to the name of a run's file once it is uploaded: `wandb sync` passes over it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 if something did not arrive, 2 if there is nothing to send."""
+    parser = argparse.ArgumentParser("python -m agent.sync", description=__doc__, allow_abbrev=False)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="a run's folder, or one with several")
+    arguments = parser.parse_args(argv)
+    load_environment()
+    status = 0
+    for given in arguments.folders:
+        folders = run_folders(given)
+        if not folders:
+            return fail(f"{str(given)!r}: no run here (expected a folder with {RUN_FILE} and {HISTORY_FILE})")
+        for folder in folders:
+            try:
+                with locked(folder):
+                    sync(folder)
+            except (ConfigError, CheckpointError) as error:
+                status = fail(str(error))
+            except TimeoutError as left:
+                print(f"error: {str(folder)!r}: this has not arrived: {left}; try again", file=sys.stderr)
+                status = 1
+    return status
+
+
+def sync(folder: Path) -> None:
+    """Bring a run on W&B up to what its folder holds.
+
+    Raises:
+        ConfigError: if W&B cannot be reached, or the folder holds no readable run.
+        TimeoutError: if not everything arrived in time.
+    """
+    import wandb
+
+    from agent.callbacks import log_rows
+    from agent.checkpoints import log_checkpoint
+    from agent.resume import uploaded_steps
+
+    if not has_key():
+        raise ConfigError("WANDB_API_KEY = None: needed to send a run; set it (see .env.example), or run `wandb login`")
+    known = read_run_file(folder)
+    # The project and the sweep that the run belongs to, wherever this is called.
+    os.environ.update(known.get(ENVIRONMENT, {}) | {"WANDB_RUN_ID": known["id"]})
+    wandb.teardown()  # It reads the environment once.
+    config = read_yaml(folder / CONFIG_FILE)
+    rows = read_history(folder)
+    run = start_wandb(known["id"], folder, config, "online", or_offline=False)
+    tracker = WandbTracker(run, first_step=run.starting_step, keep=sys.maxsize)
+    log_rows(tracker, folder, rows)
+    result = _read_result(folder)
+    logged = {key for row in rows for key in row}
+    tracker.summary({key: value for key, value in result.get("figures", {}).items() if key not in logged})
+    there = uploaded_steps(run)
+    paths = list_checkpoints(folder / CHECKPOINTS) if config.get("checkpoint.upload", True) else []
+    best = (read_checkpoint(paths[-1], verify=False).metadata.get("best") or {}) if paths else {}
+    for checkpoint in map(read_checkpoint, paths):
+        if checkpoint.step not in there:
+            is_best, ttl_days = best.get("step") == checkpoint.step, config.get("checkpoint.ttl_days")
+            log_checkpoint(tracker, checkpoint, run.id, is_best=is_best, history=rows, ttl_days=ttl_days)
+    tracker.close(0 if result else 1)
+    mark_synced(folder)
+    print(f"{folder}: complete on W&B ({run.entity}/{run.project}/{run.id})")
+
+
+def mark_synced(folder: Path) -> None:
+    """Let `wandb sync` pass over the files of a run that is complete on W&B."""
+    for file in (folder / "wandb").glob("*run-*/*.wandb"):
+        file.with_name(file.name + SYNCED).touch()
+
+
+def _read_result(folder: Path) -> dict[str, Any]:
+    try:
+        result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return result if isinstance(result, dict) else {}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

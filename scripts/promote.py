@@ -1,0 +1,36 @@
+"""Link the best model of a sweep, or any model, to a collection of your organization's W&B registry."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from agent.registry import best_model, promote
+from agent.settings import has_key, load_environment
+from diffusion_core.checkpoint import CheckpointError
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--sweep", metavar="ENTITY/PROJECT/ID", help="the best model of its best run, by its metric")
+    source.add_argument("--artifact", metavar="NAME:ALIAS", help="a model, such as model-RUN_ID:best")
+    parser.add_argument("--collection", required=True, metavar="NAME", help="made if there is none")
+    parser.add_argument("--registry", default="model", metavar="[ORG/]NAME", help="the registry (model)")
+    parser.add_argument("--alias", action="append", default=[], help="such as production; may be given again")
+    arguments = parser.parse_args(argv)
+    load_environment()
+    try:
+        if not has_key():
+            raise CheckpointError("WANDB_API_KEY = None: set it (see .env.example), or run `wandb login`")
+        name = arguments.artifact or best_model(arguments.sweep)
+        target = promote(name, arguments.registry, arguments.collection, arguments.alias)
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{name} is in {target}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
