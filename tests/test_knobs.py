@@ -301,6 +301,11 @@ def steady(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in UNSTEADY and not isinstance(value, Path)}
 
 
+def shows(images_BCHW: torch.Tensor) -> bool:
+    """Whether there is anything to see."""
+    return images_BCHW.device.type != "meta" and bool(images_BCHW.any())
+
+
 def observe(
     config: TrialConfig, folder: Path, twice: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Observed:
@@ -332,7 +337,10 @@ def observe(
     algorithms: set[bool] = set()
     with (
         torch.nn.modules.module.register_module_forward_pre_hook(
-            lambda module, inputs: batches.append(len(inputs[0])) if type(module).__name__ == "UNet" else None
+            # Nothing but zeros is shown where time and memory of a pass are measured, as often as there is time for.
+            lambda module, inputs: (
+                batches.append(len(inputs[0])) if type(module).__name__ == "UNet" and shows(inputs[0]) else None
+            )
         ),
         register_optimizer_step_pre_hook(lambda *_: algorithms.add(torch.are_deterministic_algorithms_enabled())),
     ):
