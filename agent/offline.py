@@ -1,45 +1,72 @@
-"""A sweep without a server: W&B's own search engine suggests, trials run one after another, nothing is lost.
+"""A sweep without a server: W&B's own search engine suggests, trials run here, several at a time, nothing is lost.
 
 runs/sweeps/NAME/
     sweep.json                   the sweep and the state of its trials
     trials/ID/                   the folder of each trial, with its offline W&B run
     ID-samples.png, ID-diffusion.gif
-    results.csv, results.json
+    results.csv, results.json, results.png
 """
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from agent import engine
-from agent.preemption import forward_signals
-from agent.results import TrialRecord, best_first, table, write_results
-from agent.run_folder import RESULT_FILE, SAMPLES, best_figures, read_history, write_json
+from agent.devices import shares
+from agent.results import TrialRecord, table, write_results
+from agent.results_plot import PLOT_FILE, plot_results
 from agent.settings import OFFLINE_SWEEP
-from agent.sweep_file import ARGS_MACRO, SweepError, SweepFile
+from agent.sweep_file import SweepError, SweepFile
+from agent.sweep_progress import SweepProgress
+from agent.sweep_state import DONE, FAILED, FINISHED, RUNNING, STOPPED, STOPPING, WAITING, SweepState, Trial
+from agent.trial_process import LOG_FILE, end_orphan, expand_command, forward_signals, kill_group, start_process
+from agent.trial_reader import TrialReader
 
-STATE_FILE = "sweep.json"
-POLL_SECONDS = 0.5
-DONE = frozenset({"finished", "failed", "stopped"})
-ENGINE_STATES = {"finished": "finished", "failed": "failed", "stopped": "finished", "running": "running"}
+POLL_SECONDS = 0.1
+ATTEMPTS = 2
+"""How often a trial may fail: the first failure may be the machine's."""
+FAILURES_AT_START = 5
+"""Trials that may fail for good before one has come to its end; after that it is not the trials that are wrong."""
+STOP_GRACE_SECONDS = 120.0
+"""How long a trial that early termination gave up may take to end before it is killed."""
+ID_LENGTH = 40
+"""Characters of a sweep's name in the ids of its trials; W&B takes 64 in all."""
+
+
+class NothingWorks(RuntimeError):
+    """One trial after the other failed."""
 
 
 @dataclass
-class Trial:
-    """A trial that the search engine asked for."""
+class Running:
+    """A trial that has a process.
 
-    id: str
-    parameters: dict[str, Any]
-    state: str = "running"
+    Attributes:
+        slot: which share of the machine it has.
+        started_at: on the monotonic clock.
+        kill_at: when it is killed, if it was told to end.
+        history_bytes: size of its history when early termination last looked at it.
+    """
+
+    trial: Trial
+    process: subprocess.Popen[bytes]
+    slot: int
+    started_at: float
+    kill_at: float | None = None
+    history_bytes: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started_at
 
 
 class OfflineSweep:
@@ -48,163 +75,200 @@ class OfflineSweep:
     Args:
         sweep: a checked sweep file.
         folder: where everything goes; a sweep that is there already goes on.
+        jobs: trials at once.
 
     Raises:
-        SweepError: if the folder holds a sweep of another file.
+        SweepError: if the folder holds a sweep of another content, or a damaged one.
     """
 
-    def __init__(self, sweep: SweepFile, folder: Path) -> None:
+    def __init__(self, sweep: SweepFile, folder: Path, jobs: int = 1) -> None:
         self.sweep = sweep
         self.folder = folder
-        self.trials: list[Trial] = []
-        state_file = folder / STATE_FILE
-        if state_file.is_file():
-            stored = json.loads(state_file.read_text(encoding="utf-8"))
-            if stored["sweep"] != engine.plain(sweep.config):
-                raise SweepError(
-                    f"{str(folder)!r} holds a sweep of another content; give this one another --name, or delete it"
-                )
-            self.trials = [Trial(**trial) for trial in stored["trials"]]
+        self.state = SweepState(sweep, folder)
+        self.reader = TrialReader(self.state, sweep.metric)
+        self.progress = SweepProgress(sweep, self.state, self.reader, jobs)
+        self.shares = shares(jobs)
+        self.running: list[Running] = []
+        self.exhausted = False
 
-    def run(self, count: int | None) -> list[TrialRecord]:
-        """Run trials until the search is exhausted, ``run_cap`` is reached, or ``count`` more have been run.
+    def ended_trials(self) -> list[Trial]:
+        """The trials that will not run again."""
+        return [trial for trial in self.state.trials if trial.state in DONE]
+
+    def run(self, count: int | None = None) -> list[TrialRecord]:
+        """Run trials until the search is exhausted, ``run_cap`` is reached, or ``count`` of them have been run.
 
         Returns:
             All trials of the sweep, best first.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        caps = [cap for cap in (self.sweep.run_cap, self.sweep.grid_size()) if cap is not None]
-        started = 0
-        while count is None or started < count:
-            trial = next((trial for trial in self.trials if trial.state not in DONE), None)
-            if trial is None:
-                if self.sweep.run_cap is not None and len(self.trials) >= self.sweep.run_cap:
-                    break
-                trial = self._suggest()
-                if trial is None:
-                    break
-                self.trials.append(trial)
-            started += 1
-            self._save()
-            total = f" of {min(caps)}" if caps else ""
-            shown = " ".join(f"{key}={trial.parameters[key]}" for key in self.sweep.varied)
-            print(f"\ntrial {self.trials.index(trial) + 1}{total}, {trial.id}: {shown}", flush=True)
-            trial.state = self._run_trial(trial)
-            self._save()
-            self._copy_pictures(trial)
-        records = self.records()
-        write_results(self.folder, records)
-        return records
-
-    def _suggest(self) -> Trial | None:
-        parameters = engine.suggest(self.sweep.engine_config(), [self._engine_run(trial) for trial in self.trials])
-        if parameters is None:
-            return None
-        return Trial(f"{self.sweep.name}-{len(self.trials) + 1:03d}-{secrets.token_hex(2)}", parameters)
-
-    def _engine_run(self, trial: Trial) -> Any:
-        history = read_history(self._trial_folder(trial))
-        return engine.past_run(trial.id, trial.parameters, ENGINE_STATES[trial.state], best_figures(history), history)
-
-    def _given_up(self, trial: Trial) -> bool:
-        """Whether early termination gives up on a running trial."""
-        if "early_terminate" not in self.sweep.config:
-            return False
-        return trial.id in engine.doomed(self.sweep.engine_config(), [self._engine_run(trial) for trial in self.trials])
-
-    def _run_trial(self, trial: Trial) -> str:
-        """Run a trial in a process of its own; returns the state in which it ended.
 
         Raises:
-            KeyboardInterrupt: if this process was told to stop; the trial has then written its checkpoint.
+            SweepError: if another process runs this sweep, or its command cannot be started.
+            KeyboardInterrupt: if this process was told to stop; the trials have then written their checkpoints.
+            NothingWorks: if one trial after the other has failed, and none has come to its end.
         """
-        folder = self._trial_folder(trial)
-        arguments = [f"--{key}={value}" for key, value in trial.parameters.items()] + [f"--log.dir={folder}"]
-        environment = dict(os.environ) | {
-            "WANDB_MODE": "disabled" if os.environ.get("WANDB_MODE") == "disabled" else "offline",
-            "WANDB_RUN_ID": trial.id,
-            "WANDB_RUN_GROUP": self.sweep.name,
-            OFFLINE_SWEEP: self.sweep.name,
-            "WANDB_SILENT": os.environ.get("WANDB_SILENT", "true"),
-        }
-        command = expand_command(self.sweep.config["command"], arguments)
-        # In a process group of its own, or Ctrl-C would reach it twice: from the terminal and from here.
-        process = subprocess.Popen(command, env=environment, process_group=0)
-        stopped = False
-        with forward_signals(process) as forwarded:
-            while True:
-                try:
-                    exit_code = process.wait(POLL_SECONDS)
-                    break
-                except subprocess.TimeoutExpired:
-                    if not stopped and self._given_up(trial):
-                        stopped = True
-                        print(f"\n{trial.id}: stopped early, by {self.sweep.config['early_terminate']['type']}")
-                        process.send_signal(signal.SIGTERM)
-        if forwarded and exit_code:
+        begun: set[str] = set()
+        ended: list[str] = []
+        with self.state.locked():
+            self._take_over()
+            with forward_signals(lambda: [running.process for running in self.running]) as came:
+                while True:
+                    while not came and not hopeless(ended) and len(self.running) < len(self.shares):
+                        trial = self._next_trial(begun, may_begin=count is None or len(begun) < count)
+                        if trial is None:
+                            break
+                        begun.add(trial.id)
+                        process = self._start(trial)
+                        if came:  # While it was being started, and could not yet be told.
+                            process.send_signal(came[-1])
+                    if not self.running:
+                        break
+                    time.sleep(POLL_SECONDS)
+                    ended += self._end_trials(interrupted=bool(came))
+                    self._give_up_trials()
+            write_results(self.folder, self.reader.ranked())
+            plot_results(self.folder / PLOT_FILE, self.sweep, self.reader.records())
+        if came:
             raise KeyboardInterrupt
-        if stopped and exit_code:
-            return "stopped"
-        return "finished" if exit_code == 0 else "failed"
+        if hopeless(ended):
+            raise NothingWorks(f"{len(ended)} trials failed and none came to its end; nothing more is started")
+        return self.reader.ranked()
 
-    def _trial_folder(self, trial: Trial) -> Path:
-        return self.folder / "trials" / trial.id
+    def _take_over(self) -> None:
+        """See to the trials of a process that was killed: nothing of them runs on, and what is done stays done."""
+        for trial in self.state.trials:
+            if trial.state in (RUNNING, STOPPING):
+                end_orphan(self.state.trial_folder(trial))
+                if self.reader.has_result(trial):
+                    trial.state = FINISHED
+                else:
+                    trial.state = STOPPED if trial.state == STOPPING else WAITING
+        self.state.write()
 
-    def _save(self) -> None:
-        write_json(
-            self.folder / STATE_FILE,
-            {"sweep": engine.plain(self.sweep.config), "trials": [asdict(trial) for trial in self.trials]},
+    def _next_trial(self, begun: set[str], may_begin: bool) -> Trial | None:
+        """A trial that waits, or else a new one; None if there is none.
+
+        Args:
+            begun: ids of the trials that this process has run.
+            may_begin: whether it may be another one; else one of them is tried again.
+        """
+        trials = self.state.trials
+        waiting = [trial for trial in trials if trial.state == WAITING and (may_begin or trial.id in begun)]
+        if waiting or self.exhausted or not may_begin:
+            return waiting[0] if waiting else None
+        if self.sweep.run_cap is not None and len(trials) >= self.sweep.run_cap:
+            return None
+        parameters = engine.suggest(self.sweep.engine_config(), self.reader.engine_runs())
+        if parameters is None:
+            self.exhausted = True
+            return None
+        name = re.sub(r"[^A-Za-z0-9_-]+", "-", self.sweep.name)[:ID_LENGTH]
+        trial = Trial(f"{name}-{len(trials) + 1:03d}-{secrets.token_hex(2)}", parameters)
+        trials.append(trial)
+        return trial
+
+    def _start(self, trial: Trial) -> subprocess.Popen[bytes]:
+        slot = min(set(range(len(self.shares))) - {running.slot for running in self.running})
+        folder = self.state.trial_folder(trial)
+        arguments = [f"--{key}={value}" for key, value in trial.parameters.items()] + [f"--log.dir={folder}"]
+        environment = (
+            dict(os.environ)
+            | self.shares[slot]
+            | {
+                "WANDB_MODE": "disabled" if os.environ.get("WANDB_MODE") == "disabled" else "offline",
+                "WANDB_RUN_ID": trial.id,
+                "WANDB_NAME": trial.id,
+                "WANDB_RUN_GROUP": self.sweep.name,
+                OFFLINE_SWEEP: self.sweep.name,
+                "WANDB_SILENT": os.environ.get("WANDB_SILENT", "true"),
+            }
         )
+        command = expand_command(self.sweep.config["command"], arguments, self.sweep.config.get("program"))
+        # Before there is a process: whoever finds this trial later must know that it may have one.
+        trial.state = RUNNING
+        self.state.write()
+        end_orphan(folder)  # Something that the trial left behind when it failed.
+        try:
+            process = start_process(command, environment, folder, self._log(trial))
+        except OSError as error:
+            trial.state = WAITING
+            self.state.write()
+            raise SweepError(f"command = {command[0]!r}: {error.strerror}") from None
+        self.running.append(Running(trial, process, slot, time.monotonic()))
+        self.progress.started(trial)
+        return process
 
-    def _copy_pictures(self, trial: Trial) -> None:
-        """Put the newest pictures of a trial beside the results."""
-        samples = self._trial_folder(trial) / SAMPLES
-        for kind, suffix in (("samples", "png"), ("diffusion", "gif")):
-            newest = max(samples.glob(f"{kind}-*.{suffix}"), default=None)
-            if newest is not None:
-                shutil.copyfile(newest, self.folder / f"{trial.id}-{kind}.{suffix}")
+    def _log(self, trial: Trial) -> Path | None:
+        """Where a trial's output goes: to the screen (None) if no other trial is there."""
+        return self.state.trial_folder(trial) / LOG_FILE if len(self.shares) > 1 else None
 
-    def records(self) -> list[TrialRecord]:
-        """All trials of the sweep, best first."""
-        records = []
-        for trial in self.trials:
-            folder = self._trial_folder(trial)
-            result: dict[str, Any] = {}
-            if (folder / RESULT_FILE).is_file():
-                result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-            records.append(
-                TrialRecord(
-                    id=trial.id,
-                    state=trial.state,
-                    parameters=trial.parameters,
-                    figures=result.get("figures") or best_figures(read_history(folder)),
-                    config=result.get("config", {}),
-                    best_checkpoint=result.get("best_checkpoint"),
-                    seconds=result.get("seconds"),
-                )
-            )
-        return best_first(records, self.sweep.metric)
+    def _end_trials(self, interrupted: bool) -> list[str]:
+        """Note which processes have ended; returns the states of the trials that are over."""
+        states = []
+        for running in list(self.running):
+            code = running.process.poll()
+            if code is None:
+                if running.kill_at is not None and time.monotonic() > running.kill_at:
+                    kill_group(running.process)
+                continue
+            if code:
+                kill_group(running.process)  # What it started must not hold on to the GPUs.
+            self.running.remove(running)
+            trial = running.trial
+            trial.seconds += running.seconds
+            if trial.state == STOPPING:
+                trial.state = FINISHED if code == 0 and self.reader.has_result(trial) else STOPPED
+            elif code == 0:
+                trial.state = FINISHED
+            elif interrupted:
+                trial.state = WAITING
+            else:
+                trial.failures += 1
+                trial.state = FAILED if trial.failures >= ATTEMPTS else WAITING
+            self.state.write()
+            self.reader.copy_pictures(trial)
+            self.progress.ended(trial, code, [other.seconds for other in self.running], self._log(trial))
+            if trial.state in DONE:
+                states.append(trial.state)
+        return states
+
+    def _give_up_trials(self) -> None:
+        """Tell those trials to end that early termination gives up."""
+        if "early_terminate" not in self.sweep.config:
+            return
+        news = False
+        for running in self.running:
+            size = self.reader.history_bytes(running.trial)
+            news |= size != running.history_bytes
+            running.history_bytes = size
+        if not news:
+            return
+        doomed = engine.doomed(self.sweep.engine_config(), self.reader.engine_runs())
+        for running in self.running:
+            if running.trial.id in doomed and running.trial.state == RUNNING:
+                running.trial.state = STOPPING
+                running.kill_at = time.monotonic() + STOP_GRACE_SECONDS
+                self.state.write()
+                running.process.send_signal(signal.SIGTERM)
 
 
-def run_offline(sweep: SweepFile, folder: Path, count: int | None) -> int:
+def hopeless(ended: Sequence[str]) -> bool:
+    """Whether trials have ended in such a way that no further one need be tried."""
+    return len(ended) >= FAILURES_AT_START and set(ended) == {FAILED}
+
+
+def run_offline(coordinator: OfflineSweep, count: int | None) -> int:
     """Run an offline sweep and print its table; returns the exit status."""
-    coordinator = OfflineSweep(sweep, folder)
+    sweep, folder = coordinator.sweep, coordinator.folder
     try:
         records = coordinator.run(count)
     except KeyboardInterrupt:
         print(f"\nstopped; the same command goes on from here ({folder})", file=sys.stderr)
         return 130
+    except NothingWorks as error:
+        print(f"error: {error}", file=sys.stderr)
+        records = coordinator.reader.ranked()
     print(f"\n{sweep.name}: {len(records)} trials" + (f", best {sweep.metric} first" if sweep.metric else ""))
-    print(table(records, sweep.varied))
-    print(f"\nresults.csv, results.json, sample grids and GIFs: {folder}/")
+    print(table(records, sweep.varied, sweep.metric))
+    print(f"\nresults.csv, results.json, results.png, sample grids and GIFs: {folder}/")
     print(f"to put it all on W&B: wandb sync {folder}/trials/*/wandb/offline-run-*")
-    return 0 if all(record.state != "failed" for record in records) else 1
-
-
-def expand_command(command: list[Any], arguments: list[str]) -> list[str]:
-    """A sweep's command with its macros filled in, as ``wandb agent`` does."""
-    macros = {"${env}": ["/usr/bin/env"], "${interpreter}": [sys.executable], ARGS_MACRO: arguments}
-    words: list[str] = []
-    for word in command:
-        words += macros.get(str(word), [str(word)])
-    return words
+    return 0 if all(record.state != FAILED for record in records) else 1

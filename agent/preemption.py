@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,20 +54,3 @@ class StopRequest:
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
-
-
-@contextmanager
-def forward_signals(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """While a process runs, SIGINT, SIGTERM and SIGHUP to this one go to it; yields the list of those that came."""
-    came: list[int] = []
-
-    def forward(number: int, _frame: Any) -> None:
-        came.append(number)
-        process.send_signal(number)
-
-    old = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield came
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

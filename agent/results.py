@@ -22,7 +22,7 @@ class TrialRecord:
 
     Attributes:
         id: the trial's run id.
-        state: ``finished``, ``failed``, ``stopped`` (by early termination) or ``running``.
+        state: ``finished``, ``stopped`` (by early termination), ``failed``, or what it is in the middle of.
         parameters: what the sweep chose for it.
         figures: the best value of each figure with a goal, the last of the others.
         config: every knob.
@@ -52,9 +52,10 @@ def best_first(trials: Sequence[TrialRecord], metric: str | None) -> list[TrialR
     return ordered + [trial for trial in trials if metric not in trial.figures]
 
 
-def table(trials: Sequence[TrialRecord], varied: Sequence[str]) -> str:
-    """Trials as text: rank, id, state, what varied, figures."""
-    figures = [name for name in SHOWN_FIGURES if any(name in trial.figures for trial in trials)]
+def table(trials: Sequence[TrialRecord], varied: Sequence[str], metric: str | None = None) -> str:
+    """Trials as text: rank, id, state, what varied, figures (the sweep's metric among them)."""
+    shown = dict.fromkeys([*([metric] if metric else []), *SHOWN_FIGURES])
+    figures = [name for name in shown if any(name in trial.figures for trial in trials)]
     rows = [["", "trial", "state", *varied, *figures, "seconds"]]
     for rank, trial in enumerate(trials, start=1):
         rows.append(
@@ -62,9 +63,9 @@ def table(trials: Sequence[TrialRecord], varied: Sequence[str]) -> str:
                 str(rank),
                 trial.id,
                 trial.state,
-                *(shown(trial.parameters.get(key)) for key in varied),
-                *(shown(trial.figures.get(name)) for name in figures),
-                shown(trial.seconds and round(trial.seconds)),
+                *(cell(trial.parameters.get(key)) for key in varied),
+                *(cell(trial.figures.get(name)) for name in figures),
+                cell(trial.seconds and round(trial.seconds)),
             ]
         )
     return table_of(rows)
@@ -73,12 +74,25 @@ def table(trials: Sequence[TrialRecord], varied: Sequence[str]) -> str:
 def table_of(rows: Sequence[Sequence[str]]) -> str:
     """Cells in columns, a line below the first row."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
 
 
-def shown(value: Any) -> str:
+def choice(parameters: Mapping[str, Any], varied: Sequence[str]) -> str:
+    """What a sweep chose for a trial: ``train.lr=0.0004213 seed=1``."""
+    shown = {key: f"{value:.4g}" if isinstance(value := parameters[key], float) else value for key in varied}
+    return " ".join(f"{key}={value}" for key, value in shown.items())
+
+
+def duration(seconds: float) -> str:
+    """A length of time in words: ``34 s``, ``5 min``, ``7.5 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def cell(value: Any) -> str:
     """A cell: numbers in few digits, what is not known as a dash."""
     if value is None:
         return "-"

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 from agent import engine
 from agent.config import TrialConfig, build_config
+from agent.trial_process import ARGS_MACRO, ENVIRONMENT_MACRO, MACROS
 from diffusion_core.config_io import ConfigError, knobs, read_yaml, unknown_key
 from diffusion_core.figure_names import GOALS, goal_of
 from pruning.config import LISTENS_TO, PruneConfig, unheard
 
-ARGS_MACRO = "${args}"
 METHODS = ("grid", "random", "bayes")
 EXPECTED = {"early_terminate": "type: hyperband, with min_iter:, or with max_iter: and s:"}
 """What a setting of a sweep may be, where W&B's schema does not say it in words."""
@@ -26,8 +26,20 @@ DECIDE_FIGURES = ("eval.", "data.", "model.class_conditional", "preset")
 MOST_COMBINATIONS = 1000
 """Combinations of them that are tried."""
 
+MAX_NAME_BYTES = 200
+"""Length of a sweep's name; a folder's may have 255 bytes."""
+
+MAX_SHOWN = 300
+"""Characters of a value in a message."""
+
 SPREAD = 3.0
 """A normal distribution is tried at its mean and this many deviations to both sides of it."""
+
+MAX_GRID = 100_000
+"""Combinations of a grid. The engine lists them all for every suggestion."""
+
+MAX_NODES = 100_000
+"""Values in a file once its aliases are written out; some lines of YAML can stand for more than any memory holds."""
 
 
 class SweepError(ConfigError):
@@ -71,7 +83,24 @@ class SweepFile:
         """Number of trials of a grid; None for other methods."""
         if self.config["method"] != "grid":
             return None
-        return math.prod(trials_of(spec) or 1 for spec in self.parameters.values())
+        return grid_size(self.parameters)
+
+    def renamed(self, name: str) -> SweepFile:
+        """The same sweep under another name.
+
+        Raises:
+            SweepError: if no folder can have that name.
+        """
+        problems = _name_problems(name)
+        if problems:
+            raise SweepError(*problems)
+        return replace(self, name=name, config=self.config | {"name": name})
+
+    @property
+    def total(self) -> int | None:
+        """How many trials there will be; None if the search goes on until it is stopped."""
+        caps = [cap for cap in (self.run_cap, self.grid_size()) if cap is not None]
+        return min(caps) if caps else None
 
     def engine_config(self) -> dict[str, Any]:
         """What W&B's search engine takes: parameters flat, and nothing that is the server's business."""
@@ -90,14 +119,54 @@ def load_sweep(path: Path) -> SweepFile:
     """
     try:
         config = read_yaml(path)
+        if _count_nodes(config) > MAX_NODES:
+            raise SweepError(f"{str(path)!r}: more than {MAX_NODES:,} values once its aliases are written out")
+    except RecursionError:
+        raise SweepError(f"{str(path)!r}: nested too deeply, or within itself") from None
     except ConfigError as error:
         raise SweepError(str(error).removeprefix("--config = ")) from None
+    return check_sweep(config, str(path), path.stem)
+
+
+def check_sweep(config: dict[str, Any], source: str, name: str) -> SweepFile:
+    """Check the content of a sweep as :func:`load_sweep` does.
+
+    Args:
+        source: where it is from, for messages.
+        name: what it is called if it does not say.
+
+    Raises:
+        SweepError: with all problems found, one a line.
+    """
+    config = {key: value for key, value in config.items() if value is not None}  # `metric:` with nothing after it.
+    name = config.get("name", name)
     problems = _setting_problems(config) + _parameter_problems(config.get("parameters"), config.get("method"))
+    problems += _name_problems(name) if isinstance(name, str) else []
     if not problems:
         problems += _unlogged_metric(config)
     if problems:
-        raise SweepError("\n".join(f"{path}: {problem}" for problem in dict.fromkeys(problems)))
-    return SweepFile(str(config.get("name", path.stem)), config, flat_parameters(config["parameters"]))
+        raise SweepError("\n".join(f"{source}: {problem}" for problem in dict.fromkeys(problems)))
+    return SweepFile(name, config, flat_parameters(config["parameters"]))
+
+
+def _name_problems(name: str) -> list[str]:
+    if name and Path(name).name == name and name.isprintable() and len(name.encode()) <= MAX_NAME_BYTES:
+        return []
+    return [f"name = {_shown(name)}: expected a name that a folder can have"]
+
+
+def _count_nodes(value: Any, counted: dict[int, int] | None = None) -> int:
+    """How many values there are in one, those behind aliases as often as they appear.
+
+    Raises:
+        RecursionError: if it holds itself.
+    """
+    counted = {} if counted is None else counted
+    if id(value) not in counted:
+        inner = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+        is_container = isinstance(value, Mapping | list | tuple | set)
+        counted[id(value)] = 1 + (sum(_count_nodes(entry, counted) for entry in inner) if is_container else 0)
+    return counted[id(value)]
 
 
 def flat_parameters(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, dict[str, Any]]:
@@ -123,8 +192,12 @@ def _setting_problems(config: Mapping[str, Any]) -> list[str]:
         problems.append(f"run_cap = {run_cap!r}: expected an integer >= 1")
     command = config.get("command")
     if not isinstance(command, list) or ARGS_MACRO not in command:
-        problems.append(f"command = {command!r}: expected a list that ends in {ARGS_MACRO}, such as "
+        problems.append(f"command = {_shown(command)}: expected a list that ends in {ARGS_MACRO}, such as "
                         "[${env}, ${interpreter}, -m, agent, ${args}]")  # fmt: skip
+    else:
+        for word in command:
+            if "${" in ENVIRONMENT_MACRO.sub("", str(word)) and word not in MACROS:
+                problems.append(f"command = {word!r}: expected one of {', '.join(MACROS)}, ${{envvar:NAME}}")
     for key, value in config.items():
         if key not in judged:
             problems += _violations(key, value, {key: value})
@@ -171,6 +244,11 @@ def _unlogged_metric(config: Mapping[str, Any]) -> Iterator[str]:
             return
 
 
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
 def _violations(key: str, value: Any, content: Mapping[str, Any]) -> list[str]:
     """What W&B's schema has against one setting or parameter, in one line."""
     found = engine.violations({"method": "random", "parameters": {"seed": {"value": 0}}} | dict(content))
@@ -182,25 +260,35 @@ def _violations(key: str, value: Any, content: Mapping[str, Any]) -> list[str]:
         reason for reason in reasons if not reason.endswith("schemas") and not reason.lower().startswith("invalid ")
     ]
     expected = EXPECTED.get(key, "value:, values:, or min: and max:, with a distribution: that W&B knows")
-    return [f"{key} = {value!r}: {'; '.join(dict.fromkeys(reasons)) or f'expected {expected}'}"]
+    return [f"{key} = {_shown(value)}: {'; '.join(dict.fromkeys(reasons)) or f'expected {expected}'}"]
 
 
 def _parameter_problems(parameters: Any, method: Any) -> list[str]:
     if not isinstance(parameters, Mapping) or not parameters:
-        return [f"parameters = {parameters!r}: expected a mapping from knobs such as train.lr to their values"]
+        return [f"parameters = {_shown(parameters)}: expected a mapping from knobs such as train.lr to their values"]
     fields = dict(knobs(TrialConfig))
     tried: dict[str, list[Any]] = {}
     problems: list[str] = []
     for key, spec in flat_parameters(parameters).items():
         wrong = _violations(key, spec, {"parameters": {key: spec}})
+        ends = [type(spec[end]) for end in ("min", "max")] if not wrong and {"min", "max"} <= spec.keys() else []
+        if len(set(ends)) > 1 and "distribution" not in spec:
+            wrong = [f"{key} = {_shown(spec)}: expected two integers or two numbers with a point, or a distribution:"]
+        if not wrong and method == "bayes" and "probabilities" in spec:
+            wrong = [f"{key} = {_shown(spec)}: expected values: without probabilities:, which method=bayes cannot use"]
         if not wrong and method == "grid" and trials_of(spec) is None:
-            wrong = [f"{key} = {spec!r}: expected value: or values:, which method=grid needs"]
+            wrong = [f"{key} = {_shown(spec)}: expected value: or values:, which method=grid needs"]
         known = key.partition(".")[0] in TrialConfig.model_fields
         if not known or ("." in key and key not in fields):
             wrong = [unknown_key(key, spec, fields)]
         problems += wrong
         if not wrong:
             tried[key] = values_to_try(spec)
+    flat = {key: spec for key, spec in flat_parameters(parameters).items() if key in tried}
+    if method == "grid" and grid_size(flat) > MAX_GRID:
+        problems.append(f"parameters: {grid_size(flat):,} combinations; expected at most {MAX_GRID:,} for method=grid")
+    if method == "bayes" and not problems and all("value" in spec for spec in flat.values()):
+        problems.append("parameters: expected one that varies, for method=bayes to search")
     first = {key: values[0] for key, values in tried.items()}
     methods = [str(method) for method in tried.get("prune.method", [PruneConfig().method]) if method in LISTENS_TO]
     for key, values in tried.items():
@@ -214,12 +302,17 @@ def _parameter_problems(parameters: Any, method: Any) -> list[str]:
     return problems
 
 
+def grid_size(parameters: Mapping[str, Mapping[str, Any]]) -> int:
+    """Number of combinations of a grid's parameters."""
+    return math.prod(trials_of(spec) or 1 for spec in parameters.values())
+
+
 def trials_of(spec: Mapping[str, Any]) -> int | None:
     """How many values a grid tries of a parameter; None if it is no parameter for a grid."""
     if "value" in spec:
         return 1
     if "values" in spec:
-        return None if "probabilities" in spec else len(spec["values"])
+        return None if "probabilities" in spec else len({repr(value) for value in spec["values"]})
     if is_whole(spec):
         return spec["max"] - spec["min"] + 1
     return (

@@ -423,6 +423,8 @@ class CoreConfig(Section):
                     f"sample.guidance_interval = {sample.guidance_interval}: says nothing while sample.guidance = 1.0 "
                     f"guides nowhere"
                 )
+        if len({f"{width:g}" for width in ema.power_widths}) < len(ema.power_widths):  # As profiles are named.
+            yield f"ema.power_widths = {ema.power_widths}: expected widths that differ in their first six digits"
         if ema.sampled == "power" and not ema.power_widths:
             yield "ema.sampled = 'power': needs ema.power_widths, such as 0.05,0.1"
         if ema.sampled == "average" and ema.average_from is None:

@@ -1,6 +1,6 @@
 """Diffusers' names for what this network and its noise schedule are: weights, `UNet2DModel`, `DDPMScheduler`.
 
-Pure functions over names, tensors and JSON; Diffusers itself is not imported (``scripts/convert_diffusers.py`` does).
+Pure functions over names, tensors and JSON; Diffusers itself is not imported.
 What one side cannot express becomes a :class:`ConfigError` that names the key, the value and what is allowed.
 """
 
@@ -17,6 +17,14 @@ from diffusion_core.config import IMAGE_SHAPES, CoreConfig, DiffusionConfig, Mod
 from diffusion_core.config_io import ConfigError
 from diffusion_core.schedule import MAX_BETA, NoiseSchedule, build_schedule, cosine_betas, zero_terminal_snr
 from diffusion_core.unet import NORM_EPSILON, UNet
+
+INDEX_FILE = "model_index.json"
+UNET_FILE = "config.json"
+SCHEDULER_FILE = "scheduler_config.json"
+WEIGHTS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+CLASSES_FILE = "classes.json"
+EXTRA = "diffusers"
+"""What of the source has no knob here and is kept in the checkpoint's `extra` for export."""
 
 WHOLE = {
     "time_mlp.0": "time_embedding.linear_1",

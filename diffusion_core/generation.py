@@ -108,8 +108,10 @@ class Generator:
         def translated(x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None) -> Tensor:
             alpha, sigma = schedule.at(t_B, x_BCHW)
             own_t_B = denoiser.schedule.position((sigma / alpha).flatten()).float()
-            own_alpha, _ = denoiser.schedule.at(own_t_B, x_BCHW)
-            return denoiser(x_BCHW / alpha * own_alpha, own_t_B, labels_B)
+            own_alpha, own_sigma = denoiser.schedule.at(own_t_B, x_BCHW)
+            # Equal levels, so own_alpha / alpha; and of noise without any signal, alpha 0, as strong as it knows it.
+            scale = torch.hypot(own_alpha, own_sigma) / torch.hypot(alpha, sigma)
+            return denoiser(scale * x_BCHW, own_t_B, labels_B)
 
         return translated
 

@@ -1,4 +1,6 @@
-"""Named starting points: values for the knobs that suit a data set. What is given besides overrides them."""
+"""Values of the knobs by name: starting points that suit a data set (what is given besides overrides them), and ways to
+say what the network learns.
+"""
 
 from __future__ import annotations
 
@@ -43,3 +45,29 @@ PRESETS: dict[str, dict[str, Any]] = {
         "log.every": 25,
     },
 }
+
+FORMULATIONS: dict[str, dict[str, Any]] = {
+    "eps": {},
+    "v": {"diffusion.prediction": "v"},
+    "x0": {"diffusion.prediction": "x0"},
+    "EDM": {
+        "diffusion.schedule": "karras",
+        "diffusion.prediction": "edm",
+        "diffusion.weighting": "edm",
+        "diffusion.timestep_sampling": "lognormal",
+    },
+    "learned variance": {"model.learned_variance": True},
+    "self-conditioning": {"model.self_conditioning": True},
+    "zero terminal SNR": {"diffusion.zero_terminal_snr": True, "diffusion.prediction": "v"},
+    "min-SNR": {"diffusion.schedule": "cosine", "diffusion.weighting": "min_snr"},
+    "P2, L1": {"diffusion.schedule": "sigmoid", "diffusion.weighting": "p2", "diffusion.loss": "l1"},
+    "shifted cosine, Huber, offset noise": {
+        "diffusion.schedule": "cosine",
+        "diffusion.logsnr_shift": 1.4,
+        "diffusion.prediction": "v",
+        "diffusion.loss": "huber",
+        "diffusion.offset_noise": 0.1,
+        "model.conditioning": "scale_shift",
+    },
+}
+"""What the network learns, and how: what the scripts that compare formulations train."""

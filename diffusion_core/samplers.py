@@ -20,13 +20,10 @@ from torch import Tensor
 
 from diffusion_core.config import SampleConfig
 from diffusion_core.denoiser import Denoiser, DenoiserFunction
-from diffusion_core.schedule import SamplingSteps
+from diffusion_core.schedule import PURE_NOISE_LEVEL, NoiseSchedule, SamplingSteps
 
 NoiseFunction = Callable[[], Tensor]
 StepCallback = Callable[[int, Tensor, Tensor], None]
-
-PURE_NOISE_LEVEL = 200.0
-"""Above this noise level the image counts as lost; EDM starts at 80, the linear schedule at 157."""
 
 
 class Sampler(Protocol):
@@ -183,14 +180,19 @@ def heun(
         eps_BCHW = noise_in(x_BCHW, x0_BCHW, steps, index)
         alpha, sigma = float(steps.alphas[index + 1]), float(steps.sigmas[index + 1])
         ahead_BCHW = alpha * x0_BCHW + sigma * eps_BCHW
-        now, after = steps.levels[index], steps.levels[index + 1]
-        if after > 0.0 and now < PURE_NOISE_LEVEL:
+        if is_corrected(steps, index):
+            now, after = steps.levels[index], steps.levels[index + 1]
             x0_ahead_BCHW = denoiser(ahead_BCHW, steps.t(index + 1, x_BCHW), labels_B)
             eps_ahead_BCHW = noise_in(ahead_BCHW, x0_ahead_BCHW, steps, index + 1)
             slope_BCHW = 0.5 * (eps_BCHW + eps_ahead_BCHW)
             ahead_BCHW = alpha * (x0_BCHW + now * eps_BCHW + (after - now) * slope_BCHW)
         x_BCHW = ahead_BCHW
     return x_BCHW
+
+
+def is_corrected(steps: SamplingSteps, index: int) -> bool:
+    """Whether Heun's method evaluates the denoiser a second time at a step."""
+    return steps.levels[index + 1] > 0.0 and steps.levels[index] < PURE_NOISE_LEVEL
 
 
 def dpmpp_2m(
@@ -236,9 +238,11 @@ def noise_in(x_BCHW: Tensor, x0_BCHW: Tensor, steps: SamplingSteps, index: int) 
     return (x_BCHW - float(steps.alphas[index]) * x0_BCHW) / float(steps.sigmas[index])
 
 
-def evaluations(config: SampleConfig) -> int:
+def evaluations(config: SampleConfig, schedule: NoiseSchedule) -> int:
     """How often a sampler evaluates the denoiser for an image."""
-    return 2 * config.steps - 1 if config.sampler == "heun" else config.steps
+    steps = schedule.steps(config.steps, config.spacing)
+    corrections = sum(is_corrected(steps, index) for index in range(len(steps))) if config.sampler == "heun" else 0
+    return len(steps) + corrections
 
 
 def build_sampler(config: SampleConfig, denoiser: Denoiser | None = None) -> Sampler:

@@ -29,6 +29,12 @@ BEYOND_LAST = 10.0
 """Where the last timestep has no signal at all, and so no finite noise level: for positions between the timesteps it
 counts as this many times the level before it."""
 
+PURE_NOISE_LEVEL = 200.0
+"""Above this noise level the image counts as lost; EDM starts at 80, the linear schedule at 157."""
+
+KARRAS_START = 160.0
+"""Largest noise level at which karras spacing enters a variance preserving schedule."""
+
 
 @dataclass(frozen=True)
 class NoiseSchedule:
@@ -118,13 +124,18 @@ class NoiseSchedule:
         """The timesteps that a sampler with ``count`` steps visits, most noisy first.
 
         See :func:`spaced_timesteps`; ``karras`` spaces noise levels instead (Karras et al. 2022, eq. 5, rho 7), from
-        the schedule's largest finite one to its smallest, and so visits positions between timesteps.
+        the schedule's largest to its smallest, and so visits positions between timesteps. A variance preserving
+        schedule that ends in still more noise (cosine: 20,000), or without any signal, is entered at
+        ``KARRAS_START``: steps above it would be lost.
 
         Raises:
             ValueError: if ``count`` is not in 1..T.
         """
         if spacing == "karras":
-            levels = karras_levels(count, float(self.log_levels[0].exp()), float(self.log_levels[-1].exp())).flip(0)
+            lowest, highest = float(self.log_levels[0].exp()), float(self.log_levels[-1].exp())
+            if self.variance_preserving and lowest < KARRAS_START < highest:
+                highest = KARRAS_START
+            levels = karras_levels(count, lowest, highest).flip(0)
             timesteps = self.position(levels)
             alphas, sigmas = self.amplitudes(levels)
             visited: tuple[float, ...] = tuple(timesteps.tolist())

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,16 +31,15 @@ subjects:
   scaling         cost against batch, width, image size, steps and processes: a table and a plot
   gpu             matrix rate and bandwidth of the GPU; training, sampling, FID and pruning against them"""
 
+Measure = Callable[[Options], list[Row]]
+
 SUBJECTS = (
     "training-step",
     "training-loop",
     "sampling",
     "loading",
     "ema",
-    "pruned",
-    "fid",
     "cold-trial",
-    "accuracy",
     "scaling",
     "gpu",
 )
@@ -64,14 +62,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def measures() -> dict[str, Measure]:
+    """What measures each subject."""
+    # Slow to import, and --help does without them.
+    from benchmarks import cold_trial, ema, gpu, loading, sampling, scaling, training_loop, training_step
+
+    modules = (training_step, training_loop, sampling, loading, ema, cold_trial, scaling, gpu)
+    return {module.SUBJECT: module.measure for module in modules}
+
+
 def measure(subject: str, options: Options) -> list[Row]:
     """The rows of one subject; one that cannot run here says why."""
-    module = importlib.import_module(f"benchmarks.{subject.replace('-', '_')}")
     try:
-        rows: list[Row] = module.measure(options)
+        return measures()[subject](options)
     except ModuleNotFoundError as error:
         return [Row(subject, "-", None, note=f'needs {error.name}: pip install -e ".[bench]"')]
-    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """Train each formulation on the built-in digits, sample it with several samplers, and print class agreement.
 
   python scripts/compare_formulations.py --seeds 0,1,2 --out runs/formulations
+  python scripts/compare_formulations.py --formulations 'eps;EDM' --samplers 'ddim 50;heun 18'
 
 Class agreement is the share of 500 generated images in which a classifier of real digits sees the label that was asked
 for. Writes results.json and table.md. Stop it and run it again: what is done is kept.
@@ -11,44 +12,39 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agent.config import TrialConfig, build_config
+from agent.config import build_config
+from agent.refusal import fail
 from agent.run_folder import write_json
-from agent.trial import run_trial
+from agent.trial import TrialResult, run_trial
 from diffusion_core.checkpoint import read_checkpoint
-from diffusion_core.config_io import ConfigError
+from diffusion_core.config import CoreConfig
+from diffusion_core.config_io import ConfigError, build, flatten
 from diffusion_core.data import Dataset, load_data
 from diffusion_core.evaluation.classifier import Classifier, classifier_for
 from diffusion_core.generation import Generator, Request
 from diffusion_core.hardware import pick_device, pick_precision
+from diffusion_core.presets import FORMULATIONS, PRESETS
 from diffusion_core.samplers import evaluations
+from diffusion_core.schedule import build_schedule
 from diffusion_core.tracking import NullTracker
 
-EDM = {
-    "diffusion.schedule": "karras",
-    "diffusion.prediction": "edm",
-    "diffusion.weighting": "edm",
-    "diffusion.timestep_sampling": "lognormal",
-}
-FORMULATIONS: dict[str, dict[str, Any]] = {
-    "eps": {},
-    "v": {"diffusion.prediction": "v"},
-    "x0": {"diffusion.prediction": "x0"},
-    "edm": EDM,
-    "learned variance": {"model.learned_variance": True},
-}
+COMPARED = ("eps", "v", "x0", "EDM", "learned variance")
 SAMPLERS: dict[str, dict[str, Any]] = {
     "ddim 50": {"sample.sampler": "ddim", "sample.steps": 50},
     "ddpm 100": {"sample.sampler": "ddpm", "sample.steps": 100},
     "dpmpp_2m 10": {"sample.sampler": "dpmpp_2m", "sample.steps": 10},
     "heun 18": {"sample.sampler": "heun", "sample.steps": 18},
+    "heun 10, karras": {"sample.sampler": "heun", "sample.steps": 10, "sample.spacing": "karras"},
 }
 FOR_EDM = {"sample.spacing": "karras"}
 IMAGES = 500
 SAMPLING_SEED = 1
+SECONDS = "seconds"
+"""Of training, kept beside the figures of the samplers."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", default="0", metavar="A,B,...", help="seeds to train with (0)")
     parser.add_argument("--steps", type=int, default=500, metavar="N", help="optimizer steps (500)")
+    parser.add_argument("--formulations", metavar="A;B", help=f"some of {'; '.join(COMPARED)} (all)")
+    parser.add_argument("--samplers", metavar="A;B", help=f"some of {'; '.join(SAMPLERS)} (all)")
     parser.add_argument("--out", type=Path, default=Path("runs/formulations"), metavar="DIR", help="where it all goes")
     arguments = parser.parse_args(argv)
     try:
@@ -65,21 +63,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.steps < 2 or min(seeds) < 0:
             raise ValueError
     except ValueError:
-        print(
-            f"error: --seeds = {arguments.seeds!r}, --steps = {arguments.steps}: expected integers >= 0, such as "
-            "0,1,2, and at least 2 steps",
-            file=sys.stderr,
+        return fail(
+            f"--seeds = {arguments.seeds!r}, --steps = {arguments.steps}: expected integers >= 0, such as 0,1,2, and "
+            "at least 2 steps"
         )
-        return 2
     try:
-        compare(seeds, arguments.steps, arguments.out)
+        names = some_of("--formulations", arguments.formulations, COMPARED)
+        samplers = some_of("--samplers", arguments.samplers, tuple(SAMPLERS))
+        compare(names, samplers, seeds, arguments.steps, arguments.out)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(str(error))
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from here ({arguments.out})", file=sys.stderr)
+        return 130
     return 0
 
 
-def compare(seeds: list[int], steps: int, folder: Path) -> None:
+def some_of(key: str, text: str | None, choices: Sequence[str]) -> list[str]:
+    """What an option names of the choices, in its order; all of them if it is not given."""
+    names = list(choices) if text is None else [word.strip() for word in text.split(";")]
+    for name in names:
+        if name not in choices:
+            raise ConfigError(f"{key} = {name!r}: expected some of {'; '.join(choices)}")
+    return names
+
+
+def compare(names: Sequence[str], samplers: Sequence[str], seeds: Sequence[int], steps: int, folder: Path) -> None:
     """Measure what is not measured yet, and write the table."""
     config = build_config({"preset": "digits"})
     dataset = load_data(config.data)
@@ -87,75 +96,82 @@ def compare(seeds: list[int], steps: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "results.json"
     results: dict[str, dict[str, float]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    for name, overrides in FORMULATIONS.items():
+    for name in names:
         for seed in seeds:
             key = f"{name}, {steps} steps, seed {seed}"
-            if key not in results:
-                print(key, flush=True)
-                results[key] = measure(name, overrides, seed, steps, folder, dataset, classifier)
-                write_json(file, results)
-    table = markdown(results, seeds, steps, classifier.accuracy)
+            figures = results.setdefault(key, {})
+            missing = [sampler for sampler in samplers if sampler not in figures]
+            if missing:
+                print(key, file=sys.stderr, flush=True)
+                model = train(name, seed, steps, folder, dataset)
+                figures.setdefault(SECONDS, model.seconds)
+                for sampler in missing:
+                    figures[sampler] = agreement(model.best_checkpoint, sampler, classifier)
+                    write_json(file, results)
+    table = markdown(results, names, samplers, seeds, steps, classifier.accuracy)
     (folder / "table.md").write_text(table, encoding="utf-8")
     print(table)
 
 
-def measure(
-    name: str,
-    overrides: dict[str, Any],
-    seed: int,
-    steps: int,
-    folder: Path,
-    dataset: Dataset,
-    classifier: Classifier,
-) -> dict[str, float]:
-    """Train one formulation with one seed; class agreement for each sampler, in [0, 1]."""
+def train(name: str, seed: int, steps: int, folder: Path, dataset: Dataset) -> TrialResult:
+    """Train one formulation with one seed, or find the model that an earlier call trained."""
     quiet = {"sample.every": 0, "eval.every": 0, "checkpoint.every": 0, "checkpoint.upload": False}
     fixed = {"preset": "digits", "seed": seed, "train.steps": steps, "train.device": "cpu", "log.progress": False}
-    config = build_config(fixed | quiet | overrides)
-    run = folder / f"{name.replace(', ', '-').replace(' ', '-')}-{steps}-{seed}"
-    result = run_trial(config, NullTracker(), dataset=dataset, folder=run, run_id=run.name)
-    checkpoint = read_checkpoint(result.best_checkpoint)
+    run = folder / f"{name.replace(' ', '-')}-{steps}-{seed}"
+    config = build_config(fixed | quiet | FORMULATIONS[name])
+    return run_trial(config, NullTracker(), dataset=dataset, folder=run, run_id=run.name)
+
+
+def agreement(path: Path, sampler: str, classifier: Classifier) -> float:
+    """Class agreement of a checkpoint's images by one of the samplers, in [0, 1]."""
+    checkpoint = read_checkpoint(path)
+    config = sampling(checkpoint.config(), SAMPLERS[sampler])
+    classes = checkpoint.metadata["num_classes"]
+    wanted = [Request(i % classes, i // classes) for i in range(IMAGES)]
     device = pick_device(config.train)
-    network = checkpoint.network().to(device)
-    wanted = [Request(i % dataset.num_classes, i // dataset.num_classes) for i in range(IMAGES)]
-    measured = {"seconds": result.seconds}
-    for sampler, settings in SAMPLERS.items():
-        chosen = sampling(config, overrides, settings)
-        generator = Generator(network, chosen, pick_precision(config.train, device))
-        images = generator.images(wanted, chosen.sample, SAMPLING_SEED)
-        measured[sampler] = classifier.agreement(images, [request.label for request in wanted])
-    return measured
+    generator = Generator(checkpoint.network().to(device), config, pick_precision(config.train, device))
+    images = generator.images(wanted, config.sample, SAMPLING_SEED)
+    return classifier.agreement(images, [request.label for request in wanted])
 
 
-def sampling(config: TrialConfig, overrides: dict[str, Any], settings: dict[str, Any]) -> TrialConfig:
-    """The configuration with a sampler that suits the formulation."""
-    more: dict[str, Any] = dict(settings)
+def sampling(config: CoreConfig, settings: Mapping[str, Any]) -> CoreConfig:
+    """The configuration with a sampler, as it suits the formulation."""
+    more: dict[str, Any] = {}
     if config.diffusion.schedule == "karras":
         more |= FOR_EDM
     if config.model.learned_variance and settings["sample.sampler"] == "ddpm":
         more["sample.variance"] = "learned"
-    return build_config({"preset": "digits"} | overrides | more)
+    return build(CoreConfig, flatten(config), settings, more)
 
 
-def markdown(results: dict[str, dict[str, float]], seeds: list[int], steps: int, accuracy: float) -> str:
+def markdown(
+    results: Mapping[str, Mapping[str, float]],
+    names: Sequence[str],
+    samplers: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    accuracy: float,
+) -> str:
     """The table: mean over seeds, and range where there are several."""
     lines = [
         f"{steps} optimizer steps, seeds {', '.join(map(str, seeds))} (mean, and range in brackets), {IMAGES} images "
         f"sampled with seed {SAMPLING_SEED} and guidance 2; the classifier is right on {accuracy:.2%} of the real "
         "held-out digits.",
         "",
-        "| formulation | " + " | ".join(SAMPLERS) + " |",
-        "|---|" + "---|" * len(SAMPLERS),
+        "| formulation | " + " | ".join(samplers) + " | network evaluations an image |",
+        "|---|" + "---|" * (len(samplers) + 1),
     ]
-    for name in FORMULATIONS:
+    for name in names:
         cells = []
-        for sampler in SAMPLERS:
+        for sampler in samplers:
             values = [100.0 * results[f"{name}, {steps} steps, seed {seed}"][sampler] for seed in seeds]
             spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
             cells.append(f"{sum(values) / len(values):.1f}%{spread}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    counts = ", ".join(f"{name}: {evaluations(build_config(settings).sample)}" for name, settings in SAMPLERS.items())
-    lines += ["", f"Network evaluations an image (twice that under guidance): {counts}."]
+        config = build(CoreConfig, PRESETS["digits"], FORMULATIONS[name])
+        schedule = build_schedule(config.diffusion)
+        counts = [evaluations(sampling(config, SAMPLERS[sampler]).sample, schedule) for sampler in samplers]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {', '.join(map(str, counts))} |")
+    lines += ["", "Guidance doubles the evaluations."]
     return "\n".join(lines) + "\n"
 
 

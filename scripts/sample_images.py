@@ -35,7 +35,7 @@ from diffusion_core.config import CoreConfig
 from diffusion_core.config_io import ConfigError, build, flatten
 from diffusion_core.generation import Generator, Request, requests
 from diffusion_core.hardware import pick_device, pick_precision
-from diffusion_core.unet import NO_LABEL
+from diffusion_core.unet import NO_LABEL, UNet
 
 MODES = ("sample", "denoise", "progressive", "interpolate")
 IMAGES_PER_LABEL = 8
@@ -135,7 +135,9 @@ def prepare(arguments: argparse.Namespace) -> Job:
         )
     checkpoint = read_checkpoint(path)
     hardware = {"train.device": arguments.device, "train.precision": arguments.precision, "seed": arguments.seed}
-    config = build(CoreConfig, flatten(checkpoint.config()), sampling_knobs(arguments), hardware)
+    # With a weaker model to guide away from, guidance does without labels and without their absence.
+    lifted = {"model.class_conditional": True, "train.label_dropout": 0.1} if guide_path else {}
+    config = build(CoreConfig, flatten(checkpoint.config()), lifted, sampling_knobs(arguments), hardware)
     if guide_path and config.sample.guidance == 1.0:
         raise ConfigError("sample.guidance = 1.0: says nothing of the model to guide away from; expected another value")
     pick_device(config.train)
@@ -143,7 +145,9 @@ def prepare(arguments: argparse.Namespace) -> Job:
     reference = load_generator(guide, config, "ema", processes) if guide else None
     generator = load_generator(checkpoint, config, arguments.weights, processes, reference)
     labels = pick_labels(arguments.labels, checkpoint)
-    count = pick_count(arguments.num_images, len(labels) * (IMAGES_PER_LABEL if arguments.mode == "sample" else 1))
+    each = IMAGES_PER_LABEL if arguments.mode == "sample" else 1
+    one_row = arguments.mode == "interpolate" and arguments.seeds is None
+    count = pick_count(arguments.num_images, 1 if one_row else len(labels) * each)
     with processes.main_process_first():
         check_folder(arguments.out, settings(arguments.mode, checkpoint, guide, config, arguments.weights))
     return Job(checkpoint, config, generator, labels, count, arguments.out, processes)
@@ -164,14 +168,25 @@ def load_generator(
     if weights not in checkpoint.parts or weights in ("optimizer", "masks"):
         choices = ", ".join(part for part in checkpoint.parts if part not in ("optimizer", "masks"))
         raise CheckpointError(f"--weights = {weights!r}: {str(checkpoint.path)!r} holds {choices}")
-    if reference is not None and reference.shape_CHW != checkpoint.shape_CHW:
-        raise CheckpointError(
-            f"--guide-checkpoint: makes images of {reference.shape_CHW} (channels, height, width), the model of "
-            f"{checkpoint.shape_CHW}"
-        )
     own = build(CoreConfig, flatten(checkpoint.config()), {"train.precision": config.train.precision})
     network = checkpoint.network(weights).to(processes.device)
+    if reference is not None:
+        check_guide(reference, network)
     return Generator(network, own, pick_precision(config.train, processes.device), reference)
+
+
+def check_guide(guide: Generator, network: UNet) -> None:
+    """Raises CheckpointError if a model to guide away from makes other images, or knows other labels."""
+    shape_CHW = (network.in_channels, network.image_size, network.image_size)
+    if guide.shape_CHW != shape_CHW:
+        raise CheckpointError(
+            f"--guide-checkpoint: makes images of {guide.shape_CHW} (channels, height, width), the model of {shape_CHW}"
+        )
+    if guide.network.num_classes not in (0, network.num_classes):
+        raise CheckpointError(
+            f"--guide-checkpoint: knows {guide.network.num_classes} classes, the model {network.num_classes}; expected "
+            "as many, or none"
+        )
 
 
 def sample(job: Job, gif: bool) -> None:
@@ -227,12 +242,11 @@ def interpolate(job: Job, seeds: str | None) -> None:
         if len(job.labels) != 2:
             raise ConfigError(f"--labels: interpolate needs two labels, or --seeds A,B; got {len(job.labels)} labels")
         first, second = job.labels
-        number = max(1, job.count // 2)
         rows = [
             job.generator.between_labels(index, job.config.sample, job.config.seed, (first, second), weights)
-            for index in range(number)
+            for index in range(job.count)
         ]
-        names = [" to ".join(job.names(job.labels))] * number
+        names = [" to ".join(job.names(job.labels))] * job.count
     if not job.processes.is_main_process:
         return
     media.grid(torch.cat(rows), len(weights), names).save(job.folder / "interpolate.png")

@@ -322,6 +322,7 @@ def made_to_go_together(values: dict[str, Any]) -> None:
         values["sample.guidance_interval"] = None if values["sample.guidance"] == 1.0 or low == high else [low, high]
     if values["ema.average_from"] is not None:
         values["ema.average_from"] = min(values["ema.average_from"], values["train.steps"] - 1)
+    values["ema.power_widths"] = list({f"{width:g}": width for width in values["ema.power_widths"]}.values())
     if {"power": not values["ema.power_widths"], "average": values["ema.average_from"] is None}.get(
         values["ema.sampled"]
     ):
@@ -396,7 +397,7 @@ def spellings(entry: Any) -> list[str]:
     return [entry]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(data=st.data(), config=configurations())
 def test_any_configuration_as_command_line_words_is_read_back(data: st.DataObject, config: TrialConfig) -> None:
     words: list[str] = []
@@ -407,7 +408,7 @@ def test_any_configuration_as_command_line_words_is_read_back(data: st.DataObjec
     assert parse(*words) == config
 
 
-@settings(max_examples=75, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(config=configurations())
 def test_any_configuration_in_the_words_of_wandb_is_read_back(config: TrialConfig) -> None:
     flat = {key: {"value": entry} for key, entry in flatten(config).items()}
@@ -416,7 +417,7 @@ def test_any_configuration_in_the_words_of_wandb_is_read_back(config: TrialConfi
     assert parse(*create_sweep_command_args({"args": nested})["args"]) == config
 
 
-@settings(max_examples=75, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(config=configurations())
 def test_any_configuration_as_a_file_is_read_back(
     config: TrialConfig, tmp_path_factory: pytest.TempPathFactory

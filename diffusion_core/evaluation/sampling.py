@@ -60,7 +60,8 @@ def estimate_seconds(generator: Generator, total: int, config: SampleConfig, ext
     images = to_uint8(generator.batch(wanted, once, 0).nan_to_num()).cpu()
     started = time.perf_counter()
     images = to_uint8(generator.batch(wanted, once, 0).nan_to_num()).cpu()
-    sampling = (time.perf_counter() - started) / evaluations(once) * evaluations(config)
+    schedule = generator.denoiser().schedule
+    sampling = (time.perf_counter() - started) / evaluations(once, schedule) * evaluations(config, schedule)
     looking = 0.0
     for extractor in extractors:
         part = images[: max(1, batch // 8)]
