@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,26 @@ from diffusion_core.figure_names import is_better
 from diffusion_core.structure import structure
 from diffusion_core.tracking import Tracker
 from diffusion_core.trainer import TrainState, is_due
+
+
+def describe(state: TrainState, config: TrialConfig, class_names: Sequence[str]) -> dict[str, Any]:
+    """What a checkpoint says of its network, with no figures yet."""
+    network = state.network
+    return {
+        "config": flatten(config),
+        "image_shape": [network.in_channels, network.image_size, network.image_size],
+        "num_classes": network.num_classes,
+        "class_names": list(class_names),
+        "structure": structure(network, config.model),
+        "figures": {},
+        **state.metadata(),
+    }
+
+
+def model_files(checkpoint: Checkpoint) -> list[Path]:
+    """The files of a `model` artifact: all that sampling needs."""
+    parts = [checkpoint.path / f"{part}.safetensors" for part in checkpoint.parts if part in SAMPLING_PARTS]
+    return [checkpoint.path / METADATA_FILE, *parts]
 
 
 class SaveCheckpoints:
@@ -58,30 +79,36 @@ class SaveCheckpoints:
         if is_due(state.step, self.config.checkpoint.every, self.config.train.steps):
             self.save(state, row.get(self.config.checkpoint.best_metric))
 
-    def save(self, state: TrainState, metric: float | None = None) -> None:
+    def save_pruned(self, state: TrainState) -> None:
+        """Write a checkpoint of a network that was just pruned, and log it as an artifact that the run goes on from: so
+        lineage leads from the dense model to the pruned one, and from there to what becomes of it.
+        """
+        self.saved_step = None  # The dense network may have been saved at this very step.
+        checkpoint = self.save(state)
+        if self.config.checkpoint.upload and checkpoint is not None:
+            name = f"pruned-{self.run_id}"
+            self.tracker.artifact(name, "model", model_files(checkpoint), ["latest"], dict(state.extra_metadata))
+            self.tracker.use(name)
+
+    def save(self, state: TrainState, metric: float | None = None) -> Checkpoint | None:
         """Write a checkpoint, log it, and delete those no longer kept; a step that is saved is not saved again."""
         if state.step == self.saved_step:
-            return
+            return None
         is_best = metric is not None and is_better(
             self.config.checkpoint.best_metric, metric, self.best["value"] if self.best else None
         )
         if is_best:
             self.best = {"metric": self.config.checkpoint.best_metric, "value": metric, "step": state.step}
-        metadata = {
-            "config": flatten(self.config),
-            "image_shape": list(self.dataset.shape_CHW),
-            "num_classes": state.network.num_classes,
-            "class_names": list(self.dataset.class_names),
-            "structure": structure(state.network, self.config.model),
+        metadata = describe(state, self.config, self.dataset.class_names) | {
             "figures": self.figures,
             "best": self.best,
-            **state.metadata(),
         }
         checkpoint = write_checkpoint(self.folder, state.step, metadata, state.parts())
         self.saved_step = state.step
         if self.config.checkpoint.upload:
             self._log_artifacts(checkpoint, is_best)
         self._delete_old()
+        return checkpoint
 
     def _log_artifacts(self, checkpoint: Checkpoint, is_best: bool) -> None:
         aliases = ["latest", f"step-{checkpoint.step}", *(["best"] if is_best else [])]
@@ -91,13 +118,12 @@ class SaveCheckpoints:
             "figures": checkpoint.metadata["figures"],
             **checkpoint.metadata["extra"],
         }
-        metadata_file = checkpoint.path / METADATA_FILE
-        sampling = [checkpoint.path / f"{part}.safetensors" for part in checkpoint.parts if part in SAMPLING_PARTS]
-        training = [checkpoint.path / f"{part}.safetensors" for part in checkpoint.parts if part not in SAMPLING_PARTS]
-        self.tracker.artifact(f"model-{self.run_id}", "model", [metadata_file, *sampling], aliases, described)
-        self.tracker.artifact(
-            f"training-state-{self.run_id}", "training-state", [metadata_file, *training], aliases, described
-        )
+        sampling = model_files(checkpoint)
+        training = [checkpoint.path / METADATA_FILE] + [
+            path for part in checkpoint.parts if (path := checkpoint.path / f"{part}.safetensors") not in sampling
+        ]
+        self.tracker.artifact(f"model-{self.run_id}", "model", sampling, aliases, described)
+        self.tracker.artifact(f"training-state-{self.run_id}", "training-state", training, aliases, described)
 
     def _delete_old(self) -> None:
         kept = {step_folder(self.best["step"])} if self.best else set()

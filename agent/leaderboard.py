@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.refusal import fail
-from agent.results import TrialRecord, best_first, cell, table_of
+from agent.results import TrialRecord, best_first, shown, table_of
 from agent.run_folder import PROTOCOLS_FILE, RESULT_FILE, write_json
 from agent.settings import load_environment
 from diffusion_core.config_io import ConfigError
@@ -134,7 +134,7 @@ def show(entries: Sequence[Entry]) -> str:
     text = [["protocol" if column.startswith(PREFIX) else column for column in columns]]
     for row in rows:
         cells = zip(columns, row, strict=True)
-        text.append([f"[{lines.index(value) + 1}]" if column.startswith(PREFIX) and value else cell(value)
+        text.append([f"[{lines.index(value) + 1}]" if column.startswith(PREFIX) and value else shown(value)
                      for column, value in cells])  # fmt: skip
     return "\n".join([table_of(text), *(f"[{number}] {line}" for number, line in enumerate(lines, start=1))])
 

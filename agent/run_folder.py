@@ -2,6 +2,7 @@
 
 runs/ID/
     run.json              the W&B run id
+    data.json             which images: names, counts, a hash
     config.yaml           every knob; `--config` reads it
     history.jsonl         a row of figures per logging interval
     protocols.json        how each figure of generated images was measured
@@ -26,6 +27,7 @@ from diffusion_core.figure_names import goal_of, is_better
 from diffusion_core.tracking import STEP
 
 RUN_FILE = "run.json"
+DATA_FILE = "data.json"
 CONFIG_FILE = "config.yaml"
 HISTORY_FILE = "history.jsonl"
 PROTOCOLS_FILE = "protocols.json"

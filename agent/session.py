@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from functools import partial
+from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
 from agent.config import TrialConfig
+from agent.lottery import OpenTracker, run_chain
 from agent.preemption import Preempted, StopRequest
 from agent.refusal import fail
 from agent.run_folder import SAMPLES, find_run, make_folder
-from agent.settings import load_environment, start_wandb, wandb_mode
+from agent.settings import leave_sweep, load_environment, start_wandb, wandb_mode
 from agent.trial import make_accelerator, run_trial
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config_io import ConfigError, flatten
 from diffusion_core.data import DataError, load_data
 from diffusion_core.tracking import NullTracker, Tracker, WandbTracker
 from diffusion_core.trainer import TrainingDiverged
+
+
+def is_chain(config: TrialConfig) -> bool:
+    """Whether a trial is a chain of lottery tickets rather than one training."""
+    return config.prune.method == "lottery"
+
+
+def round_trackers(chain_id: str, mode: str) -> OpenTracker:
+    """What opens the W&B run of each round of a chain: all of them in one group, beside the chain's own run."""
+
+    def open_tracker(run_id: str, folder: Path, config: TrialConfig) -> Tracker:
+        if mode == "disabled":
+            return NullTracker()
+        return WandbTracker(start_wandb(run_id, folder, flatten(config), mode, group=chain_id, beside=True))
+
+    return open_tracker
 
 
 def run_session(config: TrialConfig) -> int:
@@ -36,11 +56,14 @@ def run_session(config: TrialConfig) -> int:
         if accelerator.is_main_process:
             make_folder(folder)
         if accelerator.is_main_process and mode != "disabled":
-            wandb_run = start_wandb(run_id, folder, flatten(config), mode)
+            sweep_id = leave_sweep() if is_chain(config) else None
+            group = run_id if is_chain(config) and "WANDB_RUN_GROUP" not in os.environ else None
+            wandb_run = start_wandb(run_id, folder, flatten(config), mode, group=group, sweep_id=sweep_id)
             tracker = WandbTracker(wandb_run)
             stop.on_request = wandb_run.mark_preempting
+        run = partial(run_chain, open_tracker=round_trackers(run_id, mode)) if is_chain(config) else run_trial
         with stop.listening():
-            result = run_trial(
+            result = run(
                 config, tracker, dataset=dataset, folder=folder, run_id=run_id, stop=stop, accelerator=accelerator
             )
     except (ConfigError, DataError) as error:
@@ -64,6 +87,8 @@ def run_session(config: TrialConfig) -> int:
     if accelerator.is_main_process:
         shown = {key: value for key, value in result.figures.items() if key.startswith(("val/", "eval/", "prune/"))}
         print(f"finished {run_id} at step {result.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in shown.items()))
-        print(f"best checkpoint: {result.best_checkpoint}; pictures: {folder / SAMPLES}")
+        print(
+            f"best checkpoint: {result.best_checkpoint}; pictures: {folder if is_chain(config) else folder / SAMPLES}"
+        )
     tracker.close(0)
     return 0

@@ -70,11 +70,43 @@ def has_key() -> bool:
         return False
 
 
-def start_wandb(run_id: str, folder: Path, config: Mapping[str, Any], mode: str) -> Run:
-    """Start or resume the W&B run of a trial. Under an agent, entity, project and id are the agent's."""
+def leave_sweep() -> str | None:
+    """Hide an agent's sweep from W&B's client, which would take every run of this process for the agent's.
+
+    For a trial with several runs; its own is told the sweep by :func:`start_wandb`.
+
+    Returns:
+        The sweep's id, or None outside one.
+    """
+    for name in ("WANDB_SWEEP_PARAM_PATH", "WANDB_RUN_ID"):
+        os.environ.pop(name, None)
+    return os.environ.pop("WANDB_SWEEP_ID", None)
+
+
+def start_wandb(
+    run_id: str,
+    folder: Path,
+    config: Mapping[str, Any],
+    mode: str,
+    *,
+    group: str | None = None,
+    sweep_id: str | None = None,
+    beside: bool = False,
+) -> Run:
+    """Start or resume the W&B run of a trial. Under an agent, entity, project and id are the agent's.
+
+    Args:
+        run_id: the run's id, where there is no agent.
+        folder: where W&B's own files go.
+        config: every knob, flat.
+        mode: online or offline.
+        group: the group of the run; None leaves it to WANDB_RUN_GROUP.
+        sweep_id: the sweep of the run, after :func:`leave_sweep`.
+        beside: whether another run of this process goes on.
+    """
     import wandb  # Slow to import, and --help and --dry-run do without it.
 
-    if mode == "offline" and "WANDB_MODE" not in os.environ:
+    if mode == "offline" and "WANDB_MODE" not in os.environ and not beside:
         print("W&B: no API key, so this run is recorded offline (wandb login or WANDB_API_KEY to go online)",
               file=sys.stderr)  # fmt: skip
     under_agent = "WANDB_SWEEP_ID" in os.environ
@@ -89,4 +121,7 @@ def start_wandb(run_id: str, folder: Path, config: Mapping[str, Any], mode: str)
         resume="allow",
         id=None if under_agent else run_id,
         project=None if under_agent or "WANDB_PROJECT" in os.environ else DEFAULT_PROJECT,
+        group=group,
+        reinit="create_new" if beside else None,
+        settings=wandb.Settings(sweep_id=sweep_id) if sweep_id else None,
     )

@@ -20,17 +20,16 @@ METHODS = ("grid", "random", "bayes")
 EXPECTED = {"early_terminate": "type: hyperband, with min_iter:, or with max_iter: and s:"}
 """What a setting of a sweep may be, where W&B's schema does not say it in words."""
 
-DECIDE_FIGURES = ("eval.", "data.", "model.class_conditional", "preset")
-"""Knobs that decide which figures a trial logs."""
-
-MOST_COMBINATIONS = 1000
-"""Combinations of them that are tried."""
-
 MAX_NAME_BYTES = 200
 """Length of a sweep's name; a folder's may have 255 bytes."""
 
 MAX_SHOWN = 300
 """Characters of a value in a message."""
+DECIDE_FIGURES = ("eval.", "data.", "model.class_conditional", "preset")
+"""Knobs that decide which figures a trial logs."""
+
+MOST_COMBINATIONS = 1000
+"""Combinations of them that are tried."""
 
 SPREAD = 3.0
 """A normal distribution is tried at its mean and this many deviations to both sides of it."""
@@ -221,6 +220,11 @@ def _metric_problems(config: Mapping[str, Any]) -> list[str]:
     return _violations("metric", metric, {"metric": metric})
 
 
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
 def _unlogged_metric(config: Mapping[str, Any]) -> Iterator[str]:
     """The metric must be a figure that every trial logs, whatever the sweep chooses for it."""
     metric = (config.get("metric") or {}).get("name")
@@ -242,11 +246,6 @@ def _unlogged_metric(config: Mapping[str, Any]) -> Iterator[str]:
                 f"{', '.join(trial.logged_figures())}"
             )
             return
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _violations(key: str, value: Any, content: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,9 @@ class Tracker(Protocol):
     ) -> None:
         """A versioned set of files; the files may be deleted once this returns."""
 
+    def use(self, name: str, kind: str = "model", files: Sequence[Path] = ()) -> None:
+        """An artifact that the run builds on, which lineage shows: one that there is, or one of these files."""
+
     def close(self, exit_code: int = 0) -> None:
         """Send what is left; afterwards nothing more may be logged."""
 
@@ -59,6 +63,9 @@ class NullTracker:
     ) -> None:
         pass
 
+    def use(self, name: str, kind: str = "model", files: Sequence[Path] = ()) -> None:
+        pass
+
     def close(self, exit_code: int = 0) -> None:
         pass
 
@@ -70,6 +77,7 @@ class MemoryTracker:
     rows: list[dict[str, Any]] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     artifacts: list[dict[str, Any]] = field(default_factory=list)
+    used: list[tuple[str, str]] = field(default_factory=list)
     exit_code: int | None = None
 
     def log(self, row: Mapping[str, float | Path], step: int) -> None:
@@ -91,6 +99,9 @@ class MemoryTracker:
             }
         )
 
+    def use(self, name: str, kind: str = "model", files: Sequence[Path] = ()) -> None:
+        self.used.append((kind, name))
+
     def close(self, exit_code: int = 0) -> None:
         self.exit_code = exit_code
 
@@ -104,6 +115,7 @@ class WandbTracker:
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self._logged: dict[str, Any] = {}
         run.define_metric(STEP, hidden=True)
         run.define_metric("*", step_metric=STEP)
         for name, goal in GOALS.items():
@@ -124,7 +136,25 @@ class WandbTracker:
         for path in files:
             # Staged as a copy, since older checkpoints are deleted while uploads go on; no second copy in the cache.
             artifact.add_file(str(path), policy="mutable", skip_cache=True)
-        self.run.log_artifact(artifact, aliases=list(aliases))
+        self._logged[name] = self.run.log_artifact(artifact, aliases=list(aliases))
+
+    def use(self, name: str, kind: str = "model", files: Sequence[Path] = ()) -> None:
+        if self.run.offline:  # Only a server knows of other runs.
+            return
+        import wandb
+
+        if files:
+            artifact = wandb.Artifact(name, type=kind)
+            for path in files:
+                artifact.add_file(str(path), policy="mutable", skip_cache=True)
+            self.run.use_artifact(artifact)
+        elif name in self._logged:  # Its own, which may still be on its way.
+            self.run.use_artifact(self._logged[name].wait())
+        else:
+            try:
+                self.run.use_artifact(name, type=kind)
+            except (wandb.errors.Error, ValueError) as error:  # An arrow missing in a graph is no reason to lose a run.
+                print(f"W&B: no lineage from {name}: {' '.join(str(error).split())[:200]}", file=sys.stderr)
 
     def close(self, exit_code: int = 0) -> None:
         self.run.finish(exit_code=exit_code)

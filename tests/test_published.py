@@ -1,4 +1,4 @@
-"""Figures measured later reach W&B: an artifact's metadata, its run's summary, and the leaderboard of a project."""
+"""Figures measured afterwards reach W&B: artifacts' metadata, runs' summaries, and the leaderboard of a project."""
 
 from __future__ import annotations
 

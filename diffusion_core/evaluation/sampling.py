@@ -55,13 +55,13 @@ def estimate_seconds(generator: Generator, total: int, config: SampleConfig, ext
     """
     share = len(shared_out(total))
     batch = min(share, config.batch_size)
+    schedule = generator.denoiser().schedule
     once = config.model_copy(update={"steps": 1})
     wanted = [Request(label, 0) for label in (all_labels(generator.network) * batch)[:batch]]
     images = to_uint8(generator.batch(wanted, once, 0).nan_to_num()).cpu()
     started = time.perf_counter()
     images = to_uint8(generator.batch(wanted, once, 0).nan_to_num()).cpu()
-    schedule = generator.denoiser().schedule
-    sampling = (time.perf_counter() - started) / evaluations(once, schedule) * evaluations(config, schedule)
+    sampling = (time.perf_counter() - started) * evaluations(config, schedule) / evaluations(once, schedule)
     looking = 0.0
     for extractor in extractors:
         part = images[: max(1, batch // 8)]
