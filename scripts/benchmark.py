@@ -39,7 +39,10 @@ SUBJECTS = (
     "sampling",
     "loading",
     "ema",
+    "pruned",
+    "fid",
     "cold-trial",
+    "accuracy",
     "scaling",
     "gpu",
 )
@@ -65,9 +68,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def measures() -> dict[str, Measure]:
     """What measures each subject."""
     # Slow to import, and --help does without them.
-    from benchmarks import cold_trial, ema, gpu, loading, sampling, scaling, training_loop, training_step
+    from benchmarks import (
+        accuracy,
+        cold_trial,
+        ema,
+        fid,
+        gpu,
+        loading,
+        pruned,
+        sampling,
+        scaling,
+        training_loop,
+        training_step,
+    )
 
-    modules = (training_step, training_loop, sampling, loading, ema, cold_trial, scaling, gpu)
+    modules = (training_step, training_loop, sampling, loading, ema, pruned, fid, cold_trial, accuracy, scaling, gpu)
     return {module.SUBJECT: module.measure for module in modules}
 
 
