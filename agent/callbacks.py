@@ -1,4 +1,4 @@
-"""What happens between training steps: evaluation, pictures, history. One class each."""
+"""What happens between training steps: pictures, history. One class each."""
 
 from __future__ import annotations
 
@@ -14,41 +14,10 @@ from agent.run_folder import HISTORY_FILE, picture_files, read_history, without_
 from diffusion_core import media
 from diffusion_core.checkpoint import Checkpoint
 from diffusion_core.data import Dataset
-from diffusion_core.evaluation import build_classifier, validation_loss
-from diffusion_core.generation import Generator, Request, all_labels, requests
+from diffusion_core.generation import Generator, all_labels, requests
 from diffusion_core.hardware import pick_precision
 from diffusion_core.tracking import STEP, Tracker
 from diffusion_core.trainer import TrainState, is_due
-from pruning.pruner import is_pruned
-
-DENSE = "dense/"
-"""Prefix of figures of a network that is yet to be pruned: a sweep must not rank pruned networks by them."""
-
-
-class Evaluate:
-    """Every ``eval.every`` steps: ``val/loss``, and ``eval/class_agreement`` where there is a classifier.
-
-    Before a pruning they are called ``dense/val/loss`` and so on.
-    """
-
-    def __init__(self, config: TrialConfig, dataset: Dataset, accelerator: Accelerator) -> None:
-        self.config = config
-        self.dataset = dataset
-        self.precision = pick_precision(config.train, accelerator.device)
-        self.classifier = build_classifier(config, dataset)
-
-    def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
-        if not is_due(state.step, self.config.eval.every, self.config.train.steps):
-            return
-        network = state.ema.network
-        prefix = DENSE if self.config.prune.method != "none" and not is_pruned(state) else ""
-        row[f"{prefix}val/loss"] = validation_loss(network, self.dataset.val, self.config, self.precision)
-        if self.classifier is not None:
-            labels = all_labels(network)
-            wanted = [Request(labels[i % len(labels)], i // len(labels)) for i in range(self.config.eval.num_images)]
-            generator = Generator(network, self.config, self.precision)
-            images = generator.images(wanted, self.config.sample, self.config.seed)
-            row[f"{prefix}eval/class_agreement"] = self.classifier.agreement(images, [image.label for image in wanted])
 
 
 class DrawSamples:

@@ -54,8 +54,8 @@ def best_first(trials: Sequence[TrialRecord], metric: str | None) -> list[TrialR
 
 def table(trials: Sequence[TrialRecord], varied: Sequence[str], metric: str | None = None) -> str:
     """Trials as text: rank, id, state, what varied, figures (the sweep's metric among them)."""
-    shown = dict.fromkeys([*([metric] if metric else []), *SHOWN_FIGURES])
-    figures = [name for name in shown if any(name in trial.figures for trial in trials)]
+    candidates = dict.fromkeys([*([metric] if metric else []), *SHOWN_FIGURES])
+    figures = [name for name in candidates if any(name in trial.figures for trial in trials)]
     rows = [["", "trial", "state", *varied, *figures, "seconds"]]
     for rank, trial in enumerate(trials, start=1):
         rows.append(
@@ -63,11 +63,16 @@ def table(trials: Sequence[TrialRecord], varied: Sequence[str], metric: str | No
                 str(rank),
                 trial.id,
                 trial.state,
-                *(_shown(trial.parameters.get(key)) for key in varied),
-                *(_shown(trial.figures.get(name)) for name in figures),
-                _shown(trial.seconds and round(trial.seconds)),
+                *(shown(trial.parameters.get(key)) for key in varied),
+                *(shown(trial.figures.get(name)) for name in figures),
+                shown(trial.seconds and round(trial.seconds)),
             ]
         )
+    return table_of(rows)
+
+
+def table_of(rows: Sequence[Sequence[str]]) -> str:
+    """Cells in columns, a line below the first row."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
@@ -87,7 +92,8 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A cell: numbers in few digits, what is not known as a dash."""
     if value is None:
         return "-"
     if isinstance(value, float):

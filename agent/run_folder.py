@@ -5,6 +5,7 @@ runs/ID/
     lock                  held by the process that works on the run
     config.yaml           every knob; `--config` reads it
     history.jsonl         a row of figures per logging interval
+    protocols.json        how each figure of generated images was measured
     checkpoints/step-*/   see diffusion_core/checkpoint.py
     samples/              grids (PNG) and animations (GIF)
     result.json           once the run is finished
@@ -35,6 +36,7 @@ BELONGS_BY = ("WANDB_ENTITY", "WANDB_PROJECT", "WANDB_SWEEP_ID", "WANDB_RUN_GROU
 
 CONFIG_FILE = "config.yaml"
 HISTORY_FILE = "history.jsonl"
+PROTOCOLS_FILE = "protocols.json"
 RESULT_FILE = "result.json"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"

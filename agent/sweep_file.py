@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ MAX_NAME_BYTES = 200
 
 MAX_SHOWN = 300
 """Characters of a value in a message."""
+DECIDE_FIGURES = ("eval.", "data.", "model.class_conditional", "preset")
+"""Knobs that decide which figures a trial logs."""
+
+MOST_COMBINATIONS = 1000
+"""Combinations of them that are tried."""
 
 SPREAD = 3.0
 """A normal distribution is tried at its mean and this many deviations to both sides of it."""
@@ -135,6 +141,8 @@ def check_sweep(config: dict[str, Any], source: str, name: str) -> SweepFile:
     name = config.get("name", name)
     problems = _setting_problems(config) + _parameter_problems(config.get("parameters"), config.get("method"))
     problems += _name_problems(name) if isinstance(name, str) else []
+    if not problems:
+        problems += _unlogged_metric(config)
     if problems:
         raise SweepError("\n".join(f"{source}: {problem}" for problem in dict.fromkeys(problems)))
     return SweepFile(name, config, flat_parameters(config["parameters"]))
@@ -215,6 +223,29 @@ def _metric_problems(config: Mapping[str, Any]) -> list[str]:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def _unlogged_metric(config: Mapping[str, Any]) -> Iterator[str]:
+    """The metric must be a figure that every trial logs, whatever the sweep chooses for it."""
+    metric = (config.get("metric") or {}).get("name")
+    if metric is None:
+        return
+    values = {key: values_to_try(spec) for key, spec in flat_parameters(config["parameters"]).items()}
+    deciding = [key for key, tried in values.items() if len(tried) > 1 and key.startswith(DECIDE_FIGURES)]
+    first = {key: tried[0] for key, tried in values.items()}
+    for chosen in islice(product(*(values[key] for key in deciding)), MOST_COMBINATIONS):
+        choice = dict(zip(deciding, chosen, strict=True))
+        try:
+            trial = build_config(first | choice)
+        except ConfigError:  # Such a trial is refused before it starts.
+            continue
+        if not trial.logs(metric):
+            where = " with " + ", ".join(f"{key}={value}" for key, value in choice.items()) if choice else ""
+            yield (
+                f"metric.name = {metric!r}: a trial{where} does not log it; expected one of "
+                f"{', '.join(trial.logged_figures())}"
+            )
+            return
 
 
 def _violations(key: str, value: Any, content: Mapping[str, Any]) -> list[str]:

@@ -9,9 +9,10 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from agent.callbacks import DrawSamples, Evaluate, LogHistory
+from agent.callbacks import DrawSamples, LogHistory
 from agent.checkpoints import SaveCheckpoints
 from agent.config import TrialConfig
+from agent.evaluation import Evaluate
 from agent.facts import costs_of, system_facts
 from agent.health import WatchQuality
 from agent.phases import train_and_prune
@@ -111,11 +112,10 @@ def run_trial(
         state = TrainState.start(network, config)
 
     saver = SaveCheckpoints(config, dataset, tracker, checkpoints, run_id, resumed)
-    callbacks: list[Callback] = []
+    callbacks: list[Callback] = [Evaluate(config, dataset, accelerator, tracker, folder)]
     if accelerator.is_main_process:
         _write_run_files(config, folder, run_id)
-        callbacks = [
-            Evaluate(config, dataset, accelerator),
+        callbacks += [
             DrawSamples(config, dataset, accelerator, folder / SAMPLES),
             WatchQuality(config.checkpoint.best_metric, saver.best["value"] if saver.best else None, tracker),
             LogHistory(tracker, folder, resumed),

@@ -8,12 +8,35 @@ A knob's name is its dotted key (``train.lr``): the same on the command line, in
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import PurePath
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from diffusion_core.figure_names import INCEPTION, LOSS_BUCKETS, count_name, goal_of, space_figure, space_name
+
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Figure = Literal[
+    "frechet",
+    "kernel",
+    "score",
+    "precision_recall",
+    "density_coverage",
+    "per_class",
+    "loss_by_timestep",
+    "synthetic_accuracy",
+]
+
+FIGURE_PARTS = {
+    "frechet": ("fd",),
+    "kernel": ("kd",),
+    "score": ("score",),
+    "precision_recall": ("precision", "recall"),
+    "density_coverage": ("density", "coverage"),
+}
+"""What each of these figures is logged as in a feature space."""
 
 
 IMAGE_SHAPES = {
@@ -225,11 +248,40 @@ class EvalConfig(Section):
     """Optimizer steps between evaluations; 0: only at the end."""
     val_images: Positive = 1000
     """Held-out images that val/loss is measured on, with noise that never changes."""
-    classifier: Literal["auto", "none", "svc"] = "auto"
-    """Classifier for eval/class_agreement: a support vector machine on pixels, trained on the real images; auto uses
-    it for `digits`, where it is accurate."""
+    classifier: Literal["auto", "none", "network"] = "auto"
+    """Classifier for eval/class_agreement: a small network, trained on the real images once and kept in the cache; auto
+    uses it for `digits`, where that takes seconds (see scripts/train_classifier.py for others)."""
     num_images: Annotated[int, Field(ge=1, le=1_000_000)] = 200
-    """Images generated for eval/class_agreement."""
+    """Images generated for the figures eval/*."""
+    figures: list[Figure] = []
+    """Further figures. In the features of eval.extractors, against real images: frechet (FID), kernel (KID),
+    precision_recall, density_coverage, per_class (Fréchet distance of each class), and score (Inception score).
+    loss_by_timestep: val/loss in ten parts. synthetic_accuracy: of a classifier trained on generated images alone."""
+    extractors: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = ["inception"]
+    """Feature networks of eval.figures: inception (pytorch-fid's), classifier (the data set's), or files: TorchScript
+    (.pt), which the user trusts, or a classifier (.safetensors)."""
+    reference: Literal["train", "val"] = "train"
+    """Real images that generated ones are compared to: the training images, or those held out."""
+    inception_weights: Annotated[str, Field(min_length=1)] | None = None
+    """File of Inception-v3 weights in pytorch-fid's format. None: the published ones, downloaded once."""
+
+    @property
+    def in_features(self) -> bool:
+        """Whether a figure is wanted that feature networks are needed for."""
+        return bool(set(self.figures) - {"loss_by_timestep", "synthetic_accuracy"})
+
+    def space_names(self, data: str) -> list[str]:
+        """What the feature spaces are called, by pattern where a file decides."""
+        names = []
+        for extractor in self.extractors:
+            if extractor == "classifier":
+                names.append(f"classifier-{data}")
+            elif extractor == INCEPTION:
+                names += [INCEPTION, *([f"{INCEPTION}-*"] if self.inception_weights else [])]
+            else:
+                path = PurePath(extractor)
+                names.append("classifier-*" if path.suffix == ".safetensors" else space_name(path.stem))
+        return names
 
 
 class CheckpointConfig(Section):
@@ -237,8 +289,8 @@ class CheckpointConfig(Section):
     """Optimizer steps between checkpoints; 0: only at the end."""
     keep: Positive = 2
     """Newest checkpoints kept, on disk and on W&B; the best one is kept besides."""
-    best_metric: Literal["val/loss", "train/loss", "eval/class_agreement"] = "val/loss"
-    """Figure that decides which checkpoint is `best` (losses: lowest, agreement: highest)."""
+    best_metric: Annotated[str, Field(min_length=1)] = "val/loss"
+    """Figure that decides which checkpoint is `best`: any that this configuration logs and that is better one way."""
     resume: bool = True
     """Continue from the newest checkpoint of the run; False starts over and refuses a folder that has some."""
     upload: bool = True
@@ -328,13 +380,19 @@ class CoreConfig(Section):
                 yield f"train.accumulation = {train.accumulation}: not with train.batch_size=auto"
         elif train.batch_size % train.accumulation:
             yield f"train.accumulation = {train.accumulation}: must divide train.batch_size = {train.batch_size}"
-        if self.eval.classifier == "svc" and not model.class_conditional:
-            yield "eval.classifier = 'svc': class agreement needs model.class_conditional=true"
-        if self.checkpoint.best_metric == "eval/class_agreement" and not self.has_classifier:
+        if self.eval.classifier == "network" and not model.class_conditional:
+            yield "eval.classifier = 'network': class agreement needs model.class_conditional=true"
+        for figure in ("per_class", "synthetic_accuracy"):
+            if figure in self.eval.figures and not model.class_conditional:
+                yield f"eval.figures = {self.eval.figures}: {figure} needs model.class_conditional=true"
+        metric = self.checkpoint.best_metric
+        if metric == "eval/class_agreement" and not self.has_classifier:
             yield (
                 "checkpoint.best_metric = 'eval/class_agreement': needs a classifier: data.name=digits or "
-                "eval.classifier=svc, and model.class_conditional=true"
+                "eval.classifier=network, and model.class_conditional=true"
             )
+        elif not self.logs(metric):
+            yield f"checkpoint.best_metric = {metric!r}: expected one of {', '.join(self.logged_figures())}"
 
     def _formulation_problems(self) -> Iterator[str]:
         diffusion, sample, ema = self.diffusion, self.sample, self.ema
@@ -380,5 +438,40 @@ class CoreConfig(Section):
     @property
     def has_classifier(self) -> bool:
         """Whether generated images are shown to a classifier."""
-        wanted = self.eval.classifier == "svc" or (self.eval.classifier == "auto" and self.data.name == "digits")
+        wanted = self.eval.classifier == "network" or (self.eval.classifier == "auto" and self.data.name == "digits")
         return wanted and self.model.class_conditional
+
+    @property
+    def judges_images(self) -> bool:
+        """Whether images are generated to be judged."""
+        return self.has_classifier or self.eval.in_features or "synthetic_accuracy" in self.eval.figures
+
+    def logs(self, metric: str) -> bool:
+        """Whether a figure that is better one way is among those that this configuration logs."""
+        return goal_of(metric) is not None and any(fnmatchcase(metric, name) for name in self.logged_figures())
+
+    def logged_figures(self) -> list[str]:
+        """Names of the figures that are better one way, by pattern (``*``) where a file or a data set decides."""
+        wanted, count, reference = self.eval.figures, self.eval.num_images, self.eval.reference
+        names = ["train/loss", "val/loss"]
+        if "loss_by_timestep" in wanted:
+            names += [f"val/loss_t{part}" for part in range(LOSS_BUCKETS)]
+        if self.has_classifier:
+            names.append("eval/class_agreement")
+        if "synthetic_accuracy" in wanted:
+            names.append(f"eval/synthetic_accuracy_{count_name(count)}")
+        for space in self.eval.space_names(self.data.name):
+            for figure in wanted:
+                for part in FIGURE_PARTS.get(figure, ()):
+                    names += _space_figures(part, space, count, None if part == "score" else reference, self.data.name)
+        if "per_class" in wanted:
+            names.append(f"eval/f*_{reference}/*")
+        return list(dict.fromkeys(names))
+
+
+def _space_figures(figure: str, space: str, count: int, reference: str | None, data: str) -> list[str]:
+    """What a figure may be called: a distance to few real images is not called FID, and how many there are in a folder
+    is known once it is read.
+    """
+    sizes = {"digits": [1], "folder": [1, count]}.get(data, [count])
+    return [space_figure(figure, space, count, reference, size) for size in sizes]

@@ -150,6 +150,10 @@ def _parse(value: Any, field: FieldInfo) -> Any:
 
 
 def _parse_list(text: str) -> Any:
+    with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        literal = ast.literal_eval(text)  # Texts in quotes, as Python spells a list of them.
+        if isinstance(literal, list | tuple) and literal and all(isinstance(entry, str) for entry in literal):
+            return list(literal)
     bare = text[1:-1] if text[:1] + text[-1:] in ("[]", "()") else text
     return [part.strip() for part in bare.strip().rstrip(",").split(",")] if bare.strip() else []
 

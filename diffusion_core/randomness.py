@@ -26,6 +26,7 @@ class Purpose(IntEnum):
     CALIBRATION = 9
     PRUNE = 10
     REINIT = 11
+    CLASSIFIER = 12
 
 
 def stream_seed(*key: int) -> int:

@@ -24,7 +24,7 @@ from diffusion_core.checkpoint import read_checkpoint
 from diffusion_core.config import CoreConfig
 from diffusion_core.config_io import ConfigError, build, flatten
 from diffusion_core.data import Dataset, load_data
-from diffusion_core.evaluation import PixelClassifier
+from diffusion_core.evaluation.classifier import Classifier, classifier_for
 from diffusion_core.generation import Generator, Request
 from diffusion_core.hardware import pick_device, pick_precision
 from diffusion_core.presets import FORMULATIONS, PRESETS
@@ -90,8 +90,9 @@ def some_of(key: str, text: str | None, choices: Sequence[str]) -> list[str]:
 
 def compare(names: Sequence[str], samplers: Sequence[str], seeds: Sequence[int], steps: int, folder: Path) -> None:
     """Measure what is not measured yet, and write the table."""
-    dataset = load_data(build_config({"preset": "digits"}).data)
-    classifier = PixelClassifier(dataset)
+    config = build_config({"preset": "digits"})
+    dataset = load_data(config.data)
+    classifier = classifier_for(dataset, "digits", mirrored=config.data.flips, device=pick_device(config.train))
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "results.json"
     results: dict[str, dict[str, float]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -121,7 +122,7 @@ def train(name: str, seed: int, steps: int, folder: Path, dataset: Dataset) -> T
     return run_trial(config, NullTracker(), dataset=dataset, folder=run, run_id=run.name)
 
 
-def agreement(path: Path, sampler: str, classifier: PixelClassifier) -> float:
+def agreement(path: Path, sampler: str, classifier: Classifier) -> float:
     """Class agreement of a checkpoint's images by one of the samplers, in [0, 1]."""
     checkpoint = read_checkpoint(path)
     config = sampling(checkpoint.config(), SAMPLERS[sampler])

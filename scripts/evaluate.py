@@ -1,76 +1,301 @@
-"""How good a model is: class agreement of generated images, by a classifier trained on the real ones."""
+"""How good a model or a set of images is: a table of figures, JSON, and W&B.
+
+  python scripts/evaluate.py --checkpoint runs/ID --num-images 5000           a model, against its training images
+  python scripts/evaluate.py --artifact model-ID:best --wandb                 a model on W&B; figures go there too
+  python scripts/evaluate.py --sweep runs/sweeps/quickstart                   the best trial of an offline sweep
+  python scripts/evaluate.py samples --data digits                            a folder of images, against a data set
+  python scripts/evaluate.py PATH1 PATH2                                      two folders, or .npz statistics: FID
+  python scripts/evaluate.py --save-stats FOLDER STATISTICS.npz               statistics, in pytorch-fid's format
+  python scripts/evaluate.py --checkpoint runs/A --against runs/B             two models, image by image
+  accelerate launch --num_processes 8 scripts/evaluate.py --checkpoint runs/ID --num-images 50000
+
+FID needs pytorch-fid's Inception weights: downloaded once, or --inception-weights FILE. Below 2,048 images no figure is
+called FID. In other feature spaces (--extractor classifier, or a file) figures are named for the space.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
-from agent.results import JSON_FILE
+import torch
+from accelerate import PartialState
+
+from agent.artifacts import download_model
+from agent.image_sets import as_reference, best_of_sweep, is_statistics, see
+from agent.leaderboard import EVALUATION_FILE
+from agent.published import publish
+from agent.refusal import fail
+from agent.results import table_of
+from agent.sampling_flags import add_sampling_flags, sampling_knobs
 from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from diffusion_core.config import TrainConfig
-from diffusion_core.config_io import ConfigError
+from diffusion_core.config import IMAGE_SHAPES, CoreConfig, DataConfig, EvalConfig, Figure
+from diffusion_core.config_io import ConfigError, build, flatten
 from diffusion_core.data import DataError, load_data
-from diffusion_core.evaluation import PixelClassifier
-from diffusion_core.generation import Generator, Request, all_labels
-from diffusion_core.hardware import pick_device, pick_precision
+from diffusion_core.evaluation.consistency import mean_squared_difference, structural_similarity
+from diffusion_core.evaluation.features import Extractor, ExtractorError, with_channels
+from diffusion_core.evaluation.folders import image_folder
+from diffusion_core.evaluation.given import read_extractor
+from diffusion_core.evaluation.inception import download_inception, read_inception
+from diffusion_core.evaluation.measure import KEPT_FIGURES, compare
+from diffusion_core.evaluation.processes import add_up, shared_out
+from diffusion_core.evaluation.protocol import protocol, protocols, sampling_protocol
+from diffusion_core.evaluation.sampling import estimate_seconds, generated
+from diffusion_core.evaluation.statistics_file import write_statistics
+from diffusion_core.evaluation.suite import Judgement, Suite
+from diffusion_core.figure_names import INCEPTION, count_name
+from diffusion_core.generation import Generator
+from diffusion_core.hardware import pick_precision
+
+DEFAULT_FIGURES = ("frechet", "kernel", "score", "precision_recall", "density_coverage")
+OF_IMAGES = tuple(figure for figure in get_args(Figure) if figure != "loss_by_timestep")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    source = parser.add_mutually_exclusive_group(required=True)
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("path", type=Path, nargs="*", help="a folder of images, or two (or .npz statistics)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--artifact", metavar="NAME:ALIAS", help="a `model` artifact on W&B, such as model-abc123:best")
     source.add_argument("--checkpoint", type=Path, metavar="PATH", help="a checkpoint, or a run's folder")
     source.add_argument("--sweep", type=Path, metavar="DIR", help="an offline sweep's folder: its best trial")
+    parser.add_argument("--against", type=Path, metavar="PATH", help="another model: how alike are the images?")
+    parser.add_argument("--data", choices=[name for name in IMAGE_SHAPES if name != "folder"], metavar="NAME",
+                        help="data set that a folder of images is compared to")  # fmt: skip
+    parser.add_argument("--data-path", metavar="DIR", help="where the data set's images are (default: as configured)")
+    parser.add_argument("--save-stats", action="store_true", help="write the statistics of PATH1 to PATH2 (.npz)")
     parser.add_argument("--num-images", type=int, default=500, metavar="N", help="images to generate (500)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the images (1)")
-    arguments = parser.parse_args()
-    if arguments.num_images < 1:
-        parser.error(f"--num-images = {arguments.num_images}: expected an integer >= 1")
+    parser.add_argument("--figures", default=",".join(DEFAULT_FIGURES), metavar="A,B,...",
+                        help=f"what to measure (of {', '.join(OF_IMAGES)})")  # fmt: skip
+    parser.add_argument("--extractor", action="append", metavar="WHAT", help="feature network: inception, classifier, "
+                        "or a file (TorchScript, or a classifier); may be repeated")  # fmt: skip
+    parser.add_argument("--inception-weights", metavar="FILE", help="Inception-v3 weights in pytorch-fid's format")
+    parser.add_argument("--reference", choices=("train", "val"), default="train", help="real images to compare to")
+    parser.add_argument("--batch-size", type=int, default=50, metavar="N", help="images of a folder at once (50)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and protocols there (default for a "
+                        "model: evaluation.json beside the checkpoint)")  # fmt: skip
+    parser.add_argument("--wandb", action="store_true", help="into the artifact's metadata and its run's summary")
+    add_sampling_flags(parser)
+    arguments = parser.parse_args(argv)
+    problem = problem_of(arguments)
+    if problem:
+        parser.error(problem)
+    return arguments
+
+
+def problem_of(arguments: argparse.Namespace) -> str | None:
+    """What is wrong with the arguments, or None."""
+    is_model = bool(arguments.artifact or arguments.checkpoint or arguments.sweep)
+    if is_model == bool(arguments.path) or len(arguments.path) > 2:
+        return "expected one of --artifact, --checkpoint, --sweep, PATH, or PATH1 PATH2"
+    if arguments.save_stats and len(arguments.path) != 2:
+        return "--save-stats: expected a folder of images and the file to write"
+    if len(arguments.path) == 1 and not arguments.data:
+        return f"{arguments.path[0]}: expected --data NAME, or a second PATH, to compare it to"
+    if arguments.against and not is_model:
+        return "--against: expected a model to compare with, by --checkpoint or --artifact"
+    if arguments.wandb and not arguments.artifact:
+        return "--wandb: expected --artifact, whose metadata and run are updated"
+    for flag in ("num_images", "batch_size"):
+        if getattr(arguments, flag) < 1:
+            return f"--{flag.replace('_', '-')} = {getattr(arguments, flag)}: expected an integer >= 1"
+    for figure in filter(None, arguments.figures.split(",")):
+        if figure not in OF_IMAGES:
+            return f"--figures = {figure!r}: expected some of {', '.join(OF_IMAGES)}"
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 if something asked for cannot be had."""
+    arguments = parse_arguments(argv)
+    if arguments.device not in ("auto", "cpu", "cuda") and not arguments.device.startswith("cuda:"):
+        return fail(f"--device = {arguments.device!r}: expected auto, cpu or cuda")
+    processes = PartialState(cpu=arguments.device == "cpu")
     try:
-        path = arguments.checkpoint or best_of_sweep(arguments.sweep)
-        evaluate(read_checkpoint(path), arguments.num_images, arguments.seed)
-    except (CheckpointError, ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"--device = {arguments.device!r}: this machine has no usable GPU; expected auto or cpu")
+        file = arguments.json
+        if len(arguments.path) == 2:
+            found = of_two_paths(arguments, processes)
+        elif arguments.path:
+            found = of_folder(arguments, processes)
+        else:
+            with processes.main_process_first():
+                path = download_model(arguments.artifact) if arguments.artifact else None
+            path = path or arguments.checkpoint or best_of_sweep(arguments.sweep)
+            checkpoint = read_checkpoint(path)
+            found = of_model(arguments, checkpoint, processes)
+            file = file or checkpoint.path / EVALUATION_FILE
+        if processes.is_main_process and found is not None:
+            report(found, file)
+            if arguments.wandb:
+                print(f"W&B: {publish(arguments.artifact, found.figures, found.protocols)}")
+    except (CheckpointError, ConfigError, DataError, ExtractorError) as error:
+        return fail(str(error))
     return 0
 
 
-def best_of_sweep(folder: Path) -> Path:
-    """The best checkpoint of the best trial of an offline sweep."""
-    try:
-        trials = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
-        return Path(next(trial["best_checkpoint"] for trial in trials if trial["best_checkpoint"]))
-    except (OSError, ValueError, StopIteration, KeyError, TypeError):
-        raise CheckpointError(f"--sweep = {str(folder)!r}: no finished trial in its {JSON_FILE}") from None
+def report(found: Judgement, file: Path | None) -> None:
+    """Figures as a table, with how they were measured below it; and as JSON."""
+    print(table_of([["figure", "value"], *([name, f"{value:.6g}"] for name, value in found.figures.items())]))
+    for line in dict.fromkeys(found.protocols.values()):
+        names = [name for name, other in found.protocols.items() if other == line]
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        print(f"\n{shown}:\n  {line}")
+    if file is not None:
+        try:
+            file.write_text(json.dumps({"figures": found.figures, "protocols": found.protocols}, indent=1))
+        except OSError as error:
+            raise DataError(f"--json = {str(file)!r}: {error.strerror}") from None
+        print(f"\nwritten to {file}")
 
 
-def evaluate(checkpoint: Checkpoint, count: int, seed: int) -> None:
-    """Generate images of all classes in turn, and print how many show the label that was asked for."""
-    config = checkpoint.config()
-    if not checkpoint.metadata["num_classes"]:
-        raise CheckpointError(f"{str(checkpoint.path)!r}: class agreement needs a class-conditional model")
-    if not config.has_classifier:
+def wanted_figures(arguments: argparse.Namespace) -> list[str]:
+    return [figure for figure in arguments.figures.split(",") if figure]
+
+
+def of_two_paths(arguments: argparse.Namespace, processes: PartialState) -> Judgement | None:
+    """Two sets of images, as pytorch-fid compares them; or the statistics of one."""
+    one, two = arguments.path
+    figures = wanted_figures(arguments)
+    keep = bool(KEPT_FIGURES & set(figures)) and not (arguments.save_stats or is_statistics(one) or is_statistics(two))
+    for path in (one,) if arguments.save_stats else (one, two):
+        if not is_statistics(path):
+            image_folder(path)  # Says what is wrong with it before anything takes long.
+    if arguments.save_stats:
+        if two.exists():
+            raise DataError(f"{str(two)!r}: is there already; choose another file for the statistics")
+        (extractor,) = extractors_of(arguments, processes.device)
+        seen = see(one, extractor, arguments.batch_size, keep=False)
+        if processes.is_main_process:
+            write_statistics(two, seen.statistics)
+            print(f"{two}: statistics of {seen.statistics.count:,} images, {protocol_of(extractor)}")
+        return None
+    found = Judgement()
+    no_images = is_statistics(one) and is_statistics(two)
+    for extractor in [None] if no_images else extractors_of(arguments, processes.device):
+        theirs = as_reference(two, see(two, extractor, arguments.batch_size, keep=keep))
+        ours = see(one, extractor, arguments.batch_size, keep=keep)
+        values = compare(figures, ours, theirs)
+        found.figures.update(values)
+        found.protocols.update(protocols(values, ours.statistics.count, str(one), extractor, theirs.source))
+    return found
+
+
+def protocol_of(extractor: Extractor) -> str:
+    return f"extractor={extractor.name}, weights={extractor.weights}"
+
+
+def extractors_of(arguments: argparse.Namespace, device: torch.device) -> list[Extractor]:
+    """The feature networks that were asked for, where there is no data set that one could be trained on."""
+    found: list[Extractor] = []
+    for wanted in arguments.extractor or [INCEPTION]:
+        if wanted == "classifier":
+            raise ExtractorError("--extractor = 'classifier': of which data set? Expected the classifier's file")
+        if wanted == INCEPTION:
+            file = arguments.inception_weights
+            found.append(read_inception(Path(file) if file else download_inception(), device))
+        else:
+            found.append(read_extractor(Path(wanted), device))
+    return found
+
+
+def suite_of(
+    arguments: argparse.Namespace, data: DataConfig, device: torch.device, *, count: int, conditional: bool
+) -> Suite:
+    """What images of a data set are judged by: Inception by default, and for digits their classifier."""
+    default = "classifier" if data.name == "digits" and not arguments.inception_weights else INCEPTION
+    extractors = arguments.extractor or [default]
+    settings = {
+        "num_images": count,
+        "figures": [figure for figure in wanted_figures(arguments) if conditional or figure != "synthetic_accuracy"],
+        "extractors": extractors,
+        "reference": arguments.reference,
+        "inception_weights": arguments.inception_weights,
+    }
+    dataset = load_data(data, progress=PartialState().is_main_process)
+    return Suite(
+        data,
+        build(EvalConfig, settings),
+        dataset,
+        with_classifier=conditional and "classifier" in extractors,
+        device=device,
+        must_have=True,
+    )
+
+
+def of_folder(arguments: argparse.Namespace, processes: PartialState) -> Judgement:
+    """A folder of images against a data set."""
+    folder = image_folder(arguments.path[0])
+    data = build(DataConfig, {"name": arguments.data, "path": arguments.data_path})
+    suite = suite_of(arguments, data, processes.device, count=len(folder), conditional=folder.labels is not None)
+    channels, _, _ = suite.dataset.shape_CHW
+    batches = (
+        (with_channels(images_BCHW, channels), labels_B)
+        for images_BCHW, labels_B in folder.batches(shared_out(len(folder)), arguments.batch_size)
+    )
+    return suite.judge(batches, len(folder), str(folder.path))
+
+
+def of_model(arguments: argparse.Namespace, checkpoint: Checkpoint, processes: PartialState) -> Judgement:
+    """Images of a model, against the images that it was trained on or against another model's."""
+    more = {"data.path": arguments.data_path} if arguments.data_path else {}
+    config = build(CoreConfig, flatten(checkpoint.config()), sampling_knobs(arguments), more)
+    generator = Generator(
+        checkpoint.network().to(processes.device), config, pick_precision(config.train, processes.device)
+    )
+    if arguments.against:
+        return of_two_models(arguments, generator, read_checkpoint(arguments.against), processes)
+    total, sample = arguments.num_images, config.sample
+    conditional = bool(checkpoint.metadata["num_classes"])
+    suite = suite_of(arguments, config.data, processes.device, count=total, conditional=conditional)
+    if processes.is_main_process:
+        seconds = estimate_seconds(generator, total, sample, suite.networks)
+        print(f"{checkpoint.path}: {total:,} images, about {seconds:.0f} s", file=sys.stderr)
+    started = time.perf_counter()
+    batches = generated(generator, total, sample, arguments.seed, progress=processes.is_main_process)
+    found = suite.judge(batches, total, sampling_protocol(sample, arguments.seed))
+    found.figures["eval/seconds_per_image"] = (time.perf_counter() - started) / total
+    if suite.classifier is not None and processes.is_main_process:
+        print(f"classifier: {suite.classifier.accuracy:.2%} of the real held-out images right")
+    return found
+
+
+def of_two_models(
+    arguments: argparse.Namespace, one: Generator, other: Checkpoint, processes: PartialState
+) -> Judgement:
+    """How alike the images of two models are, for equal seeds and labels."""
+    config = other.config()
+    two = Generator(other.network().to(processes.device), config, pick_precision(config.train, processes.device))
+    if (one.shape_CHW, one.network.num_classes) != (two.shape_CHW, two.network.num_classes):
         raise CheckpointError(
-            f"{str(checkpoint.path)!r}: trained on data.name={config.data.name} with eval.classifier="
-            f"{config.eval.classifier}; class agreement is measured for digits, or with eval.classifier=svc"
+            f"--against = {str(arguments.against)!r}: images of {two.shape_CHW} and {two.network.num_classes} classes, "
+            f"the other model's of {one.shape_CHW} and {one.network.num_classes}; expected equal ones"
         )
-    device = pick_device(TrainConfig())  # Where there is a GPU, and not where it was trained.
-    network = checkpoint.network().to(device)
-    classifier = PixelClassifier(load_data(config.data, progress=True))
-    labels = all_labels(network)
-    wanted = [Request(labels[i % len(labels)], i // len(labels)) for i in range(count)]
-    images = Generator(network, config, pick_precision(config.train, device)).images(
-        wanted, config.sample, seed, progress=True
+    total, sample = arguments.num_images, one.config.sample
+    sums_2, done, own = torch.zeros(2, dtype=torch.float64), 0, shared_out(total)
+    pairs = zip(
+        generated(one, total, sample, arguments.seed, progress=processes.is_main_process),
+        generated(two, total, sample, arguments.seed),
+        strict=True,
     )
-    agreement = classifier.agreement(images, [image.label for image in wanted])
-    settings = config.sample
-    print(f"checkpoint:      {checkpoint.path}")
-    print(f"classifier:      {classifier.accuracy:.2%} of the real held-out images right")
-    print(
-        f"class agreement: {agreement:.2%} of {count} generated images show the label that was asked for "
-        f"({settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}, seed {seed})"
-    )
+    for (ours_BCHW, _), (theirs_BCHW, _) in pairs:
+        counted = sum(position < total for position in own[done : done + len(ours_BCHW)])
+        done += len(ours_BCHW)
+        for index, measure in enumerate((structural_similarity, mean_squared_difference)):
+            sums_2[index] += measure(ours_BCHW[:counted], theirs_BCHW[:counted]).sum()
+    means = (add_up(sums_2) / total).tolist()
+    names = [f"eval/consistency_{what}_{count_name(total)}" for what in ("ssim", "difference")]
+    line = protocol(total, sampling_protocol(sample, arguments.seed), None, str(other.path))
+    return Judgement(dict(zip(names, means, strict=True)), dict.fromkeys(names, line))
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ from accelerate import PartialState
 
 from agent.artifacts import download_model
 from agent.image_folder import check_folder, file_name, read_png, save_png, settings
+from agent.sampling_flags import add_sampling_flags, sampling_knobs
 from diffusion_core import media
 from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from diffusion_core.config import CoreConfig, SampleConfig
+from diffusion_core.config import CoreConfig
 from diffusion_core.config_io import ConfigError, build, flatten
 from diffusion_core.generation import Generator, Request, requests
 from diffusion_core.hardware import pick_device, pick_precision
@@ -40,17 +41,6 @@ MODES = ("sample", "denoise", "progressive", "interpolate")
 IMAGES_PER_LABEL = 8
 GRID_ROWS, GRID_COLUMNS = 20, 10
 STRIP_COLUMNS = 10
-FLAGS = {
-    "sampler": "sampler",
-    "steps": "steps",
-    "guidance": "guidance",
-    "guidance_interval": "guidance-interval",
-    "eta": "eta",
-    "variance": "variance",
-    "spacing": "spacing",
-    "batch_size": "micro-batch",
-}
-"""Knobs of ``sample.*`` and the flags that set them."""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -85,10 +75,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     guide.add_argument("--guide-checkpoint", type=Path, metavar="PATH", help="the same, from disk: pruned, or early")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
-    own = parser.add_argument_group("sampling (default: as the model was sampled while training)")
-    for knob, flag in FLAGS.items():
-        help_text = " ".join(str(SampleConfig.model_fields[knob].description).split())
-        own.add_argument(f"--{flag}", dest=knob, metavar=flag.upper(), help=help_text)
+    add_sampling_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -147,11 +134,10 @@ def prepare(arguments: argparse.Namespace) -> Job:
             download_model(arguments.guide_artifact) if arguments.guide_artifact else arguments.guide_checkpoint
         )
     checkpoint = read_checkpoint(path)
-    given = {f"sample.{knob}": value for knob in FLAGS if (value := getattr(arguments, knob)) is not None}
     hardware = {"train.device": arguments.device, "train.precision": arguments.precision, "seed": arguments.seed}
     # With a weaker model to guide away from, guidance does without labels and without their absence.
     lifted = {"model.class_conditional": True, "train.label_dropout": 0.1} if guide_path else {}
-    config = build(CoreConfig, flatten(checkpoint.config()), lifted, given, hardware)
+    config = build(CoreConfig, flatten(checkpoint.config()), lifted, sampling_knobs(arguments), hardware)
     if guide_path and config.sample.guidance == 1.0:
         raise ConfigError("sample.guidance = 1.0: says nothing of the model to guide away from; expected another value")
     pick_device(config.train)

@@ -362,16 +362,13 @@ def configurations(draw: st.DrawFn) -> TrialConfig:
     if not (values["model.class_conditional"] and values["train.label_dropout"]):
         values["sample.guidance"] = 1.0
     values["train.batch_size"] = values["train.accumulation"] * draw(st.integers(1, 1000))
-    if not values["model.class_conditional"] and values["eval.classifier"] == "svc":
+    if not values["model.class_conditional"] and values["eval.classifier"] == "network":
         values["eval.classifier"] = "auto"
-    judged = values["eval.classifier"] == "svc" or (values["eval.classifier"], values["data.name"]) == (
-        "auto",
-        "digits",
-    )
-    if values["checkpoint.best_metric"] == "eval/class_agreement" and not (
-        judged and values["model.class_conditional"]
-    ):
-        values["checkpoint.best_metric"] = "val/loss"
+    if not values["model.class_conditional"]:
+        values["eval.figures"] = [f for f in values["eval.figures"] if f not in ("per_class", "synthetic_accuracy")]
+    files = ["inception", "classifier", "nets/a b.pt", "c.safetensors"]
+    values["eval.extractors"] = draw(st.lists(st.sampled_from(files), min_size=1, max_size=3))
+    values["checkpoint.best_metric"] = draw(st.sampled_from(["val/loss", "train/loss"]))
     values["train.steps"] += 1
     if values["prune.step"] is not None:
         values["prune.step"] = draw(st.integers(1, values["train.steps"] - 1))

@@ -1,4 +1,4 @@
-"""Figures: validation loss and class agreement mean what they say."""
+"""Validation loss means what it says; figures are named for how they were measured."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import pytest
 import torch
 from tiny import digits, tiny_config, tiny_network
 
-from diffusion_core import evaluation
-from diffusion_core.data import Dataset, Images
-from diffusion_core.evaluation import PixelClassifier, build_classifier, validation_loss
-from diffusion_core.figure_names import is_better
+from diffusion_core.evaluation import validation, validation_loss
+from diffusion_core.evaluation.validation import by_timestep, validation_losses
+from diffusion_core.figure_names import GOALS, count_name, goal_of, is_better, space_figure, space_name
 from diffusion_core.unet import build_network
 
 CONFIG = tiny_config(eval__val_images=300)
@@ -33,7 +32,7 @@ def test_validation_loss_is_the_same_on_every_call() -> None:
 def test_validation_loss_does_not_depend_on_the_batch_size(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     network = tiny_network()
     expected = validation_loss(network, digits().val, CONFIG, "fp32")
-    monkeypatch.setattr(evaluation, "VALIDATION_BATCH", batch)
+    monkeypatch.setattr(validation, "VALIDATION_BATCH", batch)
     assert validation_loss(network, digits().val, CONFIG, "fp32") == pytest.approx(expected, rel=1e-5)
 
 
@@ -60,54 +59,17 @@ def test_validation_uses_labels_as_many_images_as_asked_and_spreads_timesteps() 
     assert sum(len(inputs[0]) for inputs in seen) == len(digits().val)  # All there are.
 
 
-@pytest.fixture(scope="module")
-def classifier() -> PixelClassifier:
-    return PixelClassifier(digits())
-
-
-def test_the_classifier_is_accurate_on_real_digits_it_has_not_seen(classifier: PixelClassifier) -> None:
-    assert classifier.accuracy >= 0.98
-
-
-def test_agreement_on_the_real_held_out_images_is_the_accuracy(classifier: PixelClassifier) -> None:
-    val = digits().val
-    assert classifier.agreement(val.images_NCHW, val.labels_N.tolist()) == pytest.approx(classifier.accuracy)
-    assert classifier.agreement(digits().train.images_NCHW, digits().train.labels_N.tolist()) > 0.99
-
-
-def test_agreement_with_shuffled_labels_is_chance(classifier: PixelClassifier) -> None:
-    train = digits().train
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    share = classifier.agreement(train.images_NCHW, train.labels_N[order].tolist())
-    assert share == pytest.approx(0.1, abs=4 * math.sqrt(0.09 / len(train)))
-
-
-def test_agreement_of_noise_and_of_wrong_labels(classifier: PixelClassifier) -> None:
-    val = digits().val
-    wrong = ((val.labels_N + 1) % 10).tolist()
-    assert classifier.agreement(val.images_NCHW, wrong) < 0.02
-    noise = torch.randint(0, 256, (1000, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    assert classifier.agreement(noise, [i % 10 for i in range(1000)]) < 0.15
-
-
-def test_the_classifier_learns_from_the_training_images_alone() -> None:
-    """Held-out images all labelled 0: an honest classifier is wrong about most of them."""
-    val = digits().val
-    lying = Dataset(digits().train, Images(val.images_NCHW, torch.zeros_like(val.labels_N)), digits().class_names)
-    assert PixelClassifier(lying).accuracy == pytest.approx((val.labels_N == 0).float().mean().item(), abs=0.02)
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, True),
-        ({"eval__classifier": "none"}, False),
-        ({"model__class_conditional": False}, False),
-        ({"data__name": "mnist", "data__image_size": 8}, False),
-    ],
-)
-def test_there_is_a_classifier_where_it_makes_sense(changes: dict[str, object], expected: bool) -> None:
-    assert (build_classifier(tiny_config(**changes), digits()) is not None) == expected
+def test_losses_by_timestep_average_to_the_loss_and_fall_with_the_noise() -> None:
+    network = build_network(CONFIG, 10).eval()  # It says zero, so that its error of x0 is the noise level.
+    config = tiny_config(eval__val_images=300, diffusion__prediction="x0")
+    loss_N, t_N = validation_losses(network, digits().val, config, "fp32")
+    assert float(loss_N.mean()) == validation_loss(network, digits().val, config, "fp32")
+    parts = by_timestep(loss_N, t_N, config.diffusion.timesteps)
+    assert list(parts) == [f"val/loss_t{part}" for part in range(10)]
+    assert sum(parts.values()) / 10 == pytest.approx(float(loss_N.mean()))
+    for part in range(10):
+        inside = (t_N >= 5 * part) & (t_N < 5 * part + 5)  # T = 50.
+        assert parts[f"val/loss_t{part}"] == pytest.approx(float(loss_N[inside].mean()))
 
 
 def test_is_better() -> None:
@@ -122,3 +84,36 @@ def test_is_better() -> None:
         assert not is_better("train/loss", value, None)
         assert not is_better("eval/class_agreement", value, 0.5)
         assert not is_better("val/loss", value, math.nan)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("fd", "inception", 50_000, "train", 50_000), "eval/fid50k_train"),
+        (("fd", "inception", 5000, "val", None), "eval/fid5k_val"),
+        (("fd", "inception", 2048, "train", 2048), "eval/fid2048_train"),
+        (("fd", "inception", 2047, "train", 50_000), "eval/fd_inception_2047_train"),
+        (("fd", "inception", 50_000, "train", 2047), "eval/fd_inception_50k_train"),
+        (("fd", "inception", None, "train", 50_000), "eval/fid_train"),
+        (("fd", "inception", None, "other", None), "eval/fd_inception_other"),
+        (("fd", "inception-0123abcd", 50_000, "train", 50_000), "eval/fd_inception-0123abcd_50k_train"),
+        (("fd", "classifier-digits", 50_000, "train", 50_000), "eval/fd_classifier-digits_50k_train"),
+        (("kd", "inception", 500, "train", 500), "eval/kid500_train"),
+        (("kd", "my-net", 500, "train", 500), "eval/kd_my-net_500_train"),
+        (("score", "inception", 5000, None, None), "eval/inception_score5k"),
+        (("score", "classifier-mnist", 5000, None, None), "eval/score_classifier-mnist_5k"),
+        (("recall", "inception", 5000, "train", 5000), "eval/recall_inception_5k_train"),
+    ],
+)
+def test_names_carry_the_protocol_and_only_fid_is_called_fid(arguments: tuple[object, ...], expected: str) -> None:
+    assert space_figure(*arguments) == expected  # type: ignore[arg-type]
+    assert goal_of(expected) == ("maximize" if "score" in expected or "recall" in expected else "minimize")
+
+
+def test_every_kind_of_figure_has_a_goal_and_costs_have_none() -> None:
+    assert [goal_of(name.replace("*", "x")) for name in GOALS] == list(GOALS.values())
+    assert goal_of("eval/fid5k_train/cat") == "minimize"
+    for name in ("model/params", "train/lr", "eval/seconds_per_image", "dense/val/loss", "protocol/eval/fid5k_train"):
+        assert goal_of(name) is None
+    assert (count_name(1000), count_name(1500), count_name(None)) == ("1k", "1500", "")
+    assert space_name("my_net v2.1") == "my-net-v2-1"

@@ -27,6 +27,9 @@ from diffusion_core import compilation, trainer
 from diffusion_core.checkpoint import list_checkpoints, read_checkpoint
 from diffusion_core.config_io import ConfigError, flatten, knobs
 from diffusion_core.data import Dataset, Images, load_data
+from diffusion_core.evaluation.classifier import Classifier
+from diffusion_core.evaluation.classifier_network import ClassifierNetwork
+from diffusion_core.evaluation.recipe import RECIPES
 from diffusion_core.hardware import has_bf16
 from diffusion_core.presets import PRESETS
 from diffusion_core.tracking import MemoryTracker
@@ -56,6 +59,10 @@ FOLDER = "<folder>"
 
 OTHER_FOLDER = "<other folder>"
 """Another one, whose images are inverted."""
+
+
+NETWORK = "<network>"
+"""A feature network that they make."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,7 @@ BY_FOLDER = {"data.name": "folder", "data.path": FOLDER, "data.image_size": 8}
 # So slow that the training loss goes up and down with the batches (here the first is lowest) while the validation loss,
 # with noise that never changes, goes down a little with every step.
 JUDGED = {"checkpoint.every": 1, "eval.every": 1, "log.every": 1, "train.lr": 1e-5, "seed": 2}
+IN_FEATURES = {"eval.figures": ["frechet"], "eval.extractors": ["classifier"], "eval.num_images": 20}
 OFTEN = {"checkpoint.every": 1, "checkpoint.upload": True}
 
 TABLE: dict[str, Entry] = {
@@ -168,9 +176,19 @@ TABLE: dict[str, Entry] = {
     "sample.batch_size": Entry(3, ("batches",), same=(*SAMPLING_ONLY, "grid"), why="memory and speed, not the images"),
     "eval.every": Entry(2, ("val/loss",), same=("weights",)),
     "eval.val_images": Entry(8, ("val/loss",), same=("weights", "grid")),
-    "eval.classifier": Entry("svc", ("figures",), same=("weights", "grid")),
+    "eval.classifier": Entry("network", ("figures",), same=("weights", "grid")),
     "eval.num_images": Entry(
-        37, ("class agreement",), {"eval.classifier": "svc", "eval.num_images": 20}, same=("weights",)
+        37, ("class agreement",), {"eval.classifier": "network", "eval.num_images": 20}, same=("weights",)
+    ),
+    "eval.figures": Entry(["loss_by_timestep"], ("figures",), same=("weights", "val/loss", "grid")),
+    "eval.extractors": Entry([NETWORK], ("figures",), IN_FEATURES, same=("weights", "val/loss", "grid")),
+    "eval.reference": Entry("val", ("figures",), IN_FEATURES, same=("weights", "val/loss", "grid")),
+    "eval.inception_weights": Entry(
+        "nowhere/b.pth",
+        ("missing",),
+        {"eval.figures": ["frechet"], "eval.num_images": 2, "eval.inception_weights": "nowhere/a.pth"},
+        same=("weights", "figures"),
+        why="without weights training goes on and says what is missing",
     ),
     "checkpoint.every": Entry(1, ("files", "artifacts"), {"checkpoint.keep": 9}, same=("weights", "rows")),
     "checkpoint.keep": Entry(3, ("files",), OFTEN, same=("weights", "artifacts")),
@@ -208,7 +226,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             for index in range(8):
                 sketch(index, label, invert).save(root / animal / f"{index}.png")
         paths[name] = str(root)
-    return paths
+    network = tmp_path_factory.mktemp("network") / "net.safetensors"
+    Classifier(ClassifierNetwork(1, 10, 2).eval(), "other", 0.1, "", RECIPES["tiny"]).save(network)
+    return paths | {str([NETWORK]): [str(network)]}
 
 
 def digest(*parts: Any) -> str:
@@ -281,7 +301,9 @@ def observe(
             return Observed(seen | {"device": str(error)})
     seen["batches"] = batches
     seen["compiled"], seen["only deterministic algorithms"] = compiled, algorithms
-    seen["stderr"] = "training:" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    seen["stderr"] = "training:" in told
+    seen["missing"] = [line for line in told.splitlines() if "without figures" in line]
     if twice:
         second = MemoryTracker()
         try:
@@ -481,7 +503,7 @@ def test_every_schedule_of_the_rate_and_every_choice_is_another_one(seen: Any) -
     """Each pair of choices of a knob differs, not only the two of the table."""
     variants: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         "prune.method": ("weights", {"prune.step": 2}, ["none", "magnitude", "structured"]),
-        "eval.classifier": ("figures", {"sample.guidance": 2.0}, ["none", "svc"]),
+        "eval.classifier": ("figures", {"sample.guidance": 2.0}, ["none", "network"]),
         "model.conditioning": ("weights", {}, choices("model.conditioning")),
         "diffusion.schedule": ("weights", {"diffusion.prediction": "edm"}, choices("diffusion.schedule")),
         "diffusion.prediction": ("weights", {}, choices("diffusion.prediction")),

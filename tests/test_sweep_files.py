@@ -331,7 +331,7 @@ WRONG: dict[str, tuple[Any, list[str]]] = {
     "a section as a number": (changed(add={"ema": {"value": 3}}), ["ema = 3: ema is a section; set one of its keys"]),
     "unknown metric": (
         changed(metric={"name": "val/los", "goal": "minimize"}),
-        ["metric.name = 'val/los': expected one of train/loss, val/loss, eval/class_agreement"],
+        ["metric.name = 'val/los': expected one of train/loss, val/loss"],
     ),
     "metric without a name": (changed(metric={"goal": "minimize"}), ["metric.name = None: expected one of train/loss"]),
     "metric with a list as a name": (
@@ -752,3 +752,46 @@ def test_a_sweep_of_another_content_is_not_continued(tmp_path: Path) -> None:
     other = load(tmp_path, changed(add={"seed": {"value": 1}}))
     with pytest.raises(SweepError, match="give this one another --name"):
         OfflineSweep(other, folder)
+
+
+@pytest.mark.parametrize(
+    ("metric", "parameters", "expected"),
+    [
+        (
+            "eval/fid50k_train",
+            {},
+            "metric.name = 'eval/fid50k_train': a trial does not log it; expected one of train/loss",
+        ),
+        (
+            "eval/class_agreement",
+            {"eval.classifier": {"values": ["auto", "none"]}},
+            "a trial with eval.classifier=none does not log it",
+        ),
+        (
+            "val/loss_t3",
+            {"eval.figures": {"values": [["loss_by_timestep"], []]}},
+            "a trial with eval.figures=[] does not log it",
+        ),
+        (
+            "eval/fd_classifier-digits_500_train",
+            {
+                "eval.figures": {"value": ["frechet"]},
+                "eval.extractors": {"value": ["classifier"]},
+                "eval.num_images": {"values": [500, 1000]},
+            },
+            "a trial with eval.num_images=1000 does not log it",
+        ),
+    ],
+)
+def test_the_metric_must_be_logged_by_every_trial(
+    metric: str, parameters: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    goal = "maximize" if "agreement" in metric else "minimize"
+    base = {"preset": {"value": "digits"}, "checkpoint.best_metric": {"value": "val/loss"}}
+    config = changed(metric={"name": metric, "goal": goal}) | {"parameters": base | parameters}
+    with pytest.raises(SweepError) as refusal:
+        load(tmp_path, config)
+    assert expected in str(refusal.value)
+    first = {key: {"value": spec.get("value", spec.get("values", [0])[0])} for key, spec in parameters.items()}
+    if first:  # With the first value of each alone there is nothing wrong.
+        load(tmp_path, config | {"parameters": base | first})

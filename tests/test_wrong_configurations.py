@@ -197,8 +197,16 @@ COMBINATIONS: list[Case] = [
     ("--train.label_dropout=1", "train.label_dropout = 1.0", "use model.class_conditional=false"),
     ("--train.accumulation=3", "train.accumulation = 3", "must divide train.batch_size = 128"),
     ("--train.batch_size=1 --train.accumulation=2", "train.accumulation = 2", "must divide train.batch_size = 1"),
-    ("--eval.classifier=svc --model.class_conditional=0", "eval.classifier = 'svc'", "model.class_conditional=true"),
-    ("--checkpoint.best_metric=eval/class_agreement", "checkpoint.best_metric = 'eval/class_agreement'", "svc"),
+    (
+        "--eval.classifier=network --model.class_conditional=0",
+        "eval.classifier = 'network'",
+        "model.class_conditional=true",
+    ),
+    ("--checkpoint.best_metric=eval/fid50k_train", "best_metric = 'eval/fid50k_train'", "one of train/loss, val/loss"),
+    ("--checkpoint.best_metric=model/params", "checkpoint.best_metric = 'model/params'", "one of train/loss, val/loss"),
+    ("--eval.figures=fid", "eval.figures = 'fid'", "frechet"),
+    ("--eval.figures=per_class --model.class_conditional=0", "eval.figures", "needs model.class_conditional=true"),
+    ("--checkpoint.best_metric=eval/class_agreement", "checkpoint.best_metric = 'eval/class_agreement'", "network"),
     ("--preset=digits --eval.classifier=none", "checkpoint.best_metric = 'eval/class_agreement'", "data.name=digits"),
     (
         "--preset=digits --model.class_conditional=0 --sample.guidance=1",

@@ -1,0 +1,90 @@
+"""Folders of images to judge: their files, their labels if their names tell, and their pixels batch by batch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion_core.data import DataError
+from diffusion_core.image_files import IMAGE_SUFFIXES, ImageFileError, read_rgb
+
+SAMPLE_NAME = re.compile(r"(\d+)-\d+\.png")
+"""``{label}-{index}.png``, as scripts/sample_images.py names its files."""
+
+NOT_IMAGES = frozenset({"grid.png", "diffusion.gif"})
+"""What scripts/sample_images.py writes beside them."""
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The images of a folder, or of its sub-folders.
+
+    Attributes:
+        path: the folder.
+        files: in order.
+        labels: classes of the images where all file names tell, else None.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    labels: tuple[int, ...] | None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def batches(self, positions: Sequence[int], batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The images at some positions (beyond the end, the last one): uint8 ``(B, 3, H, W)``, and labels.
+
+        Raises:
+            DataError: if an image cannot be read, or has another size than the first.
+        """
+        last = len(self.files) - 1
+        first_HW = self._read(0).shape[:2]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for start in range(0, len(positions), batch_size):
+                chosen = [min(position, last) for position in positions[start : start + batch_size]]
+                arrays = list(pool.map(self._read, chosen))
+                for position, array in zip(chosen, arrays, strict=True):
+                    if array.shape[:2] != first_HW:
+                        raise DataError(
+                            f"{str(self.files[position])!r}: {array.shape[1]} x {array.shape[0]} pixels, and the "
+                            f"first image of the folder {first_HW[1]} x {first_HW[0]}; expected images of one size "
+                            f"(scripts/prepare_images.py makes them so)"
+                        )
+                images_BCHW = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+                yield images_BCHW, None if self.labels is None else torch.tensor([self.labels[i] for i in chosen])
+
+    def _read(self, position: int) -> np.ndarray:
+        try:
+            return np.asarray(read_rgb(self.files[position]))
+        except (ImageFileError, OSError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise DataError(f"{str(self.files[position])!r}: not a readable image ({reason}); remove it") from None
+
+
+def image_folder(path: Path) -> ImageFolder:
+    """The images in a folder; where it holds none itself, those in its sub-folders.
+
+    Raises:
+        DataError: if there is no such folder, or no image in it.
+    """
+    if not path.is_dir():
+        raise DataError(f"{str(path)!r}: no such folder")
+    files = _images(path.iterdir()) or _images(path.rglob("*"))
+    if not files:
+        raise DataError(f"{str(path)!r}: no images in it (expected {', '.join(sorted(IMAGE_SUFFIXES))})")
+    matches = [SAMPLE_NAME.fullmatch(file.name) for file in files]
+    labels = tuple(int(match[1]) for match in matches if match)
+    return ImageFolder(path, tuple(files), labels if len(labels) == len(files) else None)
+
+
+def _images(paths: Iterator[Path]) -> list[Path]:
+    return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.name not in NOT_IMAGES)

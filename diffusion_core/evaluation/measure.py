@@ -1,0 +1,202 @@
+"""From features to figures: one pass over the images, whatever is asked for.
+
+Axes: N images, B batch, C channels, H height, W width, D features, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion_core.data import DataError
+from diffusion_core.evaluation.features import Extractor, check_finite
+from diffusion_core.evaluation.frechet import Moments, Statistics
+from diffusion_core.evaluation.kernel import kernel_distance
+from diffusion_core.evaluation.manifold import density_coverage, precision_recall
+from diffusion_core.evaluation.processes import add_up, bring_together, shared_out
+from diffusion_core.evaluation.scores import inception_score
+from diffusion_core.figure_names import space_figure
+
+KEPT_FIGURES = frozenset({"kernel", "score", "precision_recall", "density_coverage", "per_class"})
+"""Figures that need the features (or logits) of every image; for the others the moments do."""
+
+FEWEST = 2
+"""Images that a covariance takes."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a pass over images leaves, in one feature space.
+
+    Attributes:
+        space: its name.
+        statistics: mean and covariance of all images.
+        features_ND: of every image, or None where only moments were wanted.
+        logits_NK: of every image, or None where the network knows no classes.
+        labels_N: classes of the images, or None where they have none.
+    """
+
+    space: str
+    statistics: Statistics
+    features_ND: Tensor | None = None
+    logits_NK: Tensor | None = None
+    labels_N: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The real images that generated ones are compared to, in one feature space.
+
+    Attributes:
+        name: what figures call it, such as ``train``.
+        source: what protocols call it: data set, number of images, hash.
+        statistics: mean and covariance.
+        features_ND: of every image, or None.
+        labels_N: classes of the images, or None.
+    """
+
+    name: str
+    source: str
+    statistics: Statistics
+    features_ND: Tensor | None = None
+    labels_N: Tensor | None = None
+
+
+class Pass:
+    """One pass over this process's share of the images, in several feature spaces at once.
+
+    Args:
+        extractors: the feature spaces.
+        total: images over all processes; batches come in the order of ``shared_out(total)``.
+        keep: keep features, or moments alone.
+    """
+
+    def __init__(self, extractors: Sequence[Extractor], total: int, *, keep: bool) -> None:
+        self.extractors = extractors
+        self.total = total
+        self.keep = keep
+        self.positions = shared_out(total)
+        self.done = 0
+        self.moments: list[Moments] = []
+        self.features: list[list[Tensor]] = [[] for _ in extractors]
+        self.logits: list[list[Tensor]] = [[] for _ in extractors]
+        self.labels: list[Tensor] = []
+
+    def add(self, images_BCHW: Tensor, labels_B: Tensor | None = None) -> None:
+        """Take in the next images, uint8."""
+        positions = self.positions[self.done : self.done + len(images_BCHW)]
+        counted = sum(position < self.total for position in positions)  # Those that stand for nothing come last.
+        self.done += len(images_BCHW)
+        if labels_B is not None:
+            self.labels.append(labels_B)
+        for index, extractor in enumerate(self.extractors):
+            judged = extractor(images_BCHW)
+            features_BD = judged.features_BD.float().cpu()
+            check_finite(features_BD, extractor.name)
+            if len(self.moments) == index:
+                self.moments.append(Moments.empty(features_BD.shape[1]))
+            self.moments[index].add(features_BD[:counted])
+            if self.keep:
+                self.features[index].append(features_BD)
+            if judged.logits_BK is not None:
+                self.logits[index].append(judged.logits_BK.float().cpu())
+
+    def finish(self) -> list[Seen]:
+        """What all processes saw together, by feature space."""
+        labels_N = bring_together(torch.cat(self.labels), self.total) if self.labels else None
+        seen = []
+        for index, extractor in enumerate(self.extractors):
+            moments = self.moments[index]
+            count, sum_D, outer_DD = add_up(
+                torch.cat([torch.tensor([float(moments.count)]).double(), moments.sum_D, moments.outer_DD.flatten()])
+            ).split([1, len(moments.sum_D), moments.outer_DD.numel()])
+            moments = Moments(int(count), sum_D, outer_DD.view_as(moments.outer_DD))
+            features_ND = bring_together(torch.cat(self.features[index]), self.total) if self.keep else None
+            logits_NK = bring_together(torch.cat(self.logits[index]), self.total) if self.logits[index] else None
+            seen.append(Seen(extractor.name, moments.statistics(), features_ND, logits_NK, labels_N))
+        return seen
+
+
+def look(
+    extractors: Sequence[Extractor],
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    total: int,
+    *,
+    keep: bool,
+) -> list[Seen]:
+    """One pass over batches of uint8 images and their labels, this process's share, in several feature spaces."""
+    view = Pass(extractors, total, keep=keep)
+    for images_BCHW, labels_B in batches:
+        view.add(images_BCHW, labels_B)
+    return view.finish()
+
+
+def agreement(seen: Seen) -> float:
+    """Share of images, in [0, 1], in which a classifier sees the label that was asked for."""
+    assert seen.logits_NK is not None
+    assert seen.labels_N is not None
+    return float((seen.logits_NK.argmax(1) == seen.labels_N).double().mean())
+
+
+def compare(
+    figures: Iterable[str], seen: Seen, reference: Reference, class_names: Sequence[str] = ()
+) -> dict[str, float]:
+    """Figures of images in one feature space, by their full names.
+
+    Args:
+        figures: ``frechet``, ``kernel``, ``score``, ``precision_recall``, ``density_coverage``, ``per_class``; what a
+            space or a reference does not have (a network without classes has no score) is left out.
+        seen: the images.
+        reference: what they are compared to.
+        class_names: by label, for ``per_class``.
+
+    Raises:
+        DataError: if there are too few images for a covariance, or the spaces are not the same.
+    """
+    wanted = frozenset(figures)
+    space, count, known = seen.space, seen.statistics.count, reference.statistics.count
+    if min(count or FEWEST, known or FEWEST) < FEWEST:
+        raise DataError(f"{count} images against {known}: expected at least {FEWEST} on both sides to compare them")
+    if len(seen.statistics.mean_D) != len(reference.statistics.mean_D):
+        raise DataError(
+            f"features of {len(seen.statistics.mean_D)} numbers, and of {len(reference.statistics.mean_D)} in "
+            f"{reference.source}: they are of different networks"
+        )
+
+    def name(figure: str) -> str:
+        return space_figure(figure, space, count, reference.name, known)
+
+    found: dict[str, float] = {}
+    if "frechet" in wanted:
+        found[name("fd")] = seen.statistics.distance(reference.statistics)
+    if "score" in wanted and seen.logits_NK is not None:
+        found[space_figure("score", space, count, None)] = inception_score(seen.logits_NK)
+    if seen.features_ND is None or reference.features_ND is None:
+        return found
+    ours_ND, theirs_ND = seen.features_ND, reference.features_ND
+    if "kernel" in wanted:
+        found[name("kd")] = kernel_distance(ours_ND, theirs_ND)
+    if "precision_recall" in wanted:
+        found[name("precision")], found[name("recall")] = precision_recall(ours_ND, theirs_ND)
+    if "density_coverage" in wanted:
+        found[name("density")], found[name("coverage")] = density_coverage(ours_ND, theirs_ND)
+    if "per_class" in wanted and seen.labels_N is not None and reference.labels_N is not None:
+        found |= _per_class(seen, reference, class_names)
+    return found
+
+
+def _per_class(seen: Seen, reference: Reference, class_names: Sequence[str]) -> dict[str, float]:
+    """The Fréchet distance of each class's images to the real ones of that class."""
+    found = {}
+    assert seen.features_ND is not None
+    assert reference.features_ND is not None
+    for label, class_name in enumerate(class_names):
+        ours, theirs = seen.features_ND[seen.labels_N == label], reference.features_ND[reference.labels_N == label]
+        if min(len(ours), len(theirs)) >= FEWEST:
+            name = space_figure("fd", seen.space, len(ours), reference.name, len(theirs))
+            distance = Moments.of(ours).statistics().distance(Moments.of(theirs).statistics())
+            found[f"{name}/{class_name}"] = distance
+    return found

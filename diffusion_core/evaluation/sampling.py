@@ -1,0 +1,72 @@
+"""Images of a model to be judged, and how long it will take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion_core.config import SampleConfig
+from diffusion_core.data import DataError, to_uint8
+from diffusion_core.evaluation.features import Extractor
+from diffusion_core.evaluation.processes import add_up, shared_out
+from diffusion_core.generation import Generator, Request, all_labels
+from diffusion_core.samplers import evaluations
+
+
+def dealt_out(labels: Sequence[int], positions: Sequence[int]) -> list[Request]:
+    """The images at some positions, where labels take turns."""
+    return [Request(labels[position % len(labels)], position // len(labels)) for position in positions]
+
+
+def generated(
+    generator: Generator, total: int, config: SampleConfig, seed: int, *, progress: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of ``total`` images of all classes in turn: uint8 ``(B, C, H, W)`` on the CPU, and labels.
+
+    Raises:
+        DataError: in all processes, after the last image, if one of them is not finite.
+    """
+    wanted = dealt_out(all_labels(generator.network), shared_out(total))
+    not_finite = 0
+    with tqdm(total=len(wanted), desc="sampling", unit="image", disable=not progress) as bar:
+        for start in range(0, len(wanted), config.batch_size):
+            batch = wanted[start : start + config.batch_size]
+            x_BCHW = generator.batch(batch, config, seed)
+            not_finite += int((~torch.isfinite(x_BCHW)).flatten(1).any(1).sum())
+            yield to_uint8(x_BCHW.nan_to_num()).cpu(), torch.tensor([image.label for image in batch])
+            bar.update(len(batch))
+    broken = int(add_up(torch.tensor(float(not_finite))))
+    if broken:
+        raise DataError(
+            f"{broken} of {total} generated images are not finite; lower sample.guidance, or sample in fp32 "
+            f"(train.precision)"
+        )
+
+
+@torch.no_grad()
+def estimate_seconds(generator: Generator, total: int, config: SampleConfig, extractors: Sequence[Extractor]) -> float:
+    """About how long it takes to sample and look at this process's share of ``total`` images.
+
+    Times one step and one look at one batch, each after a first one that does not count.
+    """
+    share = len(shared_out(total))
+    batch = min(share, config.batch_size)
+    schedule = generator.denoiser().schedule
+    once = config.model_copy(update={"steps": 1})
+    wanted = [Request(label, 0) for label in (all_labels(generator.network) * batch)[:batch]]
+    images = to_uint8(generator.batch(wanted, once, 0).nan_to_num()).cpu()
+    started = time.perf_counter()
+    images = to_uint8(generator.batch(wanted, once, 0).nan_to_num()).cpu()
+    sampling = (time.perf_counter() - started) * evaluations(config, schedule) / evaluations(once, schedule)
+    looking = 0.0
+    for extractor in extractors:
+        part = images[: max(1, batch // 8)]
+        extractor(part)
+        started = time.perf_counter()
+        extractor(part).features_BD.sum().item()
+        looking += (time.perf_counter() - started) * batch / len(part)
+    return (sampling + looking) * share / batch

@@ -1,0 +1,70 @@
+"""The loss on held-out images, with noise that is always the same; also by timestep.
+
+Axes: N images, B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffusion_core.config import CoreConfig
+from diffusion_core.data import Images, to_unit
+from diffusion_core.denoiser import Denoiser
+from diffusion_core.evaluation.processes import add_up, shared_out
+from diffusion_core.figure_names import LOSS_BUCKETS
+from diffusion_core.hardware import Precision, autocast
+from diffusion_core.losses import diffusion_loss
+from diffusion_core.randomness import Purpose, generator
+from diffusion_core.unet import UNet
+
+VALIDATION_SEED = 0
+"""Validation noise does not follow the run's seed: runs with different seeds are compared on the same noise."""
+
+VALIDATION_BATCH = 256
+
+
+def validation_loss(network: UNet, images: Images, config: CoreConfig, precision: Precision) -> float:
+    """The training loss on held-out images, with labels, with noise and timesteps that are always the same.
+
+    Timesteps are spread evenly over 0..T-1. Comparable between runs of equal schedule, loss and prediction only.
+
+    Args:
+        network: in evaluation mode.
+        images: held-out images; the first ``eval.val_images`` of a fixed shuffle are used.
+        config: the run's configuration.
+        precision: arithmetic of the network.
+    """
+    loss_N, _ = validation_losses(network, images, config, precision)
+    return float(loss_N.mean())
+
+
+@torch.no_grad()
+def validation_losses(network: UNet, images: Images, config: CoreConfig, precision: Precision) -> tuple[Tensor, Tensor]:
+    """The loss of each held-out image (float64) and its timestep, both ``(N,)``; all processes compute a share."""
+    device = next(network.parameters()).device
+    denoiser = Denoiser.from_config(network, config, device)
+    source = generator(VALIDATION_SEED, Purpose.VALIDATION)
+    order = torch.randperm(len(images), generator=source)[: config.eval.val_images]
+    position_N = (torch.arange(len(order)) + 0.5) / len(order)
+    t_N = (position_N * config.diffusion.timesteps).long()
+    loss_N = torch.zeros(len(order), dtype=torch.float64)
+    places = torch.arange(len(order)).split(VALIDATION_BATCH)
+    own = set(shared_out(len(places)))
+    for number, place_B in enumerate(places):
+        # Every process draws all noise, and computes with its own.
+        noise_BCHW = torch.randn((len(place_B), *images.images_NCHW.shape[1:]), generator=source).to(device)
+        if number not in own:
+            continue
+        batch = images.select(order[place_B]).to(device)
+        x0_BCHW, t_B = to_unit(batch.images_NCHW), t_N[place_B].to(device)
+        with autocast(device, precision):
+            loss_B = diffusion_loss(denoiser, x0_BCHW, noise_BCHW, t_B, batch.labels_N, config.diffusion)
+        loss_N[place_B] = loss_B.double().cpu()
+    return add_up(loss_N), t_N
+
+
+def by_timestep(loss_N: Tensor, t_N: Tensor, timesteps: int) -> dict[str, float]:
+    """The mean loss in each of ten equal parts of the timesteps (those in which there is an image), by name."""
+    bucket_N = t_N * LOSS_BUCKETS // timesteps
+    return {f"val/loss_t{part}": float(loss_N[bucket_N == part].mean()) for part in bucket_N.unique().tolist()}

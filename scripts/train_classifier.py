@@ -1,0 +1,68 @@
+"""Train the small classifier that judges images of a data set: class agreement, distances in its features.
+
+  python scripts/train_classifier.py --data.name=digits
+  python scripts/train_classifier.py --data.name=cifar10 --recipe colour
+  python scripts/train_classifier.py --data.name=folder --data.path=DIR --recipe cpu --out classifier.safetensors
+
+It is kept in the cache, where evaluation finds it, and written to --out. All other words are knobs of data.*.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from agent.config import config_from_words
+from agent.refusal import fail
+from diffusion_core.config import TrainConfig
+from diffusion_core.config_io import ConfigError, split_argv
+from diffusion_core.data import DataError, load_data
+from diffusion_core.evaluation.classifier import classifier_for
+from diffusion_core.evaluation.features import ExtractorError
+from diffusion_core.evaluation.recipe import RECIPES, recipe_for
+from diffusion_core.hardware import pick_device
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 if something asked for cannot be had."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--recipe", choices=RECIPES, help="how it is trained (default: what suits images and device)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write it here as well (.safetensors)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    arguments, words = parser.parse_known_args(argv)
+    try:
+        values = split_argv(words)
+        foreign = [key for key in values if not key.startswith("data.")]
+        if foreign:
+            raise ConfigError(f"{foreign[0]} = {values[foreign[0]]!r}: expected knobs of data.*, such as --data.name")
+        # The network of the diffusion model has no say here; its defaults would refuse small images.
+        data = config_from_words({**values, "model.channel_multipliers": "1", "model.attention_resolutions": "[]"}).data
+        device = pick_device(TrainConfig(device=arguments.device))
+        dataset = load_data(data, progress=True)
+        recipe = arguments.recipe or recipe_for(dataset.shape_CHW, device.type == "cuda")
+        started = time.perf_counter()
+        classifier = classifier_for(
+            dataset, data.name, mirrored=data.flips, device=device, recipe=recipe, progress=True
+        )
+        seconds = time.perf_counter() - started
+        if arguments.out:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            classifier.save(arguments.out)
+    except (ConfigError, DataError, ExtractorError, OSError) as error:
+        return fail(str(error))
+    print(
+        f"classifier:       {classifier.name}, recipe {recipe}, seed {classifier.recipe.seed}, weights "
+        f"{classifier.weights}"
+    )
+    print(f"training images:  {len(dataset.train):,} in {seconds:.1f} s on {device} (or from the cache)")
+    print(f"held-out images:  {classifier.accuracy:.2%} of {len(dataset.val):,} right")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
