@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,14 +24,26 @@ def full_name(name: str, entity: str | None) -> str:
     return f"{entity}/{name}" if name.count("/") == 1 and entity else name
 
 
-def download_model(name: str) -> Path:
-    """Download a `model` artifact.
+@dataclass(frozen=True)
+class Model:
+    """A `model` artifact on disk.
+
+    Attributes:
+        path: the folder that holds the checkpoint.
+        name: ``ENTITY/PROJECT/NAME:VERSION``.
+    """
+
+    path: Path
+    name: str
+
+
+def download_model(name: str, option: str = "--artifact", instead: str = "--checkpoint") -> Model:
+    """Download a `model` artifact (what W&B has cached is not fetched again).
 
     Args:
         name: ``NAME:ALIAS``, optionally with ``PROJECT/`` or ``ENTITY/PROJECT/`` in front.
-
-    Returns:
-        The folder that holds the checkpoint.
+        option: where the name was given, for messages.
+        instead: what takes a checkpoint on disk.
 
     Raises:
         CheckpointError: if there is no such artifact, it is no checkpoint, or W&B cannot be reached.
@@ -38,8 +51,8 @@ def download_model(name: str) -> Path:
     load_environment()
     if not has_key():
         raise CheckpointError(
-            f"--artifact = {name!r}: no W&B API key; set WANDB_API_KEY (see .env.example), run `wandb login`, or use "
-            "--checkpoint"
+            f"{option} = {name!r}: no W&B API key; set WANDB_API_KEY (see .env.example), run `wandb login`, or use "
+            f"{instead}"
         )
     import wandb  # Slow to import, and --checkpoint does without it.
 
@@ -48,14 +61,15 @@ def download_model(name: str) -> Path:
         wanted = full_name(name, os.environ.get("WANDB_ENTITY") or api.default_entity)
         artifact = api.artifact(wanted)
         if artifact.type != "model":
-            raise CheckpointError(f"--artifact = {wanted!r}: its type is {artifact.type!r}; expected 'model'")
+            raise CheckpointError(f"{option} = {wanted!r}: its type is {artifact.type!r}; expected 'model'")
         folder = Path(os.environ.get("WANDB_ARTIFACT_DIR", "artifacts")) / artifact.name.replace(":", "-")
         download_files(artifact, folder)
-        return folder
+        bare = artifact.name.partition(":")[0]  # Its own name may end in the alias, which moves.
+        return Model(folder, f"{artifact.entity}/{artifact.project}/{bare}:{artifact.version}")
     except (wandb.errors.Error, ValueError, OSError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"--artifact = {name!r}: {' '.join(str(error).split())[:300]}") from None
+        raise CheckpointError(f"{option} = {name!r}: {' '.join(str(error).split())[:300]}") from None
 
 
 def download_files(artifact: Artifact, folder: Path) -> None:

@@ -36,6 +36,26 @@ STATE = "training-state"
 """Type of the artifacts that hold what resuming needs besides; the name is ``training-state-RUN_ID``."""
 
 
+def describe(state: TrainState, config: TrialConfig, class_names: Sequence[str]) -> dict[str, Any]:
+    """What a checkpoint says of its network, with no figures yet."""
+    network = state.network
+    return {
+        "config": redacted(flatten(config)),
+        "image_shape": [network.in_channels, network.image_size, network.image_size],
+        "num_classes": network.num_classes,
+        "class_names": list(class_names),
+        "structure": structure(network, config.model),
+        "figures": {},
+        **state.metadata(),
+    }
+
+
+def model_files(checkpoint: Checkpoint) -> list[Path]:
+    """The files of a `model` artifact: all that sampling needs."""
+    parts = [checkpoint.path / f"{part}.safetensors" for part in checkpoint.parts if part in SAMPLING_PARTS]
+    return [checkpoint.path / METADATA_FILE, *parts]
+
+
 class SaveCheckpoints:
     """Every ``checkpoint.every`` steps: a checkpoint on disk and as artifacts; keeps the newest ones and the best.
 
@@ -70,30 +90,36 @@ class SaveCheckpoints:
         if is_due(state.step, self.config.checkpoint.every, self.config.train.steps):
             self.save(state, row.get(self.config.checkpoint.best_metric))
 
-    def save(self, state: TrainState, metric: float | None = None) -> None:
+    def save_pruned(self, state: TrainState) -> None:
+        """Write a checkpoint of a network that was just pruned, and log it as an artifact that the run goes on from: so
+        lineage leads from the dense model to the pruned one, and from there to what becomes of it.
+        """
+        self.saved_step = None  # The dense network may have been saved at this very step.
+        checkpoint = self.save(state)
+        if self.config.checkpoint.upload and checkpoint is not None:
+            name = f"pruned-{self.run_id}"
+            self.tracker.artifact(name, "model", model_files(checkpoint), ["latest"], dict(state.extra_metadata))
+            self.tracker.use(name)
+
+    def save(self, state: TrainState, metric: float | None = None) -> Checkpoint | None:
         """Write a checkpoint, log it, and delete those no longer kept; a step that is saved is not saved again."""
         if state.step == self.saved_step:
-            return
+            return None
         is_best = metric is not None and is_better(
             self.config.checkpoint.best_metric, metric, self.best["value"] if self.best else None
         )
         if is_best:
             self.best = {"metric": self.config.checkpoint.best_metric, "value": metric, "step": state.step}
-        metadata = {
-            "config": redacted(flatten(self.config)),
-            "image_shape": list(self.dataset.shape_CHW),
-            "num_classes": state.network.num_classes,
-            "class_names": list(self.dataset.class_names),
-            "structure": structure(state.network, self.config.model),
+        metadata = describe(state, self.config, self.dataset.class_names) | {
             "figures": self.figures,
             "best": self.best,
-            **state.metadata(),
         }
         checkpoint = write_checkpoint(self.folder, state.step, metadata, state.parts())
         self.saved_step = state.step
         if self.config.checkpoint.upload and self.tracker.live:
             self._log_artifacts(checkpoint)
         self._delete_old()
+        return checkpoint
 
     def log_kept(self) -> None:
         """Log the checkpoints that are on the disk: for trackers to which it was of no use to log each of them."""
@@ -167,7 +193,6 @@ def log_checkpoint(
     rows = checkpoint.path / HISTORY_FILE
     write_text(rows, "".join(json.dumps(row) + "\n" for row in history if row[STEP] <= checkpoint.step))
     metadata = checkpoint.path / METADATA_FILE
-    sampling = [checkpoint.path / f"{part}.safetensors" for part in checkpoint.parts if part in SAMPLING_PARTS]
     training = [checkpoint.path / f"{part}.safetensors" for part in checkpoint.parts if part not in SAMPLING_PARTS]
-    tracker.artifact(f"{MODEL}-{run_id}", MODEL, [metadata, *sampling], aliases, described)
+    tracker.artifact(f"{MODEL}-{run_id}", MODEL, model_files(checkpoint), aliases, described)
     tracker.artifact(f"{STATE}-{run_id}", STATE, [metadata, *training, rows], aliases, described, ttl_days)

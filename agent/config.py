@@ -4,12 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from diffusion_core.config import CoreConfig
+from pydantic import Field
+
+from diffusion_core.config import CoreConfig, Section
 from diffusion_core.config_io import build, read_yaml
 from diffusion_core.presets import PRESETS
 from pruning.config import PruneConfig
+
+AT_START = frozenset({"snip", "synflow"})
+"""Methods that prune at initialisation unless they are told another step."""
+
+
+class InitConfig(Section):
+    checkpoint: Annotated[str, Field(min_length=1)] | None = None
+    """Start from the weights of this checkpoint, or of the newest one in a run's folder, of equal model.*; a pruned one
+    keeps its widths and masks. None: start from nothing."""
+    artifact: Annotated[str, Field(min_length=1)] | None = None
+    """The same from W&B: a `model` artifact, such as model-abc123:best."""
+    weights: Literal["ema", "model"] = "ema"
+    """Which weights: the average that was validated, or as trained (not in artifacts)."""
+
+
+class DistillConfig(Section):
+    output: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.0
+    """Weight, beside the loss, of the squared distance to what the teacher answers."""
+    features: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.0
+    """Weight of the squared distance between maps of where teacher and student are active, at each resolution
+    (Zagoruyko & Komodakis 2017), which does not ask how wide they are."""
+    checkpoint: Annotated[str, Field(min_length=1)] | None = None
+    """The teacher. None: the network as it was when this run pruned it."""
+    artifact: Annotated[str, Field(min_length=1)] | None = None
+    """The teacher from W&B: a `model` artifact."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to learn from a teacher."""
+        return self.output > 0.0 or self.features > 0.0
 
 
 class TrialConfig(CoreConfig):
@@ -18,11 +50,24 @@ class TrialConfig(CoreConfig):
     preset: Literal["cifar10", "cifar100", "mnist", "digits"] = "cifar10"
     """Starting point for all other knobs; what is given besides overrides it."""
     prune: PruneConfig = PruneConfig()
+    init: InitConfig = InitConfig()
+    distill: DistillConfig = DistillConfig()
 
     @property
     def prune_step(self) -> int:
-        """Optimizer steps before pruning."""
-        return self.prune.step if self.prune.step is not None else max(1, self.train.steps // 2)
+        """Optimizer steps before pruning, or before its start (gradual)."""
+        if self.prune.step is not None:
+            return self.prune.step
+        if self.prune.method in AT_START:
+            return 0
+        return max(1, self.train.steps // (4 if self.prune.method == "gradual" else 2))
+
+    @property
+    def prune_until(self) -> int:
+        """Optimizer steps before pruning is complete: those before it, but for gradual pruning."""
+        if self.prune.method != "gradual":
+            return self.prune_step
+        return self.prune.until if self.prune.until is not None else max(1, 3 * self.train.steps // 4)
 
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
@@ -34,11 +79,66 @@ class TrialConfig(CoreConfig):
                 f"ema.average_from = {self.ema.average_from}: averages start anew with the smaller network, {left} "
                 f"steps before the end; expected less than that"
             )
-        if self.prune.method != "none" and self.train.steps < 2:
+        yield from self._mask_problems()
+        if self.prune.method != "none" and self.prune.step is None and self.train.steps < 2:
             yield (
                 f"train.steps = {self.train.steps}: prune.method={self.prune.method} needs at least 2, "
                 f"before and after pruning"
             )
+        blocks = 2 * len(self.model.channel_multipliers) + 1
+        if self.prune.block_keep and len(self.prune.block_keep) != blocks:
+            yield (
+                f"prune.block_keep = {self.prune.block_keep}: expected {blocks} shares, of "
+                f"{len(self.model.channel_multipliers)} resolutions on the way down, the middle, and the way up again"
+            )
+        if self.prune.block_keep and min(self.prune.block_keep) == 1.0:
+            yield f"prune.block_keep = {self.prune.block_keep}: spares all blocks; expected at least one share below 1"
+        for section, one in (("init", self.init), ("distill", self.distill)):
+            if one.checkpoint is not None and one.artifact is not None:
+                yield f"{section}.artifact = {one.artifact!r}: {section}.checkpoint is given too; expected one of them"
+        if self.init.artifact is not None and self.init.weights != "ema":
+            yield f"init.weights = {self.init.weights!r}: artifacts hold the averaged weights; expected ema"
+        if self.init.checkpoint is None and self.init.artifact is None and self.init.weights != "ema":
+            yield f"init.weights = {self.init.weights!r}: says nothing without init.checkpoint"
+        teacher = self.distill.checkpoint or self.distill.artifact
+        if self.distill.wanted and teacher is None and self.prune.method == "none":
+            yield (
+                "distill.checkpoint = None: no teacher; set it or distill.artifact, or prune.method, whose dense "
+                "network teaches"
+            )
+        if teacher is not None and not self.distill.wanted:
+            yield (
+                f"distill.output = {self.distill.output}: the teacher {teacher!r} says nothing while it and "
+                "distill.features are 0"
+            )
+
+    def _mask_problems(self) -> Iterator[str]:
+        prune = self.prune
+        if prune.profile == "blocks" and not prune.block_keep:
+            yield "prune.profile = 'blocks': needs prune.block_keep, such as 0.5,0.5,0.2,0.5,0.5 for two resolutions"
+        if prune.profile == "blocks" and prune.method == "lottery":
+            yield "prune.profile = 'blocks': not for prune.method=lottery, whose rounds say how much stays; use erk"
+        if prune.method == "gradual" and not self.prune_step < self.prune_until < self.train.steps:
+            yield (
+                f"prune.until = {self.prune_until}: expected more than prune.step = {self.prune_step} and less than "
+                f"train.steps = {self.train.steps}"
+            )
+        if prune.method == "lottery":
+            yield from self._lottery_problems()
+
+    def _lottery_problems(self) -> Iterator[str]:
+        prune = self.prune
+        if self.init.checkpoint is not None or self.init.artifact is not None:
+            key = "init.checkpoint" if self.init.checkpoint else "init.artifact"
+            start = self.init.checkpoint or self.init.artifact
+            yield f"{key} = {start!r}: not for prune.method=lottery, whose dense network starts from nothing"
+        if self.distill.wanted:
+            yield (
+                f"distill.output = {self.distill.output}: not for prune.method=lottery, whose tickets train as the "
+                f"dense network did"
+            )
+        if prune.rewind_step >= self.train.steps:
+            yield f"prune.rewind_step = {prune.rewind_step}: expected less than train.steps = {self.train.steps}"
 
 
 def build_config(*layers: Mapping[str, Any]) -> TrialConfig:

@@ -2,6 +2,7 @@
 
 runs/ID/
     run.json              the W&B run id, where it belongs, and how often the run was preempted
+    data.json             which images: names, counts, a hash
     lock                  held by the process that works on the run
     config.yaml           every knob; `--config` reads it
     history.jsonl         a row of figures per logging interval
@@ -29,6 +30,7 @@ from diffusion_core.figure_names import goal_of, is_better
 from diffusion_core.tracking import STEP
 
 RUN_FILE = "run.json"
+DATA_FILE = "data.json"
 LOCK_FILE = "lock"
 ENVIRONMENT = "environment"
 BELONGS_BY = ("WANDB_ENTITY", "WANDB_PROJECT", "WANDB_SWEEP_ID", "WANDB_RUN_GROUP")

@@ -18,7 +18,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from agent import health
+from agent.batch_size import settled
 from agent.config import TrialConfig
+from agent.lottery import OpenTracker, run_chain
 from agent.preemption import Stopped, StopRequest
 from agent.processes import WATCH_EVERY_S, Peers
 from agent.redact import recorded_console
@@ -36,7 +38,7 @@ from agent.run_folder import (
     read_run_file,
     write_json,
 )
-from agent.settings import load_environment, start_wandb, wandb_mode
+from agent.settings import leave_sweep, load_environment, start_wandb, wandb_mode
 from agent.stop_cause import was_asked_to_end
 from agent.sync import mark_synced
 from agent.trial import TrialResult, make_accelerator, run_trial
@@ -52,6 +54,35 @@ if TYPE_CHECKING:
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LAST_WORDS_S = 15.0
 """How long W&B is waited for when a trial is to end at once: another process has died, or a second signal came."""
+
+
+def is_chain(config: TrialConfig) -> bool:
+    """Whether a trial is a chain of lottery tickets rather than one training."""
+    return config.prune.method == "lottery"
+
+
+def round_trackers(chain_id: str, mode: str) -> OpenTracker:
+    """What opens the W&B run of each round of a chain: all of them in one group, beside the chain's own run."""
+
+    def open_tracker(run_id: str, folder: Path, config: TrialConfig) -> Tracker:
+        if mode == "disabled":
+            return NullTracker()
+        run = start_wandb(run_id, folder, flatten(config), mode, group=chain_id, beside=True)
+        return wandb_tracker(run, folder, config)
+
+    return open_tracker
+
+
+def wandb_tracker(run: Run, folder: Path, config: TrialConfig) -> WandbTracker:
+    """The tracker of a W&B run, which goes on after the rows that the run has already."""
+    logged = [row[STEP] for row in read_history(folder)]
+    return WandbTracker(
+        run,
+        # What this machine recorded offline before, `wandb sync` uploads.
+        first_step=max(logged, default=-1) + 1 if run.settings._offline else run.starting_step,
+        keep=config.checkpoint.keep,
+        after_upload=Retention(config.checkpoint.keep, config.checkpoint.ttl_days),
+    )
 
 
 def run_session(config: TrialConfig) -> int:
@@ -132,6 +163,7 @@ class _Session:
         config = config.model_copy(update={"log": config.log.model_copy(update={"dir": str(self.folder)})})
         with accelerator.main_process_first():  # The first process downloads, the others read.
             dataset = load_data(config.data, progress=config.log.progress and self.is_main)
+        config = settled(config, accelerator, dataset, self.folder / CHECKPOINTS)
         if self.is_main:
             make_folder(self.folder)
             self.stack.enter_context(locked(self.folder))
@@ -139,7 +171,10 @@ class _Session:
             if self.mode != "disabled":
                 self._start_tracking(config, run_id, self.folder)
         self.peers.wait()
-        return run_trial(
+        run = run_trial
+        if is_chain(config):
+            run = functools.partial(run_chain, open_tracker=round_trackers(run_id, self.mode))
+        return run(
             config,
             self.tracker,
             dataset=dataset,
@@ -150,23 +185,20 @@ class _Session:
         )
 
     def _start_tracking(self, config: TrialConfig, run_id: str, folder: Path) -> None:
-        run = self.wandb_run = start_wandb(run_id, folder, flatten(config), self.mode, on_stop=self.stop.ask)
-        logged = [row[STEP] for row in read_history(folder)]
-        self.is_new = not logged
-        online = not run.settings._offline
-        self.tracker = WandbTracker(
-            run,
-            # What this machine recorded offline before, `wandb sync` uploads.
-            first_step=run.starting_step if online else max(logged, default=-1) + 1,
-            keep=config.checkpoint.keep,
-            after_upload=Retention(config.checkpoint.keep, config.checkpoint.ttl_days),
+        sweep_id = leave_sweep() if is_chain(config) else None
+        group = run_id if is_chain(config) and "WANDB_RUN_GROUP" not in os.environ else None
+        run = self.wandb_run = start_wandb(
+            run_id, folder, flatten(config), self.mode, group=group, sweep_id=sweep_id, on_stop=self.stop.ask
         )
+        self.is_new = not read_history(folder)
+        online = not run.settings._offline
+        self.tracker = wandb_tracker(run, folder, config)
         self.stop.asked_to_end = functools.partial(was_asked_to_end, run)
         if online:
             self.stop.mark_preempting = self._mark_preempting
         if online and run.resumed:
             self.preemptions = max(self.preemptions, int(run.summary.get("preemptions") or 0))
-            if config.checkpoint.resume:
+            if config.checkpoint.resume and not is_chain(config):  # A chain's rounds are runs of their own.
                 fetch_checkpoint(run, folder / CHECKPOINTS)
         if os.environ.get("WANDB_CONSOLE") != "off" and hasattr(run, "write_logs"):
             self.stack.enter_context(recorded_console(run.write_logs))
@@ -222,7 +254,8 @@ class _Session:
         shown = {key: value for key, value in result.figures.items() if key.startswith(("val/", "eval/", "prune/"))}
         print(f"finished {result.run_id} at step {result.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in shown.items()))
         assert self.folder is not None
-        print(f"best checkpoint: {result.best_checkpoint}; pictures: {self.folder / SAMPLES}")
+        pictures = self.folder if is_chain(self.config) else self.folder / SAMPLES
+        print(f"best checkpoint: {result.best_checkpoint}; pictures: {pictures}")
 
     def _close(self, told: int) -> None:
         """Send what is left to W&B, for a bounded time, and say what to do about the rest."""

@@ -75,12 +75,28 @@ def has_key() -> bool:
         return False
 
 
+def leave_sweep() -> str | None:
+    """Hide an agent's sweep from W&B's client, which would take every run of this process for the agent's.
+
+    For a trial with several runs; its own is told the sweep by :func:`start_wandb`.
+
+    Returns:
+        The sweep's id, or None outside one.
+    """
+    for name in ("WANDB_SWEEP_PARAM_PATH", "WANDB_RUN_ID"):
+        os.environ.pop(name, None)
+    return os.environ.pop("WANDB_SWEEP_ID", None)
+
+
 def start_wandb(
     run_id: str,
     folder: Path,
     config: Mapping[str, Any],
     mode: str,
     *,
+    group: str | None = None,
+    sweep_id: str | None = None,
+    beside: bool = False,
     or_offline: bool = True,
     on_stop: Callable[[], None] | None = None,
 ) -> Run:
@@ -93,6 +109,9 @@ def start_wandb(
         folder: its folder.
         config: what W&B records as its configuration; keys in it are blanked out.
         mode: ``online`` or ``offline``.
+        group: the group of the run; None leaves it to WANDB_RUN_GROUP.
+        sweep_id: the sweep of the run, after :func:`leave_sweep`.
+        beside: whether another run of this process goes on.
         or_offline: whether to go offline where the server does not answer.
         on_stop: called when a user stops the run on W&B; None: this process is interrupted.
 
@@ -101,7 +120,7 @@ def start_wandb(
     """
     import wandb  # Slow to import, and --help and --dry-run do without it.
 
-    if mode == "offline" and "WANDB_MODE" not in os.environ:
+    if mode == "offline" and "WANDB_MODE" not in os.environ and not beside:
         print("W&B: no API key, so this run is recorded offline (wandb login or WANDB_API_KEY to go online)",
               file=sys.stderr)  # fmt: skip
     under_agent = "WANDB_SWEEP_ID" in os.environ
@@ -112,6 +131,8 @@ def start_wandb(
     Path(os.environ["WANDB_DATA_DIR"]).mkdir(parents=True, exist_ok=True)
     # What is printed is recorded by agent/redact.py, without keys.
     settings = wandb.Settings(console="off", finish_timeout_raises=True)
+    if sweep_id is not None:
+        settings.sweep_id = sweep_id
     if on_stop is not None and hasattr(settings, "stop_fn"):  # Not in older clients.
         settings.stop_fn = lambda: on_stop()  # W&B copies its settings deeply; a plain function stays itself.
     if "WANDB_INIT_TIMEOUT" not in os.environ:
@@ -127,6 +148,8 @@ def start_wandb(
                 resume="allow",
                 id=None if under_agent and mode == "online" else run_id,
                 project=None if under_agent or "WANDB_PROJECT" in os.environ else DEFAULT_PROJECT,
+                group=group,
+                reinit="create_new" if beside else None,
                 settings=settings,
             )
 
@@ -141,5 +164,6 @@ def start_wandb(
         if not or_offline:
             raise ConfigError(f"W&B: the server does not answer ({reason})") from None
         print(f"W&B: the server does not answer, so this run is recorded offline ({reason})", file=sys.stderr)
-        wandb.teardown()  # What was begun would go on trying.
+        if not beside:
+            wandb.teardown()  # What was begun would go on trying.
         return start("offline")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from agent.callbacks import DrawSamples, LogHistory
 from agent.checkpoints import SaveCheckpoints
 from agent.config import TrialConfig
 from agent.evaluation import Evaluate
-from agent.facts import costs_of, system_facts
+from agent.facts import costs_of, describe_data, system_facts
 from agent.health import WatchQuality
 from agent.phases import train_and_prune
 from agent.preemption import Stopped, StopRequest
@@ -22,6 +23,7 @@ from agent.resume import find_checkpoint
 from agent.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
+    DATA_FILE,
     ENVIRONMENT,
     RESULT_FILE,
     RUN_FILE,
@@ -33,12 +35,12 @@ from agent.run_folder import (
     write_json,
     write_text,
 )
+from agent.start import start_state
 from diffusion_core.config_io import ConfigError, flatten, to_yaml
 from diffusion_core.data import Dataset
 from diffusion_core.hardware import pick_device
 from diffusion_core.tracking import Tracker
 from diffusion_core.trainer import Callback, TrainState
-from diffusion_core.unet import build_network
 from pruning.pruner import resume_pruning
 
 
@@ -64,11 +66,18 @@ class TrialResult:
 def make_accelerator(config: TrialConfig) -> Accelerator:
     """Processes and devices as ``accelerate launch`` set them up. Precision is ours alone (``train.precision``)."""
     accelerator = Accelerator(cpu=pick_device(config.train).type == "cpu", mixed_precision="no")
+    if config.train.batch_size == "auto":  # Will be a share a process.
+        return accelerator
     share, remainder = divmod(config.train.images_per_step, accelerator.num_processes)
     if remainder or share % config.train.accumulation:
         raise ConfigError(
             f"train.batch_size = {config.train.batch_size}: must be a multiple of the number of processes "
             f"({accelerator.num_processes}) times train.accumulation ({config.train.accumulation})"
+        )
+    if config.prune.method == "structured" and config.prune.target == "latency" and accelerator.num_processes > 1:
+        raise ConfigError(
+            "prune.target = 'latency': every process would measure another one; expected channels, params or macs, or "
+            "scripts/prune.py on one device"
         )
     return accelerator
 
@@ -82,6 +91,8 @@ def run_trial(
     run_id: str,
     stop: StopRequest | None = None,
     accelerator: Accelerator | None = None,
+    start: Callable[[], TrainState] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> TrialResult:
     """Train, prune, evaluate and log one model; continues where the run's folder left off.
 
@@ -93,6 +104,8 @@ def run_trial(
         run_id: names the artifacts.
         stop: asked after every step whether to stop; a checkpoint is written first.
         accelerator: None makes one.
+        start: makes the training state that a run begins with; None: that of a network drawn from the seed.
+        callbacks: called in this process after every step, before all others.
 
     Raises:
         ConfigError: if the folder holds a run of another configuration.
@@ -107,15 +120,19 @@ def run_trial(
     if resumed is not None:
         state = TrainState.restore(resumed, config, accelerator.device)
         resume_pruning(state)
+    elif start is not None:
+        state = start()
     else:
-        network = build_network(config, dataset.num_classes).to(accelerator.device)
-        state = TrainState.start(network, config)
+        state = start_state(config, dataset, tracker, accelerator)
 
     saver = SaveCheckpoints(config, dataset, tracker, checkpoints, run_id, resumed)
-    callbacks: list[Callback] = [Evaluate(config, dataset, accelerator, tracker, folder)]
+    after_step: list[Callback] = [*callbacks, Evaluate(config, dataset, accelerator, tracker, folder)]
     if accelerator.is_main_process:
-        _write_run_files(config, folder, run_id)
-        callbacks += [
+        write_run_files(config, folder, run_id)
+        write_json(folder / DATA_FILE, describe_data(config, dataset))
+        if resumed is None:
+            tracker.use(f"data-{config.data.name}", "dataset", [folder / DATA_FILE])
+        after_step += [
             DrawSamples(config, dataset, accelerator, folder / SAMPLES),
             WatchQuality(config.checkpoint.best_metric, saver.best["value"] if saver.best else None, tracker),
             LogHistory(tracker, folder, resumed),
@@ -123,10 +140,10 @@ def run_trial(
         ]
         tracker.summary(system_facts(config, accelerator, dataset))
     if stop is not None:
-        callbacks.append(stop.check)
+        after_step.append(stop.check)
 
     try:
-        train_and_prune(state, config, dataset, callbacks, saver, accelerator)
+        train_and_prune(state, config, dataset, after_step, saver, accelerator)
     except Stopped:
         if accelerator.is_main_process:
             saver.save(state)
@@ -136,7 +153,7 @@ def run_trial(
             saver.log_kept()
     result = None
     if accelerator.is_main_process:
-        costs = costs_of(state)
+        costs = costs_of(state, saver.best_path)
         tracker.summary(costs)
         figures = best_figures(read_history(folder)) | costs
         result = TrialResult(run_id, state.step, figures, saver.best_path, time.perf_counter() - started)
@@ -147,7 +164,8 @@ def run_trial(
     return result
 
 
-def _write_run_files(config: TrialConfig, folder: Path, run_id: str) -> None:
+def write_run_files(config: TrialConfig, folder: Path, run_id: str) -> None:
+    """Write what a run's folder says of the run itself: its id and its configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     belongs = read_run_file(folder).get(ENVIRONMENT, {}) | belongs_here()
     write_json(folder / RUN_FILE, read_run_file(folder) | {"id": run_id, ENVIRONMENT: belongs})

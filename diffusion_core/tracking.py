@@ -64,6 +64,9 @@ class Tracker(Protocol):
     def alert(self, title: str, text: str) -> None:
         """Something that somebody should look at."""
 
+    def use(self, name: str, kind: str = "model", files: Sequence[Path] = ()) -> None:
+        """An artifact that the run builds on, which lineage shows: one that there is, or one of these files."""
+
     def close(self, exit_code: int = 0) -> None:
         """Send what is left; afterwards nothing more may be logged."""
 
@@ -90,6 +93,9 @@ class NullTracker:
     ) -> None:
         pass
 
+    def use(self, name: str, kind: str = "model", files: Sequence[Path] = ()) -> None:
+        pass
+
     def alert(self, title: str, text: str) -> None:
         pass
 
@@ -104,6 +110,7 @@ class MemoryTracker:
     rows: list[dict[str, Any]] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     artifacts: list[dict[str, Any]] = field(default_factory=list)
+    used: list[tuple[str, str]] = field(default_factory=list)
     alerts: list[tuple[str, str]] = field(default_factory=list)
     exit_code: int | None = None
     live = True
@@ -134,6 +141,9 @@ class MemoryTracker:
             }
         )
 
+    def use(self, name: str, kind: str = "model", files: Sequence[Path] = ()) -> None:
+        self.used.append((kind, name))
+
     def alert(self, title: str, text: str) -> None:
         self.alerts.append((title, text))
 
@@ -160,6 +170,7 @@ class WandbTracker:
         after_upload: Callable[[Any], None] | None = None,
     ) -> None:
         self.run = run
+        self._logged: dict[str, Any] = {}
         self.live = not run.settings._offline
         self.first_step = first_step
         self.after_upload = after_upload
@@ -202,8 +213,26 @@ class WandbTracker:
         logged = self.run.log_artifact(artifact, aliases=list(upload.aliases))
         if self.live:
             logged.wait()
+            self._logged[upload.name] = logged
             if self.after_upload is not None:
                 self.after_upload(logged)
+
+    def use(self, name: str, kind: str = "model", files: Sequence[Path] = ()) -> None:
+        if self.live:  # Only a server knows of other runs. After all uploads before it, of which it may be one.
+            self.uploads.then(f"lineage from {name}", lambda: self._use(name, kind, files))
+
+    def _use(self, name: str, kind: str, files: Sequence[Path]) -> None:
+        import wandb
+
+        if files:
+            artifact = wandb.Artifact(name, type=kind)
+            for path in files:
+                artifact.add_file(str(path), policy="mutable", skip_cache=True)
+            self.run.use_artifact(artifact)
+        elif name in self._logged:
+            self.run.use_artifact(self._logged[name])
+        else:
+            self.run.use_artifact(name, type=kind)
 
     def alert(self, title: str, text: str) -> None:
         self.run.alert(title, text, level="WARN")

@@ -24,6 +24,7 @@ from diffusion_core.compilation import compile_network, pick_compilation
 from diffusion_core.config import CoreConfig, EmaConfig, TrainConfig
 from diffusion_core.data import Batches
 from diffusion_core.denoiser import Denoiser
+from diffusion_core.distillation import Distillation
 from diffusion_core.draws import Draws, draw
 from diffusion_core.ema import Ema, profiles, sampled_profile
 from diffusion_core.hardware import Precision, algorithms, autocast, memory_format, pick_precision
@@ -150,8 +151,11 @@ def train(
     *,
     accelerator: Accelerator,
     until: int | None = None,
+    distillation: Distillation | None = None,
 ) -> TrainState:
     """Train from ``state.step`` to step ``until`` (None: ``train.steps``); the state is changed in place.
+
+    With a distillation its loss is added to the images' own, also in ``train/loss``.
 
     Every ``log.every`` steps, and at the last one, the row holds ``train/loss`` (mean over the steps since the last
     row), ``train/lr``, ``train/grad_norm`` (before clipping), ``train/images_per_second`` (time spent in callbacks left
@@ -185,7 +189,7 @@ def train(
             for group in state.optimizer.param_groups:
                 group["lr"] = rate
             draws = draw(state.step, batches, config, denoiser.schedule)
-            loss = _accumulate_gradients(denoiser, draws, config, accelerator, precision)
+            loss = _accumulate_gradients(denoiser, draws, config, accelerator, precision, distillation)
             norm = accelerator.clip_grad_norm_(network.parameters(), settings.grad_clip or math.inf)
             state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)
@@ -226,7 +230,12 @@ def train(
 
 
 def _accumulate_gradients(
-    denoiser: Denoiser, draws: Draws, config: CoreConfig, accelerator: Accelerator, precision: Precision
+    denoiser: Denoiser,
+    draws: Draws,
+    config: CoreConfig,
+    accelerator: Accelerator,
+    precision: Precision,
+    distillation: Distillation | None,
 ) -> Tensor:
     """Add up the gradients of the mean loss over a batch, part by part; returns that loss, detached."""
     parts = config.train.accumulation
@@ -238,6 +247,8 @@ def _accumulate_gradients(
                 loss_B = diffusion_loss(
                     denoiser, part.x0_BCHW, part.noise_BCHW, part.t_B, part.labels_B, config.diffusion, part.shown_B
                 )
+                if distillation is not None:
+                    loss_B = loss_B + distillation.loss()
             loss = loss_B.mean() / parts
             accelerator.backward(loss)
         total += loss.detach()

@@ -37,6 +37,19 @@ class Upload:
     ttl_days: int | None
 
 
+@dataclass(frozen=True)
+class Errand:
+    """Something else to tell the server, after the uploads before it.
+
+    Attributes:
+        name: what it is, for messages.
+        work: does it.
+    """
+
+    name: str
+    work: Callable[[], None]
+
+
 class UploadQueue:
     """Sends uploads in order, on a thread of its own.
 
@@ -55,18 +68,24 @@ class UploadQueue:
         self._folder = folder
         self._keep = keep
         self._discard = discard
-        self._waiting: list[Upload] = []
-        self._sending: Upload | None = None
+        self._waiting: list[Upload | Errand] = []
+        self._sending: Upload | Errand | None = None
         self._closing = False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
     def put(self, upload: Upload) -> None:
         """Stage the files and return at once; from now on the originals may be deleted, but not written to."""
-        staged = self._stage(upload)
+        self._append(self._stage(upload))
+
+    def then(self, name: str, work: Callable[[], None]) -> None:
+        """Do something on the queue's thread, once all that is in the queue now is done."""
+        self._append(Errand(name, work))
+
+    def _append(self, item: Upload | Errand) -> None:
         with self._changed:
-            self._waiting.append(staged)
-            for superseded in self._superseded(upload.name):
+            self._waiting.append(item)
+            for superseded in self._superseded(item.name):
                 self._waiting.remove(superseded)
                 self._delete(superseded)
             if self._thread is None:
@@ -89,9 +108,9 @@ class UploadQueue:
         shutil.rmtree(staged.files[0].parent, ignore_errors=True)
 
     def _superseded(self, name: str) -> list[Upload]:
-        older = [upload for upload in self._waiting if upload.name == name][: -self._keep]
-        best = [upload for upload in self._waiting if upload.name == name and BEST in upload.aliases][-1:]
-        return [upload for upload in older if upload not in best]
+        uploads = [item for item in self._waiting if isinstance(item, Upload) and item.name == name]
+        best = [upload for upload in uploads if BEST in upload.aliases][-1:]
+        return [upload for upload in uploads[: -self._keep] if upload not in best]
 
     def close(self, patience_s: float) -> list[str]:
         """Wait until everything is sent, but no longer than that; returns the names of what was not sent."""
@@ -115,15 +134,15 @@ class UploadQueue:
                 self._changed.wait_for(lambda: self._waiting or self._closing)
                 if not self._waiting:
                     return
-                self._sending = upload = self._waiting.pop(0)
+                self._sending = item = self._waiting.pop(0)
             try:
-                self._send(upload)
+                item.work() if isinstance(item, Errand) else self._send(item)
             except Exception as error:  # Training does not end for an upload; the checkpoint is on the disk.
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
-                print(f"W&B: {upload.name} was not uploaded: {reason}", file=sys.stderr)
+                print(f"W&B: {item.name} was not uploaded: {reason}", file=sys.stderr)
             else:
-                if self._discard:
-                    self._delete(upload)
+                if self._discard and isinstance(item, Upload):
+                    self._delete(item)
             with self._changed:
                 self._sending = None
                 self._changed.notify_all()

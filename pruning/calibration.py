@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from diffusion_core.config import CoreConfig
 from diffusion_core.data import Batches, Images
@@ -24,13 +25,15 @@ class Calibration:
     Attributes:
         batches: the images; batch n is the same whenever it is asked for.
         config: the run's configuration, with the seed of these streams.
+        progress: whether to show a bar.
     """
 
     batches: Batches
     config: CoreConfig
+    progress: bool = False
 
     @classmethod
-    def of(cls, images: Images, config: CoreConfig, device: torch.device) -> Calibration:
+    def of(cls, images: Images, config: CoreConfig, device: torch.device, progress: bool = False) -> Calibration:
         """Batches of ``train.batch_size`` training images."""
         config = config.model_copy(update={"seed": stream_seed(config.seed, Purpose.CALIBRATION)})
         batches = Batches(
@@ -40,7 +43,11 @@ class Calibration:
             horizontal_flip=config.data.flips,
             device=device,
         )
-        return cls(batches, config)
+        return cls(batches, config, progress)
+
+    def indices(self, count: int) -> Iterable[int]:
+        """The numbers of the first batches, with a bar."""
+        return tqdm(range(count), desc="gradients", unit="batch", leave=False, disable=not self.progress)
 
     def draws(self, index: int, network: UNet, t: int | None = None) -> Draws:
         """Batch ``index`` with its noise; at timestep ``t`` throughout, or as they are drawn in training."""
@@ -59,10 +66,10 @@ class Calibration:
             drawn.shown_B,
         )
 
-    def gradients(self, network: UNet, indices: range) -> Iterator[dict[str, Tensor]]:
-        """Of each batch the gradient of its mean loss, by name of the parameter; the network's own are left alone."""
+    def gradients(self, network: UNet, count: int) -> Iterator[dict[str, Tensor]]:
+        """Of each of the first batches the gradient of its mean loss, by parameter."""
         parameters = dict(network.named_parameters())
-        for index in indices:
+        for index in self.indices(count):
             loss = self.loss(network, self.draws(index, network)).mean()
             yield dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
 

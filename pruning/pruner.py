@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import CoreConfig
 from diffusion_core.trainer import TrainState
+from diffusion_core.unet import UNet
 from pruning.calibration import Calibration
-from pruning.config import PruneConfig
+from pruning.choice import choose_masks
+from pruning.config import LISTENS_TO, PruneConfig
 from pruning.cost import Cost, count_cost
-from pruning.masks import attach_masks, maskable, sparsity
-from pruning.strategies import global_magnitude, layer_magnitude
-from pruning.structural import prune_channels
+from pruning.masks import (
+    MASKS_PART,
+    WeightMasks,
+    agreed,
+    attach_masks,
+    empty_layers,
+    held_masks,
+    hold_masks,
+    maskable,
+    sparsity,
+)
+from pruning.structural import Removal, prune_channels, remove
 
-MASKS_PART = "masks"
 RECORD_KEY = "pruning"
 """Where checkpoints keep the records of the prunings, oldest first."""
+
+INHERITED_KEY = "inherited_prunings"
+"""Where they keep how many of those the run found in what it was started from."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +45,8 @@ class PruneReport:
     Attributes:
         method: ``prune.method``.
         step: optimizer steps before it.
-        keep: ``prune.keep``, the share that was to stay.
+        knobs: those of ``prune.*`` that the method listens to.
+        seed: what was random followed from it.
         sparsity: share of the maskable weights (masks) or of all parameters (structured) that went.
         before: cost of the network as it was.
         after: cost of the pruned one.
@@ -37,7 +55,8 @@ class PruneReport:
 
     method: str
     step: int
-    keep: float
+    knobs: dict[str, Any]
+    seed: int
     sparsity: float
     before: Cost
     after: Cost
@@ -56,28 +75,43 @@ Pruner = Callable[[TrainState, CoreConfig, PruneConfig, Calibration | None], Pru
 """Prunes a training state in place. What it draws follows from ``config.seed``; gradients come from calibration."""
 
 
-def prune_by_magnitude(
-    state: TrainState, _config: CoreConfig, prune: PruneConfig, _calibration: Calibration | None
-) -> Pruned:
-    """Mask the smallest weights; pruned weights stay zero in the network, its averages and the optimizer."""
-    choose = global_magnitude if prune.scope == "global" else layer_magnitude
-    masks = choose(maskable(state.network), state.extra_parts.get(MASKS_PART), 1.0 - prune.keep)
-    attach_masks(state, masks)
-    state.extra_parts[MASKS_PART] = dict(masks)
-    return Pruned(sparsity(masks), {"scope": prune.scope})
+def prune_weights(state: TrainState, config: CoreConfig, prune: PruneConfig, calibration: Calibration | None) -> Pruned:
+    """Mask weights; those that are pruned stay zero in the network, its averages and the optimizer."""
+    masks = agreed(choose_masks(state.network, held_masks(state), config, prune, calibration))
+    hold_masks(state, masks)
+    return Pruned(sparsity(masks), {"empty_layers": empty_layers(masks)})
 
 
 def prune_structure(
-    state: TrainState, config: CoreConfig, prune: PruneConfig, _calibration: Calibration | None
+    state: TrainState, config: CoreConfig, prune: PruneConfig, calibration: Calibration | None
 ) -> Pruned:
-    """Put a smaller network in place of the network, with fresh averages and a fresh optimizer."""
+    """Put a smaller network in place of the network, with fresh averages and a fresh optimizer.
+
+    Weights that are masked already stay so, where they stay at all.
+    """
     params = count_cost(state.network).params
-    smaller = TrainState.start(prune_channels(state.network, 1.0 - prune.keep), config)
+    network, removal = prune_channels(state.network, prune, config.seed, calibration, config.log.progress)
+    masks = held_masks(state)
+    if masks is not None:
+        masks = smaller_masks(state.network, masks, removal)
+    smaller = TrainState.start(network, config)
     state.network, state.ema, state.optimizer = smaller.network, smaller.ema, smaller.optimizer
-    return Pruned(1.0 - count_cost(state.network).params / params)
+    if masks is not None:
+        hold_masks(state, masks)
+    return Pruned(1.0 - count_cost(state.network).params / params, asdict(removal))
 
 
-PRUNERS: dict[str, Pruner] = {"magnitude": prune_by_magnitude, "structured": prune_structure}
+def smaller_masks(network: UNet, masks: WeightMasks, removal: Removal) -> WeightMasks:
+    """What is left of masks once channels are removed: the masks go through it in place of the weights."""
+    carrier = copy.deepcopy(network)
+    carrier.load_state_dict({name: mask.to(torch.float32) for name, mask in masks.items()}, strict=False)
+    return {name: weight != 0 for name, weight in maskable(remove(carrier, replace(removal, redrawn=None))).items()}
+
+
+PRUNERS: dict[str, Pruner] = {
+    **dict.fromkeys(("magnitude", "random", "snip", "synflow", "gradual", "n_of_m"), prune_weights),
+    "structured": prune_structure,
+}
 """The pruner of each ``prune.method``."""
 
 
@@ -88,10 +122,27 @@ def prune_state(
     before = count_cost(state.network)
     pruned = PRUNERS[prune.method](state, config, prune, calibration)
     report = PruneReport(
-        prune.method, state.step, prune.keep, pruned.sparsity, before, count_cost(state.network), pruned.details
+        method=prune.method,
+        step=state.step,
+        knobs=heard_knobs(prune),
+        seed=config.seed,
+        sparsity=pruned.sparsity,
+        before=before,
+        after=count_cost(state.network),
+        details=pruned.details,
     )
-    state.extra_metadata[RECORD_KEY] = [*records(state), asdict(report)]
+    keep_record(state, report)
     return report
+
+
+def heard_knobs(prune: PruneConfig) -> dict[str, Any]:
+    """The knobs that the method listens to, as JSON."""
+    return {name: value for name, value in prune.model_dump(mode="json").items() if name in LISTENS_TO[prune.method]}
+
+
+def keep_record(state: TrainState, report: PruneReport) -> None:
+    """Add what a pruning did to the records that every later checkpoint holds."""
+    state.extra_metadata[RECORD_KEY] = [*records(state), asdict(report)]
 
 
 def records(state: TrainState) -> list[dict[str, Any]]:
@@ -100,8 +151,28 @@ def records(state: TrainState) -> list[dict[str, Any]]:
 
 
 def is_pruned(state: TrainState) -> bool:
-    """Whether a state was pruned already."""
-    return bool(records(state))
+    """Whether a state was pruned since it was started, from nothing or from a checkpoint."""
+    return len(records(state)) > state.extra_metadata.get(INHERITED_KEY, 0)
+
+
+def inherit(state: TrainState, earlier: Sequence[Mapping[str, Any]], masks: Mapping[str, Tensor] | None) -> None:
+    """Go on from a pruned network: with its records, and with the weights that are masked in it at zero for good.
+
+    Args:
+        state: started from the weights of a checkpoint.
+        earlier: the checkpoint's records.
+        masks: its masks, or None where it has none or they are not at hand: then the zeros among the weights tell.
+
+    Raises:
+        ValueError: if the masks are not those of the network.
+    """
+    if earlier:
+        state.extra_metadata |= {RECORD_KEY: list(earlier), INHERITED_KEY: len(earlier)}
+    if any(record["method"] != "structured" for record in earlier):
+        if masks is None:
+            masks = {name: weight != 0 for name, weight in maskable(state.network).items()}
+        own = {name: mask.bool() for name, mask in masks.items()}
+        hold_masks(state, own)
 
 
 def resume_pruning(state: TrainState) -> None:

@@ -129,9 +129,9 @@ def prepare(arguments: argparse.Namespace) -> Job:
     """
     processes = PartialState(cpu=arguments.device == "cpu")
     with processes.main_process_first():
-        path = download_model(arguments.artifact) if arguments.artifact else arguments.checkpoint
+        path = download_model(arguments.artifact).path if arguments.artifact else arguments.checkpoint
         guide_path = (
-            download_model(arguments.guide_artifact) if arguments.guide_artifact else arguments.guide_checkpoint
+            download_model(arguments.guide_artifact).path if arguments.guide_artifact else arguments.guide_checkpoint
         )
     checkpoint = read_checkpoint(path)
     hardware = {"train.device": arguments.device, "train.precision": arguments.precision, "seed": arguments.seed}

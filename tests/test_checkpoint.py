@@ -33,6 +33,7 @@ from diffusion_core.config_io import flatten
 from diffusion_core.structure import structure
 from diffusion_core.trainer import TrainState, train
 from diffusion_core.unet import UNet
+from pruning.config import PruneConfig
 from pruning.structural import prune_channels
 
 CONFIG = tiny_config()
@@ -144,7 +145,7 @@ def test_unusual_tensors_survive(tmp_path: Path) -> None:
 def test_a_pruned_network_survives(tmp_path: Path, heads: int) -> None:
     config = tiny_config(model__num_heads=heads, model__channels=16)
     network = tiny_network(config)
-    smaller = prune_channels(network, 0.5).eval()
+    smaller = prune_channels(network, PruneConfig(keep=0.3))[0].eval()
     write_checkpoint(tmp_path, 1, metadata(smaller, config), {"ema": smaller.state_dict()})
     loaded = read_checkpoint(tmp_path).network()
     assert_same_tensors(smaller.state_dict(), loaded.state_dict())

@@ -329,6 +329,35 @@ def made_to_go_together(values: dict[str, Any]) -> None:
         values["ema.sampled"] = "decay"
 
 
+def starts_made_to_go_together(values: dict[str, Any]) -> None:
+    """Change what excludes each other among the knobs of pruning, of what a run starts from, and of its teacher."""
+    if values["prune.block_keep"]:
+        values["prune.block_keep"] = [0.5] * (2 * len(values["model.channel_multipliers"]) + 1)
+    for section in ("init", "distill"):
+        if values[f"{section}.checkpoint"] is not None:
+            values[f"{section}.artifact"] = None
+    if values["init.checkpoint"] is None:
+        values["init.weights"] = "ema"
+    taught = values["distill.output"] > 0 or values["distill.features"] > 0
+    named = values["distill.checkpoint"] is not None or values["distill.artifact"] is not None
+    if named and not taught:
+        values["distill.output"] = 1.0
+    if taught and not named and values["prune.method"] == "none":
+        values["distill.checkpoint"] = "runs/teacher"
+
+
+def masks_made_to_go_together(values: dict[str, Any]) -> None:
+    """Change what excludes each other among the knobs of masks and lotteries."""
+    if values["prune.profile"] == "blocks" and (values["prune.method"] == "lottery" or not values["prune.block_keep"]):
+        values["prune.profile"] = "erk"
+    if values["prune.method"] == "gradual":
+        values |= {"prune.step": None, "prune.until": None, "train.steps": values["train.steps"] + 4}
+    if values["prune.method"] == "lottery":
+        values["prune.rewind_step"] = min(values["prune.rewind_step"], values["train.steps"] - 1)
+        values |= dict.fromkeys(("init.checkpoint", "init.artifact", "distill.checkpoint", "distill.artifact"))
+        values |= {"init.weights": "ema", "distill.output": 0.0, "distill.features": 0.0}
+
+
 @st.composite
 def configurations(draw: st.DrawFn) -> TrialConfig:
     """Random values for every knob, made to go together."""
@@ -371,8 +400,10 @@ def configurations(draw: st.DrawFn) -> TrialConfig:
     values["checkpoint.best_metric"] = draw(st.sampled_from(["val/loss", "train/loss"]))
     values["train.steps"] += 1
     if values["prune.step"] is not None:
-        values["prune.step"] = draw(st.integers(1, values["train.steps"] - 1))
+        values["prune.step"] = draw(st.integers(0, values["train.steps"] - 1))
     made_to_go_together(values)
+    starts_made_to_go_together(values)
+    masks_made_to_go_together(values)
     if values["prune.method"] == "structured" and values["ema.average_from"] is not None:
         first = values["train.steps"] // 2 if values["prune.step"] is None else values["prune.step"]
         values["ema.average_from"] = min(values["ema.average_from"], values["train.steps"] - first - 1)

@@ -21,7 +21,7 @@ from diffusion_core.evaluation.given import read_extractor
 from diffusion_core.evaluation.inception import InceptionExtractor, build_inception, download_inception, read_inception
 
 CPU = torch.device("cpu")
-COUNT = 10
+COUNT = 7
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,13 @@ from diffusion_core.trainer import TrainState, train
 from diffusion_core.unet import UNet
 from pruning.config import PruneConfig
 from pruning.cost import count_cost
-from pruning.masks import WeightMasks, apply_masks, attach_masks, maskable, sparsity
-from pruning.pruner import MASKS_PART, is_pruned, prune_state, resume_pruning
+from pruning.masks import MASKS_PART, WeightMasks, apply_masks, attach_masks, maskable, sparsity
+from pruning.pruner import is_pruned, prune_state, resume_pruning
 from pruning.strategies import global_magnitude
 
-CONFIG = tiny_config(train__weight_decay=0.1, train__lr=3e-3, train__steps=200)
+CONFIG = tiny_config(
+    train__weight_decay=0.1, train__lr=3e-3, train__steps=200, ema__power_widths=[0.1], ema__average_from=10
+)
 
 
 def pruned_count(masks: WeightMasks) -> int:
@@ -128,7 +130,8 @@ def test_masks_zero_weights_and_nothing_else() -> None:
 
 def assert_held(state: TrainState, masks: WeightMasks, fraction: float) -> None:
     total = sum(mask.numel() for mask in masks.values())
-    for network in (state.network, state.ema.network):
+    assert len(state.ema.networks) == 3  # Exponential, power function, plain.
+    for network in (state.network, *state.ema.networks.values()):
         found = maskable(network)
         for name, mask in masks.items():
             assert not found[name][~mask].any(), name
@@ -194,6 +197,18 @@ def test_attaching_prunes_the_moments_too() -> None:
         for key in ("exp_avg", "exp_avg_sq"):
             assert not moments[key][~mask].any()
     assert any(state.optimizer.state[parameters[name]]["exp_avg"].any() for name in masks)
+
+
+def test_masks_that_were_attached_give_way_to_others() -> None:
+    state = run(lively_state(), 3)
+    for fraction in (0.3, 0.6):
+        masks = global_magnitude(maskable(state.network), None, fraction)
+        attach_masks(state, masks)
+        run(state, state.step + 3)
+    assert_held(state, masks, 0.6)
+    parameters = dict(state.network.named_parameters())
+    assert all(len(parameters[name]._backward_hooks or {}) == 1 for name in masks)
+    assert len(state.optimizer._optimizer_step_post_hooks) == 1
 
 
 @pytest.mark.parametrize("change", ["shape", "missing", "additional"])

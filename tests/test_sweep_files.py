@@ -283,10 +283,8 @@ WRONG: dict[str, tuple[Any, list[str]]] = {
         ["prune.step = 50: expected less than train.steps = 40"],
     ),
     "a knob that no method of the sweep listens to": (
-        changed(
-            add={"prune.method": {"values": ["none", "structured"]}, "prune.scope": {"values": ["global", "layer"]}}
-        ),
-        ["prune.scope = 'layer': says nothing to prune.method=none or structured; leave it out, or use magnitude"],
+        changed(add={"prune.method": {"values": ["none", "magnitude"]}, "prune.threshold": {"values": [0.05, 0.1]}}),
+        ["prune.threshold = 0.1: says nothing to prune.method=none or magnitude; leave it out, or use structured"],
     ),
     "end of a distribution out of range": (
         changed(add={"train.lr": {"distribution": "uniform", "min": 0.1, "max": 1.5}}),
@@ -449,7 +447,8 @@ WRONG: dict[str, tuple[Any, list[str]]] = {
             "train.steps = 0: expected an integer >= 1",
             "train.steps = -1: expected an integer >= 1",
             "ema.decay = 1.1: expected a number >= 0 and < 1",
-            "prune.method = 'magnitud': expected one of none, magnitude, structured",
+            "prune.method = 'magnitud': expected one of none, magnitude, random, snip, synflow, gradual, n_of_m, "
+            "lottery, structured",
         ],
     ),
     "empty": ("", ["method = None", "command = None", "parameters = None"]),

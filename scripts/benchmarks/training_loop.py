@@ -73,7 +73,7 @@ def measure(options: Options) -> list[Row]:
             device=accelerator.device,
         )
         tracker = WandbTracker(start_wandb("benchmark", folder, flatten(config), "offline"))
-        history = LogHistory(tracker, folder, 0)
+        history = LogHistory(tracker, folder, None)
         bare = BareLoop(config, dataset, accelerator.device)
 
         def ours() -> None:

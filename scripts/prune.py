@@ -1,0 +1,227 @@
+"""Remove channels from a model until the share that you name is left, and save the smaller model as a checkpoint.
+
+  python scripts/prune.py --checkpoint runs/ID --target macs=0.56 --out pruned
+  python scripts/prune.py --artifact model-ID:best --importance taylor --target params=0.5 --out pruned --upload
+  python scripts/prune.py --checkpoint runs/ID --importance diff_pruning --target latency=0.7 --out pruned --json
+  python scripts/prune.py --preset cifar10 --model.class_conditional=false --target macs=0.56 --out pruned
+
+The checkpoint can be sampled, evaluated, pruned again, and trained on:
+  python scripts/train_cifar.py --init.checkpoint=pruned --train.steps=50000
+
+Any knob may follow, such as --prune.scope=global, --prune.round_to=8, --prune.iterations=5, --prune.block_keep=...,
+--prune.calibration_batches=20, --seed=1, --data.path=DIR, --train.device=cpu (python -m agent --help lists them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from agent.checkpoints import describe, model_files
+from agent.config import TrialConfig, build_config
+from agent.run_folder import make_folder
+from agent.settings import has_key, load_environment, start_wandb
+from agent.start import Source, open_source, start_from
+from diffusion_core.checkpoint import CheckpointError, list_checkpoints, write_checkpoint
+from diffusion_core.config import NUM_CLASSES
+from diffusion_core.config_io import ConfigError, flatten, knobs, split_argv
+from diffusion_core.data import DataError, load_data
+from diffusion_core.hardware import pick_device
+from diffusion_core.tracking import WandbTracker
+from diffusion_core.trainer import TrainState
+from diffusion_core.unet import UNet, build_network
+from pruning.calibration import Calibration
+from pruning.config import PruneConfig, unheard
+from pruning.cost import LATENCY_BATCH, count_cost, latencies, peak_memory
+from pruning.pruner import prune_state
+
+TARGETS = get_args(PruneConfig.model_fields["target"].annotation)
+IMPORTANCES = get_args(PruneConfig.model_fields["importance"].annotation)
+NOT_TAKEN_OVER = ("prune.", "init.", "distill.", "log.", "train.device")
+"""Knobs of the run that a checkpoint comes from which say nothing of its model."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What was asked for, checked."""
+
+    config: TrialConfig
+    source: Source | None
+    out: Path
+    upload: bool
+
+
+def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", metavar="PATH", help="a checkpoint, or a run's folder (its newest)")
+    source.add_argument("--artifact", metavar="NAME:ALIAS", help="a `model` artifact on W&B, such as model-abc123:best")
+    source.add_argument("--preset", metavar="NAME", help="an untrained model: cifar10, cifar100, mnist, digits")
+    parser.add_argument(
+        "--importance",
+        metavar="NAME",
+        default="l2",
+        help=f"which channels are weak: {', '.join(IMPORTANCES)} (l2); those between l2 and reinit measure gradients "
+        "on training images; reinit takes what l2 leaves and draws its weights anew",
+    )
+    parser.add_argument(
+        "--target",
+        metavar="WHAT=SHARE",
+        required=True,
+        help=f"what is to stay: {', '.join(TARGETS)} (time of a forward pass of {LATENCY_BATCH} images), and how much "
+        "of it, above 0 and below 1; hit within 2%% where the widths allow",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the new checkpoint")
+    parser.add_argument(
+        "--batch", type=int, default=LATENCY_BATCH, metavar="N", help=f"batch to time ({LATENCY_BATCH})"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object: before and after")
+    parser.add_argument("--upload", action="store_true", help="log the model to W&B, as a child of --artifact")
+    return parser.parse_known_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 if what was asked for cannot be had; then nothing is written."""
+    arguments, words = parse_arguments(argv)
+    load_environment()
+    try:
+        result = run(prepare(arguments, words), arguments.batch)
+    except (ConfigError, CheckpointError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
+    print(json.dumps(result, indent=1) if arguments.json else shown(result))
+    return 0
+
+
+def prepare(arguments: argparse.Namespace, words: Sequence[str]) -> Job:
+    """Check everything before anything is computed.
+
+    Raises:
+        ConfigError: if something that was asked for cannot be done.
+        CheckpointError: if the model cannot be had.
+    """
+    if arguments.batch < 1:
+        raise ConfigError(f"--batch = {arguments.batch}: expected an integer >= 1")
+    what, equals, share = arguments.target.partition("=")
+    if what not in TARGETS or not equals:
+        raise ConfigError(
+            f"--target = {arguments.target!r}: expected one of {', '.join(TARGETS)}, and the share of it that is to "
+            f"stay, such as macs=0.56"
+        )
+    if list_checkpoints(arguments.out):
+        raise ConfigError(f"--out = {str(arguments.out)!r}: holds a checkpoint already; choose another folder")
+    if arguments.upload and not has_key():
+        raise ConfigError("--upload: no W&B API key; set WANDB_API_KEY (see .env.example), or run `wandb login`")
+    asked = {
+        "prune.method": "structured",
+        "prune.importance": arguments.importance,
+        "prune.target": what,
+        "prune.keep": share,
+    }
+    source = open_source(arguments.checkpoint, arguments.artifact, "--")
+    stored: dict[str, Any] = {"preset": arguments.preset} if arguments.preset else {}
+    if source is not None:
+        known = {key for key, _ in knobs(TrialConfig)}
+        stored = {
+            key: value
+            for key, value in source.checkpoint.metadata["config"].items()
+            if key in known and not key.startswith(NOT_TAKEN_OVER)
+        }
+    config = build_config(stored, asked, split_argv(list(words)))
+    if problems := list(unheard(config.prune)):
+        raise ConfigError(*problems)
+    return Job(config, source, arguments.out, arguments.upload)
+
+
+def run(job: Job, batch: int) -> dict[str, Any]:
+    """Prune, measure, and write the checkpoint; returns what came of it, as plain JSON."""
+    config, device = job.config, pick_device(job.config.train)
+    dataset = load_data(config.data, progress=config.log.progress) if config.prune.needs_images else None
+    if job.source is None:
+        num_classes = dataset.num_classes if dataset else NUM_CLASSES.get(config.data.name, 0)
+        class_names = dataset.class_names if dataset else [str(label) for label in range(num_classes)]
+        state = TrainState.start(build_network(config, num_classes).to(device), config)
+    else:
+        checkpoint = job.source.checkpoint
+        class_names = checkpoint.class_names
+        state = start_from(job.source, config, len(class_names), "ema", device, "--")
+        state.step = checkpoint.step
+    calibration = Calibration.of(dataset.train, config, device, config.log.progress) if dataset else None
+    dense = state.network
+    report = prune_state(state, config, config.prune, calibration)
+    before, after = costs([dense, state.network], batch)
+    result = {
+        "method": report.method,
+        "importance": config.prune.importance,
+        "target": config.prune.target,
+        "keep": config.prune.keep,
+        "kept": after[config.prune.target] / before[config.prune.target],
+        "before": before,
+        "after": after,
+    }
+    figures = {f"pruned/{name}": value for name, value in after.items()}
+    written = write_checkpoint(
+        job.out, state.step, describe(state, config, class_names) | {"figures": figures}, state.parts()
+    )
+    result["checkpoint"] = str(written.path)
+    result["parent"] = job.source.parent() if job.source else None
+    if job.upload:
+        run_id = secrets.token_hex(4)
+        folder = Path("runs") / run_id
+        make_folder(folder)
+        tracker = WandbTracker(start_wandb(run_id, folder, flatten(config), "online"))
+        if job.source and job.source.artifact:
+            tracker.use(job.source.artifact)
+        tracker.summary({f"model/{name}": value for name, value in after.items()})
+        described = {key: result[key] for key in ("importance", "target", "keep", "kept", "parent")}
+        tracker.artifact(f"model-{run_id}", "model", model_files(written), ["latest", "pruned"], described)
+        tracker.close(0)
+        result["artifact"] = f"model-{run_id}:pruned"
+    return result
+
+
+def costs(networks: list[UNet], batch: int) -> list[dict[str, Any]]:
+    """What networks cost, by name; times in milliseconds, memory in bytes."""
+    single, several = (latencies(networks, size, 1.0, least=3) for size in (1, batch))
+    return [
+        asdict(count_cost(network))
+        | {
+            "latency": 1000.0 * several[i],
+            "latency_batch": batch,
+            "latency_single": 1000.0 * single[i],
+            "peak_memory": peak_memory(network, batch),
+            "peak_memory_single": peak_memory(network, 1),
+        }
+        for i, network in enumerate(networks)
+    ]
+
+
+def shown(result: dict[str, Any]) -> str:
+    """The result as a table."""
+    before, after = result["before"], result["after"]
+    lines = [f"{'':24}{'before':>16}{'after':>16}{'stays':>9}"]
+    for name in (key for key in before if key != "latency_batch"):
+        cells = [f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" for value in (before[name], after[name])]
+        label = {"latency": f"ms for {before['latency_batch']} images", "latency_single": "ms for one image"}.get(name)
+        lines.append(
+            f"{label or name.replace('_', ' '):24}{cells[0]:>16}{cells[1]:>16}{after[name] / before[name]:>9.1%}"
+        )
+    lines.append(f"checkpoint: {result['checkpoint']}")
+    if "artifact" in result:
+        lines.append(f"artifact: {result['artifact']}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

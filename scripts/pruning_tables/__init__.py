@@ -1,0 +1,1 @@
+"""The tables of scripts/compare_pruning.py, a module each, and what they share."""

@@ -1,0 +1,155 @@
+"""What the tables of the comparison share: runs that are made once, quality on equal terms, tables and plots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from agent.config import TrialConfig, build_config
+from agent.run_folder import RESULT_FILE, write_json, write_text
+from agent.trial import run_trial
+from diffusion_core.checkpoint import Checkpoint, read_checkpoint
+from diffusion_core.data import Dataset, load_data
+from diffusion_core.evaluation import validation_loss
+from diffusion_core.evaluation.classifier import Classifier, classifier_for
+from diffusion_core.generation import Generator, Request
+from diffusion_core.hardware import pick_precision
+from diffusion_core.tracking import NullTracker
+from diffusion_core.unet import UNet
+from pruning.cost import count_cost
+
+SAMPLING_SEED = 1
+QUIET = {
+    "sample.every": 0,
+    "eval.every": 0,
+    "eval.classifier": "none",
+    "checkpoint.every": 0,
+    "checkpoint.upload": False,
+    "checkpoint.best_metric": "val/loss",
+    "log.progress": False,
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """A comparison on digits.
+
+    Attributes:
+        folder: where everything goes.
+        seeds: every model is trained with each.
+        steps: optimizer steps of a dense model.
+        tune_steps: optimizer steps of a fine-tuning.
+        images: how many images are judged of a model.
+    """
+
+    folder: Path
+    seeds: tuple[int, ...]
+    steps: int
+    tune_steps: int
+    images: int
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        return load_data(build_config({"preset": "digits"}).data)
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        return classifier_for(self.dataset, "digits", mirrored=False, device=torch.device("cpu"))
+
+    def config(self, **changes: Any) -> TrialConfig:
+        """The digits preset with this study's settings; a dot is written as two underscores."""
+        fixed = {"preset": "digits", "train.steps": self.steps, "train.device": "cpu"}
+        return build_config(fixed | QUIET | {key.replace("__", "."): value for key, value in changes.items()})
+
+    def run(self, name: str, config: TrialConfig) -> Checkpoint:
+        """The last checkpoint of a run, which is made unless its result is there, or gone on with."""
+        folder = self.folder / "runs" / name
+        if not (folder / RESULT_FILE).is_file():
+            print(f"run {name}", flush=True)
+            run_trial(config, NullTracker(), dataset=self.dataset, folder=folder, run_id=name)
+        return read_checkpoint(folder)
+
+    def dense(self, seed: int) -> Checkpoint:
+        """The dense model of a seed."""
+        return self.run(f"dense-{self.steps}-seed{seed}", self.config(seed=seed))
+
+    def measure(self, network: UNet, config: TrialConfig) -> dict[str, float]:
+        """Quality of a network, with the same noise and labels for all (``agreement``, ``loss``), and its cost."""
+        precision = pick_precision(config.train, next(network.parameters()).device)
+        wanted = [Request(i % self.dataset.num_classes, i // self.dataset.num_classes) for i in range(self.images)]
+        images = Generator(network.eval(), config, precision).images(wanted, config.sample, SAMPLING_SEED)
+        cost = count_cost(network)
+        return {
+            "agreement": self.classifier.agreement(images, [request.label for request in wanted]),
+            "loss": validation_loss(network, self.dataset.val, config, precision),
+            "params": cost.nonzero_params,
+            "macs": cost.nonzero_macs,
+        }
+
+
+class Results:
+    """Measurements of a table, by row and seed, kept in a JSON file as they come.
+
+    Args:
+        file: where they are kept; what is there is not measured again.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.values: dict[str, dict[str, float]] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.values
+
+    def add(self, key: str, measured: Mapping[str, float]) -> None:
+        """Keep a measurement."""
+        self.values[key] = dict(measured)
+        write_json(self.file, self.values)
+
+    def over_seeds(self, row: str, seeds: Sequence[int], figure: str) -> list[float]:
+        """A figure of a row, for each seed."""
+        return [self.values[f"{row}, seed {seed}"][figure] for seed in seeds]
+
+
+def mean_and_range(values: Sequence[float], form: str) -> str:
+    """``0.98 (0.97 to 0.99)``; without a range where there is one value."""
+    spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):{form}}{spread}"
+
+
+def write_table(file: Path, heading: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Write a table as Markdown, and print it."""
+    lines = [heading, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    text = "\n".join(lines) + "\n"
+    write_text(file, text)
+    print(text)
+
+
+def plot(file: Path, points: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> None:
+    """Quality against cost: a colour for each way of pruning, a point for each seed.
+
+    Args:
+        file: a picture.
+        points: by name.
+        x: label of the first coordinates.
+        y: label of the second ones.
+    """
+    from matplotlib.figure import Figure  # Slow to import, and needs no display this way.
+
+    figure = Figure(figsize=(7.0, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, places in points.items():
+        axes.plot([place[0] for place in places], [place[1] for place in places], "o", label=name, alpha=0.7)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(file, dpi=150)

@@ -1,0 +1,61 @@
+"""The comparison of prunings: every training is made once, and the table holds what was measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+import compare_pruning
+from pruning_tables import structured
+from pruning_tables.study import Results, mean_and_range
+
+
+def test_it_measures_once_and_writes_table_and_plot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(structured, "IMPORTANCES", ("random",))
+    words = ["--seeds", "0", "--steps", "2", "--tune-steps", "1", "--images", "10", "--out", str(tmp_path)]
+    assert compare_pruning.main(words) == 0
+    trained = {line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("run ")}
+    assert trained == {"dense-2-seed0", "dense-2-1-seed0", "random-2-1-seed0"}
+    measured = json.loads((tmp_path / "structured-2-1.json").read_text())
+    assert set(measured) == {f"{name} {stage}, seed 0" for name in ("dense", "random") for stage in ("before", "after")}
+    dense, pruned = measured["dense after, seed 0"], measured["random after, seed 0"]
+    assert pruned["macs"] / dense["macs"] == pytest.approx(0.5, rel=0.02)
+    table = (tmp_path / "structured-2-1.md").read_text()
+    assert f"| random | {measured['random before, seed 0']['agreement']:.1%} | {pruned['agreement']:.1%} |" in table
+    assert (tmp_path / "structured-2-1.png").read_bytes()[:4] == b"\x89PNG"
+
+    assert compare_pruning.main(words) == 0
+    assert "run " not in capsys.readouterr().out.replace("\n| ", "")
+    assert json.loads((tmp_path / "structured-2-1.json").read_text()) == measured
+
+
+def test_results_are_kept_as_they_come(tmp_path: Path) -> None:
+    results = Results(tmp_path / "deep" / "table.json")
+    results.add("l2 after, seed 0", {"loss": 0.5})
+    results.add("l2 after, seed 1", {"loss": 0.7})
+    again = Results(tmp_path / "deep" / "table.json")
+    assert "l2 after, seed 1" in again
+    assert "l2 after, seed 2" not in again
+    assert again.over_seeds("l2 after", (0, 1), "loss") == [0.5, 0.7]
+    assert mean_and_range([0.5, 0.7], ".2f") == "0.60 (0.50 to 0.70)"
+    assert mean_and_range([0.5], ".0%") == "50%"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds", "a"], "--seeds = 'a': expected integers >= 0"),
+        (["--tables", "best"], "--tables = 'best': expected some of structured"),
+        (["--tune-steps", "0"], "--tune-steps = 0: expected an integer >= 1"),
+    ],
+)
+def test_wrong_words_are_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare_pruning.main(words) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
