@@ -22,6 +22,8 @@ from agent.sweep_file import SweepFile
 from diffusion_core.config import NUM_CLASSES
 from diffusion_core.ema import profiles
 from diffusion_core.media import GIF_COLUMNS, GIF_ROWS
+from diffusion_core.samplers import evaluations
+from diffusion_core.schedule import build_schedule
 from diffusion_core.unet import UNet, build_network
 
 SAMPLED_TRIALS = 10
@@ -83,8 +85,8 @@ class Estimator:
         size, saved = checkpoint_bytes(config, params), checkpoints_saved(config)
         return TrialEstimate(
             params=params,
-            disk_bytes=size * min(saved, config.checkpoint.keep + 1),
-            upload_bytes=size * saved if config.checkpoint.upload and not self.offline else 0,
+            disk_bytes=trainings(config) * size * min(saved, config.checkpoint.keep + 1),
+            upload_bytes=trainings(config) * size * saved if config.checkpoint.upload and not self.offline else 0,
             seconds=self._seconds(config, kind, params),
         )
 
@@ -93,11 +95,11 @@ class Estimator:
             return statistics.mean(self.past_seconds)
         if kind not in self._image_seconds:
             on_cpu = config.train.device == "cpu" or not visible_gpus()
-            # A batch that is `auto` is settled on the GPU.
+            # How large a batch that is `auto` will be is not known yet.
             measured = on_cpu and params <= MAX_TRIED_PARAMS and config.train.batch_size != "auto"
             self._image_seconds[kind] = measure_image_seconds(config, self.threads) if measured else None
         each = self._image_seconds[kind]
-        return None if each is None else STARTUP_SECONDS + each * forward_passes(config)
+        return None if each is None else STARTUP_SECONDS + trainings(config) * each * forward_passes(config)
 
 
 def classes_of(config: TrialConfig) -> int:
@@ -118,8 +120,13 @@ def checkpoint_bytes(config: TrialConfig, params: int) -> int:
     Structured pruning makes later ones smaller, which is not counted.
     """
     copies = 3 + len(profiles(config.ema))
-    masks = params if config.prune.method == "magnitude" else 0
+    masks = 0 if config.prune.method in ("none", "structured") else params
     return FLOAT_BYTES * copies * params + masks
+
+
+def trainings(config: TrialConfig) -> int:
+    """How often a trial trains: a chain of lottery tickets once a round, and the dense network first."""
+    return 1 + config.prune.rounds if config.prune.method == "lottery" else 1
 
 
 def checkpoints_saved(config: TrialConfig) -> int:
@@ -131,15 +138,19 @@ def checkpoints_saved(config: TrialConfig) -> int:
 def forward_passes(config: TrialConfig) -> float:
     """Images that pass forward through the network in a trial; one that passes backward too counts more."""
     sample, evaluation, steps = config.sample, config.eval, config.train.steps
-    image = sample.steps * (2 if sample.guidance != 1.0 else 1) * (2 if sample.sampler == "heun" else 1)
-    evaluations = math.ceil(steps / evaluation.every) if evaluation.every else 1
+    guided = 2 if sample.guidance != 1.0 else 1
+    image = evaluations(sample, build_schedule(config.diffusion)) * guided
+    judgements = math.ceil(steps / evaluation.every) if evaluation.every else 1
     drawings = math.ceil(steps / sample.every) if sample.every else 1
-    judged = evaluation.num_images * image if config.has_classifier else 0
+    judged = evaluation.num_images * image if config.judges_images else 0
+    # Before the first one a batch is tried, with one step, twice.
+    tried = 2 * guided * min(evaluation.num_images, sample.batch_size) if config.judges_images else 0
     classes = classes_of(config)
     drawn = classes * sample.per_class + min(classes, GIF_ROWS) * min(GIF_COLUMNS, sample.per_class)
     return (
         steps * config.train.images_per_step * (1 + BACKWARD_COST)
-        + evaluations * (evaluation.val_images + judged)
+        + judgements * (evaluation.val_images + judged)
+        + tried
         + drawings * drawn * image
     )
 

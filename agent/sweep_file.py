@@ -37,9 +37,6 @@ SPREAD = 3.0
 MAX_GRID = 100_000
 """Combinations of a grid. The engine lists them all for every suggestion."""
 
-MAX_NODES = 100_000
-"""Values in a file once its aliases are written out; some lines of YAML can stand for more than any memory holds."""
-
 
 class SweepError(ConfigError):
     """A sweep file that cannot be run; the message has one line per problem."""
@@ -118,10 +115,6 @@ def load_sweep(path: Path) -> SweepFile:
     """
     try:
         config = read_yaml(path)
-        if _count_nodes(config) > MAX_NODES:
-            raise SweepError(f"{str(path)!r}: more than {MAX_NODES:,} values once its aliases are written out")
-    except RecursionError:
-        raise SweepError(f"{str(path)!r}: nested too deeply, or within itself") from None
     except ConfigError as error:
         raise SweepError(str(error).removeprefix("--config = ")) from None
     return check_sweep(config, str(path), path.stem)
@@ -152,20 +145,6 @@ def _name_problems(name: str) -> list[str]:
     if name and Path(name).name == name and name.isprintable() and len(name.encode()) <= MAX_NAME_BYTES:
         return []
     return [f"name = {_shown(name)}: expected a name that a folder can have"]
-
-
-def _count_nodes(value: Any, counted: dict[int, int] | None = None) -> int:
-    """How many values there are in one, those behind aliases as often as they appear.
-
-    Raises:
-        RecursionError: if it holds itself.
-    """
-    counted = {} if counted is None else counted
-    if id(value) not in counted:
-        inner = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
-        is_container = isinstance(value, Mapping | list | tuple | set)
-        counted[id(value)] = 1 + (sum(_count_nodes(entry, counted) for entry in inner) if is_container else 0)
-    return counted[id(value)]
 
 
 def flat_parameters(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, dict[str, Any]]:

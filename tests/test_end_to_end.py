@@ -139,10 +139,10 @@ def test_the_trials_differ_as_the_sweep_says(swept: dict[str, tuple[Client, Swee
             assert run.summary["model/nonzero_params"] < run.summary["model/params"]
         else:
             assert "prune/sparsity" not in run.summary
-    dense = grid[0].summary["model/params"]
+    dense = grid[0].summary["model/macs"]
     for run in swept["random"][1].runs:
         assert 1e-4 <= run.config["train.lr"] <= 1e-2
-        assert run.summary["model/params"] < 0.5 * dense
+        assert run.summary["model/macs"] == pytest.approx(0.5 * dense, rel=0.1)
     rates = [run.config["train.lr"] for run in swept["bayes"][1].runs]
     assert len(set(rates)) == 3
     assert all(run.config["train.grad_clip"] is None for run in swept["bayes"][1].runs)

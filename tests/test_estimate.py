@@ -55,7 +55,8 @@ def trained(config: TrialConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) 
     forward = UNet.forward
 
     def count(self: nn.Module, x_BCHW: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
-        passed[torch.is_grad_enabled()] += len(x_BCHW)
+        if x_BCHW.any():  # All zero are the images whose latency is measured, for as long as there is time.
+            passed[torch.is_grad_enabled()] += len(x_BCHW)
         return forward(self, x_BCHW, *arguments, **named)
 
     monkeypatch.setattr(UNet, "forward", count)

@@ -493,10 +493,10 @@ LAUGHS = "a0: &a0 [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + "".join(
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("method: grid\nparameters: &p {train: {parameters: *p}}\n", "nested too deeply, or within itself"),
-        ("parameters: &p {train.lr: {values: [*p]}}\n", "nested too deeply, or within itself"),
-        ("parameters: " + "[" * 5000 + "]" * 5000, "nested too deeply, or within itself"),
-        (LAUGHS, "more than 100,000 values once its aliases are written out"),
+        ("method: grid\nparameters: &p {train: {parameters: *p}}\n", "holds more than 100,000 values, or itself"),
+        ("parameters: &p {train.lr: {values: [*p]}}\n", "holds more than 100,000 values, or itself"),
+        ("parameters: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        (LAUGHS, "holds more than 100,000 values, or itself"),
         ("command: !!python/object/apply:os.system [touch owned]\n", "not valid YAML"),
     ],
     ids=["a parameter within itself", "a value within itself", "deep", "aliases without end", "code"],
