@@ -38,13 +38,19 @@ class DrawSamples:
         names = self.class_names if len(labels) == len(self.class_names) else ()
         self.folder.mkdir(parents=True, exist_ok=True)
 
-        images = generator.images(requests(labels, config.per_class), config, self.config.seed)
+        columns = min(media.GIF_COLUMNS, config.per_class)
+        wanted, moving = requests(labels, config.per_class), requests(labels[: media.GIF_ROWS], columns)
+        moments, seed = media.spread(config.steps), self.config.seed
+        if len(wanted) <= config.batch_size:  # The moving ones are among them.
+            drawn = generator.trajectory(wanted, config, seed, moments)
+            places = [wanted.index(request) for request in moving]
+            images, frames = drawn[-1], [frame[places] for frame in drawn]
+        else:
+            images = generator.images(wanted, config, seed)
+            frames = generator.trajectory(moving, config, seed, moments)
+
         row["samples"] = self.folder / f"samples-{state.step:08d}.png"
         media.grid(images, config.per_class, names).save(row["samples"])
-
-        columns = min(media.GIF_COLUMNS, config.per_class)
-        wanted = requests(labels[: media.GIF_ROWS], columns)
-        frames = generator.trajectory(wanted, config, self.config.seed, media.spread(config.steps))
         row["diffusion"] = self.folder / f"diffusion-{state.step:08d}.gif"
         media.save_gif([media.grid(frame, columns, names[: media.GIF_ROWS]) for frame in frames], row["diffusion"])
 

@@ -146,7 +146,9 @@ def forward_passes(config: TrialConfig) -> float:
     # Before the first one a batch is tried, with one step, twice.
     tried = 2 * guided * min(evaluation.num_images, sample.batch_size) if config.judges_images else 0
     classes = classes_of(config)
-    drawn = classes * sample.per_class + min(classes, GIF_ROWS) * min(GIF_COLUMNS, sample.per_class)
+    drawn = classes * sample.per_class
+    if drawn > sample.batch_size:  # Else the animated ones are among them.
+        drawn += min(classes, GIF_ROWS) * min(GIF_COLUMNS, sample.per_class)
     return (
         steps * config.train.images_per_step * (1 + BACKWARD_COST)
         + judgements * (evaluation.val_images + judged)

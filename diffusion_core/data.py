@@ -7,10 +7,12 @@ Axes: N images of a data set, B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
+import gzip
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -106,13 +108,26 @@ def load_data(config: DataConfig, *, progress: bool = False) -> Dataset:
 
 
 def _load_digits(config: DataConfig) -> Dataset:
-    from sklearn.datasets import load_digits  # Slow to import, and other data sets do without it.
-
-    bunch = load_digits()
-    images_NHW = torch.from_numpy(np.round(bunch.images * (255.0 / 16.0)).astype(np.uint8))
-    everything = Images(images_NHW[:, None], torch.from_numpy(bunch.target.astype(np.int64)))
+    table_NP = _digits_table()
+    images_NHW = torch.from_numpy(np.round(table_NP[:, :-1] * (255.0 / 16.0)).astype(np.uint8)).view(-1, 8, 8)
+    everything = Images(images_NHW[:, None].contiguous(), torch.from_numpy(table_NP[:, -1].astype(np.int64)))
     train, val = stratified_split(everything, config.val_fraction)
-    return Dataset(train, val, tuple(str(name) for name in bunch.target_names))
+    return Dataset(train, val, tuple(str(digit) for digit in range(10)))
+
+
+def _digits_table() -> np.ndarray:
+    """scikit-learn's digits: a row an image, its 64 pixels in 0..16, then its label."""
+    # From its file, since to import scikit-learn takes longer than to train a step.
+    package = find_spec("sklearn")
+    for folder in (package.submodule_search_locations or []) if package else []:
+        file = Path(folder) / "datasets" / "data" / "digits.csv.gz"
+        if file.is_file():
+            with gzip.open(file, "rt") as text:
+                return np.loadtxt(text, delimiter=",")
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    return np.concatenate([pixels, labels[:, None]], axis=1)
 
 
 def _load_torchvision(config: DataConfig, progress: bool) -> Dataset:
