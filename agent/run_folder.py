@@ -15,16 +15,16 @@ runs/ID/
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from agent.folder_lock import Held, held
 from diffusion_core.config_io import ConfigError
 from diffusion_core.figure_names import goal_of, is_better
 from diffusion_core.tracking import STEP
@@ -86,23 +86,18 @@ def belongs_here() -> dict[str, str]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Work on a run's folder, alone. The lock ends with the process, however that ends; the file means nothing.
+    """Work on a run's folder, alone.
 
     Raises:
         ConfigError: if another process works on it.
     """
-    with (folder / LOCK_FILE).open("a+") as file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
+            stack.enter_context(held(folder / LOCK_FILE))
+        except Held as other:
             raise ConfigError(
-                f"log.dir = {str(folder)!r}: process {file.read().strip() or 'unknown'} works on this run; wait for "
-                f"it, or choose another folder"
+                f"log.dir = {str(folder)!r}: process {other} works on this run; wait for it, or choose another folder"
             ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
         yield
 
 

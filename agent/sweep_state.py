@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from agent import engine
+from agent.folder_lock import Held, held
 from agent.run_folder import write_json
 from agent.sweep_file import SweepError, SweepFile
 
@@ -101,23 +100,17 @@ class SweepState:
         Raises:
             SweepError: if another process holds it, or the folder cannot be written.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = (self.folder / LOCK_FILE).open("a+", encoding="utf-8")
-        except OSError as error:
-            raise SweepError(f"{str(self.folder)!r}: {error.strerror}; choose another --out") from None
-        with file:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(held(self.folder / LOCK_FILE))
+            except OSError as error:
+                raise SweepError(f"{str(self.folder)!r}: {error.strerror}; choose another --out") from None
+            except Held as other:
                 raise SweepError(
-                    f"{str(self.folder)!r} is being run by process {file.read() or 'another one'}; wait until that "
-                    "has ended, or give this sweep another --name"
+                    f"{str(self.folder)!r} is being run by process {other}; wait until that has ended, or give this "
+                    "sweep another --name"
                 ) from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
             self.read()
             yield
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,31 @@ class Row:
         holds = {True: "yes", False: "no", None: "-"}[self.holds]
         what = f"{self.what} ({self.note})" if self.note else self.what
         return self.subject, what, self.ours or "-", self.peer or "-", value, target, holds
+
+
+def against_peer(
+    subject: str, times: Mapping[str, float], peer: str, compared: Sequence[tuple[str, str, float]]
+) -> list[Row]:
+    """Rows that say how many times faster than a peer alternatives are.
+
+    Args:
+        subject: name of the benchmark.
+        times: seconds of each alternative.
+        peer: its name among them.
+        compared: what was done, the alternative's name, and the target.
+    """
+    return [
+        Row(
+            subject,
+            what,
+            times[peer] / times[name],
+            target=target,
+            ours=seconds(times[name]),
+            peer=seconds(times[peer]),
+            details=dict(times),
+        )
+        for what, name, target in compared
+    ]
 
 
 def markdown(rows: Sequence[Row]) -> str:

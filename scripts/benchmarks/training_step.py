@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from benchmarks.networks import cifar_config, lively_network, twin
 from benchmarks.options import Options
-from benchmarks.rows import Row, seconds
+from benchmarks.rows import Row, against_peer
 from benchmarks.timing import alternating
 from diffusion_core.config import CoreConfig
 from diffusion_core.data import Batches, Images
@@ -86,19 +86,13 @@ def measure(options: Options) -> list[Row]:
         options.rounds,
         options.say,
     )
-    peer = times["diffusers, fp32"]
-    return [
-        Row(
-            SUBJECT,
-            f"{what}, batch {BATCH}, against diffusers' example loop in fp32",
-            peer / times[name],
-            target=target,
-            ours=seconds(times[name]),
-            peer=seconds(peer),
-            details=times,
-        )
-        for what, name, target in (
-            (f"by default ({precision})", "ours", DEFAULT_TARGET),
-            ("in fp32", "ours, fp32", EQUAL_TARGET),
-        )
-    ]
+    work = f"batch {BATCH}, against diffusers' example loop in fp32"
+    return against_peer(
+        SUBJECT,
+        times,
+        "diffusers, fp32",
+        [
+            (f"by default ({precision}), {work}", "ours", DEFAULT_TARGET),
+            (f"in fp32, {work}", "ours, fp32", EQUAL_TARGET),
+        ],
+    )
