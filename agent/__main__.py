@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from agent.config import TrialConfig, config_from_words
+from agent.leaving import run_and_leave
 from agent.refusal import fail
 from agent.settings import in_sweep
 from diffusion_core.config_io import ConfigError, help_text, split_argv, to_yaml
@@ -78,4 +79,4 @@ def dry_run(config: TrialConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave(main)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import errno
 import functools
-import gc
 import os
 import sys
 import threading
@@ -89,8 +87,6 @@ def wandb_tracker(run: Run, folder: Path, config: TrialConfig) -> WandbTracker:
 
 def run_session(config: TrialConfig) -> int:
     """Run a trial with W&B, from data to the last artifact; returns the exit status."""
-    # At its end the interpreter would look once more through all that PyTorch made, which takes a second.
-    atexit.register(gc.freeze)
     load_environment()
     try:
         mode = wandb_mode()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 from agent.__main__ import main
+from agent.leaving import run_and_leave
 
 USAGE = """\
 usage: python scripts/train_cifar.py [--config FILE.yaml] [--key=value ...] [--print-config | --dry-run]
@@ -25,4 +24,4 @@ Trains the class-conditional DDPM of Ho et al. 2020 on CIFAR-10 (downloaded once
 Every knob, its default, what it does, and [what it accepts]:"""
 
 if __name__ == "__main__":
-    sys.exit(main(usage=USAGE, defaults=["--preset=cifar10"]))
+    run_and_leave(lambda: main(usage=USAGE, defaults=["--preset=cifar10"]))

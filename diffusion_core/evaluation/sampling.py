@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +18,11 @@ from diffusion_core.evaluation.features import Extractor
 from diffusion_core.evaluation.processes import add_up, shared_out
 from diffusion_core.generation import Generator, Request, all_labels
 from diffusion_core.samplers import evaluations
+
+T = TypeVar("T")
+
+SOON_S = 10.0
+"""Of what takes less, nobody needs to know it more exactly."""
 
 
 def dealt_out(labels: Sequence[int], positions: Sequence[int]) -> list[Request]:
@@ -51,22 +59,36 @@ def generated(
 def estimate_seconds(generator: Generator, total: int, config: SampleConfig, extractors: Sequence[Extractor]) -> float:
     """About how long it takes to sample and look at this process's share of ``total`` images.
 
-    Times one step and one look at one batch, each after a first one that does not count.
+    Times one step and one look at one batch; where that says it takes long, once more, as a first call takes longer.
     """
     share = len(shared_out(total))
     batch = min(share, config.batch_size)
     schedule = generator.denoiser().schedule
     once = config.model_copy(update={"steps": 1})
     wanted = [Request(label, 0) for label in (all_labels(generator.network) * batch)[:batch]]
-    images = to_uint8(generator.batch(wanted, once, 0).nan_to_num()).cpu()
-    started = time.perf_counter()
-    images = to_uint8(generator.batch(wanted, once, 0).nan_to_num()).cpu()
-    sampling = (time.perf_counter() - started) * evaluations(config, schedule) / evaluations(once, schedule)
+
+    def sample() -> Tensor:
+        return to_uint8(generator.batch(wanted, once, 0).nan_to_num()).cpu()
+
+    images, sampling = _timed(sample, evaluations(config, schedule) / evaluations(once, schedule) * share / batch)
+    part = images[: max(1, batch // 8)]
     looking = 0.0
     for extractor in extractors:
-        part = images[: max(1, batch // 8)]
-        extractor(part)
+        looking += _timed(partial(_features_of, extractor, part), share / len(part))[1]
+    return sampling + looking
+
+
+def _features_of(extractor: Extractor, images_BCHW: Tensor) -> float:
+    return extractor(images_BCHW).features_BD.sum().item()
+
+
+def _timed(work: Callable[[], T], times: float) -> tuple[T, float]:
+    """What ``work`` returns, and about how many seconds it takes to do it so many times."""
+    seconds = math.inf
+    for _ in range(2):
         started = time.perf_counter()
-        extractor(part).features_BD.sum().item()
-        looking += (time.perf_counter() - started) * batch / len(part)
-    return (sampling + looking) * share / batch
+        result = work()
+        seconds = min(seconds, (time.perf_counter() - started) * times)
+        if seconds < SOON_S:
+            break
+    return result, seconds
