@@ -17,7 +17,7 @@ from diffusion_core.config import CoreConfig, SampleConfig
 from diffusion_core.data import to_uint8
 from diffusion_core.denoiser import Denoiser, DenoiserFunction, clipped
 from diffusion_core.guidance import between_levels, guided
-from diffusion_core.hardware import Precision, autocast
+from diffusion_core.hardware import Precision, autocast, memory_format
 from diffusion_core.randomness import Purpose, generator
 from diffusion_core.samplers import NoiseFunction, StepCallback, build_sampler
 from diffusion_core.schedule import NoiseSchedule
@@ -80,9 +80,10 @@ class Generator:
     def __init__(
         self, network: UNet, config: CoreConfig, precision: Precision, reference: Generator | None = None
     ) -> None:
-        self.network = network
         self.config = config
         self.device = next(network.parameters()).device
+        # The same weights; they may come to lie in memory in another order.
+        self.network = network.to(memory_format=memory_format(self.device, precision))
         self.reference = reference
         self.precision = precision
         self.shape_CHW = (network.in_channels, network.image_size, network.image_size)

@@ -47,9 +47,13 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
-def memory_format(device: torch.device) -> torch.memory_format:
-    """How convolution weights lie in memory: channels last on a GPU, whose bf16 convolutions compute in that layout."""
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+def memory_format(device: torch.device, precision: Precision) -> torch.memory_format:
+    """How convolution weights lie in memory: channels last where that is how convolutions compute fastest.
+
+    On a GPU always; on a processor in float32 (0.9 of the time of the 35.7 M network forwards), not in bf16.
+    """
+    last = device.type == "cuda" or precision == "fp32"
+    return torch.channels_last if last else torch.contiguous_format
 
 
 @contextmanager

@@ -58,7 +58,7 @@ class TrainState:
     def start(cls, network: UNet, config: CoreConfig, step: int = 0) -> TrainState:
         """A state with fresh averages and a fresh optimizer; the network keeps its device."""
         device = next(network.parameters()).device
-        network = network.to(memory_format=memory_format(device))
+        network = network.to(memory_format=memory_format(device, pick_precision(config.train, device)))
         return cls(network, Ema(network, config.ema), build_optimizer(network, config.train), step)
 
     def parts(self) -> dict[str, dict[str, Tensor]]:

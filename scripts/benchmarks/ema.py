@@ -7,7 +7,7 @@ from benchmarks.options import Options
 from benchmarks.rows import Row, seconds
 from benchmarks.timing import alternating
 from diffusion_core.ema import Ema
-from diffusion_core.hardware import memory_format, pick_device
+from diffusion_core.hardware import pick_device
 
 SUBJECT = "ema"
 TARGET = 3.0
@@ -20,7 +20,7 @@ def measure(options: Options) -> list[Row]:
 
     config = cifar_config(options.short)
     device = pick_device(config.train)
-    network = lively_network(config, device).to(memory_format=memory_format(device))
+    network = lively_network(config, device)
     ours = Ema(network, config.ema)
     theirs = EMA(network, beta=config.ema.decay, update_after_step=0, update_every=1)
 

@@ -15,7 +15,6 @@ from benchmarks.training_step import our_step, peer_step
 from diffusion_core.compilation import compile_network, forward_flops
 from diffusion_core.config import CoreConfig
 from diffusion_core.generation import Generator, requests
-from diffusion_core.hardware import memory_format
 from diffusion_core.unet import NO_LABEL
 
 SUBJECT = "gpu"
@@ -43,7 +42,6 @@ def bandwidth(device: torch.device, count: int, rounds: int) -> float:
 def sampler(config: CoreConfig, device: torch.device, batch: int) -> tuple[Callable[[], object], int]:
     """Draw a batch with a compiled network; and the operations that takes."""
     network = lively_network(config, device).eval().requires_grad_(False)
-    network = network.to(memory_format=memory_format(device))
     work = batch * config.sample.steps * forward_flops(network)
     compile_network(network, "network" if device.type == "cuda" else "none")
     generator = Generator(network, config, "bf16")

@@ -8,7 +8,7 @@ from benchmarks.networks import cifar_config, lively_network
 from benchmarks.options import Options
 from benchmarks.rows import Row, seconds
 from benchmarks.timing import alternating
-from diffusion_core.hardware import autocast, memory_format, pick_device, pick_precision
+from diffusion_core.hardware import Precision, autocast, memory_format, pick_device, pick_precision
 from diffusion_core.unet import UNet
 from pruning.config import PruneConfig
 from pruning.cost import count_cost
@@ -26,7 +26,7 @@ def measure(options: Options) -> list[Row]:
     prune = PruneConfig(method="structured", importance="l2", target="macs", keep=KEEP)
     smaller = prune_channels(dense, prune, config.seed)[0].eval()
     share = count_cost(smaller).macs / count_cost(dense).macs
-    images = torch.randn(BATCH, 3, 32, 32, device=device).to(memory_format=memory_format(device))
+    images = torch.randn(BATCH, 3, 32, 32, device=device)
     times_B = torch.full((BATCH,), 500, device=device)
 
     @torch.no_grad()
@@ -35,7 +35,10 @@ def measure(options: Options) -> list[Row]:
             network(images, times_B)
 
     rows = []
-    for precision in dict.fromkeys((pick_precision(config.train, device), "fp32")):
+    precisions: tuple[Precision, ...] = (pick_precision(config.train, device), "fp32")
+    for precision in dict.fromkeys(precisions):
+        for network in (smaller, dense):
+            network.to(memory_format=memory_format(device, precision))  # In place.
         works = {
             "pruned": lambda precision=precision: forward(smaller, precision),
             "dense": lambda precision=precision: forward(dense, precision),

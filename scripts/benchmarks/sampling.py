@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from benchmarks.networks import cifar_config, lively_network, twin
@@ -9,7 +11,7 @@ from benchmarks.options import Options
 from benchmarks.rows import Row, against_peer
 from benchmarks.timing import alternating
 from diffusion_core.generation import Generator, requests
-from diffusion_core.hardware import memory_format, pick_device, pick_precision
+from diffusion_core.hardware import pick_device, pick_precision
 from diffusion_core.unet import NO_LABEL
 
 SUBJECT = "sampling"
@@ -27,10 +29,10 @@ def measure(options: Options) -> list[Row]:
     network = lively_network(config, device).eval()
     pipeline = DDIMPipeline(twin(network, config).eval(), DDIMScheduler(num_train_timesteps=1000))
     pipeline.set_progress_bar_config(disable=True)
-    network = network.to(memory_format=memory_format(device))
     wanted = requests([NO_LABEL], BATCH)
     precision = pick_precision(config.train, device)
-    ours, exact = Generator(network, config, precision), Generator(network, config, "fp32")
+    # Each with weights of its own: precisions differ in how these lie in memory.
+    ours, exact = Generator(copy.deepcopy(network), config, precision), Generator(network, config, "fp32")
     times = alternating(
         {
             "ours": lambda: ours.images(wanted, config.sample, 0),
