@@ -16,6 +16,7 @@ FLAGS = {
     "variance": "variance",
     "spacing": "spacing",
     "batch_size": "micro-batch",
+    "compile": "compile",
 }
 """Knobs of ``sample.*`` and the flags that set them."""
 

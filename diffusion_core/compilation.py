@@ -1,29 +1,34 @@
-"""Whether a network is compiled for training (torch.compile), and what that must save to be worth it."""
+"""Whether a network is compiled for training or sampling (torch.compile), and what that must save to be worth it."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from weakref import WeakSet
 
 import torch
+from torch import Tensor, nn
 
-from diffusion_core.config import TrainConfig
+from diffusion_core.config import SampleConfig, TrainConfig
 from diffusion_core.unet import AttentionBlock, ResidualBlock, UNet
 
 BACKEND = "inductor"
 COMPILE_S = 90.0
-"""Assumed time of compiling forward and backward pass on a GPU, with nothing in the compiler's cache. Not measured."""
+"""Assumed time of compiling for a GPU, with nothing in the compiler's cache. Not measured."""
 
 GAIN = 0.25
-"""Assumed share of the training time that a compiled network saves on a GPU. Not measured."""
+"""Assumed share of the time that a compiled network saves on a GPU. Not measured."""
 
 EAGER_FLOPS = 1.5e14
-"""Assumed floating point operations a second of uncompiled training in bf16 on a data-centre GPU. Not measured."""
+"""Assumed floating point operations a second of an uncompiled network in bf16 on a data-centre GPU. Not measured."""
 
 BACKWARD_COST = 2.0
 """A backward pass computes two products where the forward pass computes one."""
 
 LIMIT = 64
 """Shapes of blocks that torch.compile may specialise for; its own limit of 8 would leave the others uncompiled."""
+
+_compiled: WeakSet[nn.Module] = WeakSet()
 
 
 def forward_flops(network: UNet) -> int:
@@ -39,7 +44,7 @@ def forward_flops(network: UNet) -> int:
 
 
 def break_even_seconds() -> float:
-    """Uncompiled training time beyond which compiling pays: the time that it costs over the share that it saves."""
+    """Uncompiled time beyond which compiling pays: the time that it costs over the share that it saves."""
     return COMPILE_S / GAIN
 
 
@@ -59,6 +64,16 @@ def pick_compilation(config: TrainConfig, network: UNet, device: torch.device) -
     return "network" if seconds > break_even_seconds() else "none"
 
 
+def pick_sampling_compilation(config: SampleConfig, network: UNet, device: torch.device, images: int) -> str:
+    """What ``sample.compile`` comes to for so many images: ``none`` or ``network``; ``auto`` as in training."""
+    if config.compile != "auto":
+        return config.compile
+    if device.type != "cuda":
+        return "none"
+    seconds = images * config.steps * forward_flops(network) / EAGER_FLOPS
+    return "network" if seconds > break_even_seconds() else "none"
+
+
 def compile_network(network: UNet, how: str) -> None:
     """Compile a network in place, with static shapes; its parameters and their names stay as they are.
 
@@ -72,5 +87,11 @@ def compile_network(network: UNet, how: str) -> None:
     torch._dynamo.config.recompile_limit = max(LIMIT, torch._dynamo.config.recompile_limit)
     kinds = (UNet,) if how == "network" else (ResidualBlock, AttentionBlock)
     for module in network.modules():
-        if isinstance(module, kinds):
+        if isinstance(module, kinds) and module not in _compiled:
             module.compile(backend=BACKEND, dynamic=False)
+            _compiled.add(module)
+
+
+def compiled(network: UNet) -> Callable[..., Tensor]:
+    """A network compiled as a whole, for static shapes; the network itself stays as it is."""
+    return torch.compile(network, backend=BACKEND, dynamic=False)

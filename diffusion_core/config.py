@@ -241,6 +241,9 @@ class SampleConfig(Section):
     """Images of each class in the grid."""
     batch_size: Positive = 256
     """Images sampled at once; changes memory and speed, not the images."""
+    compile: Literal["auto", "none", "network"] = "auto"
+    """Compile the network for sampling (torch.compile); auto does on a GPU where there is enough to sample to pay for
+    it. Rounding differs."""
 
 
 class EvalConfig(Section):

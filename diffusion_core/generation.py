@@ -6,13 +6,14 @@ The image of a (seed, label, index) is the same whatever else is drawn beside it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusion_core.compilation import compiled, pick_sampling_compilation
 from diffusion_core.config import CoreConfig, SampleConfig
 from diffusion_core.data import to_uint8
 from diffusion_core.denoiser import Denoiser, DenoiserFunction, clipped
@@ -88,9 +89,9 @@ class Generator:
         self.precision = precision
         self.shape_CHW = (network.in_channels, network.image_size, network.image_size)
 
-    def denoiser(self) -> Denoiser:
-        """The network as a denoiser, without guidance; a fresh one for each batch."""
-        return Denoiser.from_config(self.network, self.config, self.device)
+    def denoiser(self, network: Callable[..., Tensor] | None = None) -> Denoiser:
+        """The network, or a compiled form of it, as a denoiser without guidance; a fresh one for each batch."""
+        return Denoiser.from_config(self.network if network is None else network, self.config, self.device)
 
     def guided(self, denoiser: Denoiser, config: SampleConfig) -> DenoiserFunction:
         """A denoiser with the guidance and clipping that are asked for."""
@@ -118,12 +119,17 @@ class Generator:
 
     @torch.no_grad()
     def batch(
-        self, wanted: Sequence[Request], config: SampleConfig, seed: int, callback: StepCallback | None = None
+        self,
+        wanted: Sequence[Request],
+        config: SampleConfig,
+        seed: int,
+        callback: StepCallback | None = None,
+        network: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """Draw images at once: ``(B, C, H, W)`` float32 in [-1, 1] (unclipped), on the network's device."""
         noise = ImageNoise(wanted, seed, self.shape_CHW, self.device)
         labels_B = torch.tensor([image.label for image in wanted], device=self.device)
-        denoiser = self.denoiser()
+        denoiser = self.denoiser(network)
         return self._sample(denoiser, self.guided(denoiser, config), noise(), labels_B, noise, config, callback)
 
     def _sample(
@@ -143,10 +149,26 @@ class Generator:
             sampler = build_sampler(config, denoiser)
             return sampler(guided_denoiser, scale * start_BCHW, steps, labels_B, noise=noise, callback=callback)
 
+    def unrounded_batches(
+        self, wanted: Sequence[Request], config: SampleConfig, seed: int, callback: StepCallback | None = None
+    ) -> Iterator[tuple[Sequence[Request], Tensor]]:
+        """Draw any number of images, ``config.batch_size`` at once, compiled where ``sample.compile`` says so.
+
+        Yields:
+            What was wanted, and its images as :meth:`batch` returns them.
+        """
+        how = pick_sampling_compilation(config, self.network, self.device, len(wanted))
+        fast = compiled(self.network) if how == "network" else self.network
+        for start in range(0, len(wanted), config.batch_size):
+            batch = wanted[start : start + config.batch_size]
+            # A last batch of another size would have to be compiled anew.
+            network = fast if len(batch) == config.batch_size else self.network
+            yield batch, self.batch(batch, config, seed, callback, network)
+
     def batches(
         self, wanted: Sequence[Request], config: SampleConfig, seed: int, *, progress: bool = False
     ) -> Iterator[tuple[Sequence[Request], Tensor]]:
-        """Draw any number of images, ``config.batch_size`` at once, and hand out each batch as it is done.
+        """The same with a progress bar, and as images.
 
         Yields:
             What was wanted, and its images: ``(B, C, H, W)`` uint8 on the CPU.
@@ -156,9 +178,8 @@ class Generator:
             bar.update(len(x_BCHW))
 
         with tqdm(total=len(wanted) * config.steps, desc="sampling", unit="eval", disable=not progress) as bar:
-            for start in range(0, len(wanted), config.batch_size):
-                batch = wanted[start : start + config.batch_size]
-                yield batch, to_uint8(self.batch(batch, config, seed, advance)).cpu()
+            for batch, x_BCHW in self.unrounded_batches(wanted, config, seed, advance):
+                yield batch, to_uint8(x_BCHW).cpu()
 
     def images(self, wanted: Sequence[Request], config: SampleConfig, seed: int, *, progress: bool = False) -> Tensor:
         """Draw any number of images: ``(N, C, H, W)`` uint8 on the CPU."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from agent.config import TrialConfig, build_config
 from agent.lottery import run_chain
 from agent.run_folder import find_run
 from agent.trial import run_trial
-from diffusion_core import compilation, trainer
+from diffusion_core import compilation, generation, trainer
 from diffusion_core.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
 from diffusion_core.config_io import ConfigError, flatten, knobs
 from diffusion_core.data import Dataset, Images, load_data
@@ -183,6 +183,13 @@ TABLE: dict[str, Entry] = {
     "sample.every": Entry(2, ("files", "grids")),
     "sample.per_class": Entry(2, ("grid size",), same=SAMPLING_ONLY),
     "sample.batch_size": Entry(3, ("batches",), same=(*SAMPLING_ONLY, "grid"), why="memory and speed, not the images"),
+    "sample.compile": Entry(
+        "network",
+        ("compiled for sampling",),
+        {"sample.batch_size": 5},
+        same=(*SAMPLING_ONLY, "grid"),
+        why="the images are the same but for rounding",
+    ),
     "eval.every": Entry(2, ("val/loss",), same=("weights",)),
     "eval.val_images": Entry(8, ("val/loss",), same=("weights", "grid")),
     "eval.classifier": Entry("network", ("figures",), same=("weights", "grid")),
@@ -327,12 +334,18 @@ def observe(
     capsys.readouterr()
     batches: list[int] = []
     compiled: list[str] = []
+    for_sampling: list[str] = []
 
     def compile_network(network: UNet, how: str) -> None:
         compiled.append(how)
         compilation.compile_network(network, how)
 
+    def compiled_network(network: UNet) -> Callable[..., torch.Tensor]:
+        for_sampling.append(type(network).__name__)
+        return compilation.compiled(network)
+
     monkeypatch.setattr(trainer, "compile_network", compile_network)
+    monkeypatch.setattr(generation, "compiled", compiled_network)
     monkeypatch.setattr(compilation, "BACKEND", "eager")  # The compiler proper takes minutes on a processor.
     algorithms: set[bool] = set()
     with (
@@ -352,6 +365,7 @@ def observe(
         except (ConfigError, CheckpointError) as error:
             return Observed(seen | {"device": str(error)})
     seen["batches"] = batches
+    seen["compiled for sampling"] = for_sampling
     seen["compiled"], seen["only deterministic algorithms"] = compiled, algorithms
     told = capsys.readouterr().err
     seen["stderr"] = "training:" in told

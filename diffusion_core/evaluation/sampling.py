@@ -41,9 +41,7 @@ def generated(
     wanted = dealt_out(all_labels(generator.network), shared_out(total))
     not_finite = 0
     with tqdm(total=len(wanted), desc="sampling", unit="image", disable=not progress) as bar:
-        for start in range(0, len(wanted), config.batch_size):
-            batch = wanted[start : start + config.batch_size]
-            x_BCHW = generator.batch(batch, config, seed)
+        for batch, x_BCHW in generator.unrounded_batches(wanted, config, seed):
             not_finite += int((~torch.isfinite(x_BCHW)).flatten(1).any(1).sum())
             yield to_uint8(x_BCHW.nan_to_num()).cpu(), torch.tensor([image.label for image in batch])
             bar.update(len(batch))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -41,13 +42,13 @@ def same_weights(one: Checkpoint, two: Checkpoint) -> bool:
 
 
 def measure(options: Options) -> list[Row]:
-    """Loss curves of both precisions (on a GPU also compiled), agreement of samples, and determinism."""
+    """Loss curves of both precisions and compiled, agreement of samples, and determinism."""
     steps, count = (SHORT_STEPS, SHORT_IMAGES) if options.short else (STEPS, IMAGES)
     base = build_config(QUIET | {"train.steps": steps, "train.precision": "fp32", "train.deterministic": True})
     dataset = load_data(base.data)
     device = pick_device(base.train)
     variants = {"fp32": {}, "fp32 again": {}, "bf16": {"train.precision": "bf16"}}
-    if device.type == "cuda":
+    if device.type == "cuda" or shutil.which("g++"):  # A processor's code is compiled by C++.
         variants["compiled"] = {"train.compile": "network"}
     checkpoints, losses = {}, {}
     with tempfile.TemporaryDirectory() as name:

@@ -16,15 +16,22 @@ from diffusion_core.config import CoreConfig
 from diffusion_core.data import Batches, Images
 from diffusion_core.hardware import pick_precision
 from diffusion_core.trainer import TrainState, train
+from diffusion_core.unet import UNet
 
 SUBJECT = "training-step"
 BATCH = 16
 DEFAULT_TARGET, EQUAL_TARGET = 1.7, 1.0
 
 
-def our_step(config: CoreConfig, accelerator: Accelerator, batch: int, steps: int = 1) -> Callable[[], object]:
-    """Steps of our own loop: batch, draws, loss, gradients, clipping, AdamW, average."""
-    state = TrainState.start(lively_network(config, accelerator.device), config)
+def our_step(
+    config: CoreConfig,
+    accelerator: Accelerator,
+    batch: int,
+    steps: int = 1,
+    change: Callable[[UNet], UNet] = lambda network: network,
+) -> Callable[[], object]:
+    """Steps of our own loop: batch, draws, loss, gradients, clipping, AdamW, average; of a network changed before."""
+    state = TrainState.start(change(lively_network(config, accelerator.device)), config)
     source = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (4 * batch, 3, 32, 32), dtype=torch.uint8, generator=source)
     batches = Batches(
