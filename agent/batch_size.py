@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from agent.config import TrialConfig
 from diffusion_core.checkpoint import newest_checkpoint
+from diffusion_core.config import CoreConfig
 from diffusion_core.data import Dataset
 from diffusion_core.memory import free_memory, training_memory
 from diffusion_core.unet import UNet, build_network
@@ -39,7 +40,7 @@ def settled(config: TrialConfig, accelerator: Accelerator, dataset: Dataset, che
     return config.model_copy(update={"train": config.train.model_copy(update={"batch_size": size})})
 
 
-def largest_share(network: UNet, config: TrialConfig, accelerator: Accelerator, limit: int) -> int:
+def largest_share(network: UNet, config: CoreConfig, accelerator: Accelerator, limit: int) -> int:
     """The most images, a power of two, that this process can train on at once; on a GPU tried out."""
     device = accelerator.device
     free = free_memory(device)

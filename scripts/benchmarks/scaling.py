@@ -10,12 +10,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from agent.batch_size import largest_share
 from agent.run_folder import HISTORY_FILE
 from benchmarks.networks import lively_network
 from benchmarks.options import Options
@@ -52,6 +54,8 @@ AXES: dict[str, tuple[str, tuple[int, ...]]] = {
     "sampling steps": ("sample.steps", (5, 10, 20, 40)),
 }
 PROCESSES = (1, 2)
+LARGEST = 2**16
+"""More images at once than anybody trains on."""
 PROCESS_STEPS = 60
 
 
@@ -65,6 +69,7 @@ class Point:
         seconds: of an optimizer step, or of a batch of samples.
         work: floating point operations of it, counted.
         memory: bytes that training keeps for each image of a batch; None where nothing is trained.
+        largest: the batch that `train.batch_size=auto` finds on this machine; None likewise.
     """
 
     axis: str
@@ -72,18 +77,32 @@ class Point:
     seconds: float
     work: float
     memory: int | None = None
+    largest: int | None = None
+
+    @property
+    def note(self) -> str:
+        """Memory in words."""
+        if self.memory is None:
+            return ""
+        return f"{self.memory / 1e6:.1f} MB an image; train.batch_size=auto: {self.largest:,}"
 
 
-def step_of(config: CoreConfig, accelerator: Accelerator) -> tuple[Callable[[], object], float, int]:
-    """An optimizer step, its floating point operations, and the bytes that an image takes."""
+def step_of(config: CoreConfig, accelerator: Accelerator) -> tuple[Callable[[], object], float, int, int]:
+    """An optimizer step, its floating point operations, the bytes that an image takes, and the largest batch."""
     state = TrainState.start(lively_network(config, accelerator.device), config)
     batch = config.train.images_per_step
     pixels = torch.zeros((batch, *config.data.image_shape), dtype=torch.uint8)
     images = Images(pixels, torch.zeros(batch, dtype=torch.long))
     batches = Batches(images, batch_size=batch, seed=0, horizontal_flip=False, device=accelerator.device)
     memory = training_memory(state.network, config).per_image
+    largest = largest_share(state.network, config, accelerator, LARGEST)
     work = 3.0 * batch * forward_flops(state.network)
-    return lambda: train(state, batches, config, accelerator=accelerator, until=state.step + 1), work, memory
+    step = partial(next_step, state, batches, config, accelerator)
+    return step, work, memory, largest
+
+
+def next_step(state: TrainState, batches: Batches, config: CoreConfig, accelerator: Accelerator) -> None:
+    train(state, batches, config, accelerator=accelerator, until=state.step + 1)
 
 
 def samples_of(config: CoreConfig, accelerator: Accelerator) -> tuple[Callable[[], object], float]:
@@ -100,15 +119,15 @@ def measure_axis(axis: str, options: Options, accelerator: Accelerator) -> list[
     key, values = AXES[axis]
     values = values[:2] if options.short else values
     small = {"model.channels": 16} if options.short and key != "model.channels" else {}
-    works, facts = {}, {}
+    works: dict[str, Callable[[], object]] = {}
+    facts: dict[int, Sequence[Any]] = {}
     for value in values:
         config = build(CoreConfig, BASE, small, {key: value}, _attention(key, value))
         if axis == "sampling steps":
             works[str(value)], work = samples_of(config, accelerator)
-            facts[value] = (work, None)
+            facts[value] = (work, None, None)
         else:
-            works[str(value)], work, memory = step_of(config, accelerator)
-            facts[value] = (work, memory)
+            works[str(value)], *facts[value] = step_of(config, accelerator)
     times = alternating(works, options.rounds, lambda line: options.say(f"{axis}: {line}"))
     return [Point(axis, value, times[str(value)], *facts[value]) for value in values]
 
@@ -183,8 +202,7 @@ def measure(options: Options) -> list[Row]:
     rows = []
     for axis, points in axes.items():
         for point in points:
-            memory = "" if point.memory is None else f"{point.memory / 1e6:.1f} MB an image"
-            rows.append(Row(SUBJECT, f"{axis} {point.value}", point.seconds, "s", note=memory))
+            rows.append(Row(SUBJECT, f"{axis} {point.value}", point.seconds, "s", note=point.note))
         what = f"{axis}: exponent by which time grows with the counted work"
         rows.append(Row(SUBJECT, what, growth(points), "", note="1: in proportion"))
     rows += [Row(SUBJECT, f"{point.axis} {point.value}", point.seconds, "s") for point in processes]
