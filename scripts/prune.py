@@ -25,6 +25,7 @@ from typing import Any, get_args
 
 from agent.checkpoints import describe, model_files
 from agent.config import TrialConfig, build_config
+from agent.refusal import fail
 from agent.run_folder import make_folder
 from agent.settings import has_key, load_environment, start_wandb
 from agent.start import Source, open_source, start_from
@@ -94,14 +95,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     load_environment()
     try:
         result = run(prepare(arguments, words), arguments.batch)
-    except (ConfigError, CheckpointError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except ConfigError as error:
+        return fail(as_typed(error, arguments.target, words))
+    except (CheckpointError, DataError) as error:
+        return fail(str(error))
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130
     print(json.dumps(result, indent=1) if arguments.json else shown(result))
     return 0
+
+
+def as_typed(error: ConfigError, target: str, words: Sequence[str]) -> str:
+    """What is wrong, by the flags that were typed; the knobs behind them say what is allowed."""
+    flags = {"prune.keep": f"--target {target.partition('=')[0]}", "prune.importance": "--importance"}
+    typed = {word.partition("=")[0].removeprefix("--") for word in words}
+    problems = []
+    for problem in error.problems:
+        key, equals, rest = problem.partition(" = ")
+        problems.append(f"{key if key in typed else flags.get(key, key)}{equals}{rest}")
+    return "; ".join(problems)
 
 
 def prepare(arguments: argparse.Namespace, words: Sequence[str]) -> Job:

@@ -106,11 +106,13 @@ def test_it_prunes_an_untrained_preset_and_prints_a_table(tmp_path: Path, capsys
 REFUSED = [
     (["--target", "macs"], "--target = 'macs': expected one of channels, params, macs, latency"),
     (["--target", "weights=0.5"], "--target = 'weights=0.5': expected one of"),
-    (["--target", "macs=1"], "prune.keep = '1': expected a number > 0 and < 1"),
-    (["--target", "macs=0"], "prune.keep = '0': expected a number > 0 and < 1"),
-    (["--target", "macs=half"], "prune.keep = 'half': expected a number"),
-    (["--target", "macs=0.0001"], "prune.keep = 0.0001: out of reach; at least"),
-    (["--target", "macs=0.5", "--importance", "best"], "prune.importance = 'best': expected one of random, l1"),
+    (["--target", "macs=1"], "--target macs = '1': expected a number > 0 and < 1"),
+    (["--target", "params=1.5"], "--target params = '1.5': expected a number > 0 and < 1"),
+    (["--target", "macs=0"], "--target macs = '0': expected a number > 0 and < 1"),
+    (["--target", "macs=half"], "--target macs = 'half': expected a number"),
+    (["--target", "macs=0.5", "--prune.keep=2"], "prune.keep = '2': expected a number > 0 and < 1"),
+    (["--target", "macs=0.0001"], "--target macs = 0.0001: out of reach; at least"),
+    (["--target", "macs=0.5", "--importance", "best"], "--importance = 'best': expected one of random, l1"),
     (["--target", "macs=0.5", "--prune.threshold=0.1"], "prune.threshold = 0.1: says nothing to"),
     (["--target", "macs=0.5", "--prune.block_keep=0.5,1"], "prune.block_keep = [0.5, 1.0]: expected 5 shares"),
     (["--target", "macs=0.5", "--model.channels=32"], "model.channels = 32: expected 16, which is that"),
@@ -128,7 +130,7 @@ def test_wrong_input_is_refused_and_nothing_is_written(
     printed = capsys.readouterr()
     assert printed.out == ""
     last = printed.err.splitlines()[-1].split("\r")[-1].strip()  # After bars, if there were any.
-    assert message in last
+    assert last.startswith(f"error: {message}")
     assert not (tmp_path / "out").exists()
 
 
