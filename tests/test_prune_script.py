@@ -20,6 +20,7 @@ from diffusion_core.checkpoint import read_checkpoint
 from diffusion_core.tracking import MemoryTracker
 from pruning.cost import count_cost
 from pruning.structural import Removal, remove
+from scripts import evaluate
 
 SCRIPT = ROOT / "scripts" / "prune.py"
 
@@ -89,9 +90,40 @@ def test_it_prunes_a_checkpoint_and_what_it_wrote(
     twice = call(capsys, "--checkpoint", str(tmp_path / "once"), "--target", "params=0.6", "--out", out, *words)
     assert twice["before"]["params"] == result["after"]["params"]
     assert twice["kept"] == pytest.approx(0.6, rel=0.02)
+    assert twice["consistency"]["seed"] == 3
     records = read_checkpoint(tmp_path / "twice").metadata["extra"]["pruning"]
     assert [entry["knobs"]["importance"] for entry in records] == ["l2", "diff_pruning"]
     assert records[1]["seed"] == 3
+
+
+def test_it_says_how_alike_the_images_are_before_and_after(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same figures as scripts/evaluate.py has for the two checkpoints; more change where more goes."""
+    words = ["--checkpoint", str(dense), "--num-images", "12"]
+    found = {
+        keep: call(capsys, *words, "--target", f"params={keep}", "--out", str(tmp_path / keep))["consistency"]
+        for keep in ("0.9", "0.2")
+    }
+    small = str(tmp_path / "0.2")
+    against = ["--against", str(dense), "--num-images", "12", "--seed", "0", "--device", "cpu"]
+    assert evaluate.main(["--checkpoint", small, *against, "--json", str(tmp_path / "judged.json")]) == 0
+    judged = json.loads((tmp_path / "judged.json").read_text())["figures"]
+    assert found["0.2"] == {
+        "ssim": pytest.approx(judged["eval/consistency_ssim_12"]),
+        "mse": pytest.approx(judged["eval/consistency_mse_12"]),
+        "num_images": 12,
+        "seed": 0,
+    }
+    assert 1.0 > found["0.9"]["ssim"] > found["0.2"]["ssim"]
+    assert 0.0 < found["0.9"]["mse"] < found["0.2"]["mse"]
+    figures = read_checkpoint(tmp_path / "0.2").metadata["figures"]
+    assert figures["prune/consistency_ssim_12"] == found["0.2"]["ssim"]
+
+    assert prune.main(["--checkpoint", str(dense), "--target", "macs=0.5", "--out", str(tmp_path / "shown")]) == 0
+    assert "images before and after: SSIM 0." in capsys.readouterr().out
+    words[-1] = "0"
+    assert call(capsys, *words, "--target", "macs=0.5", "--out", str(tmp_path / "none"))["consistency"] is None
 
 
 def test_it_prunes_an_untrained_preset_and_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,6 +132,7 @@ def test_it_prunes_an_untrained_preset_and_prints_a_table(tmp_path: Path, capsys
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()[1:4]] == ["channels", "params", "nonzero"]
     assert "ms for 2 images" in out
+    assert "SSIM" not in out
     assert read_checkpoint(tmp_path / "small").metadata["extra"]["pruning"][0]["method"] == "structured"
 
 
@@ -119,6 +152,7 @@ REFUSED = [
     (["--target", "macs=0.5", "--modle.channels=32"], "modle.channels = '32': unknown key"),
     (["--target", "macs=0.5", "--upload"], "--upload: no W&B API key"),
     (["--target", "macs=0.5", "--batch", "0"], "--batch = 0: expected an integer >= 1"),
+    (["--target", "macs=0.5", "--num-images=-1"], "--num-images = -1: expected an integer >= 0"),
 ]
 
 
@@ -132,6 +166,12 @@ def test_wrong_input_is_refused_and_nothing_is_written(
     last = printed.err.splitlines()[-1].split("\r")[-1].strip()  # After bars, if there were any.
     assert last.startswith(f"error: {message}")
     assert not (tmp_path / "out").exists()
+
+
+def test_images_of_an_untrained_model_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--preset", "digits", "--target", "macs=0.5", "--out", "small", "--num-images", "4"]
+    assert prune.main(words) == 2
+    assert capsys.readouterr().err.startswith("error: --num-images = 4: images of an untrained model say nothing")
 
 
 def test_a_folder_that_holds_a_checkpoint_and_a_checkpoint_that_is_none(
