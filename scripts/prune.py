@@ -25,6 +25,7 @@ from typing import Any, get_args
 
 from agent.checkpoints import describe, model_files
 from agent.config import TrialConfig, build_config
+from agent.consistency import keep_dense_images
 from agent.refusal import fail
 from agent.run_folder import make_folder
 from agent.settings import has_key, load_environment, start_wandb
@@ -196,6 +197,7 @@ def run(job: Job, batch: int) -> dict[str, Any]:
     report = prune_state(state, config, config.prune, calibration)
     alike = None
     if job.num_images:
+        keep_dense_images(state, dense.eval(), config)
         precision = pick_precision(config.train, device)
         one, two = (Generator(network.eval(), config, precision) for network in (dense, state.network))
         alike = consistency_of_models(

@@ -117,8 +117,9 @@ def test_it_says_how_alike_the_images_are_before_and_after(
     }
     assert 1.0 > found["0.9"]["ssim"] > found["0.2"]["ssim"]
     assert 0.0 < found["0.9"]["mse"] < found["0.2"]["mse"]
-    figures = read_checkpoint(tmp_path / "0.2").metadata["figures"]
-    assert figures["prune/consistency_ssim_12"] == found["0.2"]["ssim"]
+    written = read_checkpoint(tmp_path / "0.2")
+    assert written.metadata["figures"]["prune/consistency_ssim_12"] == found["0.2"]["ssim"]
+    assert len(written.tensors("dense_images")["images"]) == 16  # What a run that starts from it compares with.
 
     assert prune.main(["--checkpoint", str(dense), "--target", "macs=0.5", "--out", str(tmp_path / "shown")]) == 0
     assert "images before and after: SSIM 0." in capsys.readouterr().out
