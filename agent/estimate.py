@@ -145,6 +145,7 @@ def forward_passes(config: TrialConfig) -> float:
     judged = evaluation.num_images * image if config.judges_images else 0
     # Before the first one a batch is tried, with one step, twice.
     tried = 2 * guided * min(evaluation.num_images, sample.batch_size) if config.judges_images else 0
+    compared = 2 * evaluation.consistency_images * image if config.prune.method != "none" else 0
     classes = classes_of(config)
     drawn = classes * sample.per_class
     if drawn > sample.batch_size:  # Else the animated ones are among them.
@@ -153,6 +154,7 @@ def forward_passes(config: TrialConfig) -> float:
         steps * config.train.images_per_step * (1 + BACKWARD_COST)
         + judgements * (evaluation.val_images + judged)
         + tried
+        + compared
         + drawings * drawn * image
     )
 

@@ -26,6 +26,7 @@ from accelerate.utils import broadcast_object_list
 
 from agent.checkpoints import SaveCheckpoints
 from agent.config import TrialConfig
+from agent.consistency import inherit_dense_images, keep_dense_images
 from agent.lottery_summary import ROUNDS, write_summary
 from agent.phases import warn_of_empty_layers
 from agent.preemption import Stopped, StopRequest
@@ -191,7 +192,11 @@ class Chain:
         else:
             state = rewound(self.early(), masks, config, device)
         record(state, config.prune, config.seed)
+        if stage.round_number > 1:
+            inherit_dense_images(state, before)
         if self.accelerator.is_main_process:
+            if stage.round_number == 1:
+                keep_dense_images(state, before.network().to(device), config)
             warn_of_empty_layers(empty_layers(masks))
         return state
 

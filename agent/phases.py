@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from agent.checkpoints import SaveCheckpoints
 from agent.config import TrialConfig
+from agent.consistency import KeepDenseImages
 from agent.start import PARENT_KEY
 from agent.teacher import distillation_of, keep_dense_as_teacher
 from diffusion_core.data import Batches, Dataset
@@ -51,6 +52,10 @@ def train_and_prune(
         if config.prune.method == "gradual":
             ramp = Ramp(config.prune_step, config.prune_until, config.prune.interval)
             before.insert(0, GradualPruning(ramp, config, config.prune))
+        if accelerator.is_main_process:
+            keep_images = KeepDenseImages(config, from_parent=PARENT_KEY in state.extra_metadata)
+            keep_images(state, {})  # The step before the pruning may be done.
+            before.insert(0, keep_images)
         _train(state, batches, config, before, accelerator, config.prune_until)
         keep_dense_as_teacher(state, config)
         calibration = None

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from agent.artifacts import download_model
 from agent.config import TrialConfig
+from agent.consistency import inherit_dense_images
 from agent.teacher import keep_teacher
 from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from diffusion_core.config_io import ConfigError, flatten, knobs
@@ -118,6 +119,7 @@ def start_from(
     masks = checkpoint.tensors(MASKS_PART) if MASKS_PART in checkpoint.parts else None
     try:
         inherit(state, checkpoint.metadata["extra"].get(RECORD_KEY, []), masks)
+        inherit_dense_images(state, checkpoint)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{str(checkpoint.path)!r}: cannot start from it: {error}") from None
     state.extra_metadata[PARENT_KEY] = source.parent()

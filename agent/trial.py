@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from agent.callbacks import DrawSamples, LogHistory
 from agent.checkpoints import SaveCheckpoints
 from agent.config import TrialConfig
+from agent.consistency import dense_consistency
 from agent.evaluation import Evaluate
 from agent.facts import costs_of, describe_data, system_facts
 from agent.health import WatchQuality
@@ -38,6 +39,7 @@ from agent.run_folder import (
 from agent.start import start_state
 from diffusion_core.config_io import ConfigError, flatten, to_yaml
 from diffusion_core.data import Dataset
+from diffusion_core.evaluation.protocol import PREFIX
 from diffusion_core.hardware import pick_device
 from diffusion_core.tracking import Tracker
 from diffusion_core.trainer import Callback, TrainState
@@ -153,8 +155,9 @@ def run_trial(
             saver.log_kept()
     result = None
     if accelerator.is_main_process:
-        costs = costs_of(state, saver.best_path)
-        tracker.summary(costs)
+        alike = dense_consistency(state, config)
+        costs = costs_of(state, saver.best_path) | alike.figures
+        tracker.summary(costs | {f"{PREFIX}{name}": line for name, line in alike.protocols.items()})
         figures = best_figures(read_history(folder)) | costs
         result = TrialResult(run_id, state.step, figures, saver.best_path, time.perf_counter() - started)
         described = asdict(result) | {"best_checkpoint": str(result.best_checkpoint), "config": flatten(config)}

@@ -256,6 +256,9 @@ class EvalConfig(Section):
     uses it for `digits`, where that takes seconds (see scripts/train_classifier.py for others)."""
     num_images: Annotated[int, Field(ge=1, le=1_000_000)] = 200
     """Images generated for the figures eval/*."""
+    consistency_images: Annotated[int, Field(ge=0, le=100_000)] = 16
+    """Images that the dense and the pruned network draw from the same seeds and labels, for prune/consistency_* at the
+    end of a run that prunes; 0: none."""
     figures: list[Figure] = []
     """Further figures. In the features of eval.extractors, against real images: frechet (FID), kernel (KID),
     precision_recall, density_coverage, per_class (Fréchet distance of each class), and score (Inception score).

@@ -26,7 +26,7 @@ GOALS: dict[str, Goal] = {
     "eval/density_*": "maximize",
     "eval/coverage_*": "maximize",
     "eval/consistency_ssim*": "maximize",
-    "eval/consistency_difference*": "minimize",
+    "eval/consistency_mse*": "minimize",
 }
 """Which way figures are better, by name or pattern (``*``); the first that matches counts."""
 

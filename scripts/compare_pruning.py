@@ -3,8 +3,9 @@
   python scripts/compare_pruning.py --seeds 0,1,2 --out runs/pruning
   python scripts/compare_pruning.py --tables structured --steps 50 --tune-steps 20 --out runs/try     # a quick look
 
-Writes, for each table, NAME.json, NAME.md and NAME.png (quality against cost). Stop it and run it again: every training
-is a run of its own below --out, and is not repeated once its result is there.
+Writes, for each table, NAME.json, NAME.md, NAME.png and NAME-ssim.png (quality against cost). Stop it and run it again:
+every training is a run of its own below --out, and is not repeated once its result is there. A figure that an older
+folder lacks is measured on the networks that it holds.
 """
 
 from __future__ import annotations

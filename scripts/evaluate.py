@@ -37,18 +37,18 @@ from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoi
 from diffusion_core.config import IMAGE_SHAPES, CoreConfig, DataConfig, EvalConfig, Figure
 from diffusion_core.config_io import ConfigError, build, flatten
 from diffusion_core.data import DataError, load_data
-from diffusion_core.evaluation.consistency import mean_squared_difference, structural_similarity
+from diffusion_core.evaluation.consistency import consistency_of_models
 from diffusion_core.evaluation.features import Extractor, ExtractorError, with_channels
 from diffusion_core.evaluation.folders import image_folder
 from diffusion_core.evaluation.given import read_extractor
 from diffusion_core.evaluation.inception import download_inception, read_inception
 from diffusion_core.evaluation.measure import KEPT_FIGURES, compare
-from diffusion_core.evaluation.processes import add_up, shared_out
+from diffusion_core.evaluation.processes import shared_out
 from diffusion_core.evaluation.protocol import protocol, protocols, sampling_protocol
 from diffusion_core.evaluation.sampling import estimate_seconds, generated
 from diffusion_core.evaluation.statistics_file import write_statistics
 from diffusion_core.evaluation.suite import Judgement, Suite
-from diffusion_core.figure_names import INCEPTION, count_name
+from diffusion_core.figure_names import INCEPTION
 from diffusion_core.generation import Generator
 from diffusion_core.hardware import pick_precision
 
@@ -281,21 +281,10 @@ def of_two_models(
             f"the other model's of {one.shape_CHW} and {one.network.num_classes}; expected equal ones"
         )
     total, sample = arguments.num_images, one.config.sample
-    sums_2, done, own = torch.zeros(2, dtype=torch.float64), 0, shared_out(total)
-    pairs = zip(
-        generated(one, total, sample, arguments.seed, progress=processes.is_main_process),
-        generated(two, total, sample, arguments.seed),
-        strict=True,
-    )
-    for (ours_BCHW, _), (theirs_BCHW, _) in pairs:
-        counted = sum(position < total for position in own[done : done + len(ours_BCHW)])
-        done += len(ours_BCHW)
-        for index, measure in enumerate((structural_similarity, mean_squared_difference)):
-            sums_2[index] += measure(ours_BCHW[:counted], theirs_BCHW[:counted]).sum()
-    means = (add_up(sums_2) / total).tolist()
-    names = [f"eval/consistency_{what}_{count_name(total)}" for what in ("ssim", "difference")]
+    alike = consistency_of_models(one, two, total, sample, arguments.seed, progress=processes.is_main_process)
+    figures = alike.figures("eval")
     line = protocol(total, sampling_protocol(sample, arguments.seed), None, str(other.path))
-    return Judgement(dict(zip(names, means, strict=True)), dict.fromkeys(names, line))
+    return Judgement(figures, dict.fromkeys(figures, line))
 
 
 if __name__ == "__main__":

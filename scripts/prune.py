@@ -25,6 +25,8 @@ from typing import Any, get_args
 
 from agent.checkpoints import describe, model_files
 from agent.config import TrialConfig, build_config
+from agent.consistency import keep_dense_images
+from agent.refusal import fail
 from agent.run_folder import make_folder
 from agent.settings import has_key, load_environment, start_wandb
 from agent.start import Source, open_source, start_from
@@ -32,7 +34,9 @@ from diffusion_core.checkpoint import CheckpointError, list_checkpoints, write_c
 from diffusion_core.config import NUM_CLASSES
 from diffusion_core.config_io import ConfigError, flatten, knobs, split_argv
 from diffusion_core.data import DataError, load_data
-from diffusion_core.hardware import pick_device
+from diffusion_core.evaluation.consistency import consistency_of_models
+from diffusion_core.generation import Generator
+from diffusion_core.hardware import pick_device, pick_precision
 from diffusion_core.tracking import WandbTracker
 from diffusion_core.trainer import TrainState
 from diffusion_core.unet import UNet, build_network
@@ -45,6 +49,8 @@ TARGETS = get_args(PruneConfig.model_fields["target"].annotation)
 IMPORTANCES = get_args(PruneConfig.model_fields["importance"].annotation)
 NOT_TAKEN_OVER = ("prune.", "init.", "distill.", "log.", "train.device")
 """Knobs of the run that a checkpoint comes from which say nothing of its model."""
+NUM_IMAGES = 16
+"""Images of the dense and of the pruned model that are compared, unless another number is asked for."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Job:
     source: Source | None
     out: Path
     upload: bool
+    num_images: int
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -83,7 +90,13 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
     parser.add_argument(
         "--batch", type=int, default=LATENCY_BATCH, metavar="N", help=f"batch to time ({LATENCY_BATCH})"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object: before and after")
+    parser.add_argument(
+        "--num-images",
+        type=int,
+        metavar="N",
+        help=f"images of each model, from the same seeds and labels, to say how alike they are ({NUM_IMAGES}; 0: none)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object: before, after, consistency")
     parser.add_argument("--upload", action="store_true", help="log the model to W&B, as a child of --artifact")
     return parser.parse_known_args(argv)
 
@@ -94,14 +107,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     load_environment()
     try:
         result = run(prepare(arguments, words), arguments.batch)
-    except (ConfigError, CheckpointError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except ConfigError as error:
+        return fail(as_typed(error, arguments.target, words))
+    except (CheckpointError, DataError) as error:
+        return fail(str(error))
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130
     print(json.dumps(result, indent=1) if arguments.json else shown(result))
     return 0
+
+
+def as_typed(error: ConfigError, target: str, words: Sequence[str]) -> str:
+    """What is wrong, by the flags that were typed; the knobs behind them say what is allowed."""
+    flags = {"prune.keep": f"--target {target.partition('=')[0]}", "prune.importance": "--importance"}
+    typed = {word.partition("=")[0].removeprefix("--") for word in words}
+    problems = []
+    for problem in error.problems:
+        key, equals, rest = problem.partition(" = ")
+        problems.append(f"{key if key in typed else flags.get(key, key)}{equals}{rest}")
+    return "; ".join(problems)
 
 
 def prepare(arguments: argparse.Namespace, words: Sequence[str]) -> Job:
@@ -113,6 +138,16 @@ def prepare(arguments: argparse.Namespace, words: Sequence[str]) -> Job:
     """
     if arguments.batch < 1:
         raise ConfigError(f"--batch = {arguments.batch}: expected an integer >= 1")
+    num_images = arguments.num_images
+    if num_images is not None and num_images < 0:
+        raise ConfigError(f"--num-images = {num_images}: expected an integer >= 0")
+    if num_images and arguments.preset:
+        raise ConfigError(
+            f"--num-images = {num_images}: images of an untrained model say nothing; leave it out, or prune a "
+            f"--checkpoint"
+        )
+    if num_images is None:
+        num_images = 0 if arguments.preset else NUM_IMAGES
     what, equals, share = arguments.target.partition("=")
     if what not in TARGETS or not equals:
         raise ConfigError(
@@ -141,7 +176,7 @@ def prepare(arguments: argparse.Namespace, words: Sequence[str]) -> Job:
     config = build_config(stored, asked, split_argv(list(words)))
     if problems := list(unheard(config.prune)):
         raise ConfigError(*problems)
-    return Job(config, source, arguments.out, arguments.upload)
+    return Job(config, source, arguments.out, arguments.upload, num_images)
 
 
 def run(job: Job, batch: int) -> dict[str, Any]:
@@ -160,6 +195,14 @@ def run(job: Job, batch: int) -> dict[str, Any]:
     calibration = Calibration.of(dataset.train, config, device, config.log.progress) if dataset else None
     dense = state.network
     report = prune_state(state, config, config.prune, calibration)
+    alike = None
+    if job.num_images:
+        keep_dense_images(state, dense.eval(), config)
+        precision = pick_precision(config.train, device)
+        one, two = (Generator(network.eval(), config, precision) for network in (dense, state.network))
+        alike = consistency_of_models(
+            one, two, job.num_images, config.sample, config.seed, progress=config.log.progress
+        )
     before, after = costs([dense, state.network], batch)
     result = {
         "method": report.method,
@@ -169,8 +212,10 @@ def run(job: Job, batch: int) -> dict[str, Any]:
         "kept": after[config.prune.target] / before[config.prune.target],
         "before": before,
         "after": after,
+        "consistency": asdict(alike) if alike else None,
     }
-    figures = {f"pruned/{name}": value for name, value in after.items()}
+    same_seeds = alike.figures("prune") if alike else {}
+    figures = {f"pruned/{name}": value for name, value in after.items()} | same_seeds
     written = write_checkpoint(
         job.out, state.step, describe(state, config, class_names) | {"figures": figures}, state.parts()
     )
@@ -183,7 +228,7 @@ def run(job: Job, batch: int) -> dict[str, Any]:
         tracker = WandbTracker(start_wandb(run_id, folder, flatten(config), "online"))
         if job.source and job.source.artifact:
             tracker.use(job.source.artifact)
-        tracker.summary({f"model/{name}": value for name, value in after.items()})
+        tracker.summary({f"model/{name}": value for name, value in after.items()} | same_seeds)
         described = {key: result[key] for key in ("importance", "target", "keep", "kept", "parent")}
         tracker.artifact(f"model-{run_id}", "model", model_files(written), ["latest", "pruned"], described)
         tracker.close(0)
@@ -216,6 +261,11 @@ def shown(result: dict[str, Any]) -> str:
         label = {"latency": f"ms for {before['latency_batch']} images", "latency_single": "ms for one image"}.get(name)
         lines.append(
             f"{label or name.replace('_', ' '):24}{cells[0]:>16}{cells[1]:>16}{after[name] / before[name]:>9.1%}"
+        )
+    if alike := result["consistency"]:
+        lines.append(
+            f"images before and after: SSIM {alike['ssim']:.4f}, mean squared difference {alike['mse']:.4f} "
+            f"({alike['num_images']} images, seed {alike['seed']})"
         )
     lines.append(f"checkpoint: {result['checkpoint']}")
     if "artifact" in result:

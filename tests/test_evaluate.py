@@ -280,9 +280,9 @@ def test_two_models_are_compared_image_by_image(run: tuple[Path, MemoryTracker, 
         call("--checkpoint", str(run[0]), "--against", str(against), "--num-images", "6", "--json", str(tmp_path / "j"))
         found.append(json.loads((tmp_path / "j").read_text())["figures"])
     same, different = found
-    assert same == {"eval/consistency_ssim_6": pytest.approx(1.0), "eval/consistency_difference_6": 0.0}
+    assert same == {"eval/consistency_ssim_6": pytest.approx(1.0), "eval/consistency_mse_6": 0.0}
     assert different["eval/consistency_ssim_6"] < 1.0
-    assert different["eval/consistency_difference_6"] > 0.0
+    assert different["eval/consistency_mse_6"] > 0.0
 
 
 def test_the_leaderboard_lists_models_with_costs_figures_and_protocols(

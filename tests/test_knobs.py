@@ -196,6 +196,7 @@ TABLE: dict[str, Entry] = {
     "eval.num_images": Entry(
         37, ("class agreement",), {"eval.classifier": "network", "eval.num_images": 20}, same=("weights",)
     ),
+    "eval.consistency_images": Entry(4, ("figures",), PRUNED, same=("weights", "val/loss", "grid")),
     "eval.figures": Entry(["loss_by_timestep"], ("figures",), same=("weights", "val/loss", "grid")),
     "eval.extractors": Entry([NETWORK], ("figures",), IN_FEATURES, same=("weights", "val/loss", "grid")),
     "eval.reference": Entry("val", ("figures",), IN_FEATURES, same=("weights", "val/loss", "grid")),

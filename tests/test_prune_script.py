@@ -20,6 +20,7 @@ from diffusion_core.checkpoint import read_checkpoint
 from diffusion_core.tracking import MemoryTracker
 from pruning.cost import count_cost
 from pruning.structural import Removal, remove
+from scripts import evaluate
 
 SCRIPT = ROOT / "scripts" / "prune.py"
 
@@ -89,9 +90,41 @@ def test_it_prunes_a_checkpoint_and_what_it_wrote(
     twice = call(capsys, "--checkpoint", str(tmp_path / "once"), "--target", "params=0.6", "--out", out, *words)
     assert twice["before"]["params"] == result["after"]["params"]
     assert twice["kept"] == pytest.approx(0.6, rel=0.02)
+    assert twice["consistency"]["seed"] == 3
     records = read_checkpoint(tmp_path / "twice").metadata["extra"]["pruning"]
     assert [entry["knobs"]["importance"] for entry in records] == ["l2", "diff_pruning"]
     assert records[1]["seed"] == 3
+
+
+def test_it_says_how_alike_the_images_are_before_and_after(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same figures as scripts/evaluate.py has for the two checkpoints; more change where more goes."""
+    words = ["--checkpoint", str(dense), "--num-images", "12"]
+    found = {
+        keep: call(capsys, *words, "--target", f"params={keep}", "--out", str(tmp_path / keep))["consistency"]
+        for keep in ("0.9", "0.2")
+    }
+    small = str(tmp_path / "0.2")
+    against = ["--against", str(dense), "--num-images", "12", "--seed", "0", "--device", "cpu"]
+    assert evaluate.main(["--checkpoint", small, *against, "--json", str(tmp_path / "judged.json")]) == 0
+    judged = json.loads((tmp_path / "judged.json").read_text())["figures"]
+    assert found["0.2"] == {
+        "ssim": pytest.approx(judged["eval/consistency_ssim_12"]),
+        "mse": pytest.approx(judged["eval/consistency_mse_12"]),
+        "num_images": 12,
+        "seed": 0,
+    }
+    assert 1.0 > found["0.9"]["ssim"] > found["0.2"]["ssim"]
+    assert 0.0 < found["0.9"]["mse"] < found["0.2"]["mse"]
+    written = read_checkpoint(tmp_path / "0.2")
+    assert written.metadata["figures"]["prune/consistency_ssim_12"] == found["0.2"]["ssim"]
+    assert len(written.tensors("dense_images")["images"]) == 16  # What a run that starts from it compares with.
+
+    assert prune.main(["--checkpoint", str(dense), "--target", "macs=0.5", "--out", str(tmp_path / "shown")]) == 0
+    assert "images before and after: SSIM 0." in capsys.readouterr().out
+    words[-1] = "0"
+    assert call(capsys, *words, "--target", "macs=0.5", "--out", str(tmp_path / "none"))["consistency"] is None
 
 
 def test_it_prunes_an_untrained_preset_and_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,23 +133,27 @@ def test_it_prunes_an_untrained_preset_and_prints_a_table(tmp_path: Path, capsys
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()[1:4]] == ["channels", "params", "nonzero"]
     assert "ms for 2 images" in out
+    assert "SSIM" not in out
     assert read_checkpoint(tmp_path / "small").metadata["extra"]["pruning"][0]["method"] == "structured"
 
 
 REFUSED = [
     (["--target", "macs"], "--target = 'macs': expected one of channels, params, macs, latency"),
     (["--target", "weights=0.5"], "--target = 'weights=0.5': expected one of"),
-    (["--target", "macs=1"], "prune.keep = '1': expected a number > 0 and < 1"),
-    (["--target", "macs=0"], "prune.keep = '0': expected a number > 0 and < 1"),
-    (["--target", "macs=half"], "prune.keep = 'half': expected a number"),
-    (["--target", "macs=0.0001"], "prune.keep = 0.0001: out of reach; at least"),
-    (["--target", "macs=0.5", "--importance", "best"], "prune.importance = 'best': expected one of random, l1"),
+    (["--target", "macs=1"], "--target macs = '1': expected a number > 0 and < 1"),
+    (["--target", "params=1.5"], "--target params = '1.5': expected a number > 0 and < 1"),
+    (["--target", "macs=0"], "--target macs = '0': expected a number > 0 and < 1"),
+    (["--target", "macs=half"], "--target macs = 'half': expected a number"),
+    (["--target", "macs=0.5", "--prune.keep=2"], "prune.keep = '2': expected a number > 0 and < 1"),
+    (["--target", "macs=0.0001"], "--target macs = 0.0001: out of reach; at least"),
+    (["--target", "macs=0.5", "--importance", "best"], "--importance = 'best': expected one of random, l1"),
     (["--target", "macs=0.5", "--prune.threshold=0.1"], "prune.threshold = 0.1: says nothing to"),
     (["--target", "macs=0.5", "--prune.block_keep=0.5,1"], "prune.block_keep = [0.5, 1.0]: expected 5 shares"),
     (["--target", "macs=0.5", "--model.channels=32"], "model.channels = 32: expected 16, which is that"),
     (["--target", "macs=0.5", "--modle.channels=32"], "modle.channels = '32': unknown key"),
     (["--target", "macs=0.5", "--upload"], "--upload: no W&B API key"),
     (["--target", "macs=0.5", "--batch", "0"], "--batch = 0: expected an integer >= 1"),
+    (["--target", "macs=0.5", "--num-images=-1"], "--num-images = -1: expected an integer >= 0"),
 ]
 
 
@@ -128,8 +165,14 @@ def test_wrong_input_is_refused_and_nothing_is_written(
     printed = capsys.readouterr()
     assert printed.out == ""
     last = printed.err.splitlines()[-1].split("\r")[-1].strip()  # After bars, if there were any.
-    assert message in last
+    assert last.startswith(f"error: {message}")
     assert not (tmp_path / "out").exists()
+
+
+def test_images_of_an_untrained_model_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--preset", "digits", "--target", "macs=0.5", "--out", "small", "--num-images", "4"]
+    assert prune.main(words) == 2
+    assert capsys.readouterr().err.startswith("error: --num-images = 4: images of an untrained model say nothing")
 
 
 def test_a_folder_that_holds_a_checkpoint_and_a_checkpoint_that_is_none(

@@ -107,6 +107,4 @@ def test_consistency_worsens(make: object, levels: tuple[float, ...]) -> None:
     real = parts()[0].images_NCHW
     worse = [make(real, level) for level in levels]  # type: ignore[operator]
     check_worsens([float(structural_similarity(real, images).mean()) for images in worse], "eval/consistency_ssim")
-    check_worsens(
-        [float(mean_squared_difference(real, images).mean()) for images in worse], "eval/consistency_difference"
-    )
+    check_worsens([float(mean_squared_difference(real, images).mean()) for images in worse], "eval/consistency_mse")

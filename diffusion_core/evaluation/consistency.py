@@ -1,19 +1,76 @@
 """How alike the images of two models are, image by image: structural similarity and mean squared difference.
 
-Axes: B batch, C channels, H height, W width.
+Axes: N images, B batch, C channels, H height, W width.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from diffusion_core.config import SampleConfig
+from diffusion_core.evaluation.processes import add_up, shared_out
+from diffusion_core.evaluation.sampling import generated
+from diffusion_core.figure_names import count_name
+from diffusion_core.generation import Generator
 
 WINDOW, SIGMA = 11, 1.5
 """Size and width of the Gaussian window of Wang et al. 2004; on images smaller than it, it is cut to their size."""
 
 K1, K2 = 0.01, 0.03
 RANGE = 255.0
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """How alike two models' images from the same seeds and labels are, on average.
+
+    Attributes:
+        ssim: structural similarity; 1: equal.
+        mse: mean squared difference, on the scale [-1, 1]; 0: equal.
+        num_images: of each model.
+        seed: of the images.
+    """
+
+    ssim: float
+    mse: float
+    num_images: int
+    seed: int
+
+    def figures(self, section: str) -> dict[str, float]:
+        """By the names under which they are logged: ``SECTION/consistency_ssim_16`` and so on."""
+        count = count_name(self.num_images)
+        return {f"{section}/consistency_ssim_{count}": self.ssim, f"{section}/consistency_mse_{count}": self.mse}
+
+
+def consistency_of_images(one_NCHW: Tensor, two_NCHW: Tensor, seed: int) -> Consistency:
+    """How alike images are that were drawn from one seed; uint8, in the same order."""
+    ssim, mse = _measures(one_NCHW, two_NCHW).mean(0).tolist()
+    return Consistency(ssim, mse, len(one_NCHW), seed)
+
+
+def consistency_of_models(
+    one: Generator, two: Generator, total: int, config: SampleConfig, seed: int, *, progress: bool = False
+) -> Consistency:
+    """How alike the images of two models are, of which every process draws a share; all come to the same figures."""
+    sums_2, done, own = torch.zeros(2, dtype=torch.float64), 0, shared_out(total)
+    pairs = zip(
+        generated(one, total, config, seed, progress=progress), generated(two, total, config, seed), strict=True
+    )
+    for (ours_BCHW, _), (theirs_BCHW, _) in pairs:
+        counted = sum(position < total for position in own[done : done + len(ours_BCHW)])
+        done += len(ours_BCHW)
+        sums_2 += _measures(ours_BCHW[:counted], theirs_BCHW[:counted]).sum(0)
+    ssim, mse = (add_up(sums_2) / total).tolist()
+    return Consistency(ssim, mse, total, seed)
+
+
+def _measures(one_BCHW: Tensor, two_BCHW: Tensor) -> Tensor:
+    """Both measures of each pair of images, ``(B, 2)``."""
+    return torch.stack([structural_similarity(one_BCHW, two_BCHW), mean_squared_difference(one_BCHW, two_BCHW)], dim=1)
 
 
 def structural_similarity(one_BCHW: Tensor, two_BCHW: Tensor) -> Tensor:

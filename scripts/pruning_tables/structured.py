@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import get_args
 
 import torch
+from torch import Tensor
 
 from pruning.calibration import Calibration
 from pruning.config import PruneConfig
@@ -26,7 +28,7 @@ def compare(study: Study) -> None:
     rows = []
     for name in (DENSE, *IMPORTANCES):
         cells = [name]
-        for figure, form in (("agreement", ".1%"), ("loss", ".4f")):
+        for figure, form in (("agreement", ".1%"), ("loss", ".4f"), ("ssim", ".3f"), ("mse", ".4f")):
             for stage in stages:
                 cells.append(mean_and_range(results.over_seeds(f"{name} {stage}", study.seeds, figure), form))
         cells.append(f"{results.over_seeds(f'{name} after', study.seeds, 'macs')[0] / 1e6:.2f} M")
@@ -35,23 +37,32 @@ def compare(study: Study) -> None:
         f"Structured pruning to {KEEP:.0%} of the multiply-accumulates on digits: dense models of {study.steps} steps, "
         f"fine-tuning of {study.tune_steps} steps from averaged weights (the dense ones likewise), gradients from "
         f"{BATCHES} batches, seeds {', '.join(map(str, study.seeds))} (mean, and range in brackets), {study.images} "
-        f"images a model; the classifier is right on {study.classifier.accuracy:.2%} of the real held-out digits."
+        f"images a model; the classifier is right on {study.classifier.accuracy:.2%} of the real held-out digits. SSIM "
+        f"and mean squared difference (MSE) compare each image with the one that the dense model draws from the same "
+        f"seed and label."
     )
     columns = ["importance"]
-    columns += [f"{figure}, {words}" for figure in ("class agreement", "val/loss") for words in stages.values()]
+    columns += [
+        f"{figure}, {words}" for figure in ("class agreement", "val/loss", "SSIM", "MSE") for words in stages.values()
+    ]
     write_table(results.file.with_suffix(".md"), heading, [*columns, "MACs"], rows)
-    points = {}
-    for name in (DENSE, *IMPORTANCES):
-        costs, qualities = (
-            results.over_seeds(f"{name} after", study.seeds, figure) for figure in ("macs", "agreement")
-        )
-        points[name] = [(macs / 1e6, quality) for macs, quality in zip(costs, qualities, strict=True)]
-    plot(results.file.with_suffix(".png"), points, "million multiply-accumulates an image", "class agreement")
+    for figure, ending, words in (("agreement", ".png", "class agreement"), ("ssim", "-ssim.png", "SSIM with dense")):
+        points = {}
+        for name in (DENSE, *IMPORTANCES):
+            costs, qualities = (results.over_seeds(f"{name} after", study.seeds, wanted) for wanted in ("macs", figure))
+            points[name] = [(macs / 1e6, quality) for macs, quality in zip(costs, qualities, strict=True)]
+        file = results.file.with_name(results.file.stem + ending)
+        plot(file, points, "million multiply-accumulates an image", words)
 
 
 def measure_seed(study: Study, results: Results, seed: int) -> None:
     """Everything of one seed: the dense model, and its prunings, as they are and fine-tuned."""
     dense = study.dense(seed)
+
+    @cache
+    def dense_images() -> Tensor:
+        return study.draw(dense.network(), study.config(seed=seed))
+
     for name in (DENSE, *IMPORTANCES):
         prune = None
         if name != DENSE:
@@ -63,7 +74,7 @@ def measure_seed(study: Study, results: Results, seed: int) -> None:
             if prune is not None:
                 images = Calibration.of(study.dataset.train, study.config(seed=seed), torch.device("cpu"))
                 network, _ = prune_channels(network, prune, seed, images if prune.needs_images else None)
-            results.add(f"{name} before, seed {seed}", study.measure(network, study.config(seed=seed)))
+            results.add(f"{name} before, seed {seed}", study.measure(network, study.config(seed=seed), dense_images()))
         if f"{name} after, seed {seed}" not in results:
             pruning = {f"prune__{key}": value for key, value in prune.model_dump().items()} if prune else {}
             config = study.config(
@@ -75,4 +86,4 @@ def measure_seed(study: Study, results: Results, seed: int) -> None:
                 init__checkpoint=str(dense.path),
             )
             tuned = study.run(f"{name}-{study.steps}-{study.tune_steps}-seed{seed}", config)
-            results.add(f"{name} after, seed {seed}", study.measure(tuned.network(), config))
+            results.add(f"{name} after, seed {seed}", study.measure(tuned.network(), config, dense_images()))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from agent.config import TrialConfig, build_config
 from agent.run_folder import RESULT_FILE, write_json, write_text
@@ -18,13 +19,17 @@ from diffusion_core.checkpoint import Checkpoint, read_checkpoint
 from diffusion_core.data import Dataset, load_data
 from diffusion_core.evaluation import validation_loss
 from diffusion_core.evaluation.classifier import Classifier, classifier_for
+from diffusion_core.evaluation.consistency import consistency_of_images
+from diffusion_core.evaluation.sampling import dealt_out
 from diffusion_core.generation import Generator, Request
-from diffusion_core.hardware import pick_precision
+from diffusion_core.hardware import Precision, pick_precision
 from diffusion_core.tracking import NullTracker
 from diffusion_core.unet import UNet
 from pruning.cost import count_cost
 
 SAMPLING_SEED = 1
+FIGURES = frozenset({"agreement", "loss", "ssim", "mse", "params", "macs"})
+"""What is measured of every network."""
 QUIET = {
     "sample.every": 0,
     "eval.every": 0,
@@ -79,15 +84,36 @@ class Study:
         """The dense model of a seed."""
         return self.run(f"dense-{self.steps}-seed{seed}", self.config(seed=seed))
 
-    def measure(self, network: UNet, config: TrialConfig) -> dict[str, float]:
-        """Quality of a network, with the same noise and labels for all (``agreement``, ``loss``), and its cost."""
-        precision = pick_precision(config.train, next(network.parameters()).device)
-        wanted = [Request(i % self.dataset.num_classes, i // self.dataset.num_classes) for i in range(self.images)]
-        images = Generator(network.eval(), config, precision).images(wanted, config.sample, SAMPLING_SEED)
+    def wanted(self) -> list[Request]:
+        """Which images are drawn: classes take turns."""
+        return dealt_out(range(self.dataset.num_classes), range(self.images))
+
+    def draw(self, network: UNet, config: TrialConfig) -> Tensor:
+        """A network's images: ``(N, C, H, W)`` uint8, from the same noise and labels for all networks."""
+        generator = Generator(network.eval(), config, self.precision(network, config))
+        return generator.images(self.wanted(), config.sample, SAMPLING_SEED)
+
+    def precision(self, network: UNet, config: TrialConfig) -> Precision:
+        """The arithmetic of a network."""
+        return pick_precision(config.train, next(network.parameters()).device)
+
+    def measure(self, network: UNet, config: TrialConfig, dense_NCHW: Tensor) -> dict[str, float]:
+        """What a table tells of a network (``FIGURES``): its quality, how alike its images are to the dense network's,
+        and its cost.
+
+        Args:
+            network: trained.
+            config: what it was trained with.
+            dense_NCHW: what :meth:`draw` gave of the dense network that it came from.
+        """
+        images = self.draw(network, config)
+        alike = consistency_of_images(images, dense_NCHW, SAMPLING_SEED)
         cost = count_cost(network)
         return {
-            "agreement": self.classifier.agreement(images, [request.label for request in wanted]),
-            "loss": validation_loss(network, self.dataset.val, config, precision),
+            "agreement": self.classifier.agreement(images, [request.label for request in self.wanted()]),
+            "loss": validation_loss(network, self.dataset.val, config, self.precision(network, config)),
+            "ssim": alike.ssim,
+            "mse": alike.mse,
             "params": cost.nonzero_params,
             "macs": cost.nonzero_macs,
         }
@@ -97,7 +123,7 @@ class Results:
     """Measurements of a table, by row and seed, kept in a JSON file as they come.
 
     Args:
-        file: where they are kept; what is there is not measured again.
+        file: where they are kept; what is there stays as it is.
     """
 
     def __init__(self, file: Path) -> None:
@@ -106,11 +132,12 @@ class Results:
         self.values: dict[str, dict[str, float]] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
     def __contains__(self, key: str) -> bool:
-        return key in self.values
+        """Whether a measurement is there with all its figures: an older file may lack some."""
+        return self.values.get(key, {}).keys() >= FIGURES
 
     def add(self, key: str, measured: Mapping[str, float]) -> None:
-        """Keep a measurement."""
-        self.values[key] = dict(measured)
+        """Keep of a measurement what is not there yet."""
+        self.values[key] = dict(measured) | self.values.get(key, {})
         write_json(self.file, self.values)
 
     def over_seeds(self, row: str, seeds: Sequence[int], figure: str) -> list[float]:
