@@ -28,13 +28,17 @@ def test_it_measures_once_and_writes_table_and_plot(
     words = ["--seeds", "0", "--steps", "2", "--tune-steps", "1", "--images", "10", "--out", str(tmp_path)]
     assert compare_pruning.main(words) == 0
     trained = {line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("run ")}
-    assert trained == {"dense-2-seed0", "dense-2-1-seed0", "random-2-1-seed0"}
+    assert trained == {"dense-2-seed0", "dense-2-1-seed0", "random-0.5-2-1-seed0"}
     measured = json.loads((tmp_path / "structured-2-1.json").read_text())
-    assert set(measured) == {f"{name} {stage}, seed 0" for name in ("dense", "random") for stage in ("before", "after")}
-    dense, pruned = measured["dense after, seed 0"], measured["random after, seed 0"]
+    assert set(measured) == {
+        f"{name} {stage}, seed 0" for name in ("dense", "random-0.5") for stage in ("before", "after")
+    }
+    dense, pruned = measured["dense after, seed 0"], measured["random-0.5 after, seed 0"]
     assert pruned["macs"] / dense["macs"] == pytest.approx(0.5, rel=0.02)
     table = (tmp_path / "structured-2-1.md").read_text()
-    assert f"| random | {measured['random before, seed 0']['agreement']:.1%} | {pruned['agreement']:.1%} |" in table
+    before = measured["random-0.5 before, seed 0"]
+    macs, agreements = f"{pruned['macs'] / 1e6:.2f} M", f"{before['agreement']:.1%} | {pruned['agreement']:.1%}"
+    assert f"| random | {macs} | {agreements} |" in table
     assert (tmp_path / "structured-2-1.png").read_bytes()[:4] == b"\x89PNG"
 
     assert (tmp_path / "structured-2-1-ssim.png").read_bytes()[:4] == b"\x89PNG"
@@ -46,14 +50,14 @@ def test_it_measures_once_and_writes_table_and_plot(
     # Images of the dense model are compared with themselves; of the others, with those of the same dense model.
     itself = measured["dense before, seed 0"]
     assert (itself["ssim"], itself["mse"]) == (pytest.approx(1.0), 0.0)
-    checkpoints = [read_checkpoint(tmp_path / "runs" / f"{name}-seed0") for name in ("dense-2", "random-2-1")]
+    checkpoints = [read_checkpoint(tmp_path / "runs" / f"{name}-seed0") for name in ("dense-2", "random-0.5-2-1")]
     config = checkpoints[0].config()
     precision = pick_precision(config.train, torch.device("cpu"))
     generators = [Generator(checkpoint.network(), checkpoint.config(), precision) for checkpoint in checkpoints]
     alike = consistency_of_models(generators[0], generators[1], 10, config.sample, SAMPLING_SEED)
     assert (pruned["ssim"], pruned["mse"]) == pytest.approx((alike.ssim, alike.mse))
     assert f"| {itself['mse']:.4f} | {dense['mse']:.4f} |" in table
-    assert f"{measured['random before, seed 0']['ssim']:.3f} | {pruned['ssim']:.3f} |" in table
+    assert f"{before['ssim']:.3f} | {pruned['ssim']:.3f} |" in table
 
 
 def test_a_folder_of_before_gets_the_figures_that_it_lacks_without_training(

@@ -48,6 +48,7 @@ class Study:
     Attributes:
         folder: where everything goes.
         seeds: every model is trained with each.
+        keeps: shares that stay.
         steps: optimizer steps of a dense model.
         tune_steps: optimizer steps of a fine-tuning.
         images: how many images are judged of a model.
@@ -55,6 +56,7 @@ class Study:
 
     folder: Path
     seeds: tuple[int, ...]
+    keeps: tuple[float, ...]
     steps: int
     tune_steps: int
     images: int
@@ -160,23 +162,28 @@ def write_table(file: Path, heading: str, columns: Sequence[str], rows: Sequence
     print(text)
 
 
-def plot(file: Path, points: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> None:
-    """Quality against cost: a colour for each way of pruning, a point for each seed.
+def plot(file: Path, points: Mapping[str, Sequence[tuple[float, Sequence[float]]]], x: str, y: str) -> None:
+    """Quality against cost: a colour for each way of pruning; mean and range over the seeds, side by side at each cost.
 
     Args:
         file: a picture.
-        points: by name.
-        x: label of the first coordinates.
-        y: label of the second ones.
+        points: cost and qualities, by name.
+        x: label of the costs.
+        y: label of the qualities.
     """
     from matplotlib.figure import Figure  # Slow to import, and needs no display this way.
 
-    figure = Figure(figsize=(7.0, 4.5), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, places in points.items():
-        axes.plot([place[0] for place in places], [place[1] for place in places], "o", label=name, alpha=0.7)
+    costs = [cost for places in points.values() for cost, _ in places]
+    apart = 0.006 * (max(costs) - min(costs)) or 0.01
+    for index, (name, places) in enumerate(points.items()):
+        means = [sum(values) / len(values) for _, values in places]
+        ranges = [(mean - min(values), max(values) - mean) for mean, (_, values) in zip(means, places, strict=True)]
+        shifted = [cost + (index - (len(points) - 1) / 2.0) * apart for cost, _ in places]
+        axes.errorbar(shifted, means, list(zip(*ranges, strict=True)), fmt="o", markersize=4, capsize=2, label=name)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(file, dpi=150)
+    axes.legend(fontsize="small", loc="lower right")
+    figure.savefig(file, dpi=120)
