@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,8 +73,13 @@ def download_model(name: str, option: str = "--artifact", instead: str = "--chec
         raise CheckpointError(f"{option} = {name!r}: {' '.join(str(error).split())[:300]}") from None
 
 
-def download_files(artifact: Artifact, folder: Path) -> None:
+def download_files(artifact: Artifact, folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
     """Download an artifact that holds a part of a checkpoint into a folder. W&B's own hashes are verified on the way.
+
+    Args:
+        artifact: from W&B.
+        folder: where to.
+        wanted: which of its files, by name.
 
     Raises:
         CheckpointError: if it names anything that is not a file of a checkpoint, such as a path out of the folder or
@@ -86,7 +92,7 @@ def download_files(artifact: Artifact, folder: Path) -> None:
         if entry.ref is not None:
             raise CheckpointError(f"artifact {artifact.name}: {name!r} is a reference to {entry.ref[:100]!r}")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in entries:
+    for name in filter(wanted, entries):
         artifact.get_entry(name).download(root=str(folder), skip_cache=True)
 
 

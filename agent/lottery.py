@@ -8,7 +8,8 @@ FOLDER/                      the chain's own folder: run.json, config.yaml, hist
     summary.json, *.md, *.png  (agent/lottery_summary.py)
 
 A round whose output is there is skipped; one that was stopped goes on from its checkpoint. So a chain can be made
-longer, or be given a control, by running it again with another prune.rounds or prune.control.
+longer, or be given a control, by running it again with another prune.rounds or prune.control. In an empty folder it
+goes on from what W&B has of it (agent/uploaded_rounds.py).
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -30,10 +31,10 @@ from agent.consistency import inherit_dense_images, keep_dense_images
 from agent.lottery_summary import ROUNDS, write_summary
 from agent.phases import warn_of_empty_layers
 from agent.preemption import Stopped, StopRequest
-from agent.resume import find_checkpoint
+from agent.resume import check_same_run, find_checkpoint
 from agent.run_folder import CHECKPOINTS, HISTORY_FILE, RESULT_FILE, write_json, write_text
 from agent.trial import TrialResult, make_accelerator, run_trial, write_run_files
-from diffusion_core.checkpoint import Checkpoint, read_checkpoint, step_folder
+from diffusion_core.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, step_folder
 from diffusion_core.config_io import ConfigError, flatten
 from diffusion_core.data import Dataset
 from diffusion_core.tracking import STEP, NullTracker, Tracker
@@ -42,6 +43,9 @@ from diffusion_core.unet import build_network
 from pruning.config import PruneConfig
 from pruning.lottery import most_rounds, random_mask, record, reinitialised, remaining, rewound, trained_ticket
 from pruning.masks import empty_layers, maskable
+
+if TYPE_CHECKING:
+    from agent.uploaded_rounds import UploadedRounds
 
 REWIND = "rewind"
 
@@ -82,6 +86,7 @@ class Chain:
         accelerator: processes and devices.
         open_tracker: makes the tracker of each round.
         stop: asked after every step whether to stop.
+        uploaded: the chain's rounds on W&B, if it goes on from there; None: what is in the folder is all.
     """
 
     def __init__(
@@ -93,6 +98,7 @@ class Chain:
         accelerator: Accelerator,
         open_tracker: OpenTracker,
         stop: StopRequest | None,
+        uploaded: UploadedRounds | None = None,
     ) -> None:
         self.config = config
         self.dataset = dataset
@@ -101,6 +107,7 @@ class Chain:
         self.accelerator = accelerator
         self.open_tracker = open_tracker
         self.stop = stop
+        self.uploaded = uploaded
 
     def check(self) -> None:
         """Refuse a chain that would prune everything, before anything is written.
@@ -132,6 +139,21 @@ class Chain:
         log = self.config.log.model_copy(update={"dir": str(self.stage_folder(stage))})
         return self.config.model_copy(update={"prune": prune, "log": log})
 
+    def recall(self, stages: Sequence[Stage]) -> None:
+        """Write down what W&B knows of the rounds that were run to their end, where their folders are missing."""
+        for stage in stages:
+            folder = self.stage_folder(stage)
+            if self.uploaded is None or list_checkpoints(folder / CHECKPOINTS) or (folder / RESULT_FILE).is_file():
+                continue
+            if not self.uploaded.recall(self.stage_run_id(stage), self.stage_config(stage), folder):
+                return
+
+    def fetch(self, stages: Sequence[Stage]) -> None:
+        """Download the checkpoints of rounds that are over, where they are missing."""
+        for stage in stages:
+            if self.uploaded is not None:
+                self.uploaded.fetch(self.stage_run_id(stage), self.stage_folder(stage) / CHECKPOINTS, is_over=True)
+
     def finished(self, stage: Stage) -> TrialResult | None:
         """What a round came to, if it was run to its end, by the same configuration.
 
@@ -141,9 +163,11 @@ class Chain:
         folder = self.stage_folder(stage)
         found = None
         if (folder / RESULT_FILE).is_file():
+            stored = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
             checkpoint = find_checkpoint(self.stage_config(stage), folder / CHECKPOINTS)
-            if checkpoint is not None and checkpoint.step == self.config.train.steps:
-                stored = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+            if checkpoint is None:  # It is on W&B.
+                check_same_run(self.stage_config(stage), stored["config"], folder)
+            if (checkpoint.step if checkpoint else stored["step"]) == self.config.train.steps:
                 best = folder / CHECKPOINTS / Path(stored["best_checkpoint"]).name
                 found = TrialResult(stored["run_id"], stored["step"], stored["figures"], best, stored["seconds"])
         return found
@@ -154,6 +178,9 @@ class Chain:
         is_main = self.accelerator.is_main_process
         tracker = self.open_tracker(run_id, folder, config) if is_main else NullTracker()
         try:
+            if is_main:
+                self._fetch_inputs(stage)
+            self.accelerator.wait_for_everyone()
             self._use_inputs(stage, tracker)
             result = run_trial(
                 config,
@@ -228,6 +255,13 @@ class Chain:
             )
         return read_checkpoint(path)
 
+    def _fetch_inputs(self, stage: Stage) -> None:
+        """Download what a round is made from, if it is yet to begin, and that is not here."""
+        if self.uploaded and stage.round_number and not list_checkpoints(self.stage_folder(stage) / CHECKPOINTS):
+            self.fetch([Stage(stage.round_number - 1)])
+            if stage.control != "reinit":
+                self.uploaded.fetch(f"{self.run_id}-{REWIND}", self.folder / REWIND, is_over=False)
+
     def _use_inputs(self, stage: Stage, tracker: Tracker) -> None:
         """Say which artifacts a round is made from, where they were uploaded."""
         if stage.round_number and self.config.checkpoint.upload:
@@ -254,8 +288,9 @@ def run_chain(
     stop: StopRequest | None = None,
     accelerator: Accelerator | None = None,
     open_tracker: OpenTracker = no_tracker,
+    uploaded: UploadedRounds | None = None,
 ) -> TrialResult:
-    """Run a chain of tickets as one trial; goes on where the folder left off.
+    """Run a chain of tickets as one trial; goes on where the folder left off, or what was uploaded from another one.
 
     The chain's own run has a row a round (``lottery/*``, at the round's number), and at last the figures of the last
     round by their usual names, so that a sweep ranks chains by those. Arguments, errors and result are those of
@@ -263,15 +298,18 @@ def run_chain(
 
     Args:
         open_tracker: makes the tracker of each round's run.
+        uploaded: in the first process, the chain's rounds on W&B.
     """
     started = time.perf_counter()
     accelerator = accelerator or make_accelerator(config)
-    chain = Chain(config, dataset, folder, run_id, accelerator, open_tracker, stop)
+    chain = Chain(config, dataset, folder, run_id, accelerator, open_tracker, stop, uploaded)
     chain.check()
     stages = stages_of(config.prune)
+    chain.recall(stages)
+    accelerator.wait_for_everyone()
     # A folder of another chain is refused before anything in it changes; all processes skip the same rounds.
     (finished,) = broadcast_object_list([[chain.finished(stage) for stage in stages]])
-    if finished[0] is not None:
+    if finished[0] is not None and list_checkpoints(chain.stage_folder(stages[0]) / CHECKPOINTS):
         chain.early()
     if accelerator.is_main_process:
         write_run_files(config, folder, run_id)
@@ -287,7 +325,10 @@ def run_chain(
         rows.append({STEP: stage.round_number} | row | (quality if last else {}))
         # The last row also if that round was finished: the process that did so may not have come to log it.
         if accelerator.is_main_process and (result is None or last):
-            pictures = write_summary(folder) if last else {}
+            pictures = {}
+            if last:
+                chain.fetch(stages)
+                pictures = write_summary(folder)
             tracker.log({key: value for key, value in (rows[-1] | pictures).items() if key != STEP}, stage.round_number)
     result = replace(trained, run_id=run_id, seconds=time.perf_counter() - started)
     if accelerator.is_main_process:

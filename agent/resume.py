@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from agent.artifacts import download_files
 from agent.checkpoints import MODEL, STATE
@@ -48,22 +49,39 @@ def find_checkpoint(config: TrialConfig, folder: Path) -> Checkpoint | None:
         return None
     checkpoint = newest_checkpoint(folder)
     if checkpoint is not None:
-        now, then = redacted(flatten(config)), checkpoint.metadata["config"]
-        for key, value in now.items():
-            if key in then and then[key] != value and not key.startswith(FREE_TO_CHANGE):
-                raise ConfigError(
-                    f"{key} = {value!r}: the run in {str(folder.parent)!r} was started with {then[key]!r}; choose "
-                    f"another log.dir, or set it back to continue"
-                )
+        check_same_run(config, checkpoint.metadata["config"], folder.parent)
     return checkpoint
 
 
-def fetch_checkpoint(run: Run, folder: Path) -> Checkpoint | None:
+def check_same_run(config: TrialConfig, then: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to go on with a run of another configuration.
+
+    Args:
+        config: the one to go on with.
+        then: what the run was started with, by dotted key.
+        folder: the run's.
+
+    Raises:
+        ConfigError: if a knob that decides what is trained differs.
+    """
+    for key, value in redacted(flatten(config)).items():
+        if key in then and then[key] != value and not key.startswith(FREE_TO_CHANGE):
+            raise ConfigError(
+                f"{key} = {value!r}: the run in {str(folder)!r} was started with {then[key]!r}; choose another "
+                f"log.dir, or set it back to continue"
+            )
+
+
+def fetch_checkpoint(
+    run: Run, folder: Path, *, run_id: str | None = None, without: Collection[str] = ()
+) -> Checkpoint | None:
     """Download the newest checkpoint of a W&B run, if it is newer than those on this disk.
 
     Args:
         run: the run that goes on here.
         folder: of its checkpoints.
+        run_id: of another run of the same project, whose checkpoint it is.
+        without: parts that are not needed.
 
     Returns:
         What was downloaded, verified; None if W&B has nothing newer that is whole, or does not answer.
@@ -76,12 +94,12 @@ def fetch_checkpoint(run: Run, folder: Path) -> Checkpoint | None:
         here = None
     newest_step = here.step if here else -1
     try:
-        models, states = (_versions(run, kind) for kind in (MODEL, STATE))
+        models, states = uploaded_versions(run, run_id or run.id)
         for step in sorted(models.keys() & states.keys(), reverse=True):
             if step <= newest_step:
                 return None
             try:
-                return _download([models[step], states[step]], folder, step)
+                return _download([models[step], states[step]], folder, step, without)
             except CheckpointError as error:
                 print(f"W&B: passing over the checkpoint of step {step}: {error}", file=sys.stderr)
     except (wandb.errors.Error, ValueError, OSError) as error:
@@ -92,28 +110,32 @@ def fetch_checkpoint(run: Run, folder: Path) -> Checkpoint | None:
 
 def uploaded_steps(run: Run) -> set[int]:
     """The steps of which W&B has a whole checkpoint of a run."""
-    models, states = (_versions(run, kind) for kind in (MODEL, STATE))
+    models, states = uploaded_versions(run, run.id)
     return models.keys() & states.keys()
 
 
-def _versions(run: Run, kind: str) -> dict[int, Artifact]:
-    """The versions of a run's artifact, by step."""
+def uploaded_versions(run: Run, run_id: str) -> tuple[dict[int, Artifact], dict[int, Artifact]]:
+    """The versions of a run's `model` and `training-state` artifacts, by step; it is of the same project as ``run``."""
     import wandb
 
-    name = f"{run.entity}/{run.project}/{kind}-{run.id}"
     api = wandb.Api()
-    if not api.artifact_collection_exists(name, kind):
-        return {}
-    found = [(artifact.metadata.get("step"), artifact) for artifact in api.artifacts(kind, name)]
-    return {step: artifact for step, artifact in found if type(step) is int}
+
+    def versions(kind: str) -> dict[int, Artifact]:
+        name = f"{run.entity}/{run.project}/{kind}-{run_id}"
+        if not api.artifact_collection_exists(name, kind):
+            return {}
+        found = [(artifact.metadata.get("step"), artifact) for artifact in api.artifacts(kind, name)]
+        return {step: artifact for step, artifact in found if type(step) is int}
+
+    return versions(MODEL), versions(STATE)
 
 
-def _download(artifacts: list[Artifact], folder: Path, step: int) -> Checkpoint:
+def _download(artifacts: list[Artifact], folder: Path, step: int, without: Collection[str]) -> Checkpoint:
     partial = folder / f".{step_folder(step)}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         for artifact in artifacts:
-            download_files(artifact, partial)
+            download_files(artifact, partial, lambda name: name.removesuffix(".safetensors") not in without)
         checkpoint = read_checkpoint(partial)
         if checkpoint.step != step:
             raise CheckpointError(f"it says that it is of step {checkpoint.step}")

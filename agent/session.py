@@ -42,6 +42,7 @@ from agent.settings import leave_sweep, load_environment, start_wandb, wandb_mod
 from agent.stop_cause import was_asked_to_end
 from agent.sync import mark_synced
 from agent.trial import TrialResult, make_accelerator, run_trial
+from agent.uploaded_rounds import UploadedRounds
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config_io import ConfigError, flatten
 from diffusion_core.data import DataError, load_data
@@ -68,9 +69,16 @@ def round_trackers(chain_id: str, mode: str) -> OpenTracker:
         if mode == "disabled":
             return NullTracker()
         run = start_wandb(run_id, folder, flatten(config), mode, group=chain_id, beside=True)
+        if may_fetch(run, config):
+            fetch_checkpoint(run, folder / CHECKPOINTS)
         return wandb_tracker(run, folder, config)
 
     return open_tracker
+
+
+def may_fetch(run: Run, config: TrialConfig) -> bool:
+    """Whether a run goes on from what W&B has of it."""
+    return run.resumed and not run.settings._offline and config.checkpoint.resume
 
 
 def wandb_tracker(run: Run, folder: Path, config: TrialConfig) -> WandbTracker:
@@ -127,6 +135,7 @@ class _Session:
         self.folder: Path | None = None
         self.tracker: Tracker = NullTracker()
         self.wandb_run: Run | None = None
+        self.uploaded: UploadedRounds | None = None
         self.preemptions = 0
         self.is_new = True
         """Whether the folder held no history of the run when the trial began."""
@@ -173,7 +182,7 @@ class _Session:
         self.peers.wait()
         run = run_trial
         if is_chain(config):
-            run = functools.partial(run_chain, open_tracker=round_trackers(run_id, self.mode))
+            run = functools.partial(run_chain, open_tracker=round_trackers(run_id, self.mode), uploaded=self.uploaded)
         return run(
             config,
             self.tracker,
@@ -198,7 +207,10 @@ class _Session:
             self.stop.mark_preempting = self._mark_preempting
         if online and run.resumed:
             self.preemptions = max(self.preemptions, int(run.summary.get("preemptions") or 0))
-            if config.checkpoint.resume and not is_chain(config):  # A chain's rounds are runs of their own.
+        if may_fetch(run, config):
+            if is_chain(config):
+                self.uploaded = UploadedRounds(run)
+            else:
                 fetch_checkpoint(run, folder / CHECKPOINTS)
         if os.environ.get("WANDB_CONSOLE") != "off" and hasattr(run, "write_logs"):
             self.stack.enter_context(recorded_console(run.write_logs))
