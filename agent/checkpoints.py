@@ -151,7 +151,7 @@ class SaveCheckpoints:
 
     @property
     def best_path(self) -> Path:
-        """The best checkpoint, or the newest one if the best one is on another machine, or nothing was measured yet."""
+        """The best checkpoint, or the newest one if nothing was measured yet, or the best one could not be fetched."""
         assert self.saved_step is not None
         best = self.folder / step_folder(self.best["step"] if self.best else self.saved_step)
         return best if best.is_dir() else self.folder / step_folder(self.saved_step)

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from wandb import Artifact
     from wandb.sdk.wandb_run import Run
 
+NEEDED = ("model",)
+"""Parts without which training does not go on: the best checkpoint may have been downloaded without them."""
+
 FREE_TO_CHANGE = (
     "train.device",
     "train.accumulation",
@@ -47,7 +50,7 @@ def find_checkpoint(config: TrialConfig, folder: Path) -> Checkpoint | None:
                 f"checkpoint.resume = False: {str(folder)!r} holds checkpoints already; choose another log.dir"
             )
         return None
-    checkpoint = newest_checkpoint(folder)
+    checkpoint = newest_checkpoint(folder, NEEDED)
     if checkpoint is not None:
         check_same_run(config, checkpoint.metadata["config"], folder.parent)
     return checkpoint
@@ -89,7 +92,7 @@ def fetch_checkpoint(
     import wandb
 
     try:
-        here = newest_checkpoint(folder)
+        here = newest_checkpoint(folder, NEEDED)
     except CheckpointError:  # All of them are damaged.
         here = None
     newest_step = here.step if here else -1
@@ -106,6 +109,28 @@ def fetch_checkpoint(
         reason = " ".join(str(error).split())[:300]
         print(f"W&B: no checkpoint of this run could be downloaded ({reason})", file=sys.stderr)
     return None
+
+
+def fetch_best(run: Run, folder: Path) -> None:
+    """Download the best checkpoint of a W&B run, as far as sampling needs it, if it is not on this disk.
+
+    Args:
+        run: the run that goes on here.
+        folder: of its checkpoints; the newest one says which is the best.
+    """
+    import wandb
+
+    try:
+        newest = newest_checkpoint(folder, NEEDED)
+        best = newest.metadata.get("best") if newest else None
+        if not best or (folder / step_folder(best["step"])).exists():
+            return
+        models, _ = uploaded_versions(run, run.id)
+        if best["step"] in models:
+            _download([models[best["step"]]], folder, best["step"], ())
+    except (CheckpointError, wandb.errors.Error, ValueError, KeyError, TypeError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        print(f"W&B: the best checkpoint of this run could not be downloaded ({reason})", file=sys.stderr)
 
 
 def uploaded_steps(run: Run) -> set[int]:

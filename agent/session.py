@@ -25,7 +25,7 @@ from agent.preemption import Stopped, StopRequest
 from agent.processes import WATCH_EVERY_S, Peers
 from agent.redact import recorded_console
 from agent.refusal import fail
-from agent.resume import fetch_checkpoint
+from agent.resume import fetch_best, fetch_checkpoint
 from agent.retention import Retention
 from agent.run_folder import (
     CHECKPOINTS,
@@ -212,6 +212,7 @@ class _Session:
                 self.uploaded = UploadedRounds(run)
             else:
                 fetch_checkpoint(run, folder / CHECKPOINTS)
+                fetch_best(run, folder / CHECKPOINTS)
         if os.environ.get("WANDB_CONSOLE") != "off" and hasattr(run, "write_logs"):
             self.stack.enter_context(recorded_console(run.write_logs))
 

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -258,14 +258,21 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if (path / METADATA_FILE).is_file())
 
 
-def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint below a folder that is whole; damaged ones are passed over."""
+def newest_checkpoint(folder: Path, parts: Collection[str] = SAMPLING_PARTS) -> Checkpoint | None:
+    """The newest checkpoint below a folder that is whole and has some parts; others are passed over.
+
+    Raises:
+        CheckpointError: if there are damaged ones alone.
+    """
     damaged: CheckpointError | None = None
     for path in reversed(list_checkpoints(folder)):
         try:
-            return read_checkpoint(path)
+            checkpoint = read_checkpoint(path)
         except CheckpointError as error:
             damaged = error
+            continue
+        if set(parts) <= set(checkpoint.parts):
+            return checkpoint
     if damaged is not None:
         raise damaged
     return None

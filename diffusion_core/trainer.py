@@ -102,14 +102,16 @@ class TrainState:
         return {f"{names[i]}:{key}": value for i, values in state.items() for key, value in values.items()}
 
     def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        index = {name: i for i, (name, _) in enumerate(self.network.named_parameters())}
-        shapes = {name: parameter.shape for name, parameter in self.network.named_parameters()}
+        parameters = dict(self.network.named_parameters())
+        index = {name: i for i, name in enumerate(parameters)}
         state: dict[int, dict[str, Tensor]] = {}
         for full_name, tensor in tensors.items():
             name, _, key = full_name.rpartition(":")
-            if name not in index or (tensor.ndim and tensor.shape != shapes[name]):
+            if name not in index or (tensor.ndim and tensor.shape != parameters[name].shape):
                 raise CheckpointError(f"optimizer state of {name!r}: the network has no such weight of that shape")
-            state.setdefault(index[name], {})[key] = tensor
+            # In memory as its weight lies: the fused optimizer walks through both by address.
+            placed = torch.empty_like(parameters[name]).copy_(tensor) if tensor.ndim else tensor
+            state.setdefault(index[name], {})[key] = placed
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
 
 
