@@ -51,7 +51,7 @@ class Images:
         return len(self.labels_N)
 
     def select(self, indices: Tensor) -> Images:
-        return Images(self.images_NCHW[indices], self.labels_N[indices])
+        return Images(self.images_NCHW.index_select(0, indices), self.labels_N.index_select(0, indices))
 
     def to(self, device: torch.device) -> Images:
         return Images(self.images_NCHW.to(device), self.labels_N.to(device))
@@ -276,9 +276,11 @@ class Batches:
         total = len(self.images)
         first = step * self.batch_size
         epochs = range(first // total, (first + self.batch_size - 1) // total + 1)
-        orders = torch.cat([self._order(epoch) for epoch in epochs])
         offset = first - epochs[0] * total
-        return orders[offset : offset + self.batch_size]
+        parts = [self._order(epoch) for epoch in epochs]
+        if len(parts) == 1:
+            return parts[0][offset : offset + self.batch_size]
+        return torch.cat(parts)[offset : offset + self.batch_size]
 
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._orders:
@@ -289,12 +291,12 @@ class Batches:
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         """This process's share of the batch of a step: images ``(B, C, H, W)`` in [-1, 1], labels ``(B,)``."""
         batch = self.images.select(self.indices(step)[self.share].to(self.images.labels_N.device)).to(self.device)
-        x0_BCHW = to_unit(batch.images_NCHW)
+        images_BCHW = batch.images_NCHW
         if self.horizontal_flip:
             draws = torch.rand(self.batch_size, generator=generator(self.seed, Purpose.AUGMENT, step))
-            mirror_B = (draws < 0.5)[self.share].to(self.device)
-            x0_BCHW = torch.where(mirror_B[:, None, None, None], x0_BCHW.flip(3), x0_BCHW)
-        return x0_BCHW, batch.labels_N
+            mirrored = (draws[self.share] < 0.5).nonzero().flatten().to(self.device)  # Counted here, not on the GPU.
+            images_BCHW.index_copy_(0, mirrored, images_BCHW.index_select(0, mirrored).flip(3))
+        return to_unit(images_BCHW), batch.labels_N
 
 
 def _fits(tensor: Tensor, device: torch.device) -> bool:

@@ -30,6 +30,9 @@ class Ema:
         self.config = config
         self.updates = 0
         self.networks = {profile: copy.deepcopy(network).eval().requires_grad_(False) for profile in profiles(config)}
+        # Walking through a network's modules takes longer than averaging small weights; they stay the same tensors.
+        self._averages = {profile: _tensors(averaged) for profile, averaged in self.networks.items()}
+        self._followed: tuple[UNet, tuple[list[Tensor], list[Tensor]]] | None = None
 
     @property
     def network(self) -> UNet:
@@ -50,12 +53,19 @@ class Ema:
     @torch.no_grad()
     def update(self, network: UNet) -> None:
         """Move every average towards ``network``: ``average += share * (weights - average)``; buffers are copied."""
-        weights: list[Tensor] = [weight.detach() for weight in network.parameters()]
-        for profile, averaged in self.networks.items():
-            torch._foreach_lerp_(list(averaged.parameters()), weights, self.share(profile))
-            for average, buffer in zip(averaged.buffers(), network.buffers(), strict=True):
+        if self._followed is None or self._followed[0] is not network:
+            self._followed = network, _tensors(network)
+        weights, buffers = self._followed[1]
+        for profile, (averages, copies) in self._averages.items():
+            torch._foreach_lerp_(averages, weights, self.share(profile))
+            for average, buffer in zip(copies, buffers, strict=True):
                 average.copy_(buffer)
         self.updates += 1
+
+
+def _tensors(network: UNet) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and buffers of a network."""
+    return list(network.parameters()), list(network.buffers())
 
 
 def widths(config: EmaConfig) -> dict[str, float]:

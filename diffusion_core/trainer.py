@@ -172,6 +172,7 @@ def train(
     compile_network(state.network, pick_compilation(settings, state.network, device))
     network = accelerator.prepare_model(state.network)
     network.train()
+    weights = list(network.parameters())
     denoiser = Denoiser.from_config(network, config, device)
     loss_sum, norm_sum = torch.zeros((), device=device), torch.zeros((), device=device)
     counted, paused, started = 0, 0.0, time.perf_counter()
@@ -192,7 +193,7 @@ def train(
                 group["lr"] = rate
             draws = draw(state.step, batches, config, denoiser.schedule)
             loss = _accumulate_gradients(denoiser, draws, config, accelerator, precision, distillation)
-            norm = accelerator.clip_grad_norm_(network.parameters(), settings.grad_clip or math.inf)
+            norm = accelerator.clip_grad_norm_(weights, settings.grad_clip or math.inf)
             state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)
             state.ema.update(state.network)
