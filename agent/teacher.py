@@ -8,6 +8,7 @@ from agent.config import TrialConfig
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config_io import ConfigError
 from diffusion_core.distillation import Distillation
+from diffusion_core.hardware import memory_format, pick_precision
 from diffusion_core.structure import resize, structure
 from diffusion_core.trainer import TrainState
 from diffusion_core.unet import UNet
@@ -43,7 +44,8 @@ def distillation_of(state: TrainState, config: TrialConfig) -> Distillation | No
         raise CheckpointError(f"the teacher's weights do not fit its network: {reason}") from None
     try:
         device = next(network.parameters()).device
-        return Distillation(teacher.to(device), network, config.distill.output, config.distill.features)
+        teacher = teacher.to(device).to(memory_format=memory_format(device, pick_precision(config.train, device)))
+        return Distillation(teacher, network, config.distill.output, config.distill.features)
     except ValueError as error:
         raise ConfigError(f"distill.checkpoint = {config.distill.checkpoint!r}: {error}") from None
 

@@ -39,6 +39,11 @@ def group_norm(channels: int, max_groups: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(channels, max_groups), channels, eps=NORM_EPSILON)
 
 
+def activated(x: Tensor) -> Tensor:
+    """SiLU of what nobody else needs: where there are no gradients, in its place."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 class ResidualBlock(nn.Module):
     """norm-SiLU-conv, the embedding, norm-SiLU-dropout-conv, plus a skip connection.
 
@@ -58,14 +63,14 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x_BCHW: Tensor, embedding_BE: Tensor) -> Tensor:
-        h_BCHW = self.conv1(F.silu(self.norm1(x_BCHW)))
+        h_BCHW = self.conv1(activated(self.norm1(x_BCHW)))
         shift_BCHW = self.embed(embedding_BE)[:, :, None, None]
         if self.embed_scale is None:
-            h_BCHW = self.norm2(h_BCHW + shift_BCHW)
+            h_BCHW = self.norm2(h_BCHW.add_(shift_BCHW))  # Nothing needs what the convolution gave.
         else:
             h_BCHW = self.norm2(h_BCHW) * (1.0 + self.embed_scale(embedding_BE)[:, :, None, None]) + shift_BCHW
-        h_BCHW = self.conv2(self.dropout(F.silu(h_BCHW)))
-        return self.skip(x_BCHW) + h_BCHW
+        h_BCHW = self.conv2(self.dropout(activated(h_BCHW)))
+        return h_BCHW.add_(self.skip(x_BCHW))
 
 
 class AttentionBlock(nn.Module):
@@ -257,7 +262,7 @@ class UNet(nn.Module):
                 x_BCHW = level.run_block(index, torch.cat([x_BCHW, skips.pop()], dim=1), embedding_BE)
             if level.resample is not None:
                 x_BCHW = level.resample(x_BCHW)
-        return self.conv_out(F.silu(self.norm_out(x_BCHW)))
+        return self.conv_out(activated(self.norm_out(x_BCHW)))
 
 
 def build_network(config: CoreConfig, num_classes: int) -> UNet:
