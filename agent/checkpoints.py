@@ -173,7 +173,7 @@ def log_checkpoint(
     history: Sequence[Mapping[str, Any]],
     ttl_days: int | None,
 ) -> None:
-    """Log a checkpoint as two artifacts: what sampling needs, and what resuming needs besides.
+    """Log a checkpoint as two artifacts: what sampling needs, and what resuming needs besides, if it holds that.
 
     Args:
         tracker: where to.
@@ -195,4 +195,5 @@ def log_checkpoint(
     metadata = checkpoint.path / METADATA_FILE
     training = [checkpoint.path / f"{part}.safetensors" for part in checkpoint.parts if part not in SAMPLING_PARTS]
     tracker.artifact(f"{MODEL}-{run_id}", MODEL, model_files(checkpoint), aliases, described)
-    tracker.artifact(f"{STATE}-{run_id}", STATE, [metadata, *training, rows], aliases, described, ttl_days)
+    if training:  # Or it came from another machine for sampling alone.
+        tracker.artifact(f"{STATE}-{run_id}", STATE, [metadata, *training, rows], aliases, described, ttl_days)

@@ -143,7 +143,7 @@ def forward_passes(config: TrialConfig) -> float:
     judgements = math.ceil(steps / evaluation.every) if evaluation.every else 1
     drawings = math.ceil(steps / sample.every) if sample.every else 1
     judged = evaluation.num_images * image if config.judges_images else 0
-    # Before the first one a batch is tried, with one step, twice.
+    # Before the first one a batch is tried, with one step, at most twice.
     tried = 2 * guided * min(evaluation.num_images, sample.batch_size) if config.judges_images else 0
     compared = 2 * evaluation.consistency_images * image if config.prune.method != "none" else 0
     classes = classes_of(config)

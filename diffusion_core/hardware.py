@@ -50,7 +50,8 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 def memory_format(device: torch.device, precision: Precision) -> torch.memory_format:
     """How convolution weights lie in memory: channels last where that is how convolutions compute fastest.
 
-    On a GPU always; on a processor in float32 (0.9 of the time of the 35.7 M network forwards), not in bf16.
+    On a GPU always; on a processor in float32, where a forward pass of the 35.7 M network takes 0.9 of the time, and
+    not in bf16.
     """
     last = device.type == "cuda" or precision == "fp32"
     return torch.channels_last if last else torch.contiguous_format

@@ -15,14 +15,14 @@ from pathlib import Path
 import torch, wandb
 sys.path.insert(0, TESTS)
 from tiny import TINY
-from agent.checkpoints import SaveCheckpoints
+from agent.checkpoints import SaveCheckpoints, log_checkpoint
 from agent.config import build_config
 from agent.resume import fetch_best, fetch_checkpoint, find_checkpoint
 from agent.retention import Retention
 from agent.settings import start_wandb
 from diffusion_core.checkpoint import list_checkpoints, read_checkpoint
 from diffusion_core.data import load_data
-from diffusion_core.tracking import WandbTracker
+from diffusion_core.tracking import MemoryTracker, WandbTracker
 from diffusion_core.trainer import TrainState
 from diffusion_core.unet import build_network
 
@@ -52,6 +52,10 @@ result["resumed"] = resumed.step
 saver = SaveCheckpoints(config, dataset, WandbTracker(run), there, "moved", resumed)
 best = read_checkpoint(saver.best_path)
 result["best"] = [best.step, list(best.parts), best.network().conv_out.bias.tolist()]
+memory = MemoryTracker()
+for path in list_checkpoints(there):
+    log_checkpoint(memory, read_checkpoint(path), "moved", is_best=False, history=[], ttl_days=None)
+result["sent again"] = [[artifact["type"], artifact["metadata"]["step"]] for artifact in memory.artifacts]
 for file in (there / "step-00000015").iterdir():
     file.write_bytes(b"damaged")
 try:
@@ -83,3 +87,7 @@ def test_its_best_checkpoint_comes_along_for_sampling(told: dict[str, Any]) -> N
 
 def test_training_never_goes_on_from_what_is_there_for_sampling_alone(told: dict[str, Any]) -> None:
     assert "step-00000015" in told["damaged"]
+
+
+def test_what_is_there_for_sampling_alone_is_never_sent_as_a_training_state(told: dict[str, Any]) -> None:
+    assert told["sent again"] == [["model", 5], ["model", 15], ["training-state", 15]]

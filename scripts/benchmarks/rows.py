@@ -55,28 +55,34 @@ class Row:
         return self.subject, what, self.ours or "-", self.peer or "-", value, target, holds
 
 
-def against_peer(
-    subject: str, times: Mapping[str, float], peer: str, compared: Sequence[tuple[str, str, float]]
+def against_diffusers(
+    subject: str, times: Mapping[str, float], precision: str, work: str, default_target: float, equal_target: float
 ) -> list[Row]:
-    """Rows that say how many times faster than a peer alternatives are.
+    """Rows that say how many times faster we are than Diffusers in float32, by default and at equal precision.
 
     Args:
         subject: name of the benchmark.
-        times: seconds of each alternative.
-        peer: its name among them.
-        compared: what was done, the alternative's name, and the target.
+        times: seconds of ``ours``, ``ours, fp32`` and ``diffusers, fp32``.
+        precision: of ``ours``.
+        work: what was done.
+        default_target: how many times faster by default.
+        equal_target: how many times at equal precision.
     """
+    peer = times["diffusers, fp32"]
     return [
         Row(
             subject,
-            what,
-            times[peer] / times[name],
+            f"{what}, {work}",
+            peer / times[name],
             target=target,
             ours=seconds(times[name]),
-            peer=seconds(times[peer]),
+            peer=seconds(peer),
             details=dict(times),
         )
-        for what, name, target in compared
+        for what, name, target in (
+            (f"by default ({precision})", "ours", default_target),
+            ("in fp32", "ours, fp32", equal_target),
+        )
     ]
 
 

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.networks import cifar_config, lively_network, twin
 from benchmarks.options import Options
-from benchmarks.rows import Row, against_peer
+from benchmarks.rows import Row, against_diffusers
 from benchmarks.timing import alternating
 from diffusion_core.generation import Generator, requests
 from diffusion_core.hardware import pick_device, pick_precision
@@ -45,12 +45,4 @@ def measure(options: Options) -> list[Row]:
         options.say,
     )
     work = f"DDIM {steps} steps, batch {BATCH}, against diffusers' DDIMPipeline in fp32"
-    return against_peer(
-        SUBJECT,
-        times,
-        "diffusers, fp32",
-        [
-            (f"by default ({precision}), {work}", "ours", DEFAULT_TARGET),
-            (f"in fp32, {work}", "ours, fp32", EQUAL_TARGET),
-        ],
-    )
+    return against_diffusers(SUBJECT, times, precision, work, DEFAULT_TARGET, EQUAL_TARGET)

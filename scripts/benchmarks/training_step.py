@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from benchmarks.networks import cifar_config, lively_network, twin
 from benchmarks.options import Options
-from benchmarks.rows import Row, against_peer
+from benchmarks.rows import Row, against_diffusers
 from benchmarks.timing import alternating
 from diffusion_core.config import CoreConfig
 from diffusion_core.data import Batches, Images
@@ -94,12 +94,4 @@ def measure(options: Options) -> list[Row]:
         options.say,
     )
     work = f"batch {BATCH}, against diffusers' example loop in fp32"
-    return against_peer(
-        SUBJECT,
-        times,
-        "diffusers, fp32",
-        [
-            (f"by default ({precision}), {work}", "ours", DEFAULT_TARGET),
-            (f"in fp32, {work}", "ours, fp32", EQUAL_TARGET),
-        ],
-    )
+    return against_diffusers(SUBJECT, times, precision, work, DEFAULT_TARGET, EQUAL_TARGET)
