@@ -5,14 +5,11 @@ Axes: B batch, C channels, H height, W width, N = H*W positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffusion_core.unet import Level, UNet
+from diffusion_core.unet import UNet, Watch
 
 
 class Distillation:
@@ -37,52 +34,33 @@ class Distillation:
         self.teacher = teacher.eval().requires_grad_(False)
         self.output = output
         self.features = features
-        self._asked: tuple[Any, ...] = ()
-        self._seen: dict[UNet, dict[str, Tensor]] = {student: {}, teacher: {}}
         self._student = student
-        self._handles = [student.register_forward_pre_hook(self._note_question)]
-        for network in (student, teacher):
-            for name, module in watched(network).items():
-                self._handles.append(module.register_forward_hook(self._note_answer(network, name)))
-
-    def _note_question(self, _network: nn.Module, asked: tuple[Any, ...]) -> None:
-        self._asked = asked
-
-    def _note_answer(self, network: UNet, name: str) -> Callable[..., None]:
-        def note(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            self._seen[network][name] = output
-
-        return note
+        self._watch = student.watch = Watch()
 
     def loss(self) -> Tensor:
         """Unreduced, ``(B,)``, float32: of the batch that the student was called with last."""
-        with torch.no_grad():
-            self.teacher(*self._asked)
-        ours, theirs = self._seen[self._student], self._seen[self.teacher]
-        loss_B = torch.zeros(len(ours[""]), device=ours[""].device)
+        ours, theirs = self._watch, Watch()
+        before, self.teacher.watch = self.teacher.watch, theirs
+        try:
+            with torch.no_grad():
+                self.teacher(*ours.asked)
+        finally:
+            self.teacher.watch = before
+        assert ours.answer is not None
+        assert theirs.answer is not None
+        loss_B = torch.zeros(len(ours.answer), device=ours.answer.device)
         if self.output:
-            loss_B = loss_B + self.output * (ours[""].float() - theirs[""].float()).square().mean(dim=(1, 2, 3))
+            loss_B = loss_B + self.output * (ours.answer.float() - theirs.answer.float()).square().mean(dim=(1, 2, 3))
         if self.features:
-            names = [name for name in ours if name]
-            for name in names:
-                distance = (activation_map(ours[name]) - activation_map(theirs[name])).square().mean(dim=1)
-                loss_B = loss_B + self.features / len(names) * distance
+            for our_BCHW, their_BCHW in zip(ours.features, theirs.features, strict=True):
+                distance = (activation_map(our_BCHW) - activation_map(their_BCHW)).square().mean(dim=1)
+                loss_B = loss_B + self.features / len(ours.features) * distance
         return loss_B
 
     def close(self) -> None:
-        """Watch the networks no longer."""
-        for handle in self._handles:
-            handle.remove()
-
-
-def watched(network: UNet) -> dict[str, nn.Module]:
-    """The layers whose outputs are compared: the network itself (named ""), and the last block of each resolution."""
-    layers: dict[str, nn.Module] = {"": network, "middle": network.middle[-1]}
-    for way in ("down", "up"):
-        for depth, level in enumerate(getattr(network, way)):
-            assert isinstance(level, Level)
-            layers[f"{way}.{depth}"] = level.blocks[-1]
-    return layers
+        """Watch the student no longer."""
+        if self._student.watch is self._watch:
+            self._student.watch = None
 
 
 def activation_map(features_BCHW: Tensor) -> Tensor:

@@ -119,6 +119,28 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
 
 
+class Watch:
+    """The last call of a network: its question, its answer, and feature maps from within.
+
+    A network fills the watch that it holds (:attr:`UNet.watch`). A compiled network does so too, whereas it skips hooks
+    that were registered after it was compiled.
+
+    Attributes:
+        asked: the arguments of the call.
+        answer: what the network returned.
+        features: outputs of the last residual block of each level on the way down, of the middle, and of each level on
+            the way up.
+    """
+
+    def __init__(self) -> None:
+        self.asked: tuple[Tensor | None, ...] = ()
+        self.answer: Tensor | None = None
+        self.features: list[Tensor] = []
+
+    def __deepcopy__(self, _memo: object) -> None:
+        """A copy of a network is not watched."""
+
+
 class Level(nn.Module):
     """The blocks of one resolution, on the way down or up: residual blocks, attention after each, a resampling."""
 
@@ -137,8 +159,13 @@ class Level(nn.Module):
         )
         self.resample = resample
 
-    def run_block(self, index: int, x_BCHW: Tensor, embedding_BE: Tensor) -> Tensor:
+    def run_block(
+        self, index: int, x_BCHW: Tensor, embedding_BE: Tensor, features: list[Tensor] | None = None
+    ) -> Tensor:
+        """One residual block, and its attention; the last block adds its output to ``features``."""
         x_BCHW = self.blocks[index](x_BCHW, embedding_BE)
+        if features is not None and index == len(self.blocks) - 1:
+            features.append(x_BCHW)
         return self.attentions[index](x_BCHW) if len(self.attentions) else x_BCHW
 
 
@@ -151,10 +178,14 @@ class UNet(nn.Module):
         in_channels: channels of the images. The input has twice as many with self-conditioning, the output with a
             learned variance.
         num_classes: number of classes; 0 builds a network without labels.
+
+    Attributes:
+        watch: filled by every call; None keeps nothing.
     """
 
     def __init__(self, model: ModelConfig, image_size: int, in_channels: int, num_classes: int) -> None:
         super().__init__()
+        self.watch: Watch | None = None
         self.in_channels = in_channels
         self.image_size = image_size
         self.num_classes = num_classes
@@ -244,25 +275,32 @@ class UNet(nn.Module):
             The prediction, of the images' shape; with a learned variance, twice the channels.
         """
         embedding_BE = self.embed(t_B, labels_B)
+        asked = (x_BCHW, t_B, labels_B)
+        features: list[Tensor] | None = None if self.watch is None else []
         x_BCHW = self.conv_in(x_BCHW)
         skips = [x_BCHW]
         for level in self.down:
             assert isinstance(level, Level)
             for index in range(len(level.blocks)):
-                x_BCHW = level.run_block(index, x_BCHW, embedding_BE)
+                x_BCHW = level.run_block(index, x_BCHW, embedding_BE, features)
                 skips.append(x_BCHW)
             if level.resample is not None:
                 x_BCHW = level.resample(x_BCHW)
                 skips.append(x_BCHW)
         first, attention, second = self.middle
         x_BCHW = second(attention(first(x_BCHW, embedding_BE)), embedding_BE)
+        if features is not None:
+            features.append(x_BCHW)
         for level in self.up:
             assert isinstance(level, Level)
             for index in range(len(level.blocks)):
-                x_BCHW = level.run_block(index, torch.cat([x_BCHW, skips.pop()], dim=1), embedding_BE)
+                x_BCHW = level.run_block(index, torch.cat([x_BCHW, skips.pop()], dim=1), embedding_BE, features)
             if level.resample is not None:
                 x_BCHW = level.resample(x_BCHW)
-        return self.conv_out(activated(self.norm_out(x_BCHW)))
+        answer_BCHW = self.conv_out(activated(self.norm_out(x_BCHW)))
+        if self.watch is not None and features is not None:
+            self.watch.asked, self.watch.answer, self.watch.features = asked, answer_BCHW, features
+        return answer_BCHW
 
 
 def build_network(config: CoreConfig, num_classes: int) -> UNet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 from tiny import TINY, assert_same_tensors, digits, lively, one_line
+from torch import Tensor
 
 from agent.config import build_config
 from agent.trial import TrialResult, run_trial
+from diffusion_core import compilation
 from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from diffusion_core.compilation import compile_network
 from diffusion_core.config_io import ConfigError
 from diffusion_core.distillation import Distillation, activation_map
 from diffusion_core.tracking import MemoryTracker
@@ -195,10 +199,56 @@ def test_distillation_is_the_distance_to_the_teacher() -> None:
         assert sum(gradient is not None and bool(gradient.any()) for gradient in gradients) > 40
         assert all(parameter.grad is None for parameter in teacher.parameters())
         distillation.close()
-    assert not any(module._forward_hooks for module in smaller.modules())
+    assert smaller.watch is None
+    assert teacher.watch is None
     itself = Distillation(teacher, teacher, 1.0, 1.0)
     teacher(x, t, labels)
     assert not itself.loss().any()
+    itself.close()
+
+
+@pytest.mark.parametrize(("how", "compiled"), [("network", "student"), ("network", "both"), ("blocks", "both")])
+def test_distillation_sees_into_networks_that_are_compiled_already(
+    how: str, compiled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dense phase compiles the network; the distillation begins after the pruning."""
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    config = build_config(BASE)
+    x, t = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 5, 9])
+    labels = torch.tensor([1, 2, -1])
+
+    def taught(chosen: str) -> tuple[Tensor, list[Tensor]]:
+        torch._dynamo.reset()
+        student, teacher = (_lively(config, seed) for seed in (0, 1))
+        for name, network in (("student", student), ("teacher", teacher)):
+            if chosen in (name, "both"):
+                compile_network(network, how)
+                network(x, t, labels)
+        distillation = Distillation(teacher, student, 0.5, 1.0)
+        for _ in range(2):
+            student(x, t, labels)
+            loss = distillation.loss()
+        gradients = torch.autograd.grad(loss.sum(), list(student.parameters()), allow_unused=True)
+        distillation.close()
+        return loss, [gradient for gradient in gradients if gradient is not None]
+
+    expected, expected_gradients = taught("none")
+    loss, gradients = taught(compiled)
+    assert torch.equal(loss, expected)
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
+def test_a_copy_of_a_student_is_not_watched() -> None:
+    config = build_config(BASE)
+    student, teacher = (_lively(config, seed) for seed in (0, 1))
+    distillation = Distillation(teacher, student, 1.0, 1.0)
+    x, t = torch.zeros(2, 1, 8, 8), torch.tensor([0, 5])
+    student(x, t)
+    expected = distillation.loss()
+    copied = copy.deepcopy(student)
+    copied(x + 1.0, t)
+    assert copied.watch is None
+    assert torch.equal(distillation.loss(), expected)
 
 
 def test_activation_maps_do_not_ask_how_wide_a_layer_is() -> None:
