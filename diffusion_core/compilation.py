@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -84,12 +85,18 @@ def compile_network(network: UNet, how: str) -> None:
     """
     if how == "none":
         return
-    torch._dynamo.config.recompile_limit = max(LIMIT, torch._dynamo.config.recompile_limit)
+    raise_limit(torch._dynamo.config)
     kinds = (UNet,) if how == "network" else (ResidualBlock, AttentionBlock)
     for module in network.modules():
         if isinstance(module, kinds) and module not in _compiled:
             module.compile(backend=BACKEND, dynamic=False)
             _compiled.add(module)
+
+
+def raise_limit(settings: Any) -> None:
+    """Allow at least :data:`LIMIT` specialisations in the compiler's settings, whatever this torch calls them."""
+    name = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"  # Its name in torch 2.6.
+    setattr(settings, name, max(LIMIT, getattr(settings, name)))
 
 
 def compiled(network: UNet) -> Callable[..., Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from diffusion_core import compilation
 from diffusion_core.compilation import (
     BACKWARD_COST,
     EAGER_FLOPS,
+    LIMIT,
     break_even_seconds,
     compile_network,
     forward_flops,
     pick_compilation,
     pick_sampling_compilation,
+    raise_limit,
 )
 from diffusion_core.config import SampleConfig, TrainConfig
 from diffusion_core.generation import Generator, requests
@@ -75,6 +78,27 @@ def test_a_network_is_compiled_once_however_often_it_is_trained(monkeypatch: pyt
         compile_network(network, "network")
         network(torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.long))
     assert graphs() == 1
+
+
+@pytest.mark.parametrize("name", ["recompile_limit", "cache_size_limit"])
+def test_more_shapes_than_usual_may_be_compiled_whatever_torch_calls_that(name: str) -> None:
+    settings = SimpleNamespace(**{name: 8})
+    raise_limit(settings)
+    assert vars(settings) == {name: LIMIT}
+    setattr(settings, name, 2 * LIMIT)
+    raise_limit(settings)
+    assert vars(settings) == {name: 2 * LIMIT}
+
+
+def test_the_compiler_follows_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More sizes of batches than it would compile by itself."""
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    network = tiny_network(tiny_config(model__channels=4, model__norm_groups=2))
+    compile_network(network, "network")
+    sizes = range(1, 12)
+    for batch in sizes:
+        network(torch.zeros(batch, 1, 8, 8), torch.zeros(batch, dtype=torch.long))
+    assert graphs() == len(sizes)
 
 
 def draw(network: UNet, how: str, count: int) -> torch.Tensor:
