@@ -72,13 +72,19 @@ def check_masks(network: nn.Module, masks: Mapping[str, Tensor]) -> None:
         raise ValueError("the masks are not those of this network: names or shapes differ")
 
 
+def as_factor(mask: Tensor, weight: Tensor) -> Tensor:
+    """A mask as 0 and 1 on its weight's device, in its type and memory layout: only such a product is computed fast."""
+    if (mask.device, mask.dtype, mask.stride()) == (weight.device, weight.dtype, weight.stride()):
+        return mask
+    return torch.empty_like(weight).copy_(mask)
+
+
 @torch.no_grad()
 def apply_masks(network: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Set pruned weights to zero, in place; the masks are bool, or 0 and 1 in the weights' own type."""
+    """Set pruned weights to zero, in place; the masks are bool, or what :func:`as_factor` made of them."""
     weights = maskable(network)
-    torch._foreach_mul_(
-        [weights[name] for name in masks], [mask.to(weights[name].dtype) for name, mask in masks.items()]
-    )
+    factors = [as_factor(mask, weights[name]) for name, mask in masks.items()]
+    torch._foreach_mul_([weights[name] for name in masks], factors)
 
 
 @contextmanager
@@ -127,7 +133,7 @@ def attach_masks(state: TrainState, masks: Mapping[str, Tensor]) -> None:
     """
     check_masks(state.network, masks)
     parameters = {name: parameter for name, parameter in state.network.named_parameters() if name in masks}
-    factors = {name: masks[name].to(parameter.device, parameter.dtype) for name, parameter in parameters.items()}
+    factors = {name: as_factor(masks[name], parameter.detach()) for name, parameter in parameters.items()}
     apply_masks(state.network, factors)
     for averaged in state.ema.networks.values():
         apply_masks(averaged, factors)
@@ -151,13 +157,14 @@ def attach_masks(state: TrainState, masks: Mapping[str, Tensor]) -> None:
 
 
 def hold_masks(state: TrainState, masks: WeightMasks) -> None:
-    """Attach masks, and have every later checkpoint carry them.
+    """Attach masks, and have every later checkpoint carry them; they move to the network's device.
 
     Raises:
         ValueError: if the masks do not fit the network; nothing has changed then.
     """
     attach_masks(state, masks)
-    state.extra_parts[MASKS_PART] = dict(masks)
+    device = next(state.network.parameters()).device
+    state.extra_parts[MASKS_PART] = {name: mask.to(device) for name, mask in masks.items()}
 
 
 def held_masks(state: TrainState) -> WeightMasks | None:

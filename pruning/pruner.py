@@ -22,7 +22,6 @@ from pruning.masks import (
     MASKS_PART,
     WeightMasks,
     agreed,
-    attach_masks,
     empty_layers,
     held_masks,
     hold_masks,
@@ -183,6 +182,6 @@ def resume_pruning(state: TrainState) -> None:
     """
     if MASKS_PART in state.extra_parts:
         try:
-            attach_masks(state, {name: mask.bool() for name, mask in state.extra_parts[MASKS_PART].items()})
+            hold_masks(state, {name: mask.bool() for name, mask in state.extra_parts[MASKS_PART].items()})
         except ValueError as error:
             raise CheckpointError(f"cannot resume: {error}") from None

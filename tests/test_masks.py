@@ -7,20 +7,32 @@ from typing import Any
 
 import pytest
 import torch
+from fake_cuda import CUDA, fake_tensors
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import NUM_CLASSES, cpu, one_line, tiny_batches, tiny_config, tiny_network
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_core.checkpoint import read_checkpoint, write_checkpoint
 from diffusion_core.config import CoreConfig
 from diffusion_core.config_io import flatten
-from diffusion_core.trainer import TrainState, train
-from diffusion_core.unet import UNet
+from diffusion_core.ema import Ema
+from diffusion_core.trainer import TrainState, build_optimizer, train
+from diffusion_core.unet import UNet, build_network
 from pruning.config import PruneConfig
 from pruning.cost import count_cost
-from pruning.masks import MASKS_PART, WeightMasks, apply_masks, attach_masks, maskable, sparsity
-from pruning.pruner import is_pruned, prune_state, resume_pruning
+from pruning.masks import (
+    MASKS_PART,
+    WeightMasks,
+    apply_masks,
+    attach_masks,
+    held_masks,
+    hold_masks,
+    maskable,
+    sparsity,
+)
+from pruning.pruner import inherit, is_pruned, prune_state, resume_pruning
 from pruning.strategies import global_magnitude
 
 CONFIG = tiny_config(
@@ -303,3 +315,62 @@ def test_counting_leaves_the_network_alone() -> None:
     assert network.state_dict().keys() == before.keys()
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
     assert not any(module._forward_hooks for module in network.modules())
+
+
+# Where masks lie.
+
+
+class Products(TorchDispatchMode):
+    """Inside this context the pairs of tensors that are multiplied are noted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten._foreach_mul_.List:
+            self.pairs += zip(*args, strict=True)
+        elif function is torch.ops.aten.mul.Tensor and isinstance(args[1], Tensor) and args[0].shape == args[1].shape:
+            self.pairs.append((args[0], args[1]))
+        return function(*args, **(kwargs or {}))
+
+
+def test_masks_lie_in_memory_as_their_weights() -> None:
+    """Else no fused product is used; the weights of convolutions lie channels last."""
+    state = lively_state()
+    weights = maskable(state.network)
+    assert any(not weight.is_contiguous() for weight in weights.values())
+    with Products() as pruning:
+        hold_masks(state, global_magnitude(weights, None, 0.5))
+    with Products() as training:
+        run(state, 1)
+    assert len(pruning.pairs) >= 2 * len(weights)  # Of the network and its averages.
+    for products in (pruning, training):
+        held = [(one, two) for one, two in products.pairs if one.shape in {w.shape for w in weights.values()}]
+        assert len(held) >= 2 * len(weights)
+        assert all(one.stride() == two.stride() and one.dtype == two.dtype for one, two in held)
+
+
+def test_masks_of_a_checkpoint_move_to_the_network() -> None:
+    """Which lies on a GPU."""
+    read = {name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in maskable(tiny_network(CONFIG)).items()}
+    with fake_tensors():
+        with CUDA:
+            network = build_network(CONFIG, NUM_CLASSES)
+        record = {"method": "magnitude"}
+        masks = {name: torch.empty(mask.shape, dtype=torch.bool, device="cpu") for name, mask in read.items()}
+        apply_masks(network, masks)
+        inherited = state_of(network)
+        inherit(inherited, [record], masks)
+        resumed = state_of(network)
+        resumed.extra_parts[MASKS_PART] = masks
+        resume_pruning(resumed)
+        for state in (inherited, resumed):
+            held = held_masks(state)
+            assert held is not None
+            assert {mask.device for mask in held.values()} == {CUDA}
+            assert {mask.dtype for mask in held.values()} == {torch.bool}
+
+
+def state_of(network: UNet) -> TrainState:
+    return TrainState(network, Ema(network, CONFIG.ema), build_optimizer(network, CONFIG.train))
