@@ -39,7 +39,8 @@ def keep_highest(scores: Mapping[str, Tensor], masks: Masks, count: int) -> Weig
     pruned = flat.numel() - count
     keep = torch.ones_like(flat, dtype=torch.bool)
     if pruned:
-        threshold = flat.kthvalue(pruned).values
+        # The highest score that goes; kthvalue has no deterministic algorithm on a GPU.
+        threshold = flat.topk(pruned, largest=False, sorted=False).values.max()
         keep = flat >= threshold
         ties = (flat == threshold).nonzero()[:, 0]
         keep[ties[: pruned - int((~keep).sum())]] = False

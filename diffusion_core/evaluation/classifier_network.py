@@ -69,5 +69,7 @@ class ClassifierNetwork(nn.Module):
         self.head = nn.Linear(8 * width, num_classes, bias=False)
 
     def forward(self, x_BCHW: Tensor) -> Judged:
-        features_BD = F.adaptive_max_pool2d(self.layers(x_BCHW), 1).flatten(1)
+        maps_BDHW = self.layers(x_BCHW)
+        # Over whole maps, as adaptive pooling does, whose backward pass has no deterministic algorithm on a GPU.
+        features_BD = F.max_pool2d(maps_BDHW, maps_BDHW.shape[2:]).flatten(1)
         return Judged(features_BD, LOGIT_SCALE * self.head(features_BD))

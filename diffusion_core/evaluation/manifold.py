@@ -58,6 +58,6 @@ def density_coverage(
 def _radii(features_MD: Tensor, neighbours: int) -> Tensor:
     """Distance of each image to its k-th nearest neighbour (of so few images, to the farthest), ``(M,)``."""
     nearest = min(neighbours + 1, len(features_MD))  # An image is its own nearest one.
-    return torch.cat(
-        [torch.cdist(rows, features_MD).kthvalue(nearest, 1).values for rows in features_MD.split(ROWS_AT_ONCE)]
-    )
+    # The largest of the nearest ones; kthvalue has no deterministic algorithm on a GPU.
+    distances = (torch.cdist(rows_MD, features_MD) for rows_MD in features_MD.split(ROWS_AT_ONCE))
+    return torch.cat([each.topk(nearest, dim=1, largest=False, sorted=False).values.amax(1) for each in distances])
