@@ -6,8 +6,10 @@ import copy
 
 import pytest
 import torch
-from tiny import tiny_config, tiny_network
+from fake_cuda import CUDA, fake_tensors
+from tiny import NUM_CLASSES, tiny_config, tiny_network
 
+from diffusion_core.unet import build_network
 from pruning.config import PruneConfig
 from pruning.cost import count_cost, example_inputs, latencies, peak_memory
 from pruning.masks import maskable
@@ -89,3 +91,17 @@ def test_measuring_leaves_networks_as_they_were() -> None:
     for network, state in zip(networks, before, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
         assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_peak_memory_on_a_gpu_is_the_networks_own() -> None:
+    """Not that of the optimizer, the data and other networks, which lie there as well."""
+    expected = peak_memory(tiny_network(), 4)
+    with fake_tensors():
+        with CUDA:
+            network = build_network(tiny_config(), NUM_CLASSES).eval()
+        alone = peak_memory(network, 4)
+        others = torch.empty(2**28, device=CUDA)
+        assert peak_memory(network, 4) == alone
+        del others
+        assert peak_memory(network, 8) > alone
+    assert alone == pytest.approx(expected, rel=0.2)
