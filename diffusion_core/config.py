@@ -182,14 +182,18 @@ class TrainConfig(Section):
     """Largest norm of the gradient; None leaves it as it is."""
     label_dropout: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     """Share of training images shown without their label, which classifier-free guidance needs."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the network; auto is bf16 where the processor or GPU computes in it. Weights stay fp32."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """Arithmetic of the network; auto is bf16 where the processor or GPU computes in it. Weights stay fp32. tf32 lets a
+    GPU round the factors of products to 10 bits; a processor computes in fp32 then."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     compile: Literal["auto", "none", "blocks", "network"] = "auto"
     """Compile the network for training (torch.compile): as a whole, block by block, or not; auto compiles it on a GPU
     where training takes long enough to pay for it. Rounding differs. Later trials find it in the compiler's
     cache."""
+    cuda_graphs: bool = True
+    """On one GPU, record an optimizer step once and replay it, so that the processor need not launch each kernel anew.
+    The result is the same; the step's memory stays reserved between steps."""
     deterministic: bool = False
     """Only algorithms whose result is the same bit for bit on every run, which may be slower on a GPU. (The processor's
     are.)"""
@@ -244,6 +248,9 @@ class SampleConfig(Section):
     compile: Literal["auto", "none", "network"] = "auto"
     """Compile the network for sampling (torch.compile); auto does on a GPU where there is enough to sample to pay for
     it. Rounding differs."""
+    cuda_graphs: bool = True
+    """On a GPU, record the network's evaluation once and replay it, so that the processor need not launch each kernel
+    anew. The images are the same."""
 
 
 class EvalConfig(Section):

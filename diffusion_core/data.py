@@ -285,18 +285,26 @@ class Batches:
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._orders:
             order = torch.randperm(len(self.images), generator=generator(self.seed, Purpose.ORDER, epoch))
+            order = order.to(self.images.labels_N.device)  # Once an epoch, so that no step waits for a copy.
             self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1} | {epoch: order}
         return self._orders[epoch]
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         """This process's share of the batch of a step: images ``(B, C, H, W)`` in [-1, 1], labels ``(B,)``."""
-        batch = self.images.select(self.indices(step)[self.share].to(self.images.labels_N.device)).to(self.device)
+        batch = self.images.select(self.indices(step)[self.share]).to(self.device)
         images_BCHW = batch.images_NCHW
         if self.horizontal_flip:
             draws = torch.rand(self.batch_size, generator=generator(self.seed, Purpose.AUGMENT, step))
-            mirrored = (draws[self.share] < 0.5).nonzero().flatten().to(self.device)  # Counted here, not on the GPU.
+            mirrored = sent((draws[self.share] < 0.5).nonzero().flatten(), self.device)  # Counted here, not on the GPU.
             images_BCHW.index_copy_(0, mirrored, images_BCHW.index_select(0, mirrored).flip(3))
         return to_unit(images_BCHW), batch.labels_N
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device; nothing waits for the copy to a GPU."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _fits(tensor: Tensor, device: torch.device) -> bool:

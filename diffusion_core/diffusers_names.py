@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from diffusion_core.checkpoint import MAX_CLASSES
 from diffusion_core.config import IMAGE_SHAPES, CoreConfig, DiffusionConfig, ModelConfig
 from diffusion_core.config_io import ConfigError
+from diffusion_core.norm import NORM_EPSILON
 from diffusion_core.schedule import MAX_BETA, NoiseSchedule, build_schedule, cosine_betas, zero_terminal_snr
-from diffusion_core.unet import NORM_EPSILON, UNet
+from diffusion_core.unet import UNet
 
 INDEX_FILE = "model_index.json"
 UNET_FILE = "config.json"

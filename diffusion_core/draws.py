@@ -36,6 +36,10 @@ class Draws:
     labels_B: Tensor
     shown_B: Tensor | None
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """The draws as the arguments that they are made of."""
+        return self.x0_BCHW, self.noise_BCHW, self.t_B, self.labels_B, self.shown_B
+
     def chunks(self, count: int) -> Iterator[Draws]:
         """The draws in equal parts."""
         size = len(self.t_B) // count

@@ -15,14 +15,18 @@ from tqdm import tqdm
 
 from diffusion_core.compilation import compiled, pick_sampling_compilation
 from diffusion_core.config import CoreConfig, SampleConfig
+from diffusion_core.cuda_graphs import ReplayedNetwork
 from diffusion_core.data import to_uint8
 from diffusion_core.denoiser import Denoiser, DenoiserFunction, clipped
 from diffusion_core.guidance import between_levels, guided
-from diffusion_core.hardware import Precision, autocast, memory_format
+from diffusion_core.hardware import Precision, autocast, fastest_convolutions, memory_format
 from diffusion_core.randomness import Purpose, generator
 from diffusion_core.samplers import NoiseFunction, StepCallback, build_sampler
 from diffusion_core.schedule import NoiseSchedule
 from diffusion_core.unet import NO_LABEL, UNet
+
+REPLAYED_FROM = 8
+"""Steps of a sampler from which recording its network as a CUDA graph, after a few ordinary calls, is worth it."""
 
 
 @dataclass(frozen=True)
@@ -158,12 +162,21 @@ class Generator:
             What was wanted, and its images as :meth:`batch` returns them.
         """
         how = pick_sampling_compilation(config, self.network, self.device, len(wanted))
-        fast = compiled(self.network) if how == "network" else self.network
+        fast = self._replayed(compiled(self.network) if how == "network" else self.network, config)
+        plain = self._replayed(self.network, config)
         for start in range(0, len(wanted), config.batch_size):
             batch = wanted[start : start + config.batch_size]
             # A last batch of another size would have to be compiled anew.
-            network = fast if len(batch) == config.batch_size else self.network
-            yield batch, self.batch(batch, config, seed, callback, network)
+            network = fast if len(batch) == config.batch_size else plain
+            with fastest_convolutions(self.config.train):
+                images = self.batch(batch, config, seed, callback, network)
+            yield batch, images
+
+    def _replayed(self, network: Callable[..., Tensor], config: SampleConfig) -> Callable[..., Tensor]:
+        """The network, or on a GPU its recording, where enough steps follow to be worth it."""
+        if self.device.type != "cuda" or not config.cuda_graphs or config.steps < REPLAYED_FROM:
+            return network
+        return ReplayedNetwork(network)
 
     def batches(
         self, wanted: Sequence[Request], config: SampleConfig, seed: int, *, progress: bool = False

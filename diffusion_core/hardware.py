@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Literal
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 
 from diffusion_core.config import TrainConfig
 from diffusion_core.config_io import ConfigError
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16"]
 
 
 def pick_device(config: TrainConfig) -> torch.device:
@@ -42,9 +42,28 @@ def has_bf16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+@contextmanager
+def autocast(device: torch.device, precision: Precision) -> Iterator[None]:
     """The context in which networks compute in that precision."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    with products(precision), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        yield
+
+
+@contextmanager
+def products(precision: Precision) -> Iterator[None]:
+    """Inside, a GPU multiplies float32 numbers exactly (``fp32``) or rounded to TF32's 10 bits; afterwards as before.
+
+    PyTorch's own defaults round in convolutions and not in matrix products.
+    """
+    libraries: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [library.allow_tf32 for library in libraries]
+    for library in libraries:
+        library.allow_tf32 = precision != "fp32"
+    try:
+        yield
+    finally:
+        for library, allowed in zip(libraries, before, strict=True):
+            library.allow_tf32 = allowed
 
 
 def memory_format(device: torch.device, precision: Precision) -> torch.memory_format:
@@ -53,24 +72,37 @@ def memory_format(device: torch.device, precision: Precision) -> torch.memory_fo
     On a GPU always; on a processor in float32, where a forward pass of the 35.7 M network takes 0.9 of the time, and
     not in bf16.
     """
-    last = device.type == "cuda" or precision == "fp32"
+    last = device.type == "cuda" or precision != "bf16"
     return torch.channels_last if last else torch.contiguous_format
 
 
 @contextmanager
-def algorithms(config: TrainConfig) -> Iterator[None]:
+def algorithms(config: TrainConfig, precision: Precision) -> Iterator[None]:
     """Inside, the GPU's libraries choose their algorithms as ``train.deterministic`` asks; afterwards as before.
 
-    Otherwise they try which of their convolutions is fastest for each shape, which may differ between runs.
+    Products are computed as :func:`products` says, also in the backward pass.
     """
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    before = torch.are_deterministic_algorithms_enabled()
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # Or cuBLAS may split sums differently.
-    cudnn.benchmark = not config.deterministic
     torch.use_deterministic_algorithms(config.deterministic)
+    try:
+        with products(precision), fastest_convolutions(config):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def fastest_convolutions(config: TrainConfig) -> Iterator[None]:
+    """Inside, cuDNN tries which of its convolutions is fastest for each shape, unless ``train.deterministic`` is set.
+
+    The choice may differ between runs, and so may the last digits.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark
+    cudnn.benchmark = not config.deterministic
     try:
         yield
     finally:
-        cudnn.benchmark = before[0]
-        torch.use_deterministic_algorithms(before[1])
+        cudnn.benchmark = before

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from diffusion_core.checkpoint import Checkpoint, CheckpointError
 from diffusion_core.compilation import compile_network, pick_compilation
 from diffusion_core.config import CoreConfig, EmaConfig, TrainConfig
+from diffusion_core.cuda_graphs import Replayed
 from diffusion_core.data import Batches
 from diffusion_core.denoiser import Denoiser
 from diffusion_core.distillation import Distillation
@@ -53,6 +55,8 @@ class TrainState:
     """Further tensors that checkpoints carry along, by part (pruning keeps its masks here)."""
     extra_metadata: dict[str, Any] = field(default_factory=dict)
     """Further JSON that checkpoints carry along."""
+    revision: int = 0
+    """Raised by whoever changes what a step computes between two steps (masks): a recorded step is recorded anew."""
 
     @classmethod
     def start(cls, network: UNet, config: CoreConfig, step: int = 0) -> TrainState:
@@ -122,13 +126,29 @@ def ema_part(profile: str, config: EmaConfig) -> str:
 
 def build_optimizer(network: UNet, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) over all weights."""
+    device = next(network.parameters()).device
     return torch.optim.AdamW(
         network.parameters(),
-        lr=config.lr,
+        lr=torch.tensor(config.lr, device=device) if device.type == "cuda" else config.lr,
         betas=(0.9, config.beta2),
         weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+def set_capturable(optimizer: torch.optim.Optimizer, recording: bool) -> None:
+    """Tell an optimizer whether its step is being recorded as a CUDA graph; outside of a recording it would warn."""
+    for group in optimizer.param_groups:
+        group["capturable"] = recording
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate; where it is a tensor, in place, so that a recorded step sees it."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -184,18 +204,28 @@ def train(
         disable=not (config.log.progress and accelerator.is_main_process),
         mininterval=PROGRESS_EVERY_S if sys.stderr.isatty() else PROGRESS_EVERY_S_IN_FILES,
     )
-    with bar, algorithms(settings):
+
+    def update_weights(*draws: Any) -> tuple[Tensor, ...]:
+        loss = _accumulate_gradients(denoiser, Draws(*draws), config, accelerator, precision, distillation)
+        norm = accelerator.clip_grad_norm_(weights, settings.grad_clip or math.inf)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        return loss, norm
+
+    update: Callable[..., tuple[Tensor, ...]] = update_weights
+    if settings.cuda_graphs and device.type == "cuda" and accelerator.num_processes == 1:
+        update = Replayed(update_weights, partial(set_capturable, state.optimizer))
+    revision = state.revision
+    with bar, algorithms(settings, precision):
         while state.step < until:
             if config.model.dropout:
                 torch.manual_seed(stream_seed(config.seed, Purpose.DROPOUT, state.step, accelerator.process_index))
             rate = learning_rate(state.step, settings)
-            for group in state.optimizer.param_groups:
-                group["lr"] = rate
-            draws = draw(state.step, batches, config, denoiser.schedule)
-            loss = _accumulate_gradients(denoiser, draws, config, accelerator, precision, distillation)
-            norm = accelerator.clip_grad_norm_(weights, settings.grad_clip or math.inf)
-            state.optimizer.step()
-            state.optimizer.zero_grad(set_to_none=True)
+            set_learning_rate(state.optimizer, rate)
+            if state.revision != revision and isinstance(update, Replayed):
+                update.forget()
+            revision = state.revision
+            loss, norm = update(*draw(state.step, batches, config, denoiser.schedule).tensors())
             state.ema.update(state.network)
             state.step += 1
             loss_sum += loss

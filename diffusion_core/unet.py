@@ -17,13 +17,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from diffusion_core.config import CoreConfig, ModelConfig
+from diffusion_core.norm import group_norm, normalised
 from diffusion_core.randomness import Purpose, stream_seed
 
 NO_LABEL = -1
 """The label that means "no class": the network answers with its unconditional prediction."""
 
 MAX_PERIOD = 10_000.0
-NORM_EPSILON = 1e-6
 
 
 def sinusoidal_embedding(t_B: Tensor, width: int) -> Tensor:
@@ -32,11 +32,6 @@ def sinusoidal_embedding(t_B: Tensor, width: int) -> Tensor:
     exponents = torch.arange(half, device=t_B.device, dtype=torch.float32) / max(half - 1, 1)
     angles_BE = t_B.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)[None, :]
     return F.pad(torch.cat([angles_BE.sin(), angles_BE.cos()], dim=1), (0, width % 2))
-
-
-def group_norm(channels: int, max_groups: int) -> nn.GroupNorm:
-    """Group norm with the most groups, up to ``max_groups``, that divide ``channels``."""
-    return nn.GroupNorm(math.gcd(channels, max_groups), channels, eps=NORM_EPSILON)
 
 
 def activated(x: Tensor) -> Tensor:
@@ -63,12 +58,14 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x_BCHW: Tensor, embedding_BE: Tensor) -> Tensor:
-        h_BCHW = self.conv1(activated(self.norm1(x_BCHW)))
+        h_BCHW = self.conv1(activated(normalised(self.norm1, x_BCHW)))
         shift_BCHW = self.embed(embedding_BE)[:, :, None, None]
         if self.embed_scale is None:
-            h_BCHW = self.norm2(h_BCHW.add_(shift_BCHW))  # Nothing needs what the convolution gave.
+            h_BCHW = normalised(self.norm2, h_BCHW.add_(shift_BCHW))  # Nothing needs what the convolution gave.
         else:
-            h_BCHW = self.norm2(h_BCHW) * (1.0 + self.embed_scale(embedding_BE)[:, :, None, None]) + shift_BCHW
+            h_BCHW = (
+                normalised(self.norm2, h_BCHW) * (1.0 + self.embed_scale(embedding_BE)[:, :, None, None]) + shift_BCHW
+            )
         h_BCHW = self.conv2(self.dropout(activated(h_BCHW)))
         return h_BCHW.add_(self.skip(x_BCHW))
 
@@ -87,7 +84,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         height = x_BCHW.shape[2]
-        h_BNC = rearrange(self.norm(x_BCHW), "b c h w -> b (h w) c")
+        h_BNC = rearrange(normalised(self.norm, x_BCHW), "b c h w -> b (h w) c")
         query, key, value = (
             rearrange(project(h_BNC), "b n (heads d) -> b heads n d", heads=self.heads)
             for project in (self.query, self.key, self.value)
@@ -116,7 +113,17 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
+        return self.conv(doubled(x_BCHW))
+
+
+def doubled(x_BCHW: Tensor) -> Tensor:
+    """Every pixel as two by two."""
+    if not x_BCHW.is_cuda:
+        return F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest")
+    # The compiler turns the gradient of interpolate into atomic additions on a GPU, and that of expand into sums.
+    batch, channels, height, width = x_BCHW.shape
+    x_BHWC = x_BCHW.permute(0, 2, 3, 1)[:, :, None, :, None].expand(batch, height, 2, width, 2, channels)
+    return x_BHWC.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
 
 
 class Watch:
@@ -297,7 +304,7 @@ class UNet(nn.Module):
                 x_BCHW = level.run_block(index, torch.cat([x_BCHW, skips.pop()], dim=1), embedding_BE, features)
             if level.resample is not None:
                 x_BCHW = level.resample(x_BCHW)
-        answer_BCHW = self.conv_out(activated(self.norm_out(x_BCHW)))
+        answer_BCHW = self.conv_out(activated(normalised(self.norm_out, x_BCHW)))
         if self.watch is not None and features is not None:
             self.watch.asked, self.watch.answer, self.watch.features = asked, answer_BCHW, features
         return answer_BCHW

@@ -154,6 +154,7 @@ def attach_masks(state: TrainState, masks: Mapping[str, Tensor]) -> None:
 
     handles.append(state.optimizer.register_step_post_hook(hold))
     _HOOKS[state.optimizer] = handles
+    state.revision += 1
 
 
 def hold_masks(state: TrainState, masks: WeightMasks) -> None:

@@ -1,0 +1,114 @@
+"""Work that is recorded once as a CUDA graph and replayed: the processor then launches one graph, not each kernel.
+
+A replay runs the recorded kernels on the recorded addresses. Inputs are therefore copied into tensors that stay in
+place, and what is replayed must not look at values on the processor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WARM_UP = 3
+"""Ordinary calls before a recording: libraries choose algorithms and the compiler compiles in them, and neither may
+happen during the recording."""
+
+
+class Replayed:
+    """A function of tensors, on one GPU, that is recorded after a few ordinary calls and then replayed.
+
+    Every call does the function's work exactly once: in an ordinary call or in a replay. The work may change tensors in
+    place (weights, moments); these must stay where they are in memory, until :meth:`forget`.
+
+    Args:
+        function: takes tensors (or None) and returns tensors. It may draw from the GPU's default generator, which a
+            replay continues as an ordinary call would.
+        before_recording: called once before and once after each recording, with True and False.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., tuple[Tensor, ...]],
+        before_recording: Callable[[bool], None] = lambda _recording: None,
+    ) -> None:
+        self.function = function
+        self.before_recording = before_recording
+        self.forget()
+
+    def forget(self) -> None:
+        """Start over with ordinary calls, because what the function works on has changed; frees the memory."""
+        self._calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: list[Tensor | None] = []
+        self._outputs: tuple[Tensor, ...] = ()
+
+    def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        """What the function returns. A replay overwrites what the last one returned: use it before the next call."""
+        self._calls += 1
+        if self._calls <= WARM_UP:
+            return self._beside(inputs)
+        if self._graph is None:
+            self._inputs = [None if tensor is None else tensor.clone() for tensor in inputs]
+            self._record()
+        else:
+            for place, tensor in zip(self._inputs, inputs, strict=True):
+                if place is not None and tensor is not None:
+                    place.copy_(tensor)
+        assert self._graph is not None
+        self._graph.replay()
+        return self._outputs
+
+    def _beside(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        """An ordinary call on another stream, as PyTorch asks for before a recording."""
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            outputs = self.function(*inputs)
+        current.wait_stream(stream)
+        for tensor in inputs:
+            if tensor is not None:
+                tensor.record_stream(stream)
+        for tensor in outputs:
+            tensor.record_stream(current)
+        return outputs
+
+    def _record(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        self.before_recording(True)
+        try:
+            with torch.cuda.graph(graph):
+                self._outputs = self.function(*self._inputs)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"could not record a CUDA graph ({' '.join(str(error).split())[:200]}); set train.cuda_graphs=false "
+                f"or sample.cuda_graphs=false"
+            ) from error
+        finally:
+            self.before_recording(False)
+        self._graph = graph
+
+
+class ReplayedNetwork:
+    """A network without gradients whose forward pass is replayed, with one recording for each shape of its inputs.
+
+    Args:
+        network: ``(x_BCHW, t_B, labels_B | None) -> output``, on a GPU; its weights may change in place.
+    """
+
+    def __init__(self, network: Callable[..., Tensor]) -> None:
+        self.network = network
+        self._replayed: dict[Any, Replayed] = {}
+
+    def __call__(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None = None) -> Tensor:
+        key = x_BCHW.shape, x_BCHW.dtype, t_B.dtype, labels_B is None
+        replayed = self._replayed.setdefault(key, Replayed(self._forward))
+        return replayed(x_BCHW, t_B, labels_B)[0].clone()  # Samplers keep outputs from step to step.
+
+    def _forward(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None) -> tuple[Tensor, ...]:
+        # Weights that autocast keeps in bf16 would lie in the graph's memory, where later calls would find them.
+        dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+        with torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
+            return (self.network(x_BCHW, t_B, labels_B),)

@@ -1,0 +1,54 @@
+"""Group norm, and how it is computed in bf16 on a GPU.
+
+Axes: B batch, C channels, H height, W width, G groups, K channels of a group.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+NORM_EPSILON = 1e-6
+
+
+def group_norm(channels: int, max_groups: int) -> nn.GroupNorm:
+    """Group norm (Wu & He 2018) with the most groups, up to ``max_groups``, that divide ``channels``."""
+    return nn.GroupNorm(math.gcd(channels, max_groups), channels, eps=NORM_EPSILON)
+
+
+def normalised(norm: nn.GroupNorm, x_BCHW: Tensor) -> Tensor:
+    """The norm of a batch; in bf16 on a GPU only the statistics are float32, and the result stays bf16.
+
+    PyTorch's autocast would compute the norm, and what follows it, in float32. Its kernel has no channels-last form
+    before torch 2.15, so the input would be copied twice.
+    """
+    if x_BCHW.is_cuda and x_BCHW.dtype == torch.bfloat16:
+        return normalise_by_channel(x_BCHW, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return norm(x_BCHW)
+
+
+def normalise_by_channel(x_BCHW: Tensor, groups: int, weight_C: Tensor, bias_C: Tensor, epsilon: float) -> Tensor:
+    """Group norm from the moments of each channel, which are then joined to those of its group.
+
+    The moments of a channel are sums over pixels alone: in channels-last memory neighbouring threads read neighbouring
+    addresses. All that is left is one multiplication and one addition for each element, which the compiler fuses with
+    the activation. Statistics are float32 (Welford's algorithm); the result has the type of the input.
+
+    Args:
+        x_BCHW: any floating type.
+        groups: must divide C.
+        weight_C: gain of each channel.
+        bias_C: offset of each channel.
+        epsilon: added to the variances.
+    """
+    batch, channels = x_BCHW.shape[:2]
+    variance_BC, mean_BC = torch.var_mean(x_BCHW.float(), dim=(2, 3), correction=0)
+    variance_BGK, mean_BGK = variance_BC.view(batch, groups, -1), mean_BC.view(batch, groups, -1)
+    mean_BG1 = mean_BGK.mean(dim=2, keepdim=True)
+    variance_BG1 = (variance_BGK + (mean_BGK - mean_BG1).square()).mean(dim=2, keepdim=True)
+    scale_BGK = weight_C.view(1, groups, -1) * (variance_BG1 + epsilon).rsqrt()
+    shift_BGK = bias_C.view(1, groups, -1) - mean_BG1 * scale_BGK
+    scale, shift = (part.reshape(batch, channels, 1, 1) for part in (scale_BGK, shift_BGK))
+    return (x_BCHW * scale + shift).to(x_BCHW.dtype)

@@ -1,0 +1,227 @@
+"""One part of the GPU benchmark, in a process of its own: ``python -m benchmarks.gpu_parts NAME FOLDER [--short]``.
+
+Compiling takes longer than measuring. All parts therefore start at once and compile side by side; each says that it is
+ready, waits for the file ``go`` in FOLDER, and measures alone, under a lock. It writes NAME.json there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from benchmarks.fid import random_weights
+from benchmarks.networks import cifar_config, lively_network
+from benchmarks.profile import by_kind
+from benchmarks.timing import timed
+from benchmarks.training_step import our_step, peer_step
+from diffusion_core.compilation import forward_flops
+from diffusion_core.config import CoreConfig
+from diffusion_core.config_io import build
+from diffusion_core.data import Batches, load_data
+from diffusion_core.evaluation.frechet import Moments
+from diffusion_core.evaluation.inception import read_inception
+from diffusion_core.generation import Generator, requests
+from diffusion_core.presets import PRESETS
+from diffusion_core.trainer import TrainState, train
+from diffusion_core.unet import NO_LABEL, UNet, build_network
+from pruning.config import PruneConfig
+from pruning.structural import prune_channels
+
+KEEP = 0.5
+FID_DIM = 2048
+ROUNDS = 5
+
+
+@dataclass
+class Part:
+    """Where a part computes, how much, and what it found."""
+
+    name: str
+    folder: Path
+    short: bool
+    device: torch.device
+    found: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return Accelerator(cpu=self.device.type == "cpu", mixed_precision="no")
+
+    def size(self, whole: int, short: int) -> int:
+        return short if self.short else whole
+
+    def config(self, **knobs: Any) -> CoreConfig:
+        how = "network" if self.device.type == "cuda" else "none"
+        return cifar_config(self.short, train__precision="bf16", train__compile=how, sample__compile=how, **knobs)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Say that all is prepared, and measure when no other part does."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        self.found["ready_s"] = round(time.time() - STARTED, 1)
+        (self.folder / f"{self.name}.ready").touch()
+        while not (self.folder / "go").exists():
+            time.sleep(0.05)
+        with open(self.folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def rate(self, work: Callable[[], object], amount: int) -> float:
+        """How much of something is done in a second, in the median of several calls."""
+        return amount / statistics.median(timed(work) for _ in range(1 if self.short else ROUNDS))
+
+
+def floors(part: Part) -> None:
+    """Floating point operations a second of a bf16 matrix product; bytes a second, read and written, of a copy."""
+    size, count = part.size(8192, 256), part.size(2**29, 2**20)
+    a, b = (torch.randn(size, size, device=part.device, dtype=torch.bfloat16) for _ in range(2))
+    with part.turn():
+        a @ b
+        part.found["flops"] = max(part.rate(lambda: a @ b, 2 * size**3) for _ in range(4))
+        source = torch.zeros(count, device=part.device)
+        target = torch.empty_like(source)
+        part.found["bytes"] = max(part.rate(lambda: target.copy_(source), 2 * source.nbytes) for _ in range(4))
+
+
+def pruned_to_half(network: UNet, config: CoreConfig) -> UNet:
+    """The network with channels removed until half of its multiply-accumulates are left."""
+    prune = PruneConfig(method="structured", importance="l2", target="macs", keep=KEEP)
+    return prune_channels(network, prune, config.seed)[0]
+
+
+def training(part: Part, change: Callable[[UNet, CoreConfig], UNet] | None = None) -> None:
+    """Images a second of the whole loop, and what the GPU spends its time on."""
+    batch, steps = part.size(512, 4), part.size(20, 1)
+    config = part.config(train__batch_size=batch)
+    run = our_step(config, part.accelerator, batch, steps, lambda net: change(net, config) if change else net)
+    run()
+    with part.turn():
+        run()
+        if part.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        part.found["images"] = part.rate(run, steps * batch)
+        part.found["flops_an_image"] = 3.0 * forward_flops(lively_network(config, part.device))
+        if part.device.type == "cuda":
+            part.found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            part.found["kernels_ms_a_step"] = by_kind(run, steps)
+
+
+def peer(part: Part) -> None:
+    """Images a second of Diffusers' example loop in bf16."""
+    batch, steps = part.size(512, 4), part.size(10, 1)
+    run = peer_step(part.config(train__batch_size=batch), part.accelerator, batch, "bf16", steps)
+    with part.turn():
+        run()
+        part.found["images"] = part.rate(run, steps * batch)
+
+
+def sampling(part: Part, change: Callable[[UNet, CoreConfig], UNet] | None = None) -> None:
+    """Images a second of DDIM; of the dense network also with the features that an FID needs."""
+    batch, steps = part.size(1024, 4), part.size(50, 2)
+    config = part.config(sample__steps=steps, sample__batch_size=batch)
+    network = lively_network(config, part.device)
+    dense_flops = forward_flops(network)
+    if change:
+        network = change(network, config)
+    generator = Generator(network.eval().requires_grad_(False), config, "bf16")
+    wanted = requests([NO_LABEL], 2 * batch)  # Two batches: one recording serves both.
+
+    def draw() -> torch.Tensor:
+        return generator.images(wanted, config.sample, 0)
+
+    draw()
+    with part.turn():
+        part.found["images"] = part.rate(draw, len(wanted))
+        part.found["flops_an_image"] = steps * dense_flops
+        if change:
+            return
+        if part.device.type == "cuda":
+            part.found["kernels_ms_a_batch"] = by_kind(draw, 2)
+        with tempfile.TemporaryDirectory() as folder:
+            random_weights(Path(folder) / "weights.pth")
+            inception = read_inception(Path(folder) / "weights.pth", part.device)
+        moments = Moments.empty(FID_DIM)
+        images = draw()
+
+        def look() -> None:
+            for some in images.split(256):
+                moments.add(inception(some).features_BD.float().cpu())
+
+        look()
+        part.found["looked_at"] = part.rate(look, len(wanted))
+
+
+def digits(part: Part) -> None:
+    """Steps a second of the whole loop on digits, batch 256."""
+    steps, how = part.size(200, 2), "network" if part.device.type == "cuda" else "none"
+    knobs = {"log.progress": False, "train.precision": "bf16", "train.batch_size": 256, "train.compile": how}
+    config = build(CoreConfig, PRESETS["digits"], knobs)
+    data = load_data(config.data)
+    state = TrainState.start(build_network(config, data.num_classes).to(part.device), config)
+    batches = Batches(data.train, batch_size=256, seed=0, horizontal_flip=False, device=part.device)
+    accelerator = part.accelerator
+
+    def run() -> None:
+        train(state, batches, config, accelerator=accelerator, until=state.step + steps)
+
+    run()
+    with part.turn():
+        run()
+        part.found["steps"] = part.rate(run, steps)
+        if part.device.type == "cuda":
+            part.found["kernels_ms_a_step"] = by_kind(run, steps)
+
+
+def start(part: Part) -> None:
+    """Seconds from the start of the process to the end of the first step."""
+    batch = part.size(512, 4)
+    our_step(part.config(train__batch_size=batch), part.accelerator, batch, 1)()
+    if part.device.type == "cuda":
+        torch.cuda.synchronize()
+    part.found["first_step_s"] = round(time.time() - STARTED, 1)
+
+
+PARTS: dict[str, Callable[[Part], None]] = {
+    "floors": floors,
+    "training": training,
+    "peer": peer,
+    "sampling": sampling,
+    "digits": digits,
+    "training-pruned": lambda part: training(part, pruned_to_half),
+    "sampling-pruned": lambda part: sampling(part, pruned_to_half),
+}
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("gpu_parts")
+    parser.add_argument("name", choices=[*PARTS, "start"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--started", type=float, default=time.time())
+    arguments = parser.parse_args(argv)
+    global STARTED
+    STARTED = arguments.started
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    part = Part(arguments.name, arguments.folder, arguments.short, device)
+    (PARTS | {"start": start})[arguments.name](part)
+    (arguments.folder / f"{arguments.name}.json").write_text(json.dumps(part.found))
+
+
+STARTED = time.time()
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

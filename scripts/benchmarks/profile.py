@@ -1,0 +1,45 @@
+"""What a GPU spends its time on, by kind of kernel."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+
+KINDS = {
+    "convolutions": r"conv|xmma|implicit_gemm|wgrad|dgrad|fprop|init_device_workspace",
+    "attention": r"sdpa|flash|fmha|attention|dot_do_o|convert_dq",
+    "matrix products": r"nvjet|gemm|cublas|splitk|cutlass",
+    "fused reductions (norms)": r"triton_(red|per)",
+    "fused elementwise": r"triton",
+    "optimizer and averages": r"multi_tensor|foreach|adam|lerp",
+    "norms": r"norm|welford",
+    "copies and fills": r"copy|memcpy|memset|fill",
+}
+"""Kinds of kernels and a pattern of their names; the first that fits counts."""
+
+
+def kind_of(kernel: str) -> str:
+    """The kind of a kernel by its name."""
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel, re.IGNORECASE)), "other")
+
+
+def by_kind(work: Callable[[], object], times: int) -> dict[str, float]:
+    """Milliseconds of GPU time by kind of kernel, per unit of work, largest first.
+
+    Args:
+        work: what is profiled, called once.
+        times: units of work in a call.
+    """
+    from torch.profiler import ProfilerActivity, profile  # Slow to import, and only this needs it.
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        work()
+        torch.cuda.synchronize()
+    totals: dict[str, float] = {}
+    for event in profiled.key_averages():
+        if event.self_device_time_total:
+            kind = kind_of(event.key)
+            totals[kind] = totals.get(kind, 0.0) + event.self_device_time_total / 1000.0 / times
+    return {kind: round(total, 3) for kind, total in sorted(totals.items(), key=lambda item: -item[1])}
