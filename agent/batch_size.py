@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from agent.config import TrialConfig
+from diffusion_core.cache import cache_path
 from diffusion_core.checkpoint import newest_checkpoint
+from diffusion_core.compilation import compile_network, pick_compilation
 from diffusion_core.config import CoreConfig
 from diffusion_core.data import Dataset
+from diffusion_core.denoiser import Denoiser
+from diffusion_core.hardware import algorithms, autocast, pick_precision
+from diffusion_core.losses import diffusion_loss
 from diffusion_core.memory import free_memory, training_memory
+from diffusion_core.trainer import TrainState
 from diffusion_core.unet import UNet, build_network
 
 
@@ -41,26 +50,76 @@ def settled(config: TrialConfig, accelerator: Accelerator, dataset: Dataset, che
 
 
 def largest_share(network: UNet, config: CoreConfig, accelerator: Accelerator, limit: int) -> int:
-    """The most images, a power of two, that this process can train on at once; on a GPU tried out."""
+    """The most images, a power of two, that this process can train on at once; on a GPU tried out.
+
+    One process at a time plans for a GPU. What the try took stays with this process, so that the next one finds only
+    what is left.
+    """
     device = accelerator.device
-    free = free_memory(device)
-    if device.type == "cpu":  # The processes of a machine share its memory.
-        free //= accelerator.num_processes
-    batch = training_memory(network, config).largest_batch(free, max(1, limit))
-    while device.type == "cuda" and batch > 1 and not fits(network, batch):
-        batch //= 2
+    with alone_on(device):
+        free = free_memory(device)
+        if device.type == "cpu":  # The processes of a machine share its memory.
+            free //= accelerator.num_processes
+        batch = training_memory(network, config).largest_batch(free, max(1, limit))
+        while device.type == "cuda" and batch > 1 and not fits(network, config, batch, accelerator.num_processes):
+            batch //= 2
     return batch
 
 
-def fits(network: UNet, batch: int) -> bool:
-    """Whether a forward and a backward pass of a batch run on the network's GPU without running out of memory."""
-    device, size = next(network.parameters()).device, network.image_size
+@contextmanager
+def alone_on(device: torch.device) -> Iterator[None]:
+    """Inside this context no other process of this user plans for the same GPU; on a processor nothing is done."""
+    if device.type != "cuda":
+        yield
+        return
+    name = getattr(torch.cuda.get_device_properties(device), "uuid", device.index or 0)
+    file = cache_path("locks", f"gpu-{name}")
     try:
-        images = torch.zeros(batch, network.input_channels, size, size, device=device)
-        network(images, torch.zeros(batch, dtype=torch.long, device=device)).float().sum().backward()
-        return True
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.open("a")
+    except OSError:  # Without a lock two processes may plan for the same memory.
+        yield
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def fits(network: UNet, config: CoreConfig, batch: int, processes: int = 1) -> bool:
+    """Whether training takes a step with a batch on the network's GPU without running out of memory.
+
+    Args:
+        network: it is trained and compiled.
+        config: of the training.
+        batch: images of this process.
+        processes: how many train together, which may decide whether the network is compiled.
+    """
+    try:
+        train_once(network, config, batch, processes)
     except torch.cuda.OutOfMemoryError:
-        return False
-    finally:
-        network.zero_grad(set_to_none=True)
+        fitted = False
+    else:
+        fitted = True
+    network.zero_grad(set_to_none=True)
+    if not fitted:  # Now that the exception, which held the tensors, is gone.
         torch.cuda.empty_cache()
+    return fitted
+
+
+def train_once(network: UNet, config: CoreConfig, batch: int, processes: int) -> None:
+    """Take a step on empty images as training does: compiled or not, in its precision, with optimizer and averages."""
+    device, size = next(network.parameters()).device, network.image_size
+    settings = config.train.model_copy(update={"batch_size": batch * processes})
+    state = TrainState.start(network.train(), config)
+    compile_network(network, pick_compilation(settings, network, device))
+    denoiser = Denoiser.from_config(network, config, device)
+    images = torch.zeros(batch, network.in_channels, size, size, device=device)
+    zeros = torch.zeros(batch, dtype=torch.long, device=device)
+    shown = torch.ones(batch, dtype=torch.bool, device=device) if config.model.self_conditioning else None
+    with algorithms(settings):
+        with autocast(device, pick_precision(settings, device)):
+            labels = zeros if network.num_classes else None
+            loss = diffusion_loss(denoiser, images, torch.zeros_like(images), zeros, labels, config.diffusion, shown)
+        loss.mean().backward()
+        state.optimizer.step()
+        state.ema.update(network)

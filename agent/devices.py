@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+
+from diffusion_core.sharing import SHARERS
 
 
 def visible_gpus() -> list[str]:
@@ -30,16 +33,22 @@ def shares(count: int) -> list[dict[str, str]]:
     """Environment variables with which ``count`` processes share this machine.
 
     Each gets its part of the GPUs, or one of them where there are fewer GPUs than processes, and its part of the cores;
-    a single process gets all.
+    a single process gets all. Those that share memory with others are told with how many.
     """
     if count == 1:
         return [{}]
     gpus = visible_gpus()
     threads = {"OMP_NUM_THREADS": str(threads_each(count))}
     if not gpus:
-        return [dict(threads) for _ in range(count)]
+        return [threads | {SHARERS: str(count)} for _ in range(count)]
     if len(gpus) < count:
-        parts = [[gpus[i % len(gpus)]] for i in range(count)]
-    else:
-        parts = [gpus[i * len(gpus) // count : (i + 1) * len(gpus) // count] for i in range(count)]
+        owners = [i % len(gpus) for i in range(count)]
+        sharing = Counter(owners)
+        return [
+            threads
+            | {"CUDA_VISIBLE_DEVICES": gpus[owner]}
+            | ({SHARERS: str(sharing[owner])} if sharing[owner] > 1 else {})
+            for owner in owners
+        ]
+    parts = [gpus[i * len(gpus) // count : (i + 1) * len(gpus) // count] for i in range(count)]
     return [threads | {"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]

@@ -7,12 +7,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import distributed
 
 WATCH_EVERY_S = 0.5
@@ -21,6 +22,25 @@ LEAVE_AFTER_S = 5.0
 
 PATIENCE = timedelta(days=7)
 """Processes wait this long for the first one, which alone evaluates, draws and uploads; a dead one is noticed."""
+
+
+@contextmanager
+def first_process_first(processes: Accelerator | PartialState) -> Iterator[None]:
+    """The first process runs what is inside this context, then all others do; these wait for as long as it takes.
+
+    The GPUs' own group would not: a collective operation of theirs fails after ten minutes, and a large download or a
+    large folder takes longer.
+    """
+    if processes.num_processes == 1:
+        yield
+        return
+    group: Any = distributed.new_group(backend="gloo", timeout=PATIENCE)
+    if processes.process_index != 0:
+        distributed.barrier(group=group)
+    yield
+    if processes.process_index == 0:
+        distributed.barrier(group=group)
+    distributed.destroy_process_group(group)
 
 
 class Peers:

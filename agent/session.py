@@ -22,7 +22,7 @@ from agent.batch_size import settled
 from agent.config import TrialConfig
 from agent.lottery import OpenTracker, run_chain
 from agent.preemption import Stopped, StopRequest
-from agent.processes import WATCH_EVERY_S, Peers
+from agent.processes import WATCH_EVERY_S, Peers, first_process_first
 from agent.redact import recorded_console
 from agent.refusal import fail
 from agent.resume import fetch_best, fetch_checkpoint
@@ -170,7 +170,7 @@ class _Session:
         # All processes work in the first one's folder, and find the same checkpoint there.
         run_id, self.folder = broadcast_object_list([*find_run(config.log.dir)])
         config = config.model_copy(update={"log": config.log.model_copy(update={"dir": str(self.folder)})})
-        with accelerator.main_process_first():  # The first process downloads, the others read.
+        with first_process_first(accelerator):  # The first process downloads, the others read.
             dataset = load_data(config.data, progress=config.log.progress and self.is_main)
         config = settled(config, accelerator, dataset, self.folder / CHECKPOINTS)
         if self.is_main:

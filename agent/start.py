@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from agent.artifacts import download_model
 from agent.config import TrialConfig
 from agent.consistency import inherit_dense_images
+from agent.processes import first_process_first
 from agent.teacher import keep_teacher
 from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from diffusion_core.config_io import ConfigError, flatten, knobs
@@ -75,7 +76,7 @@ def start_state(config: TrialConfig, dataset: Dataset, tracker: Tracker, acceler
         ConfigError: if that checkpoint, or the teacher's, is one of another architecture.
         CheckpointError: if one of them cannot be had.
     """
-    with accelerator.main_process_first():  # The first process downloads, the others find it there.
+    with first_process_first(accelerator):  # The first process downloads, the others find it there.
         source = open_source(config.init.checkpoint, config.init.artifact, "init.")
         teacher = open_source(config.distill.checkpoint, config.distill.artifact, "distill.")
     if source is None:

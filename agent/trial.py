@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list
 
 from agent.callbacks import DrawSamples, LogHistory
@@ -67,7 +67,11 @@ class TrialResult:
 
 def make_accelerator(config: TrialConfig) -> Accelerator:
     """Processes and devices as ``accelerate launch`` set them up. Precision is ours alone (``train.precision``)."""
-    accelerator = Accelerator(cpu=pick_device(config.train).type == "cpu", mixed_precision="no")
+    # Gradients lie in the buckets that processes exchange: no copy of them is kept or made. A graph that is declared
+    # static serves unused parameters and activations that are computed twice; there are none here.
+    exchange = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    cpu = pick_device(config.train).type == "cpu"
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[exchange])
     if config.train.batch_size == "auto":  # Will be a share a process.
         return accelerator
     share, remainder = divmod(config.train.images_per_step, accelerator.num_processes)

@@ -165,7 +165,9 @@ class TrainConfig(Section):
     """Optimizer steps."""
     batch_size: Positive | Literal["auto"] = 128
     """Images per optimizer step, over all processes and accumulated parts. auto: the largest power of two that fits the
-    memory, found before the first step and kept when the run is resumed; it changes what is trained."""
+    memory that is free, found before the first step and kept when the run is resumed; it changes what is trained.
+    Give trials that share a GPU a number: agents started by hand do not know of each other, and the first one takes
+    most of the memory."""
     accumulation: Positive = 1
     """Parts that a batch is split into to save memory; must divide the batch of each process."""
     lr: Annotated[float, Field(gt=0.0, le=1.0)] = 2e-4

@@ -14,6 +14,7 @@ from torch import Tensor
 from diffusion_core.config import CoreConfig
 from diffusion_core.ema import profiles
 from diffusion_core.hardware import autocast, pick_precision
+from diffusion_core.sharing import sharers
 from diffusion_core.unet import UNet
 
 SHARE = 0.8
@@ -79,9 +80,16 @@ def kept_for_backward(network: UNet, config: CoreConfig, batch: int, device: tor
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device, as far as a batch may be planned for them."""
-    if device.type == "cuda":
-        return int(SHARE * torch.cuda.mem_get_info(device)[0])
-    import psutil  # type: ignore[import-untyped]  # accelerate brings it along.
+    """Bytes that are free on a device, as far as a batch may be planned for them.
 
-    return int(SHARE * psutil.virtual_memory().available)
+    Trials that were started to share the device (:mod:`diffusion_core.sharing`) get equal parts of it, whichever plans
+    first.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    else:
+        import psutil  # type: ignore[import-untyped]  # accelerate brings it along.
+
+        memory = psutil.virtual_memory()
+        free, total = memory.available, memory.total
+    return int(SHARE * min(free, total // sharers()))

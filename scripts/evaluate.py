@@ -29,6 +29,7 @@ from accelerate import PartialState
 from agent.artifacts import download_model
 from agent.image_sets import as_reference, best_of_sweep, is_statistics, see
 from agent.leaderboard import EVALUATION_FILE
+from agent.processes import first_process_first
 from agent.published import publish
 from agent.refusal import fail
 from agent.results import table_of
@@ -128,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif arguments.path:
             found = of_folder(arguments, processes)
         else:
-            with processes.main_process_first():
+            with first_process_first(processes):
                 path = download_model(arguments.artifact) if arguments.artifact else None
             path = path or arguments.checkpoint or best_of_sweep(arguments.sweep)
             checkpoint = read_checkpoint(path)

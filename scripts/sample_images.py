@@ -28,6 +28,7 @@ from accelerate import PartialState
 
 from agent.artifacts import download_model
 from agent.image_folder import check_folder, file_name, read_png, save_png, settings
+from agent.processes import first_process_first
 from agent.sampling_flags import add_sampling_flags, sampling_knobs
 from diffusion_core import media
 from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
@@ -128,7 +129,7 @@ def prepare(arguments: argparse.Namespace) -> Job:
         ConfigError: if something that was asked for cannot be done.
     """
     processes = PartialState(cpu=arguments.device == "cpu")
-    with processes.main_process_first():
+    with first_process_first(processes):
         path = download_model(arguments.artifact).path if arguments.artifact else arguments.checkpoint
         guide_path = (
             download_model(arguments.guide_artifact).path if arguments.guide_artifact else arguments.guide_checkpoint
@@ -148,7 +149,7 @@ def prepare(arguments: argparse.Namespace) -> Job:
     each = IMAGES_PER_LABEL if arguments.mode == "sample" else 1
     one_row = arguments.mode == "interpolate" and arguments.seeds is None
     count = pick_count(arguments.num_images, 1 if one_row else len(labels) * each)
-    with processes.main_process_first():
+    with first_process_first(processes):
         check_folder(arguments.out, settings(arguments.mode, checkpoint, guide, config, arguments.weights))
     return Job(checkpoint, config, generator, labels, count, arguments.out, processes)
 

@@ -1,4 +1,7 @@
-"""Tensors that claim to lie on a GPU and hold no numbers: what devices an operation mixes shows without a GPU."""
+"""Tensors that claim to lie on a GPU and hold no numbers: mixed devices and synchronisations show without a GPU.
+
+An operation whose result depends on numbers, such as ``item`` or ``nonzero``, fails on them; on a GPU it would wait.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +20,45 @@ TRANSFERS = ("aten._to_copy", "aten.copy_")
 
 
 class OneDevice(TorchDispatchMode):
-    """Inside this context operations that mix devices fail; copies may, and numbers of the processor, as on a GPU."""
+    """Inside this context operations that mix devices fail, and copies from the GPU, which wait for it.
+
+    Copies to it are allowed, and single numbers of the processor, as on a GPU.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(function)
+        self.operations.append(name)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         devices = {tensor.device for tensor in given if tensor.ndim or tensor.device.type != "cpu"}
-        if len(devices) > 1 and not str(function).startswith(TRANSFERS):
-            raise RuntimeError(f"{function} mixes {sorted(map(str, devices))}")
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        if name.startswith(TRANSFERS):
+            if CUDA in devices and any(leaf.device.type == "cpu" for leaf in tree_leaves(result)):
+                raise RuntimeError(f"{name} waits for the GPU")
+        elif len(devices) > 1:
+            raise RuntimeError(f"{name} mixes {sorted(map(str, devices))}")
+        return result
 
 
 @contextmanager
-def fake_tensors() -> Iterator[None]:
-    """Inside this context new tensors are fake."""
-    with FakeTensorMode(allow_non_fake_inputs=True), OneDevice():
+def fake_tensors() -> Iterator[OneDevice]:
+    """Inside this context new tensors are fake; yields what notes operations."""
+    with FakeTensorMode(allow_non_fake_inputs=True), OneDevice() as mode:
+        yield mode
+
+
+@contextmanager
+def cuda_autocast() -> Iterator[None]:
+    """What ``torch.autocast("cuda", torch.bfloat16)`` does, which without a GPU does nothing."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
         yield
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+        torch.clear_autocast_cache()

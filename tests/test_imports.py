@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("diffusion_core", "pruning", "agent")
 
 CORE_LAYERS = (
-    {"config", "config_io", "presets", "image_files", "figure_names", "cache", "uploads"},
+    {"config", "config_io", "presets", "image_files", "figure_names", "cache", "uploads", "sharing"},
     {"randomness", "data", "hardware", "compilation", "unet", "structure"},
     {"schedule", "denoiser", "losses", "guidance", "samplers"},
     {"draws", "ema", "checkpoint", "distillation", "memory", "trainer", "generation"},

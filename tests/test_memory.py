@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tiny import tiny_config, tiny_network
 from torch import nn
 
-from diffusion_core.memory import TrainingMemory, kept_for_backward, training_memory
+from diffusion_core.memory import SHARE, TrainingMemory, free_memory, kept_for_backward, training_memory
+from diffusion_core.sharing import SHARERS
 
 CPU = torch.device("cpu")
 
@@ -62,3 +63,19 @@ def test_the_largest_batch_is_the_largest(fixed: int, per_image: int, free: int,
     batch = memory.largest_batch(free, limit)
     fitting = [1] + [2**k for k in range(1, 18) if 2**k <= limit and fixed + 2**k * per_image <= free]
     assert batch == max(fitting)
+
+
+def test_trials_that_share_a_device_get_equal_parts_whoever_plans_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, gib = torch.device("cuda"), 2**30
+    for free, total, said, expected in (
+        (80, 80, None, 80),
+        (80, 80, "2", 40),
+        (60, 80, "2", 40),
+        (30, 80, "2", 30),
+        (80, 80, "no number", 80),
+    ):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free, total=total: (free * gib, total * gib))
+        monkeypatch.delenv(SHARERS, raising=False)
+        if said is not None:
+            monkeypatch.setenv(SHARERS, said)
+        assert free_memory(gpu) == int(SHARE * expected * gib)

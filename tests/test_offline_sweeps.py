@@ -23,6 +23,7 @@ from agent import devices, engine, offline, sweep, sweep_state, trial_process
 from agent.offline import NothingWorks, OfflineSweep
 from agent.sweep_file import SweepError, SweepFile, check_sweep
 from agent.trial_process import expand_command
+from diffusion_core.sharing import SHARERS
 
 STUB = Path(__file__).parent / "stub_trial.py"
 STEPS = 6
@@ -398,10 +399,11 @@ def test_gpus_and_cores_are_dealt_out_evenly(monkeypatch: pytest.MonkeyPatch) ->
     assert [share["CUDA_VISIBLE_DEVICES"] for share in devices.shares(2)] == ["3,5", "7,GPU-1"]
     assert [share["CUDA_VISIBLE_DEVICES"] for share in devices.shares(3)] == ["3", "5", "7,GPU-1"]
     assert [share["CUDA_VISIBLE_DEVICES"] for share in devices.shares(6)] == ["3", "5", "7", "GPU-1", "3", "5"]
+    assert [share.get(SHARERS) for share in devices.shares(6)] == ["2", "2", None, None, "2", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert devices.shares(3) == [{"OMP_NUM_THREADS": "3"}] * 3
+    assert devices.shares(3) == [{"OMP_NUM_THREADS": "3", SHARERS: "3"}] * 3
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert devices.shares(3) == [{"OMP_NUM_THREADS": "7"}] * 3
+    assert devices.shares(3) == [{"OMP_NUM_THREADS": "7", SHARERS: "3"}] * 3
     assert devices.threads_each(3) == 7
 
 

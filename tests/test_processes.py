@@ -139,6 +139,67 @@ def test_two_processes_train_the_model_of_one_as_one_run(tmp_path: Path) -> None
     assert json.loads(only(together, "runs/*/result.json").read_text())["step"] == 4
 
 
+@pytest.mark.slow
+def test_two_processes_prune_and_distill_as_one_does(tmp_path: Path) -> None:
+    words = [
+        "--prune.method=magnitude",
+        "--prune.keep=0.5",
+        "--prune.step=2",
+        "--distill.output=1",
+        "--distill.features=1",
+        "--train.accumulation=2",
+    ]
+    run(tmp_path / "alone", 1, *words)
+    run(tmp_path / "together", 2, *words)
+    check_same_training(tmp_path / "alone", tmp_path / "together")
+
+
+WAITING = """
+import sys, time
+from datetime import timedelta
+from accelerate import PartialState
+from agent.config import build_config
+from agent.processes import first_process_first
+from agent.trial import make_accelerator
+
+# What runs on the GPUs' own group may take as long as this.
+processes = PartialState(cpu=True, timeout=timedelta(seconds=2))
+with first_process_first(processes):
+    if processes.is_main_process:
+        time.sleep(5)
+    print(f"process {processes.process_index} at {time.monotonic()}", flush=True)
+accelerator = make_accelerator(build_config({"preset": "digits", "train.device": "cpu"}))
+import torch
+network = accelerator.prepare_model(torch.nn.Linear(2, 2))
+network(torch.ones(1, 2)).sum().backward()
+print(f"gradients are views: {network.gradient_as_bucket_view}", flush=True)
+"""
+
+
+def test_processes_wait_for_the_first_one_longer_than_collective_operations_may_take(tmp_path: Path) -> None:
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING)
+    port = str(free_port())
+    settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env=os.environ
+            | settings
+            | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    ended = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0], ended[1][1]
+    times = [float(re.search(r"at ([\d.]+)", out)[1]) for out, _ in ended]  # type: ignore[index]
+    assert times[0] <= times[1]
+    assert all("gradients are views: True" in out for out, _ in ended)
+
+
 # Under the real agent, with a process that is killed.
 
 SWEEP = {
