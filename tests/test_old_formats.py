@@ -21,7 +21,7 @@ from wandb_server import WandbServer
 
 HOUSE = Path(__file__).resolve().parent / "fixtures" / "house"
 EXPECTED = json.loads((HOUSE / "expected.json").read_text())
-SAME_LOSS = 0.01
+SAME_LOSS = 1e-3
 """Relative difference that rounding may make of a loss."""
 SAME_PIXEL = 2
 STOPPED_AT = 240
@@ -48,7 +48,7 @@ def history(run: Path) -> list[dict[str, float]]:
 def assert_same_losses(rows: list[dict[str, Any]], expected: dict[str, dict[str, float]]) -> None:
     """The rows end as those of the run that the earlier version never stopped."""
     found = {row["step"]: row for row in rows}
-    assert len(expected) == 10
+    assert len(expected) >= 16
     for step, losses in expected.items():
         for name, value in losses.items():
             assert found[int(step)][name] == pytest.approx(value, rel=SAME_LOSS), (step, name)
