@@ -18,14 +18,15 @@ PY := $(VENV)/bin/python
 # This checkout's packages, also where the environment was installed from another one.
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: install demo test test-fast lint format help
+.PHONY: install demo test test-fast test-extras lint format help
 
 help:
-	@echo "make demo       install, then run a sweep on the built-in digits: no account, no download"
-	@echo "make test       install, then run all tests"
-	@echo "make test-fast  the tests that take seconds"
-	@echo "make lint       ruff and mypy"
-	@echo "make install    create the environment only"
+	@echo "make demo         install, then run a sweep on the built-in digits: no account, no download"
+	@echo "make test         install, then run all tests"
+	@echo "make test-fast    the tests that take seconds"
+	@echo "make test-extras  install the optional extras too, then run the tests that need them"
+	@echo "make lint         ruff and mypy"
+	@echo "make install      create the environment only"
 
 install: $(VENV)/.installed
 
@@ -33,6 +34,10 @@ $(VENV)/.installed: $(DEPENDENCIES)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(VENV)/.extras: $(VENV)/.installed
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[dev,bench]"
 	touch $@
 
 demo: install
@@ -44,6 +49,9 @@ test: install
 
 test-fast: install
 	$(PYTEST) -m "not slow"
+
+test-extras: $(VENV)/.extras
+	$(PYTEST) -m extra --require-extras
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -116,8 +116,9 @@ def train_once(network: UNet, config: CoreConfig, batch: int, processes: int) ->
     images = torch.zeros(batch, network.in_channels, size, size, device=device)
     zeros = torch.zeros(batch, dtype=torch.long, device=device)
     shown = torch.ones(batch, dtype=torch.bool, device=device) if config.model.self_conditioning else None
-    with algorithms(settings):
-        with autocast(device, pick_precision(settings, device)):
+    precision = pick_precision(settings, device)
+    with algorithms(settings, precision):
+        with autocast(device, precision):
             labels = zeros if network.num_classes else None
             loss = diffusion_loss(denoiser, images, torch.zeros_like(images), zeros, labels, config.diffusion, shown)
         loss.mean().backward()

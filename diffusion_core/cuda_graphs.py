@@ -17,6 +17,11 @@ WARM_UP = 3
 happen during the recording."""
 
 
+def is_replayed(wanted: bool, device: torch.device, processes: int = 1) -> bool:
+    """Whether work is recorded and replayed: where it is wanted, on one GPU."""
+    return wanted and device.type == "cuda" and processes == 1
+
+
 class Replayed:
     """A function of tensors, on one GPU, that is recorded after a few ordinary calls and then replayed.
 

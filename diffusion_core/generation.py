@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from diffusion_core.compilation import compiled, pick_sampling_compilation
 from diffusion_core.config import CoreConfig, SampleConfig
-from diffusion_core.cuda_graphs import ReplayedNetwork
+from diffusion_core.cuda_graphs import ReplayedNetwork, is_replayed
 from diffusion_core.data import to_uint8
 from diffusion_core.denoiser import Denoiser, DenoiserFunction, clipped
 from diffusion_core.guidance import between_levels, guided
@@ -92,6 +92,7 @@ class Generator:
         self.reference = reference
         self.precision = precision
         self.shape_CHW = (network.in_channels, network.image_size, network.image_size)
+        self._made: dict[tuple[str, bool], Callable[..., Tensor]] = {}
 
     def denoiser(self, network: Callable[..., Tensor] | None = None) -> Denoiser:
         """The network, or a compiled form of it, as a denoiser without guidance; a fresh one for each batch."""
@@ -162,21 +163,24 @@ class Generator:
             What was wanted, and its images as :meth:`batch` returns them.
         """
         how = pick_sampling_compilation(config, self.network, self.device, len(wanted))
-        fast = self._replayed(compiled(self.network) if how == "network" else self.network, config)
-        plain = self._replayed(self.network, config)
         for start in range(0, len(wanted), config.batch_size):
             batch = wanted[start : start + config.batch_size]
             # A last batch of another size would have to be compiled anew.
-            network = fast if len(batch) == config.batch_size else plain
+            network = self._fast(how if len(batch) == config.batch_size else "none", config)
             with fastest_convolutions(self.config.train):
                 images = self.batch(batch, config, seed, callback, network)
             yield batch, images
 
-    def _replayed(self, network: Callable[..., Tensor], config: SampleConfig) -> Callable[..., Tensor]:
-        """The network, or on a GPU its recording, where enough steps follow to be worth it."""
-        if self.device.type != "cuda" or not config.cuda_graphs or config.steps < REPLAYED_FROM:
-            return network
-        return ReplayedNetwork(network)
+    def _fast(self, how: str, config: SampleConfig) -> Callable[..., Tensor]:
+        """The network, compiled or not; on a GPU its recording, where enough steps follow to be worth it.
+
+        Made once, since every recording takes a second or so.
+        """
+        replayed = is_replayed(config.cuda_graphs, self.device) and config.steps >= REPLAYED_FROM
+        if (how, replayed) not in self._made:
+            network = compiled(self.network) if how == "network" else self.network
+            self._made[how, replayed] = ReplayedNetwork(network) if replayed else network
+        return self._made[how, replayed]
 
     def batches(
         self, wanted: Sequence[Request], config: SampleConfig, seed: int, *, progress: bool = False

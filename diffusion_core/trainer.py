@@ -23,7 +23,7 @@ from tqdm import tqdm
 from diffusion_core.checkpoint import Checkpoint, CheckpointError
 from diffusion_core.compilation import compile_network, pick_compilation
 from diffusion_core.config import CoreConfig, EmaConfig, TrainConfig
-from diffusion_core.cuda_graphs import Replayed
+from diffusion_core.cuda_graphs import Replayed, is_replayed
 from diffusion_core.data import Batches
 from diffusion_core.denoiser import Denoiser
 from diffusion_core.distillation import Distillation
@@ -126,14 +126,18 @@ def ema_part(profile: str, config: EmaConfig) -> str:
 
 def build_optimizer(network: UNet, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) over all weights."""
-    device = next(network.parameters()).device
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         network.parameters(),
-        lr=torch.tensor(config.lr, device=device) if device.type == "cuda" else config.lr,
+        lr=config.lr,
         betas=(0.9, config.beta2),
         weight_decay=config.weight_decay,
         fused=True,
     )
+    device = next(network.parameters()).device
+    if device.type == "cuda":  # A tensor, so that a recorded step sees it change.
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(config.lr, device=device)
+    return optimizer
 
 
 def set_capturable(optimizer: torch.optim.Optimizer, recording: bool) -> None:
@@ -213,7 +217,7 @@ def train(
         return loss, norm
 
     update: Callable[..., tuple[Tensor, ...]] = update_weights
-    if settings.cuda_graphs and device.type == "cuda" and accelerator.num_processes == 1:
+    if is_replayed(settings.cuda_graphs, device, accelerator.num_processes):
         update = Replayed(update_weights, partial(set_capturable, state.optimizer))
     revision = state.revision
     with bar, algorithms(settings, precision):

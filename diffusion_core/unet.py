@@ -118,9 +118,12 @@ class Upsample(nn.Module):
 
 def doubled(x_BCHW: Tensor) -> Tensor:
     """Every pixel as two by two."""
-    if not x_BCHW.is_cuda:
-        return F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest")
     # The compiler turns the gradient of interpolate into atomic additions on a GPU, and that of expand into sums.
+    return expanded(x_BCHW) if x_BCHW.is_cuda else F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest")
+
+
+def expanded(x_BCHW: Tensor) -> Tensor:
+    """Every pixel as two by two, in channels-last memory."""
     batch, channels, height, width = x_BCHW.shape
     x_BHWC = x_BCHW.permute(0, 2, 3, 1)[:, :, None, :, None].expand(batch, height, 2, width, 2, channels)
     return x_BHWC.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)

@@ -123,22 +123,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"--device = {arguments.device!r}: this machine has no usable GPU; expected auto or cpu")
-        file = arguments.json
+        file, model = arguments.json, None
         if len(arguments.path) == 2:
             found = of_two_paths(arguments, processes)
         elif arguments.path:
             found = of_folder(arguments, processes)
         else:
             with first_process_first(processes):
-                path = download_model(arguments.artifact) if arguments.artifact else None
-            path = path or arguments.checkpoint or best_of_sweep(arguments.sweep)
+                model = download_model(arguments.artifact) if arguments.artifact else None
+            path = model.path if model else arguments.checkpoint or best_of_sweep(arguments.sweep)
             checkpoint = read_checkpoint(path)
             found = of_model(arguments, checkpoint, processes)
             file = file or checkpoint.path / EVALUATION_FILE
         if processes.is_main_process and found is not None:
             report(found, file)
-            if arguments.wandb:
-                print(f"W&B: {publish(arguments.artifact, found.figures, found.protocols)}")
+            if arguments.wandb and model:
+                print(f"W&B: {publish(model.name, found.figures, found.protocols)}")
     except (CheckpointError, ConfigError, DataError, ExtractorError) as error:
         return fail(str(error))
     return 0

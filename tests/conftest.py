@@ -6,8 +6,13 @@ import atexit
 import os
 import shutil
 import tempfile
+import tomllib
+from importlib import metadata
+from pathlib import Path
 
 import pytest
+
+PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 
 # Tiny networks gain nothing from threads, and threads that wait for each other on a busy machine take a hundred times
 # as long. Set before torch is imported, and inherited by the processes that tests start.
@@ -24,3 +29,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that hold slow tests go first, so that no process is left with one of them at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-extras", action="store_true", help="fail, not skip, where an optional extra is missing")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test whose optional extra is not installed."""
+    for marker in item.iter_markers("extra"):
+        (name,) = marker.args
+        missing = missing_packages(name)
+        if missing:
+            reason = f'needs {", ".join(missing)}: pip install -e ".[{name}]"'
+            pytest.fail(reason, pytrace=False) if item.config.getoption("--require-extras") else pytest.skip(reason)
+
+
+def missing_packages(extra: str) -> list[str]:
+    """The packages of an optional extra that are not installed."""
+    named = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["optional-dependencies"][extra]
+    return [package for package in named if not is_installed(package)]
+
+
+def is_installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

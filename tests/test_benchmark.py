@@ -35,6 +35,7 @@ def test_growth_is_the_exponent(exponent: float) -> None:
     assert math.isclose(growth(points), exponent)
 
 
+@pytest.mark.extra("bench")
 def test_a_report_says_on_what_it_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "deep" / "report.json"
     assert benchmark.main(["ema", "loading", "--short", "--rounds", "1", "--json", "--out", str(file)]) == 0

@@ -64,10 +64,13 @@ def test_a_folder_of_before_gets_the_figures_that_it_lacks_without_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(structured, "IMPORTANCES", ("taylor",))
-    words = ["--seeds", "0", "--steps", "2", "--tune-steps", "1", "--images", "10", "--out", str(tmp_path)]
+    words = ["--tables", "structured", "--keep", "0.6", "--seeds", "0", "--steps", "2", "--tune-steps", "1"]
+    words += ["--images", "10", "--out", str(tmp_path)]
     assert compare_pruning.main(words) == 0
     file = tmp_path / "structured-2-1.json"
     whole = json.loads(file.read_text())
+    share = whole["taylor-0.6 after, seed 0"]["macs"] / whole["dense after, seed 0"]["macs"]
+    assert share == pytest.approx(0.6, rel=0.02)
     old = {key: {name: figures[name] for name in ("loss", "params", "macs")} for key, figures in whole.items()}
     for figures in old.values():
         figures["agreement"] = 0.125  # Of another day's classifier.

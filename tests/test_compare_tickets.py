@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
+from tiny import TINY
 
 from agent.lottery_summary import Trained
 from scripts import compare_tickets
@@ -45,6 +49,26 @@ def test_one_seed_has_no_range_and_levels_are_whole_rounds() -> None:
     assert compare_tickets.spread([0.5], "eval/class_agreement") == "50.0%"
     left = [(1.0 - compare_tickets.PER_ROUND) ** number for number in (7, 10, 13)]
     assert left == pytest.approx([0.2, 0.1, 0.05], abs=1e-3)
+
+
+def test_every_flag_says_what_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compare_tickets, "FIXED", compare_tickets.FIXED | TINY | {"eval.num_images": 10})
+    words = ["--seeds", "3", "--steps", "2", "--sparsities", "40", "--per-round", "0.4", "--out", str(tmp_path)]
+    assert compare_tickets.main(words) == 0
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert (written["seeds"], written["steps"], written["rounds"]) == ([3], 2, [1])
+    for scope in ("global", "layer"):
+        assert (tmp_path / f"{scope}-2-3").is_dir()
+        (chain,) = written["chains"][scope]
+        assert [stage["kind"] for stage in chain].count("ticket") == 2
+        assert {stage["round_number"] for stage in chain} == {0, 1}
+        assert chain[-1]["remaining"] == pytest.approx(0.6, abs=0.01)
+    table = (tmp_path / "table.md").read_text()
+    assert "2 optimizer steps a round, seeds 3" in table
+    assert "40.0% pruned" in table
+    assert capsys.readouterr().out.endswith(f"{table}\n")
 
 
 @pytest.mark.parametrize("words", [["--seeds", "a"], ["--sparsities", "80,100"], ["--sparsities", "0"]])

@@ -19,7 +19,8 @@ from diffusion_core.evaluation.classifier_network import ClassifierNetwork
 from diffusion_core.evaluation.classifier_training import train_classifier
 from diffusion_core.evaluation.manifold import density_coverage, precision_recall
 from diffusion_core.evaluation.recipe import RECIPES
-from diffusion_core.trainer import train
+from diffusion_core.hardware import algorithms, autocast
+from diffusion_core.trainer import set_learning_rate, train
 from pruning.calibration import Calibration
 from pruning.config import PruneConfig
 from pruning.pruner import prune_state
@@ -151,3 +152,31 @@ def test_the_threshold_of_masks_is_an_order_statistic(pruned: int) -> None:
     assert int((~kept).sum()) == pruned
     assert scores[~kept].max() == threshold
     assert kept[scores > threshold].all()
+
+
+def test_fp32_means_exact_products_and_other_precisions_may_round() -> None:
+    cudnn, products_of_matrices = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, products_of_matrices.allow_tf32
+    for precision, rounds in (("fp32", False), ("tf32", True), ("bf16", True)):
+        with autocast(torch.device("cpu"), precision):
+            assert (cudnn.allow_tf32, products_of_matrices.allow_tf32) == (rounds, rounds)
+        with algorithms(tiny_config().train, precision):  # The backward pass runs in here.
+            assert (cudnn.allow_tf32, products_of_matrices.allow_tf32) == (rounds, rounds)
+    assert (cudnn.allow_tf32, products_of_matrices.allow_tf32) == before
+
+
+def test_convolutions_are_tried_out_unless_the_run_is_deterministic() -> None:
+    for deterministic in (True, False):
+        with algorithms(tiny_config(train__deterministic=deterministic).train, "fp32"):
+            assert torch.backends.cudnn.benchmark is not deterministic
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_the_learning_rate_of_a_recorded_step_changes_in_place() -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    place = torch.tensor(0.5)
+    for rate in (place, 0.5):
+        optimizer = torch.optim.AdamW([weight], lr=rate, fused=isinstance(rate, torch.Tensor))
+        set_learning_rate(optimizer, 0.25)
+        assert optimizer.param_groups[0]["lr"] == 0.25
+    assert place == 0.25

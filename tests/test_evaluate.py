@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,9 +21,10 @@ from tiny import TINY, digits
 from agent import leaderboard
 from agent.config import build_config
 from agent.evaluation import Evaluate
+from agent.results import JSON_FILE
 from agent.trial import run_trial
 from diffusion_core import cache
-from diffusion_core.data import DataError
+from diffusion_core.data import DataError, load_data
 from diffusion_core.evaluation.classifier import classifier_for
 from diffusion_core.evaluation.sampling import generated
 from diffusion_core.generation import Generator
@@ -240,6 +242,55 @@ def test_what_cannot_be_judged_is_refused_in_one_line(
     ]:
         call(*words, code=2)
         assert reason in capsys.readouterr().err
+
+
+def test_sampling_flags_decide_what_is_judged(run: tuple[Path, MemoryTracker, Any], tmp_path: Path) -> None:
+    common = ["--checkpoint", str(run[0]), "--num-images", "20", "--figures", "frechet", "--micro-batch", "7",
+              "--compile", "none", "--reference", "val"]  # fmt: skip
+    flags = {
+        "ddim": ["--sampler", "ddim", "--steps", "3", "--spacing", "quadratic", "--eta", "0.5", "--seed", "1"],
+        "another seed": ["--sampler", "ddim", "--steps", "3", "--spacing", "quadratic", "--eta", "0.5", "--seed", "7"],
+        "ddpm": ["--sampler", "ddpm", "--steps", "3", "--variance", "fixed_small"],
+        "guided": ["--steps", "3", "--guidance", "2", "--guidance-interval", "0.1,5"],
+    }
+    protocols, values = {}, {}
+    for name, words in flags.items():
+        call(*common, *words, "--json", str(tmp_path / "found.json"))
+        found = json.loads((tmp_path / "found.json").read_text())
+        protocols[name] = found["protocols"]["eval/fd_classifier-digits_20_val"]
+        values[name] = found["figures"]["eval/fd_classifier-digits_20_val"]
+    assert "sampler=ddim, steps=3, spacing=quadratic, eta=0.5, guidance=1, seed=1" in protocols["ddim"]
+    assert "sampler=ddpm, steps=3, spacing=uniform, variance=fixed_small, guidance=1" in protocols["ddpm"]
+    assert "guidance=2, guidance_interval=0.1..5" in protocols["guided"]
+    assert all("reference=digits/val" in protocol for protocol in protocols.values())
+    assert len(set(values.values())) == len(flags)
+
+
+def test_the_best_trial_of_a_sweep_is_judged(
+    run: tuple[Path, MemoryTracker, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = run[2].best_checkpoint
+    (tmp_path / JSON_FILE).write_text(json.dumps([{"best_checkpoint": None}, {"best_checkpoint": str(best)}]))
+    call("--sweep", str(tmp_path), "--num-images", "10", "--figures", "", "--json", str(tmp_path / "found.json"))
+    assert f"{best}: 10 images" in capsys.readouterr().err
+    assert "eval/class_agreement" in json.loads((tmp_path / "found.json").read_text())["figures"]
+
+
+def test_images_of_a_model_may_have_moved(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in (images / "real").glob("*.png"):
+        label = file.name[0]
+        (tmp_path / "before" / label).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, tmp_path / "before" / label)
+    data = {"data.name": "folder", "data.path": str(tmp_path / "before"), "data.image_size": 8}
+    config = build_config(TINY, data, {"eval.classifier": "none", "eval.val_images": 4, "train.steps": 2})
+    run_trial(config, MemoryTracker(), dataset=load_data(config.data), folder=tmp_path / "run", run_id="run")
+    (tmp_path / "before").rename(tmp_path / "after")
+    words = ["--checkpoint", str(tmp_path / "run"), "--num-images", "10", "--figures", "kernel",
+             "--extractor", str(images / "c.safetensors")]  # fmt: skip
+    call(*words, code=2)
+    assert "no such folder" in capsys.readouterr().err
+    call(*words, "--data-path", str(tmp_path / "after"), "--json", str(tmp_path / "found.json"))
+    assert any(name.startswith("eval/kd_") for name in json.loads((tmp_path / "found.json").read_text())["figures"])
 
 
 @pytest.mark.slow

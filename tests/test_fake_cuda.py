@@ -48,7 +48,10 @@ def on_gpu(config: CoreConfig) -> UNet:
 
 
 def state_of(network: UNet, config: CoreConfig) -> TrainState:
-    return TrainState(network.train(), Ema(network, config.ema), build_optimizer(network, config.train))
+    optimizer = build_optimizer(network, config.train)
+    for group in optimizer.param_groups:
+        group["lr"] = config.train.lr  # Fake tensors have no fused step whose learning rate is a tensor.
+    return TrainState(network.train(), Ema(network, config.ema), optimizer)
 
 
 def some_draws(config: CoreConfig) -> Draws:

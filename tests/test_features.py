@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from diffusion_core.evaluation.folders import image_folder
 from diffusion_core.evaluation.frechet import Moments
 from diffusion_core.evaluation.given import read_extractor
 from diffusion_core.evaluation.inception import InceptionExtractor, build_inception, download_inception, read_inception
+from scripts import evaluate
 
 CPU = torch.device("cpu")
 COUNT = 7
@@ -98,6 +100,24 @@ def test_features_and_fid_are_pytorch_fids_of_the_same_files(
     except TypeError:  # SciPy 1.18 removed what pytorch-fid 0.3.0 calls.
         return
     assert few[0].distance(few[1]) == pytest.approx(peer, rel=1e-3)
+
+
+def test_the_script_reads_the_weights_that_it_is_given(
+    extractor: InceptionExtractor, weights: Path, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    paths = [str(path) for path in folders]
+    more = ["--inception-weights", str(weights), "--figures", "frechet", "--json", str(tmp_path / "a.json")]
+    assert evaluate.main([*paths, *more, "--device", "cpu"]) == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    ours, theirs = (
+        Moments.of(
+            torch.cat([extractor(images).features_BD for images, _ in image_folder(path).batches(range(COUNT), 4)])
+        )
+        for path in folders
+    )
+    name = f"eval/fd_{extractor.name}_{COUNT}_smooth"
+    assert found["figures"][name] == pytest.approx(ours.statistics().distance(theirs.statistics()), rel=1e-4)
+    assert extractor.weights[:8] in found["protocols"][name]
 
 
 def test_other_weights_are_not_called_inception(extractor: InceptionExtractor) -> None:

@@ -86,16 +86,16 @@ def test_a_comparison_measures_what_is_missing(
 ) -> None:
     monkeypatch.setattr(compare_formulations, "IMAGES", 20)
     monkeypatch.setitem(FORMULATIONS, "eps", {key: value for key, value in TINY.items() if key.startswith("model.")})
-    words = ["--formulations=eps", "--steps=3", "--out", str(tmp_path)]
+    words = ["--formulations=eps", "--steps=3", "--seeds=5", "--out", str(tmp_path)]
     assert compare_formulations.main([*words, "--samplers=dpmpp_2m 10"]) == 0
-    first = json.loads((tmp_path / "results.json").read_text())["eps, 3 steps, seed 0"]
+    first = json.loads((tmp_path / "results.json").read_text())["eps, 3 steps, seed 5"]
     assert first.keys() == {"seconds", "dpmpp_2m 10"}
     assert 0.0 <= first["dpmpp_2m 10"] <= 1.0
     checkpoints = sorted(tmp_path.rglob("*.safetensors"))
     stamps = [path.stat().st_mtime_ns for path in checkpoints]
     assert checkpoints
     assert compare_formulations.main([*words, "--samplers=dpmpp_2m 10;heun 10, karras"]) == 0
-    second = json.loads((tmp_path / "results.json").read_text())["eps, 3 steps, seed 0"]
+    second = json.loads((tmp_path / "results.json").read_text())["eps, 3 steps, seed 5"]
     assert {key: second[key] for key in first} == first
     assert "heun 10, karras" in second
     assert [path.stat().st_mtime_ns for path in checkpoints] == stamps  # The model was not trained again.

@@ -16,9 +16,9 @@ PACKAGES = ("diffusion_core", "pruning", "agent")
 
 CORE_LAYERS = (
     {"config", "config_io", "presets", "image_files", "figure_names", "cache", "uploads", "sharing"},
-    {"randomness", "data", "hardware", "compilation", "unet", "structure"},
+    {"randomness", "data", "hardware", "compilation", "norm", "unet", "structure"},
     {"schedule", "denoiser", "losses", "guidance", "samplers"},
-    {"draws", "ema", "checkpoint", "distillation", "memory", "trainer", "generation"},
+    {"draws", "cuda_graphs", "ema", "checkpoint", "distillation", "memory", "trainer", "generation"},
     {"evaluation", "tracking", "media", "preparation"},
     {"diffusers_names", "diffusers_networks", "diffusers_import", "diffusers_export"},
 )

@@ -62,6 +62,8 @@ result["shown"] = told(clean.main, "--project", "tester/test")
 result["removed"] = told(clean.main, "--project", "tester/test", "--yes")
 result["nothing left"] = told(clean.main, "--project", "tester/test")
 result["promoted"] = told(promote.main, "--sweep", f"tester/test/{SWEEP}", "--collection", "digits", "--alias", "new")
+result["another"] = told(promote.main, "--artifact", "test/model-better:latest", "--registry", "test-org/other",
+                         "--collection", "digits")
 result["personal"] = told(promote.main, "--artifact", "somebody/test/model-own:latest", "--collection", "digits")
 result["no sweep"] = told(promote.main, "--sweep", "tester/test/none", "--collection", "digits")
 result["no model"] = told(promote.main, "--artifact", "model-none:best", "--collection", "digits")
@@ -133,11 +135,25 @@ def test_the_best_model_of_a_sweep_is_promoted(told: tuple[dict[str, Any], Wandb
     status, out, err = result["promoted"]
     assert status == 0, err
     assert out == "tester/test/model-better:best is in wandb-registry-model/digits\n"
-    (collection,) = [c for c in server.backend.store.collections if c.is_portfolio]
-    assert (collection.project.entity, collection.project.name) == ("test-org", "wandb-registry-model")
+    (collection,) = linked(server, "wandb-registry-model")
     (membership,) = collection.memberships
     assert membership.artifact is versions(server)[1]
     assert sorted(membership.aliases) == ["latest", "new"]
+
+
+def test_a_model_is_promoted_to_the_registry_that_is_named(told: tuple[dict[str, Any], WandbServer]) -> None:
+    result, server = told
+    status, out, err = result["another"]
+    assert status == 0, err
+    assert out == "test/model-better:latest is in test-org/wandb-registry-other/digits\n"
+    (collection,) = linked(server, "wandb-registry-other")
+    assert [membership.artifact for membership in collection.memberships] == [versions(server)[4]]
+
+
+def linked(server: WandbServer, registry: str) -> list[Any]:
+    """The collections of a registry of the organization."""
+    collections = [c for c in server.backend.store.collections if c.is_portfolio and c.project.entity == "test-org"]
+    return [collection for collection in collections if collection.project.name == registry]
 
 
 @pytest.mark.parametrize(

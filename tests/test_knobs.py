@@ -159,6 +159,7 @@ TABLE: dict[str, Entry] = {
     "train.grad_clip": Entry(None, WEIGHTS, {"train.grad_clip": 0.01, "train.lr": 0.1}),
     "train.label_dropout": Entry(0.9, WEIGHTS),
     "train.compile": Entry("blocks", ("compiled",), why="the result is the same but for rounding"),
+    "train.cuda_graphs": Entry(False, ("replayed",), why="a GPU alone records and replays"),
     "train.deterministic": Entry(True, ("only deterministic algorithms",), same=("weights",)),
     "train.precision": Entry("bf16", (*WEIGHTS, "precision")),
     "train.device": Entry("cuda", ("device",), why="without a GPU the trial is refused, and says so"),
@@ -183,6 +184,7 @@ TABLE: dict[str, Entry] = {
     "sample.every": Entry(2, ("files", "grids")),
     "sample.per_class": Entry(2, ("grid size",), same=SAMPLING_ONLY),
     "sample.batch_size": Entry(3, ("batches",), same=(*SAMPLING_ONLY, "grid"), why="memory and speed, not the images"),
+    "sample.cuda_graphs": Entry(False, ("replayed",), why="a GPU alone records and replays"),
     "sample.compile": Entry(
         "network",
         ("compiled for sampling",),
@@ -349,6 +351,10 @@ def observe(
     monkeypatch.setattr(generation, "compiled", compiled_network)
     monkeypatch.setattr(compilation, "BACKEND", "eager")  # The compiler proper takes minutes on a processor.
     algorithms: set[bool] = set()
+    replayed: list[tuple[str, bool]] = []
+    for module in (trainer, generation):
+        name = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(module, "is_replayed", lambda wanted, *_, name=name: replayed.append((name, wanted)))
     with (
         torch.nn.modules.module.register_module_forward_pre_hook(
             # Nothing but zeros is shown where time and memory of a pass are measured, as often as there is time for.
@@ -367,6 +373,7 @@ def observe(
             return Observed(seen | {"device": str(error)})
     seen["batches"] = batches
     seen["compiled for sampling"] = for_sampling
+    seen["replayed"] = sorted(set(replayed))
     seen["compiled"], seen["only deterministic algorithms"] = compiled, algorithms
     told = capsys.readouterr().err
     seen["stderr"] = "training:" in told

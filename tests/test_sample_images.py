@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -139,6 +140,28 @@ def tiles(strip: np.ndarray, count: int, factor: int = 6, gap: int = 2, size: in
     right = strip.shape[1] - gap
     lefts = [right - (count - i) * pitch + gap for i in range(count)]
     return [strip[gap : gap + factor * size : factor, left : left + factor * size : factor] for left in lefts]
+
+
+def test_every_flag_reaches_the_sampler(run: Path, tmp_path: Path) -> None:
+    few = ["--num-images", "10", "--steps", "6", "--precision", "fp32", "--compile", "none"]
+    flags: dict[str, list[str]] = {
+        "plain": [],
+        "eta": ["--eta", "0.5"],
+        "spacing": ["--spacing", "trailing"],
+        "small": ["--sampler", "ddpm", "--variance", "fixed_small"],
+        "large": ["--sampler", "ddpm", "--variance", "fixed_large"],
+        "guided": ["--guidance", "3"],
+        "interval": ["--guidance", "3", "--guidance-interval", "0.0,1.0"],
+        "model": ["--weights", "model"],
+    }
+    for name, words in flags.items():
+        assert sample(run, tmp_path / name, *few, *words) == 0
+    drawn = [images(tmp_path / name) for name in flags]
+    assert all(one != other for one, other in combinations(drawn, 2))
+    # bf16 changes the image a little; whether it changes a pixel depends on the processor.
+    assert sample(run, tmp_path / "bf16", *few, "--precision", "bf16") == 0
+    exact, coarse = (np.asarray(Image.open(tmp_path / name / "4-0.png")).astype(int) for name in ("plain", "bf16"))
+    assert np.abs(exact - coarse).mean() < 16
 
 
 def test_interpolation_ends_where_it_should(run: Path, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ def sampling_protocol(config: SampleConfig, seed: int) -> str:
     parts = [f"sampler={config.sampler}", f"steps={config.steps}", f"spacing={config.spacing}"]
     if config.eta:
         parts.append(f"eta={config.eta:g}")
+    if config.sampler == "ddpm" and config.variance != SampleConfig().variance:
+        parts.append(f"variance={config.variance}")
     parts.append(f"guidance={config.guidance:g}")
     if config.guidance_interval is not None:
         low, high = config.guidance_interval

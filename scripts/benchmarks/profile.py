@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 
 KINDS = {
-    "convolutions": r"conv|xmma|implicit_gemm|wgrad|dgrad|fprop|init_device_workspace",
+    "fused reductions (norms)": r"^triton_(red|per)",
+    "fused elementwise": r"^triton",
     "attention": r"sdpa|flash|fmha|attention|dot_do_o|convert_dq",
+    "convolutions": r"conv|xmma|implicit_gemm|wgrad|dgrad|fprop|init_device_workspace",
     "matrix products": r"nvjet|gemm|cublas|splitk|cutlass",
-    "fused reductions (norms)": r"triton_(red|per)",
-    "fused elementwise": r"triton",
     "optimizer and averages": r"multi_tensor|foreach|adam|lerp",
     "norms": r"norm|welford",
     "copies and fills": r"copy|memcpy|memset|fill",
