@@ -136,7 +136,7 @@ def build_optimizer(network: UNet, config: TrainConfig) -> torch.optim.AdamW:
     device = next(network.parameters()).device
     if device.type == "cuda":  # A tensor, so that a recorded step sees it change.
         for group in optimizer.param_groups:
-            group["lr"] = torch.tensor(config.lr, device=device)
+            group["lr"] = torch.full((), config.lr, device=device)
     return optimizer
 
 
