@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from agent.command import fail, run_and_leave
 from agent.config import TrialConfig, config_from_words
-from agent.leaving import run_and_leave
-from agent.refusal import fail
-from agent.settings import in_sweep
-from diffusion_core.config_io import ConfigError, help_text, split_argv, to_yaml
+from agent.tracking.environment import in_sweep
+from diffusion_core.config import ConfigError, help_text, split_argv, to_yaml
 from pruning.config import unheard
 
 USAGE = """\
@@ -64,8 +63,8 @@ def main(argv: Sequence[str] | None = None, usage: str = USAGE, defaults: Sequen
 def dry_run(config: TrialConfig) -> int:
     """Print what would be trained, without reading data or starting a run."""
     from diffusion_core.config import NUM_CLASSES
-    from diffusion_core.unet import build_network
-    from pruning.cost import count_cost
+    from diffusion_core.model.cost import count_cost
+    from diffusion_core.model.unet import build_network
 
     channels, size, _ = config.data.image_shape
     # The number of classes of a folder is known once it is read; it moves the count by an embedding row each.

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.checkpoints import MODEL, STATE, kept_checkpoints
-from agent.refusal import fail
-from agent.run_folder import CHECKPOINTS, locked, run_folders
-from agent.settings import load_environment
+from agent.command import fail
 from agent.sync import SYNCED
+from agent.tracking.environment import load_environment
+from agent.tracking.project import versions_without_alias
 from diffusion_core.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
-from diffusion_core.config_io import ConfigError
+from diffusion_core.config import ConfigError
+from diffusion_core.run_folder import CHECKPOINTS, locked, run_folders
+from diffusion_core.training.checkpoints import kept_checkpoints
 
 
 @dataclass(frozen=True)
@@ -98,20 +99,8 @@ def on_wandb(project: str) -> Iterator[Leftover]:
     Raises:
         CheckpointError: if W&B has no such project, or does not answer.
     """
-    import wandb
-
-    try:
-        api = wandb.Api()
-        for kind in (MODEL, STATE):
-            if kind not in {known.name for known in api.artifact_types(project)}:
-                continue
-            for collection in api.artifact_type(kind, project).collections():
-                for version in collection.artifacts():
-                    if not version.aliases and not version.linked_artifacts:
-                        yield Leftover(version.name, version.size, version.delete)
-    except (wandb.errors.Error, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"--project = {project!r}: {reason}") from None
+    for version in versions_without_alias(project):
+        yield Leftover(version.name, version.size, version.delete)
 
 
 if __name__ == "__main__":

@@ -4,44 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field
-
-from diffusion_core.config import CoreConfig, Section
-from diffusion_core.config_io import build, read_yaml
-from diffusion_core.presets import PRESETS
+from diffusion_core.config import PRESETS, CoreConfig, DistillConfig, InitConfig, build, read_yaml
 from pruning.config import PruneConfig
 
 AT_START = frozenset({"snip", "synflow"})
 """Methods that prune at initialisation unless they are told another step."""
-
-
-class InitConfig(Section):
-    checkpoint: Annotated[str, Field(min_length=1)] | None = None
-    """Start from the weights of this checkpoint, or of the newest one in a run's folder, of equal model.*; a pruned one
-    keeps its widths and masks. None: start from nothing."""
-    artifact: Annotated[str, Field(min_length=1)] | None = None
-    """The same from W&B: a `model` artifact, such as model-abc123:best."""
-    weights: Literal["ema", "model"] = "ema"
-    """Which weights: the average that was validated, or as trained (not in artifacts)."""
-
-
-class DistillConfig(Section):
-    output: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.0
-    """Weight, beside the loss, of the squared distance to what the teacher answers."""
-    features: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.0
-    """Weight of the squared distance between maps of where teacher and student are active, at each resolution
-    (Zagoruyko & Komodakis 2017), which does not ask how wide they are."""
-    checkpoint: Annotated[str, Field(min_length=1)] | None = None
-    """The teacher. None: the network as it was when this run pruned it."""
-    artifact: Annotated[str, Field(min_length=1)] | None = None
-    """The teacher from W&B: a `model` artifact."""
-
-    @property
-    def wanted(self) -> bool:
-        """Whether there is anything to learn from a teacher."""
-        return self.output > 0.0 or self.features > 0.0
 
 
 class TrialConfig(CoreConfig):

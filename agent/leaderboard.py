@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from agent.refusal import fail
-from agent.results import TrialRecord, best_first, shown, table_of
-from agent.run_folder import PROTOCOLS_FILE, RESULT_FILE, write_json
-from agent.settings import load_environment
-from diffusion_core.config_io import ConfigError
+from agent.command import fail
+from agent.sweep.results import TrialRecord, best_first, shown, table_of
+from agent.tracking import project
+from diffusion_core.config import ConfigError
+from diffusion_core.config.metrics import goal_of
 from diffusion_core.evaluation.protocol import PREFIX
-from diffusion_core.figure_names import goal_of
+from diffusion_core.files import write_json
+from diffusion_core.run_folder import PROTOCOLS_FILE, RESULT_FILE
 
 COSTS = {"parameters": "model/params", "MACs": "model/macs", "latency": "model/latency"}
 """Columns of what a model costs, and what its figures' names begin with."""
@@ -84,26 +85,12 @@ def from_project(name: str) -> list[Entry]:
     Raises:
         ConfigError: if W&B cannot be reached, or has no such project.
     """
-    load_environment()
-    import wandb  # Slow to import.
-
-    try:
-        entries = []
-        for run in wandb.Api().runs(name, filters={"state": "finished"}):
-            summary = {key: _value(key, value) for key, value in dict(run.summary).items()}
-            protocols = {key.removeprefix(PREFIX): str(line) for key, line in summary.items() if key.startswith(PREFIX)}
-            if any(column.startswith("model/") for column in summary):
-                entries.append(entry(run.id, summary, protocols))
-        return entries
-    except (wandb.errors.Error, ValueError, OSError) as error:
-        raise ConfigError(f"--project = {name!r}: {' '.join(str(error).split())[:300]}") from None
-
-
-def _value(name: str, value: Any) -> Any:
-    """A summary's value: of a figure with a goal W&B keeps the best one, as a mapping."""
-    if hasattr(value, "get") and not isinstance(value, str):
-        return value.get("min" if goal_of(name) == "minimize" else "max")
-    return value
+    entries = []
+    for run_id, summary in project.finished_runs(name):
+        protocols = {key.removeprefix(PREFIX): str(line) for key, line in summary.items() if key.startswith(PREFIX)}
+        if any(column.startswith("model/") for column in summary):
+            entries.append(entry(run_id, summary, protocols))
+    return entries
 
 
 def ordered(entries: Sequence[Entry], metric: str | None) -> list[Entry]:
@@ -141,12 +128,8 @@ def show(entries: Sequence[Entry]) -> str:
 
 def upload(name: str, entries: Sequence[Entry]) -> None:
     """Log the board as a table, in a run of its own in the project."""
-    import wandb
-
-    entity, _, project = name.rpartition("/")
     columns, rows = rows_of(entries)
-    with wandb.init(entity=entity or None, project=project, job_type=FILE, name=FILE) as run:
-        run.log({FILE: wandb.Table(columns=list[str | int](columns), data=rows)})
+    project.log_table(name, FILE, columns, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,14 +2,14 @@
 
 FOLDER/                      the chain's own folder: run.json, config.yaml, history.jsonl, result.json
     rewind/step-*/           the dense network at prune.rewind_step
-    rounds/00/               the folder of the dense run (see agent/run_folder.py)
+    rounds/00/               the folder of the dense run (see diffusion_core/run_folder.py)
     rounds/01/ ...           of the run of each round's ticket
     rounds/08-reinit/        of a control's, in place of the ticket of the last round
-    summary.json, *.md, *.png  (agent/lottery_summary.py)
+    summary.json, *.md, *.png  (pruning/lottery/report.py)
 
 A round whose output is there is skipped; one that was stopped goes on from its checkpoint. So a chain can be made
 longer, or be given a control, by running it again with another prune.rounds or prune.control. In an empty folder it
-goes on from what W&B has of it (agent/uploaded_rounds.py).
+goes on from what W&B has of it (agent/tracking/rounds.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,32 +25,31 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from agent.checkpoints import SaveCheckpoints
 from agent.config import TrialConfig
-from agent.consistency import inherit_dense_images, keep_dense_images
-from agent.lottery_summary import ROUNDS, write_summary
-from agent.phases import warn_of_empty_layers
-from agent.preemption import Stopped, StopRequest
-from agent.resume import check_same_run, find_checkpoint
-from agent.run_folder import CHECKPOINTS, HISTORY_FILE, RESULT_FILE, write_json, write_text
-from agent.trial import TrialResult, make_accelerator, run_trial, write_run_files
+from agent.tracking.rounds import OpenTracker
+from agent.trial import TrialResult, make_accelerator, run_trial, warn_of_empty_layers, write_run_files
 from diffusion_core.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, step_folder
-from diffusion_core.config_io import ConfigError, flatten
-from diffusion_core.data import Dataset
+from diffusion_core.config import ConfigError, flatten
+from diffusion_core.data.datasets import Dataset
+from diffusion_core.files import write_json, write_text
+from diffusion_core.model.structure import maskable
+from diffusion_core.model.unet import build_network
+from diffusion_core.run_folder import CHECKPOINTS, HISTORY_FILE, RESULT_FILE
 from diffusion_core.tracking import STEP, NullTracker, Tracker
-from diffusion_core.trainer import Callback, TrainState
-from diffusion_core.unet import build_network
+from diffusion_core.training.checkpoints import SaveCheckpoints
+from diffusion_core.training.resume import check_same_run, find_checkpoint
+from diffusion_core.training.stopping import Stopped, StopRequest
+from diffusion_core.training.trainer import Callback, TrainState
 from pruning.config import PruneConfig
-from pruning.lottery import most_rounds, random_mask, record, reinitialised, remaining, rewound, trained_ticket
-from pruning.masks import empty_layers, maskable
+from pruning.consistency import inherit_dense_images, keep_dense_images
+from pruning.lottery.report import ROUNDS, write_summary
+from pruning.lottery.tickets import most_rounds, random_mask, record, reinitialised, remaining, rewound, trained_ticket
+from pruning.masks.mask import empty_layers
 
 if TYPE_CHECKING:
-    from agent.uploaded_rounds import UploadedRounds
+    from agent.tracking.rounds import UploadedRounds
 
 REWIND = "rewind"
-
-OpenTracker = Callable[[str, Path, TrialConfig], Tracker]
-"""Run id, folder and configuration of a round to where its figures go."""
 
 
 def no_tracker(_run_id: str, _folder: Path, _config: TrialConfig) -> Tracker:

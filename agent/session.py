@@ -17,40 +17,31 @@ from typing import TYPE_CHECKING
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from agent import health
-from agent.batch_size import settled
+from agent.command import fail
 from agent.config import TrialConfig
-from agent.lottery import OpenTracker, run_chain
-from agent.preemption import Stopped, StopRequest
-from agent.processes import WATCH_EVERY_S, Peers, first_process_first
-from agent.redact import recorded_console
-from agent.refusal import fail
-from agent.resume import fetch_best, fetch_checkpoint
-from agent.retention import Retention
-from agent.run_folder import (
-    CHECKPOINTS,
-    RUN_FILE,
-    SAMPLES,
-    find_run,
-    locked,
-    make_folder,
-    read_history,
-    read_run_file,
-    write_json,
-)
-from agent.settings import leave_sweep, load_environment, start_wandb, wandb_mode
-from agent.stop_cause import was_asked_to_end
+from agent.lottery import run_chain
 from agent.sync import mark_synced
+from agent.tracking.artifacts import fetch_best, fetch_checkpoint
+from agent.tracking.console import recorded_console
+from agent.tracking.environment import find_run, is_offline, load_environment, wandb_mode
+from agent.tracking.rounds import UploadedRounds, round_trackers
+from agent.tracking.run import leave_sweep, may_fetch, start_wandb, wandb_tracker
+from agent.tracking.stop_cause import was_asked_to_end
 from agent.trial import TrialResult, make_accelerator, run_trial
-from agent.uploaded_rounds import UploadedRounds
 from diffusion_core.checkpoint import CheckpointError
-from diffusion_core.config_io import ConfigError, flatten
-from diffusion_core.data import DataError, load_data
-from diffusion_core.tracking import STEP, NullTracker, Tracker, WandbTracker
-from diffusion_core.trainer import TrainingDiverged
+from diffusion_core.config import ConfigError, flatten
+from diffusion_core.data.datasets import DataError, load_data
+from diffusion_core.distributed import WATCH_EVERY_S, Peers, first_process_first
+from diffusion_core.files import write_json
+from diffusion_core.run_folder import CHECKPOINTS, RUN_FILE, SAMPLES, locked, make_folder, read_history, read_run_file
+from diffusion_core.tracking import NullTracker, Tracker
+from diffusion_core.training import callbacks
+from diffusion_core.training.batch_size import settled
+from diffusion_core.training.stopping import Stopped, StopRequest
+from diffusion_core.training.trainer import TrainingDiverged
 
 if TYPE_CHECKING:
-    from wandb.sdk.wandb_run import Run
+    from agent.tracking.run import Run
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LAST_WORDS_S = 15.0
@@ -60,37 +51,6 @@ LAST_WORDS_S = 15.0
 def is_chain(config: TrialConfig) -> bool:
     """Whether a trial is a chain of lottery tickets rather than one training."""
     return config.prune.method == "lottery"
-
-
-def round_trackers(chain_id: str, mode: str) -> OpenTracker:
-    """What opens the W&B run of each round of a chain: all of them in one group, beside the chain's own run."""
-
-    def open_tracker(run_id: str, folder: Path, config: TrialConfig) -> Tracker:
-        if mode == "disabled":
-            return NullTracker()
-        run = start_wandb(run_id, folder, flatten(config), mode, group=chain_id, beside=True)
-        if may_fetch(run, config):
-            fetch_checkpoint(run, folder / CHECKPOINTS)
-        return wandb_tracker(run, folder, config)
-
-    return open_tracker
-
-
-def may_fetch(run: Run, config: TrialConfig) -> bool:
-    """Whether a run goes on from what W&B has of it."""
-    return run.resumed and not run.settings._offline and config.checkpoint.resume
-
-
-def wandb_tracker(run: Run, folder: Path, config: TrialConfig) -> WandbTracker:
-    """The tracker of a W&B run, which goes on after the rows that the run has already."""
-    logged = [row[STEP] for row in read_history(folder)]
-    return WandbTracker(
-        run,
-        # What this machine recorded offline before, `wandb sync` uploads.
-        first_step=max(logged, default=-1) + 1 if run.settings._offline else run.starting_step,
-        keep=config.checkpoint.keep,
-        after_upload=Retention(config.checkpoint.keep, config.checkpoint.ttl_days),
-    )
 
 
 def run_session(config: TrialConfig) -> int:
@@ -200,7 +160,7 @@ class _Session:
             run_id, folder, flatten(config), self.mode, group=group, sweep_id=sweep_id, on_stop=self.stop.ask
         )
         self.is_new = not read_history(folder)
-        online = not run.settings._offline
+        online = not is_offline(run)
         self.tracker = wandb_tracker(run, folder, config)
         self.stop.asked_to_end = functools.partial(was_asked_to_end, run)
         if online:
@@ -233,8 +193,8 @@ class _Session:
             self.preemptions += 1
             write_json(self.folder / RUN_FILE, read_run_file(self.folder) | {"preemptions": self.preemptions})
             self.tracker.summary({"preemptions": self.preemptions})
-            if self.preemptions == health.PREEMPTIONS:
-                self.tracker.alert(health.PREEMPTED, f"This trial was preempted {self.preemptions} times")
+            if self.preemptions == callbacks.PREEMPTIONS:
+                self.tracker.alert(callbacks.PREEMPTED, f"This trial was preempted {self.preemptions} times")
             print(f"{stopped}; continue with the same command and --log.dir={self.folder}", file=sys.stderr)
         return stopped.signal_code, stopped.signal_code
 
@@ -243,7 +203,7 @@ class _Session:
         if isinstance(error, ConfigError | DataError):
             return fail(str(error))
         if isinstance(error, TrainingDiverged):
-            self.tracker.alert(health.DIVERGED, str(error))
+            self.tracker.alert(callbacks.DIVERGED, str(error))
         if isinstance(error, CheckpointError | TrainingDiverged):
             print(f"error: {error}", file=sys.stderr)
         elif isinstance(error, OSError) and error.errno in DISK_FULL:

@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from agent.artifacts import download_model
 from agent.config import TrialConfig
-from agent.consistency import inherit_dense_images
-from agent.processes import first_process_first
-from agent.teacher import keep_teacher
+from agent.tracking.artifacts import download_model
 from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from diffusion_core.config_io import ConfigError, flatten, knobs
-from diffusion_core.data import Dataset
+from diffusion_core.config import ConfigError, flatten, list_knobs
+from diffusion_core.data.datasets import Dataset
+from diffusion_core.distributed import first_process_first
+from diffusion_core.model.unet import build_network
 from diffusion_core.tracking import Tracker
-from diffusion_core.trainer import TrainState
-from diffusion_core.unet import build_network
-from pruning.pruner import MASKS_PART, RECORD_KEY, inherit
+from diffusion_core.training.teacher import keep_teacher
+from diffusion_core.training.trainer import TrainState
+from pruning.consistency import inherit_dense_images
+from pruning.masks.mask import MASKS_PART
+from pruning.pruner import RECORD_KEY, inherit
 
 PARENT_KEY = "parent"
 """Where checkpoints say what their run started from."""
@@ -86,7 +87,7 @@ def start_state(config: TrialConfig, dataset: Dataset, tracker: Tracker, acceler
         state = start_from(source, config, dataset.num_classes, config.init.weights, accelerator.device, "init.")
     if teacher is not None:
         _check(teacher, config, dataset.num_classes, "distill.")
-        keep_teacher(state, teacher.checkpoint.network(), config)
+        keep_teacher(state, teacher.checkpoint.network(), config.model)
     for used in (source, teacher):
         if used is not None and used.artifact is not None:
             tracker.use(used.artifact)
@@ -136,7 +137,7 @@ def _check(source: Source, config: TrialConfig, num_classes: int, option: str) -
 def disagreements(checkpoint: Checkpoint, config: TrialConfig, num_classes: int) -> Iterator[str]:
     """Where a configuration and a checkpoint's network are not the same, each as the start of a line for the user."""
     now, then = flatten(config), checkpoint.metadata["config"]
-    for key, _ in knobs(TrialConfig):
+    for key, _ in list_knobs(TrialConfig):
         if key in FREE_TO_DIFFER or not (key.startswith("model.") or key == "diffusion.prediction"):
             continue
         if key in then and now[key] != then[key]:

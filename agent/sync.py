@@ -14,8 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from agent.refusal import fail
-from agent.run_folder import (
+from agent.command import fail
+from agent.tracking.environment import has_key, load_environment
+from agent.tracking.run import forget_environment, start_wandb
+from agent.tracking.tracker import WandbTracker
+from diffusion_core.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
+from diffusion_core.config import ConfigError, read_yaml
+from diffusion_core.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
     ENVIRONMENT,
@@ -27,10 +32,6 @@ from agent.run_folder import (
     read_run_file,
     run_folders,
 )
-from agent.settings import has_key, load_environment, start_wandb
-from diffusion_core.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
-from diffusion_core.config_io import ConfigError, read_yaml
-from diffusion_core.tracking import WandbTracker
 
 SYNCED = ".synced"
 """What W&B appends to the name of a run's file once it is uploaded: `wandb sync` passes over it."""
@@ -66,18 +67,16 @@ def sync(folder: Path) -> None:
         ConfigError: if W&B cannot be reached, or the folder holds no readable run.
         TimeoutError: if not everything arrived in time.
     """
-    import wandb
-
-    from agent.callbacks import log_rows
-    from agent.checkpoints import log_checkpoint
-    from agent.resume import uploaded_steps
+    from agent.tracking.artifacts import uploaded_steps
+    from diffusion_core.training.callbacks import log_rows
+    from diffusion_core.training.checkpoints import log_checkpoint
 
     if not has_key():
         raise ConfigError("WANDB_API_KEY = None: needed to send a run; set it (see .env.example), or run `wandb login`")
     known = read_run_file(folder)
     # The project and the sweep that the run belongs to, wherever this is called.
     os.environ.update(known.get(ENVIRONMENT, {}) | {"WANDB_RUN_ID": known["id"]})
-    wandb.teardown()  # It reads the environment once.
+    forget_environment()
     config = read_yaml(folder / CONFIG_FILE)
     rows = read_history(folder)
     run = start_wandb(known["id"], folder, config, "online", or_offline=False)

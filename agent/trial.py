@@ -1,7 +1,8 @@
-"""One trial: from a configuration to a trained, pruned, evaluated model with checkpoints."""
+"""Run one trial: train, prune, train on, evaluate, and write checkpoints and a result."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -10,18 +11,18 @@ from pathlib import Path
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list
 
-from agent.callbacks import DrawSamples, LogHistory
-from agent.checkpoints import SaveCheckpoints
 from agent.config import TrialConfig
-from agent.consistency import dense_consistency
-from agent.evaluation import Evaluate
-from agent.facts import costs_of, describe_data, system_facts
-from agent.health import WatchQuality
-from agent.phases import train_and_prune
-from agent.preemption import Stopped, StopRequest
-from agent.redact import redact, redacted
-from agent.resume import find_checkpoint
-from agent.run_folder import (
+from agent.start import PARENT_KEY, start_state
+from agent.summary import costs_of, describe_data, system_facts
+from agent.tracking.environment import belongs_here
+from diffusion_core.config import ConfigError, flatten, to_yaml
+from diffusion_core.data.batches import Batches
+from diffusion_core.data.datasets import Dataset
+from diffusion_core.evaluation.protocol import PREFIX
+from diffusion_core.files import write_json, write_text
+from diffusion_core.hardware import pick_device
+from diffusion_core.redact import redact, redacted
+from diffusion_core.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
     DATA_FILE,
@@ -29,21 +30,22 @@ from agent.run_folder import (
     RESULT_FILE,
     RUN_FILE,
     SAMPLES,
-    belongs_here,
     best_figures,
     read_history,
     read_run_file,
-    write_json,
-    write_text,
 )
-from agent.start import start_state
-from diffusion_core.config_io import ConfigError, flatten, to_yaml
-from diffusion_core.data import Dataset
-from diffusion_core.evaluation.protocol import PREFIX
-from diffusion_core.hardware import pick_device
 from diffusion_core.tracking import Tracker
-from diffusion_core.trainer import Callback, TrainState
-from pruning.pruner import resume_pruning
+from diffusion_core.training.callbacks import DrawSamples, LogHistory, WatchQuality
+from diffusion_core.training.checkpoints import SaveCheckpoints
+from diffusion_core.training.evaluation import Evaluate
+from diffusion_core.training.resume import find_checkpoint
+from diffusion_core.training.stopping import Stopped, StopRequest
+from diffusion_core.training.teacher import distillation_of, keep_dense_as_teacher
+from diffusion_core.training.trainer import Callback, TrainState, train
+from pruning.calibration import Calibration
+from pruning.consistency import KeepDenseImages, dense_consistency
+from pruning.masks.gradual import GradualPruning, Ramp
+from pruning.pruner import is_pruned, prune_state, resume_pruning
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,14 @@ def run_trial(
         state = start_state(config, dataset, tracker, accelerator)
 
     saver = SaveCheckpoints(config, dataset, tracker, checkpoints, run_id, resumed)
-    after_step: list[Callback] = [*callbacks, Evaluate(config, dataset, accelerator, tracker, folder)]
+
+    def is_dense(state: TrainState) -> bool:
+        return config.prune.method != "none" and not is_pruned(state)
+
+    after_step: list[Callback] = [
+        *callbacks,
+        Evaluate(config, dataset, accelerator, tracker, folder, is_dense),
+    ]
     if accelerator.is_main_process:
         write_run_files(config, folder, run_id)
         write_json(folder / DATA_FILE, describe_data(config, dataset))
@@ -177,3 +186,75 @@ def write_run_files(config: TrialConfig, folder: Path, run_id: str) -> None:
     belongs = read_run_file(folder).get(ENVIRONMENT, {}) | belongs_here()
     write_json(folder / RUN_FILE, read_run_file(folder) | {"id": run_id, ENVIRONMENT: belongs})
     write_text(folder / CONFIG_FILE, redact(to_yaml(config)))
+
+
+def warn_of_empty_layers(layers: Sequence[str]) -> None:
+    """One line if layers are left without any weight."""
+    if layers:
+        print(
+            f"warning: pruning left no weight in {len(layers)} layers ({', '.join(layers[:5])}"
+            f"{', ...' if len(layers) > 5 else ''}); prune.scope=layer keeps some in each",
+            file=sys.stderr,
+        )
+
+
+def train_and_prune(
+    state: TrainState,
+    config: TrialConfig,
+    dataset: Dataset,
+    callbacks: Sequence[Callback],
+    saver: SaveCheckpoints,
+    accelerator: Accelerator,
+) -> None:
+    """Train to the pruning, prune, and train on; without pruning, train."""
+    batches = Batches(
+        dataset.train,
+        batch_size=config.train.images_per_step,
+        seed=config.seed,
+        horizontal_flip=config.data.flips,
+        device=accelerator.device,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    if config.prune.method != "none" and not is_pruned(state):
+        before = list(callbacks)
+        if config.prune.method == "gradual":
+            ramp = Ramp(config.prune_step, config.prune_until, config.prune.interval)
+            before.insert(0, GradualPruning(ramp, config, config.prune))
+        if accelerator.is_main_process:
+            keep_images = KeepDenseImages(config, config.prune_step, from_parent=PARENT_KEY in state.extra_metadata)
+            keep_images(state, {})  # The step before the pruning may be done.
+            before.insert(0, keep_images)
+        _train(state, batches, config, before, accelerator, config.prune_until)
+        keep_dense_as_teacher(state, config.model, config.distill)
+        calibration = None
+        if config.prune.needs_images:
+            progress = config.log.progress and accelerator.is_main_process
+            calibration = Calibration.of(dataset.train, config, accelerator.device, progress)
+        report = prune_state(state, config, config.prune, calibration)
+        saver.forget_best()
+        if PARENT_KEY in state.extra_metadata and accelerator.is_main_process:
+            saver.save_pruned(state)
+        if accelerator.is_main_process:
+            print(
+                f"pruned at step {report.step} ({report.method}): sparsity {report.sparsity:.4f}, parameters "
+                f"{report.before.nonzero_params:,} -> {report.after.nonzero_params:,}, MACs {report.before.macs:,} -> "
+                f"{report.after.macs:,}"
+            )
+            warn_of_empty_layers(report.details.get("empty_layers", []))
+    _train(state, batches, config, callbacks, accelerator, config.train.steps)
+
+
+def _train(
+    state: TrainState,
+    batches: Batches,
+    config: TrialConfig,
+    callbacks: Sequence[Callback],
+    accelerator: Accelerator,
+    until: int,
+) -> None:
+    """Train, with a teacher if the state has one."""
+    distillation = distillation_of(state, config.model, config.train, config.distill)
+    train(state, batches, config, callbacks, accelerator=accelerator, until=until, distillation=distillation)
+    if distillation is not None:
+        distillation.close()

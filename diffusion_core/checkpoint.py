@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Collection, Mapping
@@ -27,10 +26,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from diffusion_core.config import CoreConfig
-from diffusion_core.config_io import ConfigError, build, knobs
-from diffusion_core.structure import resize
-from diffusion_core.unet import UNet
+from diffusion_core.config import ConfigError, CoreConfig, build, list_knobs
+from diffusion_core.files import flush_folder, sha256, write_bytes
+from diffusion_core.model.structure import resize
+from diffusion_core.model.unet import UNet
 
 FORMAT = 1
 METADATA_FILE = "checkpoint.json"
@@ -71,7 +70,7 @@ class Checkpoint:
 
     def config(self) -> CoreConfig:
         """The core's part of the configuration that the model was trained with."""
-        known = {key for key, _ in knobs(CoreConfig)}
+        known = {key for key, _ in list_knobs(CoreConfig)}
         stored = self.metadata["config"]
         try:
             return build(CoreConfig, {key: value for key, value in stored.items() if key in known})
@@ -133,39 +132,18 @@ def write_checkpoint(
         for part, tensors in parts.items():
             content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
             files[f"{part}.safetensors"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            _write(temporary / f"{part}.safetensors", content)
+            write_bytes(temporary / f"{part}.safetensors", content)
         described = {"format": FORMAT, "step": step, **metadata, "files": files}
-        _write(temporary / METADATA_FILE, json.dumps(described, indent=1, allow_nan=False).encode())
-        _flush(temporary)
+        write_bytes(temporary / METADATA_FILE, json.dumps(described, indent=1, allow_nan=False).encode())
+        flush_folder(temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        _flush(folder)
+        flush_folder(folder)
     except (OSError, SafetensorError, ValueError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise CheckpointError(f"cannot write checkpoint {str(final)!r}: {reason}") from None
     return Checkpoint(final, described)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:

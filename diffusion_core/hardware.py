@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from diffusion_core.config import TrainConfig
-from diffusion_core.config_io import ConfigError
+from diffusion_core.config import ConfigError, TrainConfig
 
 Precision = Literal["fp32", "tf32", "bf16"]
 

@@ -10,12 +10,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_core.config import CoreConfig
-from diffusion_core.data import Batches, Images
-from diffusion_core.denoiser import Denoiser
-from diffusion_core.draws import Draws, draw
-from diffusion_core.losses import diffusion_loss
+from diffusion_core.data.batches import Batches
+from diffusion_core.data.datasets import Images
+from diffusion_core.diffusion.denoiser import Denoiser
+from diffusion_core.diffusion.draws import Draws, draw
+from diffusion_core.diffusion.losses import diffusion_loss
+from diffusion_core.model.unet import UNet
 from diffusion_core.randomness import Purpose, stream_seed
-from diffusion_core.unet import UNet
 
 
 @dataclass(frozen=True)

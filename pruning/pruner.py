@@ -12,23 +12,15 @@ from torch import Tensor
 
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import CoreConfig
-from diffusion_core.trainer import TrainState
-from diffusion_core.unet import UNet
+from diffusion_core.model.cost import Cost, count_cost
+from diffusion_core.model.structure import maskable
+from diffusion_core.model.unet import UNet
+from diffusion_core.training.trainer import TrainState
 from pruning.calibration import Calibration
-from pruning.choice import choose_masks
+from pruning.channels.removal import Removal, prune_channels, remove
 from pruning.config import LISTENS_TO, PruneConfig
-from pruning.cost import Cost, count_cost
-from pruning.masks import (
-    MASKS_PART,
-    WeightMasks,
-    agreed,
-    empty_layers,
-    held_masks,
-    hold_masks,
-    maskable,
-    sparsity,
-)
-from pruning.structural import Removal, prune_channels, remove
+from pruning.masks.build import choose_masks
+from pruning.masks.mask import MASKS_PART, WeightMasks, agreed, empty_layers, held_masks, hold_masks, sparsity
 
 RECORD_KEY = "pruning"
 """Where checkpoints keep the records of the prunings, oldest first."""

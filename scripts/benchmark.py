@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.machine import machine
-from benchmarks.options import Options
-from benchmarks.rows import Row, markdown
+from benchmarks.measurement.machine import machine
+from benchmarks.measurement.options import Options
+from benchmarks.measurement.rows import Row, markdown
 
 DESCRIPTION = """\
 Measure speed against peers that do the same work in the same process, in turns; medians. Run it on a quiet machine.

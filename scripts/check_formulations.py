@@ -3,7 +3,7 @@
   python scripts/check_formulations.py --data.name=folder --data.path=DIR
   python scripts/check_formulations.py --preset=digits --train.steps=100 --formulations 'eps;v' --out runs/check
 
-A formulation is a schedule, a prediction, a weighting and a loss (diffusion_core/presets.py lists them); the network is
+A formulation is a schedule, a prediction, a weighting and a loss (see diffusion_core/config/presets.py); the network is
 the preset's with 32 channels and one residual block a resolution, and any knob of `python -m agent` can be given
 besides. A loss falls if its mean over the last tenth of the steps is below that over the first tenth. Writes
 results.json and table.md. Stop it and run it again: what is done is kept. Exit status: 0, 1 if a formulation fails, 2
@@ -21,15 +21,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from agent.command import fail
 from agent.config import TrialConfig, build_config
-from agent.refusal import fail
-from agent.run_folder import read_history, write_json
 from agent.trial import run_trial
-from diffusion_core.config_io import ConfigError, split_argv
-from diffusion_core.data import DataError, Dataset, load_data
-from diffusion_core.presets import FORMULATIONS
+from diffusion_core.config import FORMULATIONS, ConfigError, split_argv
+from diffusion_core.data.datasets import DataError, Dataset, load_data
+from diffusion_core.files import write_json
+from diffusion_core.run_folder import read_history
 from diffusion_core.tracking import NullTracker
-from diffusion_core.trainer import TrainingDiverged
+from diffusion_core.training.trainer import TrainingDiverged
 
 PRECISIONS = ("fp32", "bf16")
 STARTING_POINT: dict[str, Any] = {

@@ -16,20 +16,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from agent.command import fail
 from agent.config import build_config
-from agent.refusal import fail
-from agent.run_folder import write_json
 from agent.trial import TrialResult, run_trial
 from diffusion_core.checkpoint import read_checkpoint
-from diffusion_core.config import CoreConfig
-from diffusion_core.config_io import ConfigError, build, flatten
-from diffusion_core.data import Dataset, load_data
-from diffusion_core.evaluation.classifier import Classifier, classifier_for
-from diffusion_core.generation import Generator, Request
+from diffusion_core.config import FORMULATIONS, PRESETS, ConfigError, CoreConfig, build, flatten
+from diffusion_core.data.datasets import Dataset, load_data
+from diffusion_core.diffusion.schedule import build_schedule
+from diffusion_core.evaluation.classifier.classifier import Classifier, classifier_for
+from diffusion_core.files import write_json
 from diffusion_core.hardware import pick_device, pick_precision
-from diffusion_core.presets import FORMULATIONS, PRESETS
-from diffusion_core.samplers import evaluations
-from diffusion_core.schedule import build_schedule
+from diffusion_core.sampling.generation import Generator, Request
+from diffusion_core.sampling.samplers import evaluations
 from diffusion_core.tracking import NullTracker
 
 COMPARED = ("eps", "v", "x0", "EDM", "learned variance")

@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from pruning_tables import structured
-from pruning_tables.study import Study
+from studies import structured
+from studies.study import Study
 
-from diffusion_core.config_io import ConfigError
+from diffusion_core.config import ConfigError
 
 T = TypeVar("T", int, float)
 

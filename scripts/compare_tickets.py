@@ -19,14 +19,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from agent.command import fail
 from agent.config import TrialConfig, build_config
 from agent.lottery import run_chain
-from agent.lottery_summary import LABELS, Trained, plot_spread, read_stages
-from agent.refusal import fail
-from agent.run_folder import write_json, write_text
-from diffusion_core.config_io import ConfigError
-from diffusion_core.data import load_data
+from diffusion_core.config import ConfigError
+from diffusion_core.data.datasets import load_data
+from diffusion_core.files import write_json, write_text
 from diffusion_core.tracking import NullTracker
+from pruning.lottery.report import LABELS, Trained, plot_spread, read_stages
 
 PER_ROUND = 0.2054
 """Close to the usual 20%, and 80%, 90% and 95% are whole numbers of rounds: 0.2 ** (1 / 7) is left of each."""

@@ -36,10 +36,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from diffusion_core.checkpoint import CheckpointError
-from diffusion_core.config_io import ConfigError
-from diffusion_core.diffusers_export import export_model
-from diffusion_core.diffusers_import import import_model
-from diffusion_core.diffusers_names import CLASSES_FILE
+from diffusion_core.config import ConfigError
+from diffusion_core.diffusers_io.exporter import export_model
+from diffusion_core.diffusers_io.importer import import_model
+from diffusion_core.diffusers_io.names import CLASSES_FILE
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

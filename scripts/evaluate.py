@@ -26,32 +26,28 @@ from typing import get_args
 import torch
 from accelerate import PartialState
 
-from agent.artifacts import download_model
-from agent.image_sets import as_reference, best_of_sweep, is_statistics, see
+from agent.command import fail
 from agent.leaderboard import EVALUATION_FILE
-from agent.processes import first_process_first
-from agent.published import publish
-from agent.refusal import fail
-from agent.results import table_of
-from agent.sampling_flags import add_sampling_flags, sampling_knobs
+from agent.sweep.results import best_of_sweep, table_of
+from agent.tracking.artifacts import download_model
+from agent.tracking.registry import publish
 from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from diffusion_core.config import IMAGE_SHAPES, CoreConfig, DataConfig, EvalConfig, Figure
-from diffusion_core.config_io import ConfigError, build, flatten
-from diffusion_core.data import DataError, load_data
+from diffusion_core.config import IMAGE_SHAPES, ConfigError, CoreConfig, DataConfig, EvalConfig, Figure, build, flatten
+from diffusion_core.config.metrics import INCEPTION
+from diffusion_core.data.datasets import DataError, load_data
+from diffusion_core.distributed import first_process_first, shared_out
 from diffusion_core.evaluation.consistency import consistency_of_models
+from diffusion_core.evaluation.extractors import download_inception, read_extractor, read_inception
 from diffusion_core.evaluation.features import Extractor, ExtractorError, with_channels
-from diffusion_core.evaluation.folders import image_folder
-from diffusion_core.evaluation.given import read_extractor
-from diffusion_core.evaluation.inception import download_inception, read_inception
+from diffusion_core.evaluation.folders import as_reference, image_folder, is_statistics, see
+from diffusion_core.evaluation.generated import estimate_seconds, generated
 from diffusion_core.evaluation.measure import KEPT_FIGURES, compare
-from diffusion_core.evaluation.processes import shared_out
 from diffusion_core.evaluation.protocol import protocol, protocols, sampling_protocol
-from diffusion_core.evaluation.sampling import estimate_seconds, generated
-from diffusion_core.evaluation.statistics_file import write_statistics
+from diffusion_core.evaluation.reference import write_statistics
 from diffusion_core.evaluation.suite import Judgement, Suite
-from diffusion_core.figure_names import INCEPTION
-from diffusion_core.generation import Generator
 from diffusion_core.hardware import pick_precision
+from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs
+from diffusion_core.sampling.generation import Generator
 
 DEFAULT_FIGURES = ("frechet", "kernel", "score", "precision_recall", "density_coverage")
 OF_IMAGES = tuple(figure for figure in get_args(Figure) if figure != "loss_by_timestep")

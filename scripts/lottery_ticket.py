@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agent.__main__ import main as run_trial
-from agent.lottery_summary import plot_overlap, ticket_masks
-from agent.refusal import fail
+from agent.command import fail
 from diffusion_core.checkpoint import CheckpointError, read_checkpoint
+from pruning.lottery.report import plot_overlap, ticket_masks
 
 USAGE = """\
 usage: python scripts/lottery_ticket.py --out DIR [--key=value ...] [--print-config | --dry-run]

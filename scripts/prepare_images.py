@@ -28,12 +28,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from diffusion_core.preparation.prepare import prepare
-from diffusion_core.preparation.records import DATA_SETS, InputError, Settings
-from diffusion_core.preparation.report import dropped_lines, ignored_lines
-from diffusion_core.preparation.sources import SUFFIXES, all_jobs
-from diffusion_core.preparation.target import REPORT_FILE, check_target
-from diffusion_core.preparation.workers import Stopped
+from diffusion_core.data.preparation.prepare import dropped_lines, ignored_lines, prepare
+from diffusion_core.data.preparation.records import DATA_SETS, InputError, Settings
+from diffusion_core.data.preparation.sources import SUFFIXES, all_jobs
+from diffusion_core.data.preparation.target import REPORT_FILE, check_target
+from diffusion_core.data.preparation.workers import Stopped
 
 SIZES = (4, 1024)
 """What training takes as ``data.image_size``."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from agent.registry import best_model, promote
-from agent.settings import has_key, load_environment
+from agent.tracking.environment import has_key, load_environment
+from agent.tracking.registry import best_model, promote
 from diffusion_core.checkpoint import CheckpointError
 
 

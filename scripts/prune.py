@@ -23,26 +23,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from agent.checkpoints import describe, model_files
+from agent.command import fail
 from agent.config import TrialConfig, build_config
-from agent.consistency import keep_dense_images
-from agent.refusal import fail
-from agent.run_folder import make_folder
-from agent.settings import has_key, load_environment, start_wandb
 from agent.start import Source, open_source, start_from
+from agent.tracking.environment import has_key, load_environment
+from agent.tracking.run import start_wandb
+from agent.tracking.tracker import WandbTracker
 from diffusion_core.checkpoint import CheckpointError, list_checkpoints, write_checkpoint
-from diffusion_core.config import NUM_CLASSES
-from diffusion_core.config_io import ConfigError, flatten, knobs, split_argv
-from diffusion_core.data import DataError, load_data
+from diffusion_core.config import NUM_CLASSES, ConfigError, flatten, list_knobs, split_argv
+from diffusion_core.data.datasets import DataError, load_data
 from diffusion_core.evaluation.consistency import consistency_of_models
-from diffusion_core.generation import Generator
 from diffusion_core.hardware import pick_device, pick_precision
-from diffusion_core.tracking import WandbTracker
-from diffusion_core.trainer import TrainState
-from diffusion_core.unet import UNet, build_network
+from diffusion_core.model.cost import LATENCY_BATCH, count_cost, latencies, peak_memory
+from diffusion_core.model.unet import UNet, build_network
+from diffusion_core.run_folder import make_folder
+from diffusion_core.sampling.generation import Generator
+from diffusion_core.training.checkpoints import describe, model_files
+from diffusion_core.training.trainer import TrainState
 from pruning.calibration import Calibration
 from pruning.config import PruneConfig, unheard
-from pruning.cost import LATENCY_BATCH, count_cost, latencies, peak_memory
+from pruning.consistency import keep_dense_images
 from pruning.pruner import prune_state
 
 TARGETS = get_args(PruneConfig.model_fields["target"].annotation)
@@ -167,7 +167,7 @@ def prepare(arguments: argparse.Namespace, words: Sequence[str]) -> Job:
     source = open_source(arguments.checkpoint, arguments.artifact, "--")
     stored: dict[str, Any] = {"preset": arguments.preset} if arguments.preset else {}
     if source is not None:
-        known = {key for key, _ in knobs(TrialConfig)}
+        known = {key for key, _ in list_knobs(TrialConfig)}
         stored = {
             key: value
             for key, value in source.checkpoint.metadata["config"].items()

@@ -26,17 +26,16 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from agent.artifacts import download_model
-from agent.image_folder import check_folder, file_name, read_png, save_png, settings
-from agent.processes import first_process_first
-from agent.sampling_flags import add_sampling_flags, sampling_knobs
-from diffusion_core import media
+from agent.tracking.artifacts import download_model
 from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from diffusion_core.config import CoreConfig
-from diffusion_core.config_io import ConfigError, build, flatten
-from diffusion_core.generation import Generator, Request, requests
+from diffusion_core.config import ConfigError, CoreConfig, build, flatten
+from diffusion_core.distributed import first_process_first
 from diffusion_core.hardware import pick_device, pick_precision
-from diffusion_core.unet import NO_LABEL, UNet
+from diffusion_core.model.unet import NO_LABEL, UNet
+from diffusion_core.sampling import media
+from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs
+from diffusion_core.sampling.generation import Generator, Request, requests
+from diffusion_core.sampling.image_folder import check_folder, file_name, read_png, save_png, settings
 
 MODES = ("sample", "denoise", "progressive", "interpolate")
 IMAGES_PER_LABEL = 8

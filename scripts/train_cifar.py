@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from agent.__main__ import main
-from agent.leaving import run_and_leave
+from agent.command import run_and_leave
 
 USAGE = """\
 usage: python scripts/train_cifar.py [--config FILE.yaml] [--key=value ...] [--print-config | --dry-run]

@@ -15,14 +15,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from agent.command import fail
 from agent.config import config_from_words
-from agent.refusal import fail
-from diffusion_core.config import TrainConfig
-from diffusion_core.config_io import ConfigError, split_argv
-from diffusion_core.data import DataError, load_data
-from diffusion_core.evaluation.classifier import classifier_for
+from diffusion_core.config import ConfigError, TrainConfig, split_argv
+from diffusion_core.data.datasets import DataError, load_data
+from diffusion_core.evaluation.classifier.classifier import classifier_for
+from diffusion_core.evaluation.classifier.training import RECIPES, recipe_for
 from diffusion_core.evaluation.features import ExtractorError
-from diffusion_core.evaluation.recipe import RECIPES, recipe_for
 from diffusion_core.hardware import pick_device
 
 

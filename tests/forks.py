@@ -13,13 +13,41 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parents[1]
 WAIT_S = 300
+
+STEPS = 300
+EVERY = 4
+WORDS = [
+    "--preset=digits",
+    "--model.channels=8",
+    "--model.channel_multipliers=1",
+    "--model.num_res_blocks=1",
+    "--model.attention_resolutions=",
+    "--model.norm_groups=4",
+    "--model.dropout=0.2",
+    "--diffusion.timesteps=50",
+    "--train.batch_size=4",
+    "--train.warmup_steps=10",
+    "--train.device=cpu",
+    "--train.precision=fp32",
+    f"--train.steps={STEPS}",
+    "--eval.classifier=none",
+    "--eval.val_images=8",
+    "--checkpoint.best_metric=val/loss",
+    f"--checkpoint.every={EVERY}",
+    "--sample.every=0",
+    "--sample.steps=1",
+    "--sample.per_class=1",
+    "--log.every=1",
+    "--log.dir=run",
+    "--log.progress=false",
+]
 
 
 class Forks:
@@ -142,12 +170,22 @@ def serve() -> None:
                 os.environ.update(request["env"])
                 os.chdir(request["folder"])
                 sys.argv = [request["module"], *request["start"]]
-                sys.exit(importlib.import_module(request["module"]).main(request["start"]))
+                module = importlib.import_module(request["module"])
+                if hasattr(module, "__path__"):  # A package: what python -m runs.
+                    module = importlib.import_module(f"{request['module']}.__main__")
+                sys.exit(module.main(request["start"]))
             ended[answer] = None
         print(json.dumps(answer), flush=True)
     for pid, status in ended.items():  # Of a test that failed.
         if status is None:
             os.kill(pid, signal.SIGKILL)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Change the code in small ways, and count how many of the changes the tests notice.
 
   python tests/mutate.py --out mutants.json                          ten mutants of each module of TESTS
-  python tests/mutate.py --modules pruning.masks --per-module 30     more of one module
+  python tests/mutate.py --modules pruning.masks.mask --per-module 30     more of one module
 
 A mutant is one change of one expression or statement: another comparison, another operator, a constant one higher, a
 negated condition, a call or a result left out. It is tried in a copy of the tree against the tests of its module alone.
@@ -33,21 +33,21 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 TESTS = {
-    "diffusion_core.schedule": "test_schedule",
-    "diffusion_core.denoiser": "test_denoiser_and_losses test_predictions test_guidance",
-    "diffusion_core.losses": "test_denoiser_and_losses test_predictions test_learned_variance",
-    "diffusion_core.samplers": "test_samplers test_mixture",
-    "diffusion_core.guidance": "test_guidance test_denoiser_and_losses",
-    "diffusion_core.ema": "test_ema",
+    "diffusion_core.diffusion.schedule": "test_schedule",
+    "diffusion_core.diffusion.denoiser": "test_denoiser_and_losses test_predictions test_guidance",
+    "diffusion_core.diffusion.losses": "test_denoiser_and_losses test_predictions test_learned_variance",
+    "diffusion_core.sampling.samplers": "test_samplers test_mixture",
+    "diffusion_core.sampling.guidance": "test_guidance test_denoiser_and_losses",
+    "diffusion_core.training.ema": "test_ema",
     "diffusion_core.checkpoint": "test_checkpoint",
-    "diffusion_core.evaluation.frechet": "test_frechet",
-    "pruning.masks": "test_masks test_strategies",
-    "pruning.strategies": "test_strategies test_masks",
-    "pruning.search": "test_structural",
-    "agent.sweep_file": "test_sweep_files",
-    "agent.offline": "test_offline_sweeps",
-    "agent.checkpoints": "test_alerts test_start test_moving",
-    "agent.resume": "test_start test_moving",
+    "diffusion_core.evaluation.distances": "test_frechet",
+    "pruning.masks.mask": "test_masks test_strategies",
+    "pruning.masks.strategies": "test_strategies test_masks",
+    "pruning.channels.search": "test_structural",
+    "agent.sweep.file": "test_sweep_files",
+    "agent.sweep.offline": "test_offline_sweeps",
+    "diffusion_core.training.checkpoints": "test_alerts test_start test_moving",
+    "diffusion_core.training.resume": "test_start test_moving",
 }
 """Modules, and the test files that are theirs, without those marked as slow."""
 

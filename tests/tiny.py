@@ -9,11 +9,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from diffusion_core.config import CoreConfig, DataConfig
-from diffusion_core.config_io import build
-from diffusion_core.data import Batches, Dataset, Images, load_data
-from diffusion_core.trainer import TrainState
-from diffusion_core.unet import UNet, build_network
+from diffusion_core.config import CoreConfig, DataConfig, build, flatten
+from diffusion_core.data.batches import Batches
+from diffusion_core.data.datasets import Dataset, Images, load_data
+from diffusion_core.model.structure import structure
+from diffusion_core.model.unet import UNet, build_network
+from diffusion_core.training.trainer import TrainState
 
 TINY: dict[str, Any] = {
     "data.name": "digits",
@@ -101,3 +102,20 @@ def assert_same_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> N
     for name, tensor in ours.items():
         assert tensor.dtype == theirs[name].dtype, name
         assert torch.equal(tensor, theirs[name]), name
+
+
+CONFIG = tiny_config()
+
+
+def metadata(network: UNet, config: CoreConfig = CONFIG) -> dict[str, Any]:
+    return {
+        "config": flatten(config),
+        "image_shape": [1, 8, 8],
+        "num_classes": network.num_classes,
+        "class_names": [str(i) for i in range(10)],
+        "structure": structure(network, config.model),
+        "figures": {"val/loss": 0.25},
+        "best": None,
+        "ema_updates": 0,
+        "extra": {},
+    }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wandb_server import Sweep, WandbServer
+from server import Sweep, WandbServer
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 300

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion_core.config import SampleConfig
-from diffusion_core.evaluation.processes import add_up, shared_out
-from diffusion_core.evaluation.sampling import generated
-from diffusion_core.figure_names import count_name
-from diffusion_core.generation import Generator
+from diffusion_core.config.metrics import count_name
+from diffusion_core.distributed import add_up, shared_out
+from diffusion_core.evaluation.generated import generated
+from diffusion_core.sampling.generation import Generator
 
 WINDOW, SIGMA = 11, 1.5
 """Size and width of the Gaussian window of Wang et al. 2004; on images smaller than it, it is cut to their size."""

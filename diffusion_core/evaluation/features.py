@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from diffusion_core.data import Images
-from diffusion_core.evaluation.classifier_network import Judged
+from diffusion_core.data.datasets import Images
 
 HASH_DIGITS = 16
 """Hexadecimal digits of a SHA-256 that names and protocols show."""
@@ -87,3 +86,10 @@ def check_finite(features_BD: Tensor, what: str) -> None:
     """
     if not torch.isfinite(features_BD).all():
         raise ExtractorError(f"{what}: its features are not finite; the weights are damaged or do not belong to it")
+
+
+class Judged(NamedTuple):
+    """What a network makes of images: features ``(B, D)`` and, where it knows classes, logits ``(B, K)``."""
+
+    features_BD: Tensor
+    logits_BK: Tensor | None

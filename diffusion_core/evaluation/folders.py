@@ -1,4 +1,4 @@
-"""Folders of images to judge: their files, their labels if their names tell, and their pixels batch by batch."""
+"""Folders of images and files of statistics to judge or to compare to."""
 
 from __future__ import annotations
 
@@ -13,14 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_core.data import DataError
-from diffusion_core.image_files import IMAGE_SUFFIXES, ImageFileError, read_rgb
+from diffusion_core.config.metrics import space_name
+from diffusion_core.data.datasets import DataError
+from diffusion_core.data.image_files import IMAGE_SUFFIXES, ImageFileError, read_rgb
+from diffusion_core.distributed import shared_out
+from diffusion_core.evaluation.features import Extractor
+from diffusion_core.evaluation.measure import FEWEST, Reference, Seen, look
+from diffusion_core.evaluation.reference import read_statistics
 
 SAMPLE_NAME = re.compile(r"(\d+)-\d+\.png")
 """``{label}-{index}.png``, as scripts/sample_images.py names its files."""
 
 NOT_IMAGES = frozenset({"grid.png", "diffusion.gif"})
 """What scripts/sample_images.py writes beside them."""
+
+STATISTICS_SUFFIX = ".npz"
+STATISTICS_SPACE = "statistics"
+"""The feature space of two files of statistics, which do not say what theirs is."""
 
 
 @dataclass(frozen=True)
@@ -88,3 +97,31 @@ def image_folder(path: Path) -> ImageFolder:
 
 def _images(paths: Iterator[Path]) -> list[Path]:
     return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.name not in NOT_IMAGES)
+
+
+def is_statistics(path: Path) -> bool:
+    """Whether a path names a file of statistics, rather than a folder of images."""
+    return path.suffix == STATISTICS_SUFFIX
+
+
+def see(path: Path, extractor: Extractor | None, batch_size: int, *, keep: bool) -> Seen:
+    """What a folder of images, or a file of statistics, is in a feature space.
+
+    Raises:
+        DataError: if it is missing, empty, damaged, or holds a single image.
+    """
+    if is_statistics(path):
+        return Seen(extractor.name if extractor else STATISTICS_SPACE, read_statistics(path))
+    assert extractor is not None
+    folder = image_folder(path)
+    if len(folder) < FEWEST:
+        raise DataError(f"{str(path)!r}: holds a single image; expected at least {FEWEST} to compare")
+    batches = folder.batches(shared_out(len(folder)), batch_size)
+    (seen,) = look([extractor], batches, len(folder), keep=keep)
+    return seen
+
+
+def as_reference(path: Path, seen: Seen) -> Reference:
+    """A set of images as what others are compared to, named for its path."""
+    count = "statistics" if seen.statistics.count is None else f"{seen.statistics.count:,} images"
+    return Reference(space_name(path.stem), f"{path} ({count})", seen.statistics, seen.features_ND, seen.labels_N)

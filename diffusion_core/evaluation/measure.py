@@ -11,14 +11,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion_core.data import DataError
+from diffusion_core.config.metrics import space_figure
+from diffusion_core.data.datasets import DataError
+from diffusion_core.distributed import add_up, bring_together, shared_out
+from diffusion_core.evaluation.distances import (
+    Moments,
+    Statistics,
+    density_coverage,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 from diffusion_core.evaluation.features import Extractor, check_finite
-from diffusion_core.evaluation.frechet import Moments, Statistics
-from diffusion_core.evaluation.kernel import kernel_distance
-from diffusion_core.evaluation.manifold import density_coverage, precision_recall
-from diffusion_core.evaluation.processes import add_up, bring_together, shared_out
-from diffusion_core.evaluation.scores import inception_score
-from diffusion_core.figure_names import space_figure
 
 KEPT_FIGURES = frozenset({"kernel", "score", "precision_recall", "density_coverage", "per_class"})
 """Figures that need the features (or logits) of every image; for the others the moments do."""

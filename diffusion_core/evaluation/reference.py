@@ -1,29 +1,35 @@
-"""The real images that generated ones are compared to: their features are computed once, and kept in the cache."""
+"""The real images that generated ones are compared to: their statistics and features, the cache, and ``.npz`` files."""
 
 from __future__ import annotations
 
 import hashlib
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusion_core.cache import cache_path, keep
-from diffusion_core.data import DataError, Images
+from diffusion_core.data.datasets import DataError, Images
+from diffusion_core.distributed import add_up, shared_out
+from diffusion_core.evaluation.distances import Statistics
 from diffusion_core.evaluation.features import HASH_DIGITS, Extractor, fingerprint
-from diffusion_core.evaluation.frechet import Statistics
 from diffusion_core.evaluation.measure import Reference, look
-from diffusion_core.evaluation.processes import add_up, shared_out
-from diffusion_core.evaluation.statistics_file import read_statistics, write_statistics
 
 BATCH = 64
 
 Share = Callable[[str, str, Path], None]
 """Told of statistics that were computed anew: name, source, file."""
+
+COUNT = "count"
+"""An entry that we add, and pytorch-fid does not mind: the number of images."""
 
 
 def reference_for(
@@ -75,3 +81,37 @@ def _kept(statistics_file: Path, features_file: Path | None) -> tuple[Statistics
     except (DataError, SafetensorError, OSError, KeyError) as error:
         print(f"computing {statistics_file.stem} anew ({error})", file=sys.stderr)
         return None
+
+
+def read_statistics(path: Path) -> Statistics:
+    """Read statistics that pytorch-fid, or :func:`write_statistics`, has written; nothing in the file is run.
+
+    Raises:
+        DataError: if the file is missing, damaged, or something else.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mean_D = torch.from_numpy(np.atleast_1d(file["mu"]).astype(np.float64))
+            covariance_DD = torch.from_numpy(np.atleast_2d(file["sigma"]).astype(np.float64))
+            count = int(file[COUNT]) if COUNT in file else None
+    except OSError as error:
+        raise DataError(f"{str(path)!r}: {error.strerror or error}; expected statistics (.npz)") from None
+    except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{str(path)!r}: no statistics of pytorch-fid's format ({reason})") from None
+    if mean_D.ndim != 1 or covariance_DD.shape != (len(mean_D), len(mean_D)):
+        raise DataError(
+            f"{str(path)!r}: mu of {tuple(mean_D.shape)} and sigma of {tuple(covariance_DD.shape)} do not go together"
+        )
+    if not (torch.isfinite(mean_D).all() and torch.isfinite(covariance_DD).all()):
+        raise DataError(f"{str(path)!r}: holds values that are not finite")
+    return Statistics(count, mean_D, covariance_DD)
+
+
+def write_statistics(path: Path, statistics: Statistics) -> None:
+    """Write statistics in pytorch-fid's format."""
+    entries: dict[str, Any] = {"mu": statistics.mean_D.numpy(), "sigma": statistics.covariance_DD.numpy()}
+    if statistics.count is not None:
+        entries[COUNT] = np.asarray(statistics.count)
+    with path.open("wb") as file:  # NumPy would add a suffix to a bare path.
+        np.savez(file, **entries)

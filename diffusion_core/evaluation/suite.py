@@ -14,18 +14,16 @@ import torch
 from torch import Tensor
 
 from diffusion_core.config import DataConfig, EvalConfig
-from diffusion_core.data import Dataset, Images
-from diffusion_core.evaluation.classifier import Classifier, classifier_for
-from diffusion_core.evaluation.classifier_training import accuracy, train_classifier
+from diffusion_core.config.metrics import FID_FROM, INCEPTION, count_name
+from diffusion_core.data.datasets import Dataset, Images
+from diffusion_core.distributed import agree, bring_together
+from diffusion_core.evaluation.classifier.classifier import Classifier, classifier_for
+from diffusion_core.evaluation.classifier.training import RECIPES, accuracy, recipe_for, train_classifier
+from diffusion_core.evaluation.extractors import download_inception, read_extractor, read_inception
 from diffusion_core.evaluation.features import Extractor, ExtractorError
-from diffusion_core.evaluation.given import read_extractor
-from diffusion_core.evaluation.inception import download_inception, read_inception
 from diffusion_core.evaluation.measure import KEPT_FIGURES, Reference, agreement, compare, look
-from diffusion_core.evaluation.processes import agree, bring_together
 from diffusion_core.evaluation.protocol import protocol, protocols
-from diffusion_core.evaluation.recipe import RECIPES, recipe_for
 from diffusion_core.evaluation.reference import Share, reference_for
-from diffusion_core.figure_names import FID_FROM, INCEPTION, count_name
 
 Say = Callable[[str], None]
 """Takes one line for the user."""

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from diffusion_core.config import CoreConfig
-from diffusion_core.data import Images, to_unit
-from diffusion_core.denoiser import Denoiser
-from diffusion_core.evaluation.processes import add_up, shared_out
-from diffusion_core.figure_names import LOSS_BUCKETS
+from diffusion_core.config.metrics import LOSS_BUCKETS
+from diffusion_core.data.datasets import Images, to_unit
+from diffusion_core.diffusion.denoiser import Denoiser
+from diffusion_core.diffusion.losses import diffusion_loss
+from diffusion_core.distributed import add_up, shared_out
 from diffusion_core.hardware import Precision, autocast
-from diffusion_core.losses import diffusion_loss
+from diffusion_core.model.unet import UNet
 from diffusion_core.randomness import Purpose, generator
-from diffusion_core.unet import UNet
 
 VALIDATION_SEED = 0
 """Validation noise does not follow the run's seed: runs with different seeds are compared on the same noise."""

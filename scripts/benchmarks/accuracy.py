@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 
 from agent.config import TrialConfig, build_config
-from agent.run_folder import read_history
 from agent.trial import run_trial
-from benchmarks.options import Options
-from benchmarks.rows import Row
+from benchmarks.measurement.options import Options
+from benchmarks.measurement.rows import Row
 from diffusion_core.checkpoint import Checkpoint, read_checkpoint
-from diffusion_core.data import Dataset, load_data
-from diffusion_core.evaluation.classifier import classifier_for
-from diffusion_core.generation import Generator, Request
+from diffusion_core.data.datasets import Dataset, load_data
+from diffusion_core.evaluation.classifier.classifier import classifier_for
 from diffusion_core.hardware import Precision, pick_device
+from diffusion_core.run_folder import read_history
+from diffusion_core.sampling.generation import Generator, Request
 from diffusion_core.tracking import NullTracker
 
 SUBJECT = "accuracy"

@@ -10,9 +10,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from agent.run_folder import HISTORY_FILE
-from benchmarks.options import Options
-from benchmarks.rows import Row
+from benchmarks.measurement.options import Options
+from benchmarks.measurement.rows import Row
+from diffusion_core.run_folder import HISTORY_FILE
 
 SUBJECT = "cold-trial"
 FIRST_STEP_TARGET_S, TRIAL_TARGET_S = 6.0, 10.0

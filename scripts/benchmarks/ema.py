@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.networks import cifar_config, lively_network
-from benchmarks.options import Options
-from benchmarks.rows import Row, seconds
-from benchmarks.timing import alternating
-from diffusion_core.ema import Ema
+from benchmarks.measurement.networks import cifar_config, lively_network
+from benchmarks.measurement.options import Options
+from benchmarks.measurement.rows import Row, seconds
+from benchmarks.measurement.timing import alternating
 from diffusion_core.hardware import pick_device
+from diffusion_core.training.ema import Ema
 
 SUBJECT = "ema"
 TARGET = 3.0

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks.options import Options
-from benchmarks.rows import Row, seconds
-from benchmarks.timing import alternating
-from diffusion_core.evaluation.frechet import Moments, Statistics, frechet_distance
-from diffusion_core.evaluation.inception import build_inception, read_inception
+from benchmarks.measurement.options import Options
+from benchmarks.measurement.rows import Row, seconds
+from benchmarks.measurement.timing import alternating
+from diffusion_core.evaluation.distances import Moments, Statistics, frechet_distance
+from diffusion_core.evaluation.extractors import build_inception, read_inception
 
 SUBJECT = "fid"
 DIM, SHORT_DIM = 2048, 128

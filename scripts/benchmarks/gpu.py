@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.options import Options
-from benchmarks.rows import Row
+from benchmarks.measurement.options import Options
+from benchmarks.measurement.rows import Row
 
 SUBJECT = "gpu"
 PARTS = ("floors", "training", "peer", "sampling", "digits", "training-pruned", "sampling-pruned")

@@ -23,22 +23,21 @@ import torch
 from accelerate import Accelerator
 
 from benchmarks.fid import random_weights
-from benchmarks.networks import cifar_config, lively_network
-from benchmarks.profile import by_kind
-from benchmarks.timing import timed
+from benchmarks.measurement.networks import cifar_config, lively_network
+from benchmarks.measurement.profile import by_kind
+from benchmarks.measurement.timing import timed
 from benchmarks.training_step import our_step, peer_step
-from diffusion_core.compilation import forward_flops
-from diffusion_core.config import CoreConfig
-from diffusion_core.config_io import build
-from diffusion_core.data import Batches, load_data
-from diffusion_core.evaluation.frechet import Moments
-from diffusion_core.evaluation.inception import read_inception
-from diffusion_core.generation import Generator, requests
-from diffusion_core.presets import PRESETS
-from diffusion_core.trainer import TrainState, train
-from diffusion_core.unet import NO_LABEL, UNet, build_network
+from diffusion_core.config import PRESETS, CoreConfig, build
+from diffusion_core.data.batches import Batches
+from diffusion_core.data.datasets import load_data
+from diffusion_core.evaluation.distances import Moments
+from diffusion_core.evaluation.extractors import read_inception
+from diffusion_core.model.compilation import forward_flops
+from diffusion_core.model.unet import NO_LABEL, UNet, build_network
+from diffusion_core.sampling.generation import Generator, requests
+from diffusion_core.training.trainer import TrainState, train
+from pruning.channels.removal import prune_channels
 from pruning.config import PruneConfig
-from pruning.structural import prune_channels
 
 KEEP = 0.5
 FID_DIM = 2048

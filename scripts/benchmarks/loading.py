@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.options import Options
-from benchmarks.rows import Row
-from benchmarks.timing import alternating
+from benchmarks.measurement.options import Options
+from benchmarks.measurement.rows import Row
+from benchmarks.measurement.timing import alternating
 from diffusion_core.config import DataConfig, TrainConfig
-from diffusion_core.data import Batches, load_data
+from diffusion_core.data.batches import Batches
+from diffusion_core.data.datasets import load_data
 from diffusion_core.hardware import pick_device
 
 SUBJECT = "loading"

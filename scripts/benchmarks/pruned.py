@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.networks import cifar_config, lively_network
-from benchmarks.options import Options
-from benchmarks.rows import Row, seconds
-from benchmarks.timing import alternating
+from benchmarks.measurement.networks import cifar_config, lively_network
+from benchmarks.measurement.options import Options
+from benchmarks.measurement.rows import Row, seconds
+from benchmarks.measurement.timing import alternating
 from diffusion_core.hardware import Precision, autocast, memory_format, pick_device, pick_precision
-from diffusion_core.unet import UNet
+from diffusion_core.model.cost import count_cost
+from diffusion_core.model.unet import UNet
+from pruning.channels.removal import prune_channels
 from pruning.config import PruneConfig
-from pruning.cost import count_cost
-from pruning.structural import prune_channels
 
 SUBJECT = "pruned"
 BATCH, KEEP, TARGET = 16, 0.5, 0.62

@@ -6,13 +6,13 @@ import copy
 
 import torch
 
-from benchmarks.networks import cifar_config, lively_network, twin
-from benchmarks.options import Options
-from benchmarks.rows import Row, against_diffusers
-from benchmarks.timing import alternating
-from diffusion_core.generation import Generator, requests
+from benchmarks.measurement.networks import cifar_config, lively_network, twin
+from benchmarks.measurement.options import Options
+from benchmarks.measurement.rows import Row, against_diffusers
+from benchmarks.measurement.timing import alternating
 from diffusion_core.hardware import pick_device, pick_precision
-from diffusion_core.unet import NO_LABEL
+from diffusion_core.model.unet import NO_LABEL
+from diffusion_core.sampling.generation import Generator, requests
 
 SUBJECT = "sampling"
 BATCH, STEPS, SHORT_STEPS = 16, 50, 3

@@ -17,21 +17,20 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from agent.batch_size import largest_share
-from agent.run_folder import HISTORY_FILE
-from benchmarks.networks import lively_network
-from benchmarks.options import Options
-from benchmarks.rows import Row
-from benchmarks.timing import alternating
-from diffusion_core.compilation import forward_flops
-from diffusion_core.config import CoreConfig
-from diffusion_core.config_io import build
-from diffusion_core.data import Batches, Images
-from diffusion_core.generation import Generator, requests
+from benchmarks.measurement.networks import lively_network
+from benchmarks.measurement.options import Options
+from benchmarks.measurement.rows import Row
+from benchmarks.measurement.timing import alternating
+from diffusion_core.config import CoreConfig, build
+from diffusion_core.data.batches import Batches
+from diffusion_core.data.datasets import Images
 from diffusion_core.hardware import pick_precision
-from diffusion_core.memory import training_memory
-from diffusion_core.trainer import TrainState, train
-from diffusion_core.unet import NO_LABEL
+from diffusion_core.model.compilation import forward_flops
+from diffusion_core.model.unet import NO_LABEL
+from diffusion_core.run_folder import HISTORY_FILE
+from diffusion_core.sampling.generation import Generator, requests
+from diffusion_core.training.batch_size import largest_share, training_memory
+from diffusion_core.training.trainer import TrainState, train
 
 SUBJECT = "scaling"
 ROOT = Path(__file__).resolve().parents[2]

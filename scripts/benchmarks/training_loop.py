@@ -9,20 +9,21 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from agent.callbacks import LogHistory
 from agent.config import TrialConfig, build_config
-from agent.settings import start_wandb
+from agent.tracking.run import start_wandb
+from agent.tracking.tracker import WandbTracker
 from agent.trial import make_accelerator
-from benchmarks.options import Options
-from benchmarks.rows import Row, seconds
-from benchmarks.timing import alternating
-from diffusion_core.config_io import flatten
-from diffusion_core.data import Batches, Dataset, load_data, to_unit
+from benchmarks.measurement.options import Options
+from benchmarks.measurement.rows import Row, seconds
+from benchmarks.measurement.timing import alternating
+from diffusion_core.config import flatten
+from diffusion_core.data.batches import Batches
+from diffusion_core.data.datasets import Dataset, load_data, to_unit
+from diffusion_core.diffusion.schedule import build_schedule
 from diffusion_core.hardware import autocast, pick_precision
-from diffusion_core.schedule import build_schedule
-from diffusion_core.tracking import WandbTracker
-from diffusion_core.trainer import TrainState, train
-from diffusion_core.unet import build_network
+from diffusion_core.model.unet import build_network
+from diffusion_core.training.callbacks import LogHistory
+from diffusion_core.training.trainer import TrainState, train
 
 SUBJECT = "training-loop"
 TARGET = 0.95

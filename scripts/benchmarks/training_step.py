@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from benchmarks.networks import cifar_config, lively_network, twin
-from benchmarks.options import Options
-from benchmarks.rows import Row, against_diffusers
-from benchmarks.timing import alternating
+from benchmarks.measurement.networks import cifar_config, lively_network, twin
+from benchmarks.measurement.options import Options
+from benchmarks.measurement.rows import Row, against_diffusers
+from benchmarks.measurement.timing import alternating
 from diffusion_core.config import CoreConfig
-from diffusion_core.data import Batches, Images
+from diffusion_core.data.batches import Batches
+from diffusion_core.data.datasets import Images
 from diffusion_core.hardware import pick_precision
-from diffusion_core.trainer import TrainState, train
-from diffusion_core.unet import UNet
+from diffusion_core.model.unet import UNet
+from diffusion_core.training.trainer import TrainState, train
 
 SUBJECT = "training-step"
 BATCH = 16

@@ -1,0 +1,147 @@
+"""``python -m agent.sweep FILE.yaml``: check a sweep, then run it, online through W&B or offline on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from agent.command import fail
+from agent.sweep.file import SweepError, SweepFile, load_sweep
+from agent.tracking.environment import load_environment, wandb_mode
+from diffusion_core.config import ConfigError
+
+if TYPE_CHECKING:
+    from agent.sweep.offline import OfflineSweep
+
+DESCRIPTION = """\
+Check every parameter of a W&B sweep file, then run its trials: online (the sweep is created on W&B, and W&B's agents
+run it here, one for each GPU), or offline, with W&B's own search engine and no account. Stopped, an offline sweep goes
+on with the same command, an online one with --attach."""
+
+SHOWN_TRIALS = 5
+"""Trials that --dry-run lists."""
+MANY_TRIALS = 1000
+"""A grid of more is mentioned: it was perhaps not meant."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses words in one line, as everything else is refused."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(fail(message))
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser("python -m agent.sweep", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help="sweep file, such as sweeps/quickstart.yaml")
+    parser.add_argument("--count", type=positive, metavar="N", help="run at most N trials now")
+    parser.add_argument("--dry-run", action="store_true", help="list the first trials and what they cost, and stop")
+    parser.add_argument("--name", help="name of the sweep and its folder (default: from the file)")
+    online = parser.add_argument_group("online")
+    online.add_argument("--agents", type=positive, metavar="N", help="agents at once (one for each GPU, or one)")
+    online.add_argument("--attach", metavar="[[ENTITY/]PROJECT/]ID", help="join a sweep that is on W&B already")
+    offline = parser.add_argument_group("offline")
+    offline.add_argument("--offline", action="store_true", help="no server; the default where there is no API key")
+    offline.add_argument("--jobs", type=positive, metavar="N", help="trials at once (one for each GPU, or one)")
+    offline.add_argument("--out", type=Path, metavar="DIR", help="where NAME/ goes (runs/sweeps)")
+    arguments = parser.parse_args(argv)
+    if arguments.file is None and arguments.attach is None:
+        parser.error("FILE: a sweep file is needed, such as sweeps/quickstart.yaml (or --attach ID)")
+    return arguments
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer >= 1")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 if a trial failed, 2 if the sweep cannot be run, 130 if it was stopped."""
+    arguments = parse_arguments(argv)
+    load_environment()
+    try:
+        sweep = None if arguments.file is None else load_sweep(arguments.file)
+        if sweep is not None and arguments.name is not None:
+            sweep = sweep.renamed(arguments.name)
+        if arguments.offline or (wandb_mode() != "online" and not (arguments.agents or arguments.attach)):
+            return offline(sweep, arguments)
+        return online(sweep, arguments)
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+
+
+def offline(sweep: SweepFile | None, arguments: argparse.Namespace) -> int:
+    """Run a sweep on this machine alone."""
+    if sweep is None or arguments.attach or arguments.agents:
+        raise SweepError("--attach, --agents: for sweeps on W&B; leave --offline out (offline there is --jobs)")
+    from agent.sweep.offline import OfflineSweep, run_offline
+
+    jobs = arguments.jobs or one_per_gpu()
+    coordinator = OfflineSweep(sweep, (arguments.out or Path("runs/sweeps")) / sweep.name, jobs)
+    tell_cost(sweep, arguments, jobs, coordinator)
+    return 0 if arguments.dry_run else run_offline(coordinator, arguments.count)
+
+
+def online(sweep: SweepFile | None, arguments: argparse.Namespace) -> int:
+    """Create a sweep on W&B, or join one, and run agents here."""
+    if arguments.jobs or arguments.out:
+        raise SweepError("--jobs, --out: for sweeps without a server; add --offline, or use --agents")
+    if wandb_mode() != "online":
+        raise SweepError("--attach, --agents: W&B is needed: set WANDB_API_KEY (see .env.example), or `wandb login`")
+    from agent.sweep.online import create_sweep, find_sweep, run_agents
+
+    path = None
+    if arguments.attach:
+        path, sweep = find_sweep(arguments.attach, sweep)
+    assert sweep is not None
+    agents = arguments.agents or one_per_gpu()
+    if path is None or arguments.dry_run:  # Of one on W&B, some trials may be done.
+        tell_cost(sweep, arguments, agents)
+    if arguments.dry_run:
+        return 0
+    return run_agents(path or create_sweep(sweep), sweep, agents, arguments.count)
+
+
+def one_per_gpu() -> int:
+    from agent.sweep.devices import visible_gpus
+
+    return max(1, len(visible_gpus()))
+
+
+def tell_cost(sweep: SweepFile, arguments: argparse.Namespace, jobs: int, begun: OfflineSweep | None = None) -> None:
+    """Print what the sweep will cost; with --dry-run also its first trials.
+
+    Args:
+        jobs: trials at once.
+        begun: the offline sweep, some of whose trials may have ended.
+    """
+    from agent.sweep.devices import threads_each
+    from agent.sweep.estimate import Estimator, describe_sweep, list_trials
+
+    ended = [] if begun is None else begun.ended_trials()
+    limits = [arguments.count, None if sweep.total is None else max(0, sweep.total - len(ended))]
+    trials = min((limit for limit in limits if limit is not None), default=None)
+    if trials == 0:
+        print("estimate: no trials are left")
+        return
+    estimator = Estimator(
+        offline=begun is not None,
+        threads=threads_each(jobs),
+        past_seconds=[trial.seconds for trial in ended],
+    )
+    if arguments.dry_run:
+        print(list_trials(sweep, estimator, arguments.count or SHOWN_TRIALS))
+    folder = Path("runs") if begun is None else begun.folder
+    print(describe_sweep(sweep, estimator, jobs=jobs, trials=trials, folder=folder), flush=True)
+    if trials is not None and trials > MANY_TRIALS:
+        print(f"warning: {trials:,} trials; --count N or run_cap: N runs fewer", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""A sweep without a server: W&B's own search engine suggests, trials run here, several at a time, nothing is lost.
+
+runs/sweeps/NAME/
+    sweep.json                   the sweep and the state of its trials
+    trials/ID/                   the folder of each trial, with its offline W&B run
+    ID-samples.png, ID-diffusion.gif
+    results.csv, results.json, results.png
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.sweep import engine
+from agent.sweep.devices import shares
+from agent.sweep.file import SweepError, SweepFile
+from agent.sweep.plot import PLOT_FILE, plot_results
+from agent.sweep.process import LOG_FILE, end_orphan, expand_command, forward_signals, kill_group, start_process
+from agent.sweep.progress import SweepProgress
+from agent.sweep.results import TrialRecord, table, write_results
+from agent.sweep.state import DONE, FAILED, FINISHED, RUNNING, STOPPED, STOPPING, WAITING, SweepState, Trial
+from agent.sweep.trials import TrialReader
+from agent.tracking.environment import OFFLINE_SWEEP
+
+POLL_SECONDS = 0.1
+ATTEMPTS = 2
+"""How often a trial may fail: the first failure may be the machine's."""
+FAILURES_AT_START = 5
+"""Trials that may fail for good before one has come to its end; after that it is not the trials that are wrong."""
+STOP_GRACE_SECONDS = 120.0
+"""How long a trial that early termination gave up may take to end before it is killed."""
+ID_LENGTH = 40
+"""Characters of a sweep's name in the ids of its trials; W&B takes 64 in all."""
+
+
+class NothingWorks(RuntimeError):
+    """One trial after the other failed."""
+
+
+@dataclass
+class Running:
+    """A trial that has a process.
+
+    Attributes:
+        slot: which share of the machine it has.
+        started_at: on the monotonic clock.
+        kill_at: when it is killed, if it was told to end.
+        history_bytes: size of its history when early termination last looked at it.
+    """
+
+    trial: Trial
+    process: subprocess.Popen[bytes]
+    slot: int
+    started_at: float
+    kill_at: float | None = None
+    history_bytes: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started_at
+
+
+class OfflineSweep:
+    """Drives the trials of a sweep on this machine.
+
+    Args:
+        sweep: a checked sweep file.
+        folder: where everything goes; a sweep that is there already goes on.
+        jobs: trials at once.
+
+    Raises:
+        SweepError: if the folder holds a sweep of another content, or a damaged one.
+    """
+
+    def __init__(self, sweep: SweepFile, folder: Path, jobs: int = 1) -> None:
+        self.sweep = sweep
+        self.folder = folder
+        self.state = SweepState(sweep, folder)
+        self.reader = TrialReader(self.state, sweep.metric)
+        self.progress = SweepProgress(sweep, self.state, self.reader, jobs)
+        self.shares = shares(jobs)
+        self.running: list[Running] = []
+        self.exhausted = False
+
+    def ended_trials(self) -> list[Trial]:
+        """The trials that will not run again."""
+        return [trial for trial in self.state.trials if trial.state in DONE]
+
+    def run(self, count: int | None = None) -> list[TrialRecord]:
+        """Run trials until the search is exhausted, ``run_cap`` is reached, or ``count`` of them have been run.
+
+        Returns:
+            All trials of the sweep, best first.
+
+        Raises:
+            SweepError: if another process runs this sweep, or its command cannot be started.
+            KeyboardInterrupt: if this process was told to stop; the trials have then written their checkpoints.
+            NothingWorks: if one trial after the other has failed, and none has come to its end.
+        """
+        begun: set[str] = set()
+        ended: list[str] = []
+        with self.state.locked():
+            self._take_over()
+            with forward_signals(lambda: [running.process for running in self.running]) as came:
+                while True:
+                    while not came and not hopeless(ended) and len(self.running) < len(self.shares):
+                        trial = self._next_trial(begun, may_begin=count is None or len(begun) < count)
+                        if trial is None:
+                            break
+                        begun.add(trial.id)
+                        process = self._start(trial)
+                        if came:  # While it was being started, and could not yet be told.
+                            process.send_signal(came[-1])
+                    if not self.running:
+                        break
+                    time.sleep(POLL_SECONDS)
+                    ended += self._end_trials(interrupted=bool(came))
+                    self._give_up_trials()
+            write_results(self.folder, self.reader.ranked())
+            plot_results(self.folder / PLOT_FILE, self.sweep, self.reader.records())
+        if came:
+            raise KeyboardInterrupt
+        if hopeless(ended):
+            raise NothingWorks(f"{len(ended)} trials failed and none came to its end; nothing more is started")
+        return self.reader.ranked()
+
+    def _take_over(self) -> None:
+        """See to the trials of a process that was killed: nothing of them runs on, and what is done stays done."""
+        for trial in self.state.trials:
+            if trial.state in (RUNNING, STOPPING):
+                end_orphan(self.state.trial_folder(trial))
+                if self.reader.has_result(trial):
+                    trial.state = FINISHED
+                else:
+                    trial.state = STOPPED if trial.state == STOPPING else WAITING
+        self.state.write()
+
+    def _next_trial(self, begun: set[str], may_begin: bool) -> Trial | None:
+        """A trial that waits, or else a new one; None if there is none.
+
+        Args:
+            begun: ids of the trials that this process has run.
+            may_begin: whether it may be another one; else one of them is tried again.
+        """
+        trials = self.state.trials
+        waiting = [trial for trial in trials if trial.state == WAITING and (may_begin or trial.id in begun)]
+        if waiting or self.exhausted or not may_begin:
+            return waiting[0] if waiting else None
+        if self.sweep.run_cap is not None and len(trials) >= self.sweep.run_cap:
+            return None
+        parameters = engine.suggest(self.sweep.engine_config(), self.reader.engine_runs())
+        if parameters is None:
+            self.exhausted = True
+            return None
+        name = re.sub(r"[^A-Za-z0-9_-]+", "-", self.sweep.name)[:ID_LENGTH]
+        trial = Trial(f"{name}-{len(trials) + 1:03d}-{secrets.token_hex(2)}", parameters)
+        trials.append(trial)
+        return trial
+
+    def _start(self, trial: Trial) -> subprocess.Popen[bytes]:
+        slot = min(set(range(len(self.shares))) - {running.slot for running in self.running})
+        folder = self.state.trial_folder(trial)
+        arguments = [f"--{key}={value}" for key, value in trial.parameters.items()] + [f"--log.dir={folder}"]
+        environment = (
+            dict(os.environ)
+            | self.shares[slot]
+            | {
+                "WANDB_MODE": "disabled" if os.environ.get("WANDB_MODE") == "disabled" else "offline",
+                "WANDB_RUN_ID": trial.id,
+                "WANDB_NAME": trial.id,
+                "WANDB_RUN_GROUP": self.sweep.name,
+                OFFLINE_SWEEP: self.sweep.name,
+                "WANDB_SILENT": os.environ.get("WANDB_SILENT", "true"),
+            }
+        )
+        command = expand_command(self.sweep.config["command"], arguments, self.sweep.config.get("program"))
+        # Before there is a process: whoever finds this trial later must know that it may have one.
+        trial.state = RUNNING
+        self.state.write()
+        end_orphan(folder)  # Something that the trial left behind when it failed.
+        try:
+            process = start_process(command, environment, folder, self._log(trial))
+        except OSError as error:
+            trial.state = WAITING
+            self.state.write()
+            raise SweepError(f"command = {command[0]!r}: {error.strerror}") from None
+        self.running.append(Running(trial, process, slot, time.monotonic()))
+        self.progress.started(trial)
+        return process
+
+    def _log(self, trial: Trial) -> Path | None:
+        """Where a trial's output goes: to the screen (None) if no other trial is there."""
+        return self.state.trial_folder(trial) / LOG_FILE if len(self.shares) > 1 else None
+
+    def _end_trials(self, interrupted: bool) -> list[str]:
+        """Note which processes have ended; returns the states of the trials that are over."""
+        states = []
+        for running in list(self.running):
+            code = running.process.poll()
+            if code is None:
+                if running.kill_at is not None and time.monotonic() > running.kill_at:
+                    kill_group(running.process)
+                continue
+            if code:
+                kill_group(running.process)  # What it started must not hold on to the GPUs.
+            self.running.remove(running)
+            trial = running.trial
+            trial.seconds += running.seconds
+            if trial.state == STOPPING:
+                trial.state = FINISHED if code == 0 and self.reader.has_result(trial) else STOPPED
+            elif code == 0:
+                trial.state = FINISHED
+            elif interrupted:
+                trial.state = WAITING
+            else:
+                trial.failures += 1
+                trial.state = FAILED if trial.failures >= ATTEMPTS else WAITING
+            self.state.write()
+            self.reader.copy_pictures(trial)
+            self.progress.ended(trial, code, [other.seconds for other in self.running], self._log(trial))
+            if trial.state in DONE:
+                states.append(trial.state)
+        return states
+
+    def _give_up_trials(self) -> None:
+        """Tell those trials to end that early termination gives up."""
+        if "early_terminate" not in self.sweep.config:
+            return
+        news = False
+        for running in self.running:
+            size = self.reader.history_bytes(running.trial)
+            news |= size != running.history_bytes
+            running.history_bytes = size
+        if not news:
+            return
+        doomed = engine.doomed(self.sweep.engine_config(), self.reader.engine_runs())
+        for running in self.running:
+            if running.trial.id in doomed and running.trial.state == RUNNING:
+                running.trial.state = STOPPING
+                running.kill_at = time.monotonic() + STOP_GRACE_SECONDS
+                self.state.write()
+                running.process.send_signal(signal.SIGTERM)
+
+
+def hopeless(ended: Sequence[str]) -> bool:
+    """Whether trials have ended in such a way that no further one need be tried."""
+    return len(ended) >= FAILURES_AT_START and set(ended) == {FAILED}
+
+
+def run_offline(coordinator: OfflineSweep, count: int | None) -> int:
+    """Run an offline sweep and print its table; returns the exit status."""
+    sweep, folder = coordinator.sweep, coordinator.folder
+    try:
+        records = coordinator.run(count)
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command goes on from here ({folder})", file=sys.stderr)
+        return 130
+    except NothingWorks as error:
+        print(f"error: {error}", file=sys.stderr)
+        records = coordinator.reader.ranked()
+    print(f"\n{sweep.name}: {len(records)} trials" + (f", best {sweep.metric} first" if sweep.metric else ""))
+    print(table(records, sweep.varied, sweep.metric))
+    print(f"\nresults.csv, results.json, results.png, sample grids and GIFs: {folder}/")
+    print(f"to put it all on W&B: wandb sync {folder}/trials/*/wandb/offline-run-*")
+    return 0 if all(record.state != FAILED for record in records) else 1

@@ -1,0 +1,79 @@
+"""Lines on a running sweep: what starts, how it ended, how it ranks, and how long the rest will take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from agent.sweep.file import SweepFile
+from agent.sweep.results import choice, duration
+from agent.sweep.state import DONE, FAILED, FINISHED, STOPPED, SweepState, Trial
+from agent.sweep.trials import TrialReader
+
+
+class SweepProgress:
+    """Prints a line for each start and each end of a trial.
+
+    Args:
+        jobs: trials at once.
+    """
+
+    def __init__(self, sweep: SweepFile, state: SweepState, reader: TrialReader, jobs: int) -> None:
+        self.sweep = sweep
+        self.state = state
+        self.reader = reader
+        self.jobs = jobs
+
+    def started(self, trial: Trial) -> None:
+        begins = "goes on" if trial.seconds else "starts"
+        print(f"{self._name(trial)} {begins}: {choice(trial.parameters, self.sweep.varied)}", flush=True)
+
+    def ended(self, trial: Trial, code: int, under_way: Sequence[float], log: Path | None) -> None:
+        """A process of a trial has ended.
+
+        Args:
+            code: its exit status.
+            under_way: seconds that each of the running trials has run.
+            log: where its output went, if not to the screen.
+        """
+        said = [self._outcome(trial, code)]
+        if trial.state in (FINISHED, STOPPED):
+            said += self._rank(trial)
+        elif trial.failures and log is not None:
+            said.append(f"see {log}")
+        said.append(duration(trial.seconds))
+        left = self.seconds_left(under_way)
+        if left and trial.state in DONE:
+            said.append(f"about {duration(left)} left")
+        print(f"{self._name(trial)} {', '.join(said)}", flush=True)
+
+    def seconds_left(self, under_way: Sequence[float]) -> float | None:
+        """Wall time until the end, going by the trials that have ended; None if that is unknown."""
+        ended = [trial.seconds for trial in self.state.trials if trial.state in DONE]
+        if self.sweep.total is None or not ended:
+            return None
+        mean = sum(ended) / len(ended)
+        spent = sum(min(seconds, mean) for seconds in under_way)
+        return max(0.0, mean * (self.sweep.total - len(ended)) - spent) / self.jobs
+
+    def _name(self, trial: Trial) -> str:
+        total = f"/{self.sweep.total}" if self.sweep.total is not None else ""
+        return f"[{self.state.trials.index(trial) + 1}{total}] {trial.id}"
+
+    @staticmethod
+    def _outcome(trial: Trial, code: int) -> str:
+        if trial.state == STOPPED:
+            return "stopped early"
+        if trial.state == FAILED:
+            return f"failed again with status {code}"
+        if trial.state == FINISHED:
+            return "finished"
+        return f"failed with status {code} and is tried once more" if trial.failures else "interrupted"
+
+    def _rank(self, trial: Trial) -> list[str]:
+        metric = self.sweep.metric
+        measured = [record.id for record in self.reader.ranked() if record.state in DONE and metric in record.figures]
+        if metric is None or trial.id not in measured:
+            return []
+        figure = f"{metric} {self.reader.record(trial).figures[metric]:.4g}"
+        return [figure, f"rank {measured.index(trial.id) + 1} of {len(measured)}"]

@@ -1,0 +1,119 @@
+"""What an offline sweep remembers of its trials, in one file, and that only one process at a time goes on with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from agent.sweep import engine
+from agent.sweep.file import SweepError, SweepFile
+from diffusion_core.files import write_json
+from diffusion_core.run_folder import Held, held
+
+STATE_FILE = "sweep.json"
+LOCK_FILE = ".lock"
+TRIALS = "trials"
+FREE_TO_CHANGE = frozenset({"run_cap", "description"})
+"""Settings that may differ when a sweep goes on; all others decide what its trials are, or which of them is best."""
+
+WAITING = "waiting"
+RUNNING = "running"
+STOPPING = "stopping"
+FINISHED = "finished"
+STOPPED = "stopped"
+FAILED = "failed"
+DONE = frozenset({FINISHED, STOPPED, FAILED})
+
+
+@dataclass
+class Trial:
+    """A trial that the search engine asked for.
+
+    Attributes:
+        id: its run's id.
+        parameters: what the engine suggested.
+        state: ``waiting`` (to be started, gone on with, or tried again), ``running``, ``stopping`` (early termination
+            has told it to end), ``finished``, ``stopped`` or ``failed``.
+        failures: how often it has failed.
+        seconds: wall time of its processes.
+    """
+
+    id: str
+    parameters: dict[str, Any]
+    state: str = WAITING
+    failures: int = 0
+    seconds: float = 0.0
+
+
+class SweepState:
+    """The trials of an offline sweep, in the order in which they were suggested.
+
+    Args:
+        sweep: a checked sweep file.
+        folder: the sweep's folder; one that is there already is gone on with.
+
+    Raises:
+        SweepError: if the folder holds a sweep of another content, or a damaged one.
+    """
+
+    def __init__(self, sweep: SweepFile, folder: Path) -> None:
+        self.content = engine.plain(sweep.config)
+        self.folder = folder
+        self.trials: list[Trial] = []
+        self.read()
+
+    def read(self) -> None:
+        """Read the file, if there is one."""
+        try:
+            stored = json.loads((self.folder / STATE_FILE).read_text(encoding="utf-8"))
+            content = stored["sweep"]
+            trials = [Trial(**trial) for trial in stored["trials"]]
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError):
+            raise SweepError(
+                f"{str(self.folder)!r}: its {STATE_FILE} is damaged; give this sweep another --name, or delete it"
+            ) from None
+        if _decisive(content) != _decisive(self.content):
+            raise SweepError(
+                f"{str(self.folder)!r} holds a sweep of another content; give this one another --name, or delete it"
+            )
+        self.trials = trials
+
+    def write(self) -> None:
+        """Write the file, in one piece."""
+        write_json(
+            self.folder / STATE_FILE, {"sweep": self.content, "trials": [asdict(trial) for trial in self.trials]}
+        )
+
+    def trial_folder(self, trial: Trial) -> Path:
+        return self.folder / TRIALS / trial.id
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the sweep; what another process did before is read first.
+
+        Raises:
+            SweepError: if another process holds it, or the folder cannot be written.
+        """
+        with ExitStack() as stack:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(held(self.folder / LOCK_FILE))
+            except OSError as error:
+                raise SweepError(f"{str(self.folder)!r}: {error.strerror}; choose another --out") from None
+            except Held as other:
+                raise SweepError(
+                    f"{str(self.folder)!r} is being run by process {other}; wait until that has ended, or give this "
+                    "sweep another --name"
+                ) from None
+            self.read()
+            yield
+
+
+def _decisive(content: Any) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key not in FREE_TO_CHANGE}

@@ -1,0 +1,89 @@
+"""What the trials of an offline sweep have written so far, as the search engine and the results take it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import Any
+
+from agent.sweep import engine
+from agent.sweep.results import TrialRecord, best_first
+from agent.sweep.state import DONE, FAILED, FINISHED, RUNNING, STOPPED, STOPPING, WAITING, SweepState, Trial
+from diffusion_core.run_folder import HISTORY_FILE, RESULT_FILE, SAMPLES, best_figures, read_history
+
+ENGINE_STATES = {WAITING: "running", RUNNING: "running", STOPPING: "running", FINISHED: "finished", STOPPED: "finished",
+                 FAILED: "failed"}  # fmt: skip
+
+
+class TrialReader:
+    """Reads the folders of trials, of those that have ended only once.
+
+    Args:
+        state: the sweep.
+        metric: what trials are ordered by, or None.
+    """
+
+    def __init__(self, state: SweepState, metric: str | None) -> None:
+        self.state = state
+        self.metric = metric
+        self._ended_runs: dict[str, Any] = {}
+        self._ended_records: dict[str, TrialRecord] = {}
+
+    def has_result(self, trial: Trial) -> bool:
+        """Whether a trial has got to its end."""
+        return (self.state.trial_folder(trial) / RESULT_FILE).is_file()
+
+    def history_bytes(self, trial: Trial) -> int:
+        """Size of a trial's history, which tells whether there is more of it."""
+        file = self.state.trial_folder(trial) / HISTORY_FILE
+        return file.stat().st_size if file.is_file() else 0
+
+    def engine_runs(self) -> list[Any]:
+        """All trials as the search engine knows them."""
+        return [self._engine_run(trial) for trial in self.state.trials]
+
+    def _engine_run(self, trial: Trial) -> Any:
+        if trial.id in self._ended_runs:
+            return self._ended_runs[trial.id]
+        history = read_history(self.state.trial_folder(trial))
+        run = engine.past_run(trial.id, trial.parameters, ENGINE_STATES[trial.state], best_figures(history), history)
+        if trial.state in DONE:
+            self._ended_runs[trial.id] = run
+        return run
+
+    def records(self) -> list[TrialRecord]:
+        """All trials for the results, in the order in which they were asked for."""
+        return [self.record(trial) for trial in self.state.trials]
+
+    def ranked(self) -> list[TrialRecord]:
+        """All trials for the results, best first."""
+        return best_first(self.records(), self.metric)
+
+    def record(self, trial: Trial) -> TrialRecord:
+        """A trial for the results."""
+        if trial.id in self._ended_records:
+            return self._ended_records[trial.id]
+        folder = self.state.trial_folder(trial)
+        result: dict[str, Any] = {}
+        if self.has_result(trial):
+            result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+        record = TrialRecord(
+            id=trial.id,
+            state=trial.state,
+            parameters=trial.parameters,
+            figures=result.get("figures") or best_figures(read_history(folder)),
+            config=result.get("config", {}),
+            best_checkpoint=result.get("best_checkpoint"),
+            seconds=trial.seconds,
+        )
+        if trial.state in DONE:
+            self._ended_records[trial.id] = record
+        return record
+
+    def copy_pictures(self, trial: Trial) -> None:
+        """Put the newest pictures of a trial beside the results."""
+        samples = self.state.trial_folder(trial) / SAMPLES
+        for kind, suffix in (("samples", "png"), ("diffusion", "gif")):
+            newest = max(samples.glob(f"{kind}-*.{suffix}"), default=None)
+            if newest is not None:
+                shutil.copyfile(newest, self.state.folder / f"{trial.id}-{kind}.{suffix}")

@@ -1,0 +1,1 @@
+"""Everything that talks to Weights & Biases; nothing else imports its client."""

@@ -1,0 +1,130 @@
+"""The tracker that sends figures, pictures and artifacts to a W&B run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agent.tracking.environment import is_offline
+from agent.tracking.uploads import Upload, UploadQueue
+from diffusion_core.config.metrics import GOALS
+from diffusion_core.tracking import STEP
+
+if TYPE_CHECKING:
+    from wandb.sdk.wandb_run import Run
+
+PATIENCE_S = 300.0
+"""How long a trial that is over waits for what has not reached W&B yet, unless WANDB_FINISH_TIMEOUT says otherwise."""
+
+
+class WandbTracker:
+    """Sends everything to a W&B run (online, or into its offline file).
+
+    Args:
+        run: what ``wandb.init`` returned.
+        first_step: the first step that the run has no row of; rows of earlier ones are there already.
+        keep: how many versions of an artifact may wait for their upload, besides the best one.
+        after_upload: called with each artifact that has arrived.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        *,
+        first_step: int = 0,
+        keep: int = 2,
+        after_upload: Callable[[Any], None] | None = None,
+    ) -> None:
+        self.run = run
+        self._logged: dict[str, Any] = {}
+        self.live = not is_offline(run)
+        self.first_step = first_step
+        self.after_upload = after_upload
+        # Offline, the files stay where they are until `wandb sync` reads them.
+        self.uploads = UploadQueue(self._send, Path(run.settings.sync_dir) / "staged", keep, discard=self.live)
+        run.define_metric(STEP, hidden=True)
+        run.define_metric("*", step_metric=STEP)
+        for name, goal in GOALS.items():
+            run.define_metric(name, step_metric=STEP, summary="min" if goal == "minimize" else "max")
+
+    def log(self, row: Mapping[str, float | Path], step: int) -> None:
+        if step >= self.first_step:
+            # Committed at once: a row that waited for the next one would be lost with this process.
+            values = {STEP: step, **{name: _wandb_value(value) for name, value in row.items()}}
+            self.run.log(values, step=step, commit=True)
+
+    def summary(self, figures: Mapping[str, Any]) -> None:
+        self.run.summary.update(dict(figures))
+
+    def artifact(
+        self,
+        name: str,
+        kind: str,
+        files: Sequence[Path],
+        aliases: Sequence[str],
+        metadata: Mapping[str, Any],
+        ttl_days: int | None = None,
+    ) -> None:
+        self.uploads.put(Upload(name, kind, tuple(files), tuple(aliases), dict(metadata), ttl_days))
+
+    def _send(self, upload: Upload) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(upload.name, type=upload.kind, metadata=dict(upload.metadata))
+        if upload.ttl_days is not None:
+            artifact.ttl = timedelta(days=upload.ttl_days)
+        for path in upload.files:
+            # Read where it is staged, and not copied into the cache once it is uploaded.
+            artifact.add_file(str(path), policy="immutable", skip_cache=True)
+        logged = self.run.log_artifact(artifact, aliases=list(upload.aliases))
+        if self.live:
+            logged.wait()
+            self._logged[upload.name] = logged
+            if self.after_upload is not None:
+                self.after_upload(logged)
+
+    def use(self, name: str, kind: str = "model", files: Sequence[Path] = ()) -> None:
+        if self.live:  # Only a server knows of other runs. After all uploads before it, of which it may be one.
+            self.uploads.then(f"lineage from {name}", lambda: self._use(name, kind, files))
+
+    def _use(self, name: str, kind: str, files: Sequence[Path]) -> None:
+        import wandb
+
+        if files:
+            artifact = wandb.Artifact(name, type=kind)
+            for path in files:
+                artifact.add_file(str(path), policy="mutable", skip_cache=True)
+            self.run.use_artifact(artifact)
+        elif name in self._logged:
+            self.run.use_artifact(self._logged[name])
+        else:
+            self.run.use_artifact(name, type=kind)
+
+    def alert(self, title: str, text: str) -> None:
+        self.run.alert(title, text, level="WARN")
+
+    def close(self, exit_code: int = 0) -> None:
+        """Send what is left, for no longer than the run's finish_timeout.
+
+        Raises:
+            TimeoutError: if that was not long enough; the message names what has not arrived.
+        """
+        left = self.uploads.close(self.run.settings.finish_timeout or PATIENCE_S)
+        try:
+            self.run.finish(exit_code=exit_code)
+        except TimeoutError:
+            left = ["history", *left]
+        if left:
+            raise TimeoutError(", ".join(left))
+
+
+def _wandb_value(value: float | Path) -> Any:
+    if not isinstance(value, Path):
+        return value
+    import wandb
+
+    if value.suffix == ".gif":
+        return wandb.Video(str(value), format="gif")
+    return wandb.Image(str(value))

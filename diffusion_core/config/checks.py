@@ -1,0 +1,120 @@
+"""Combinations of knobs that cannot work, each reported as one line for the user."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from diffusion_core.config.knobs import (
+    DataConfig,
+    DiffusionConfig,
+    EmaConfig,
+    EvalConfig,
+    ModelConfig,
+    SampleConfig,
+    TrainConfig,
+)
+
+
+def combination_problems(
+    data: DataConfig,
+    model: ModelConfig,
+    diffusion: DiffusionConfig,
+    train: TrainConfig,
+    ema: EmaConfig,
+    sample: SampleConfig,
+    evaluation: EvalConfig,
+) -> Iterator[str]:
+    """What is wrong with the sections of a configuration taken together."""
+    if data.name == "folder" and data.path is None:
+        yield "data.path = None: data.name=folder needs data.path=DIR, with one sub-folder of images a class"
+    if data.name == "digits" and data.path is not None:
+        yield f"data.path = {data.path!r}: data.name=digits is built in; leave it out, or use data.name=folder"
+    size = data.image_shape[1]
+    levels = len(model.channel_multipliers)
+    if size % 2 ** (levels - 1):
+        yield (
+            f"model.channel_multipliers = {model.channel_multipliers}: {levels} resolutions need a "
+            f"data.image_size that is a multiple of {2 ** (levels - 1)}, not {size}"
+        )
+    resolutions = [size // 2**depth for depth in range(levels)]
+    for resolution in model.attention_resolutions:
+        if resolution not in resolutions:
+            yield (
+                f"model.attention_resolutions = {model.attention_resolutions}: the network works at "
+                f"{', '.join(map(str, resolutions))} (for small images there is --preset=digits or mnist)"
+            )
+        else:
+            width = model.channels * model.channel_multipliers[resolutions.index(resolution)]
+            if width % model.num_heads:
+                yield f"model.num_heads = {model.num_heads}: must divide {width}, the width at {resolution} pixels"
+    width = model.channels * model.channel_multipliers[-1]
+    if width % model.num_heads:
+        yield f"model.num_heads = {model.num_heads}: must divide the width of the middle block, {width}"
+    if diffusion.beta_start > diffusion.beta_end:
+        yield (
+            f"diffusion.beta_start = {diffusion.beta_start}: expected at most diffusion.beta_end = {diffusion.beta_end}"
+        )
+    if sample.steps > diffusion.timesteps:
+        yield f"sample.steps = {sample.steps}: expected at most diffusion.timesteps = {diffusion.timesteps}"
+    if sample.guidance != 1.0 and not (model.class_conditional and train.label_dropout):
+        yield (
+            f"sample.guidance = {sample.guidance}: guidance other than 1 needs model.class_conditional=true "
+            f"and train.label_dropout above 0"
+        )
+    yield from formulation_problems(model, diffusion, train, ema, sample)
+    if train.label_dropout == 1.0 and model.class_conditional:
+        yield "train.label_dropout = 1.0: no label would ever be seen; use model.class_conditional=false"
+    if train.batch_size == "auto":
+        if train.accumulation != 1:
+            yield f"train.accumulation = {train.accumulation}: not with train.batch_size=auto"
+    elif train.batch_size % train.accumulation:
+        yield f"train.accumulation = {train.accumulation}: must divide train.batch_size = {train.batch_size}"
+    if evaluation.classifier == "network" and not model.class_conditional:
+        yield "eval.classifier = 'network': class agreement needs model.class_conditional=true"
+    for figure in ("per_class", "synthetic_accuracy"):
+        if figure in evaluation.figures and not model.class_conditional:
+            yield f"eval.figures = {evaluation.figures}: {figure} needs model.class_conditional=true"
+
+
+def formulation_problems(
+    model: ModelConfig, diffusion: DiffusionConfig, train: TrainConfig, ema: EmaConfig, sample: SampleConfig
+) -> Iterator[str]:
+    """What is wrong with schedule, prediction, guidance and averages taken together."""
+    if diffusion.schedule == "karras":
+        if diffusion.prediction != "edm":
+            yield (
+                f"diffusion.prediction = {diffusion.prediction!r}: diffusion.schedule=karras needs edm, whose "
+                f"inputs are scaled"
+            )
+        for key, value in (
+            ("diffusion.logsnr_shift", diffusion.logsnr_shift),
+            ("diffusion.zero_terminal_snr", diffusion.zero_terminal_snr),
+            ("model.learned_variance", model.learned_variance),
+        ):
+            if value:
+                yield f"{key} = {value}: not for diffusion.schedule=karras"
+    if diffusion.sigma_min >= diffusion.sigma_max:
+        yield f"diffusion.sigma_min = {diffusion.sigma_min}: expected less than sigma_max = {diffusion.sigma_max}"
+    if diffusion.zero_terminal_snr and diffusion.prediction not in ("x0", "v"):
+        yield (
+            f"diffusion.prediction = {diffusion.prediction!r}: diffusion.zero_terminal_snr needs x0 or v, since "
+            f"pure noise holds no image to divide by"
+        )
+    if sample.variance == "learned" and not model.learned_variance:
+        yield "sample.variance = 'learned': needs model.learned_variance=true"
+    if sample.guidance_interval is not None:
+        if sample.guidance_interval[0] >= sample.guidance_interval[1]:
+            yield f"sample.guidance_interval = {sample.guidance_interval}: expected the lower level first"
+        if sample.guidance == 1.0:
+            yield (
+                f"sample.guidance_interval = {sample.guidance_interval}: says nothing while sample.guidance = 1.0 "
+                f"guides nowhere"
+            )
+    if len({f"{width:g}" for width in ema.power_widths}) < len(ema.power_widths):  # As profiles are named.
+        yield f"ema.power_widths = {ema.power_widths}: expected widths that differ in their first six digits"
+    if ema.sampled == "power" and not ema.power_widths:
+        yield "ema.sampled = 'power': needs ema.power_widths, such as 0.05,0.1"
+    if ema.sampled == "average" and ema.average_from is None:
+        yield "ema.sampled = 'average': needs ema.average_from"
+    if ema.average_from is not None and ema.average_from >= train.steps:
+        yield f"ema.average_from = {ema.average_from}: expected less than train.steps = {train.steps}"

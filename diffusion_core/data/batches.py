@@ -1,0 +1,87 @@
+"""Training batches. Which images form the batch of step n is a pure function of the seed and n.
+
+Axes: N images of a data set, B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffusion_core.data.datasets import Images, sent, to_unit
+from diffusion_core.randomness import Purpose, generator
+
+DEVICE_SHARE = 0.25
+"""Share of a GPU's free memory that a data set may take up; a larger one stays in main memory."""
+
+
+class Batches:
+    """Training batches: ``batches.at(step)`` depends on the seed and the step alone.
+
+    Every epoch shows each image once, in an order of its own; batches run on across the ends of epochs.
+
+    Args:
+        images: the training images; copied to ``device`` where they fit.
+        batch_size: images a batch, over all processes.
+        seed: the run's seed.
+        horizontal_flip: mirror each image with probability 1/2.
+        device: where batches are wanted.
+        rank: this process; it gets its share of every batch, in order.
+        world_size: number of processes; must divide ``batch_size``.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        *,
+        batch_size: int,
+        seed: int,
+        horizontal_flip: bool,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        assert batch_size % world_size == 0
+        self.images = images.to(device) if _fits(images.images_NCHW, device) else images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.horizontal_flip = horizontal_flip
+        self.device = device
+        local = batch_size // world_size
+        self.share = slice(rank * local, (rank + 1) * local)
+        self._orders: dict[int, Tensor] = {}
+
+    def indices(self, step: int) -> Tensor:
+        """Which images form the batch of a step, for all processes, ``(batch_size,)``."""
+        total = len(self.images)
+        first = step * self.batch_size
+        epochs = range(first // total, (first + self.batch_size - 1) // total + 1)
+        offset = first - epochs[0] * total
+        parts = [self._order(epoch) for epoch in epochs]
+        if len(parts) == 1:
+            return parts[0][offset : offset + self.batch_size]
+        return torch.cat(parts)[offset : offset + self.batch_size]
+
+    def _order(self, epoch: int) -> Tensor:
+        if epoch not in self._orders:
+            order = torch.randperm(len(self.images), generator=generator(self.seed, Purpose.ORDER, epoch))
+            order = order.to(self.images.labels_N.device)  # Once an epoch, so that no step waits for a copy.
+            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1} | {epoch: order}
+        return self._orders[epoch]
+
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        """This process's share of the batch of a step: images ``(B, C, H, W)`` in [-1, 1], labels ``(B,)``."""
+        batch = self.images.select(self.indices(step)[self.share]).to(self.device)
+        images_BCHW = batch.images_NCHW
+        if self.horizontal_flip:
+            draws = torch.rand(self.batch_size, generator=generator(self.seed, Purpose.AUGMENT, step))
+            mirrored = sent((draws[self.share] < 0.5).nonzero().flatten(), self.device)  # Counted here, not on the GPU.
+            images_BCHW.index_copy_(0, mirrored, images_BCHW.index_select(0, mirrored).flip(3))
+        return to_unit(images_BCHW), batch.labels_N
+
+
+def _fits(tensor: Tensor, device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return tensor.nbytes <= DEVICE_SHARE * free

@@ -1,0 +1,59 @@
+"""Prepare one image: decode, check, crop, scale, and write it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+from PIL import Image
+
+from diffusion_core.data.image_files import ImageFileError, ImageTooLarge, read_rgb, square
+from diffusion_core.data.preparation.records import UNREADABLE, Job, Result, Settings
+from diffusion_core.data.preparation.target import temporary_name
+
+JPEG_OPTIONS = {"quality": 95, "subsampling": 0}
+LONGEST_SIDE = 65_500
+"""Pixels; JPEG can hold no more. Uncropped, a picture of few rows could grow to any length."""
+
+
+def make_image(job: Job, *, settings: Settings, target: Path, write: bool) -> Result:
+    """Read, check, scale and write an image; depends on the job and the settings alone."""
+    result = Result(job.source, job.target, job.stamp)
+    if job.pixels is not None:
+        image = Image.fromarray(job.pixels)
+    else:
+        assert settings.size is not None
+        assert settings.min_size is not None
+        try:
+            image = read_rgb(Path(settings.source) / job.source)
+        except ImageTooLarge as error:
+            return replace(result, dropped="too large", detail=str(error))
+        except ImageFileError as error:
+            return replace(result, dropped="corrupt", detail=str(error))
+        except OSError as error:
+            return replace(result, dropped=UNREADABLE, detail=str(error.strerror))
+        shape = f"{image.width}x{image.height}"
+        if min(image.size) < settings.min_size:
+            return replace(result, dropped="too small", detail=f"{shape}, expected {settings.min_size} or more")
+        if settings.duplicates == "drop":
+            digest = hashlib.blake2b(shape.encode() + image.tobytes(), digest_size=16)
+            result = replace(result, pixels=digest.hexdigest())
+        if settings.crop == "center":
+            image = square(image, settings.size)
+        else:
+            scaled = [round(side * settings.size / min(image.size)) for side in image.size]
+            if max(scaled) > LONGEST_SIDE:
+                return replace(result, dropped="too long", detail=f"{shape} would become {scaled[0]}x{scaled[1]}")
+            image = image.resize((scaled[0], scaled[1]), Image.Resampling.LANCZOS)
+    return replace(result, bytes=save(image, target / job.target, settings.format)) if write else result
+
+
+def save(image: Image.Image, path: Path, kind: str) -> int:
+    """Write an image in one piece, so that what is there is whole; returns its size in bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    image.save(temporary, format=kind, **(JPEG_OPTIONS if kind == "jpeg" else {}))
+    size = temporary.stat().st_size
+    temporary.replace(path)
+    return size

@@ -1,0 +1,98 @@
+"""A checkpoint becomes a Diffusers pipeline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from diffusion_core.config import ConfigError
+from diffusion_core.diffusers_io.names import CLASSES_FILE, EXTRA, diffusers_name, unet_config
+from diffusion_core.diffusers_io.networks import compare, compare_schedules, describe, diffusers_network
+from diffusion_core.diffusers_io.scheduler import fewer_steps, scheduler_config
+from diffusion_core.model.unet import NO_LABEL
+
+PIPELINE_STEPS = 1000
+
+
+def export_model(path: Path, folder: Path, *, weights: str = "ema", label: str | None = None) -> Iterator[str]:
+    """Write the DDPMPipeline of a checkpoint into ``folder``; yields what is to be told, the network first.
+
+    Args:
+        path: a checkpoint, or a run's folder (its newest).
+        folder: an empty folder.
+        weights: which part of the checkpoint.
+        label: of a class-conditional model: this class alone, by number or name, or ``none``; None exports them all.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be read, or its network is no UNet2DModel.
+        ConfigError: if it has a knob that Diffusers does not know, or not that label.
+    """
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    checkpoint = read_checkpoint(path)
+    if weights not in checkpoint.parts:
+        raise CheckpointError(f"--weights = {weights!r}: {str(checkpoint.path)!r} does not hold them")
+    if checkpoint.metadata["structure"]:
+        raise CheckpointError(
+            f"{str(checkpoint.path)!r}: channels of {len(checkpoint.metadata['structure'])} layers were removed, and a "
+            "UNet2DModel has one width a resolution; expected a dense network, or one pruned by masks"
+        )
+    config, network = checkpoint.config(), checkpoint.network(weights)
+    has_null_class = network.num_classes > 0 and config.train.label_dropout > 0
+    only = pick_label(label, checkpoint, has_null_class)
+
+    settings = unet_config(network, config.model)
+    tensors = dict(network.state_dict())
+    labels = [*range(network.num_classes), *([NO_LABEL] if has_null_class else [])]
+    if network.num_classes:
+        embeddings_CE = tensors.pop("label_embedding.weight")
+        if only is None:
+            tensors["label_embedding.weight"] = embeddings_CE = embeddings_CE[: len(labels)]
+            settings["num_class_embeds"] = len(embeddings_CE)
+        else:
+            labels = [only]
+            tensors["time_mlp.2.bias"] = tensors["time_mlp.2.bias"] + embeddings_CE[only]  # NO_LABEL: the last one.
+    unet, _ = diffusers_network(settings, {diffusers_name(name): tensor for name, tensor in tensors.items()})
+    difference = compare(network, unet, labels)
+    kept = checkpoint.metadata["extra"].get(EXTRA)
+    scheduler = scheduler_config(config) | (fewer_steps(kept) if isinstance(kept, dict) else {})
+    compare_schedules(config, scheduler)
+
+    pipeline: Any = DDPMPipeline(unet, DDPMScheduler(**scheduler))
+    pipeline.save_pretrained(folder)
+    if network.num_classes and only is None:
+        names = list(checkpoint.class_names[: network.num_classes])
+        content = json.dumps({"classes": names, "null_class": has_null_class}, indent=1)
+        (folder / CLASSES_FILE).write_text(content, encoding="utf-8")
+    yield f"{describe(network)}; differs from the checkpoint by at most {difference:.1e}"
+    if config.diffusion.timesteps < PIPELINE_STEPS:
+        timesteps = config.diffusion.timesteps
+        yield f"note: DDPMPipeline takes {PIPELINE_STEPS} steps unless told: pipeline(num_inference_steps={timesteps})"
+    if network.num_classes and only is None:
+        null = f' ({network.num_classes} is "no class")' if has_null_class else ""
+        yield (
+            f"note: DDPMPipeline passes no labels, so pipeline() fails until unet.forward is given class_labels of 0 "
+            f"to {len(labels) - 1}{null}: --help shows how; or export a single class with --label"
+        )
+
+
+def pick_label(text: str | None, checkpoint: Checkpoint, has_null_class: bool) -> int | None:
+    """The class that ``--label`` names, by number or name; None for all of them."""
+    if text is None:
+        return None
+    number = checkpoint.metadata["num_classes"]
+    if not number:
+        raise ConfigError(f"--label = {text!r}: the model knows no labels; leave it out")
+    if text == "none":
+        if not has_null_class:
+            raise ConfigError("--label = 'none': the model never saw an image without label (train.label_dropout = 0)")
+        return NO_LABEL
+    names = {name: label for label, name in enumerate(checkpoint.class_names)}
+    label = int(text) if text.isdecimal() else names.get(text, number)
+    if label >= number:
+        shown = ", ".join(checkpoint.class_names[:20])
+        raise ConfigError(f"--label = {text!r}: expected none, or one of 0 to {number - 1} or of {shown}")
+    return label

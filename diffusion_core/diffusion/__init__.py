@@ -1,0 +1,1 @@
+"""Noise schedules, the parametrisation of the network, losses, and random draws."""

@@ -1,0 +1,77 @@
+"""What is random in a training step besides its images: noise, timesteps, dropped labels; from seed and step alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion_core.config import CoreConfig
+from diffusion_core.data.batches import Batches
+from diffusion_core.diffusion.schedule import NoiseSchedule
+from diffusion_core.model.unet import NO_LABEL
+from diffusion_core.randomness import Purpose, generator
+
+SELF_CONDITIONING_SHARE = 0.5
+"""Share of training images whose estimate the network is shown (Chen et al. 2022)."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """This process's share of a step.
+
+    Attributes:
+        x0_BCHW: clean images in [-1, 1].
+        noise_BCHW: noise to add.
+        t_B: timesteps, int64, or float32 where they may lie between two.
+        labels_B: classes, ``NO_LABEL`` where dropped.
+        shown_B: for self-conditioning, whose estimate the network is shown; else None.
+    """
+
+    x0_BCHW: Tensor
+    noise_BCHW: Tensor
+    t_B: Tensor
+    labels_B: Tensor
+    shown_B: Tensor | None
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """The draws as the arguments that they are made of."""
+        return self.x0_BCHW, self.noise_BCHW, self.t_B, self.labels_B, self.shown_B
+
+    def chunks(self, count: int) -> Iterator[Draws]:
+        """The draws in equal parts."""
+        size = len(self.t_B) // count
+        for start in range(0, size * count, size):
+            part = slice(start, start + size)
+            shown_B = None if self.shown_B is None else self.shown_B[part]
+            yield Draws(self.x0_BCHW[part], self.noise_BCHW[part], self.t_B[part], self.labels_B[part], shown_B)
+
+
+def draw(step: int, batches: Batches, config: CoreConfig, schedule: NoiseSchedule) -> Draws:
+    """Everything random about a step: drawn for the whole batch, of which this process takes its share.
+
+    So that two processes together draw what one alone would.
+    """
+    x0_BCHW, labels_B = batches.at(step)
+    device, size, share = x0_BCHW.device, batches.batch_size, batches.share
+    source = generator(config.seed, Purpose.NOISE, step, device=device)
+    noise_BCHW = torch.randn((size, *x0_BCHW.shape[1:]), generator=source, device=device)
+    if config.diffusion.timestep_sampling == "uniform":
+        t_B = torch.randint(schedule.timesteps, (size,), generator=source, device=device)
+    else:
+        normal_B = torch.randn((size,), generator=source, device=device, dtype=torch.float64)
+        levels_B = (config.diffusion.lognormal_mean + config.diffusion.lognormal_std * normal_B).exp()
+        t_B = schedule.position(levels_B)
+        # The variational bound is stated between neighbouring timesteps.
+        t_B = t_B.round().long() if config.model.learned_variance else t_B.float()
+    dropped_B = torch.rand((size,), generator=source, device=device) < config.train.label_dropout
+    if config.diffusion.offset_noise:
+        offset = torch.randn((size, x0_BCHW.shape[1], 1, 1), generator=source, device=device)
+        noise_BCHW = noise_BCHW + config.diffusion.offset_noise * offset
+    shown_B = None
+    if config.model.self_conditioning:
+        shown_B = (torch.rand((size,), generator=source, device=device) < SELF_CONDITIONING_SHARE)[share]
+    labels_B = torch.where(dropped_B[share], NO_LABEL, labels_B)
+    return Draws(x0_BCHW, noise_BCHW[share], t_B[share], labels_B, shown_B)

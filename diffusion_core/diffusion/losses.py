@@ -1,0 +1,162 @@
+"""The training loss, per sample: a distance in what the network predicts, weighted by noise level, and the variational
+bound where the variance is learned.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffusion_core.config import DiffusionConfig
+from diffusion_core.diffusion.denoiser import SIGMA_DATA, Denoiser
+from diffusion_core.diffusion.schedule import NoiseSchedule
+
+HALF_LEVEL = 1.0 / 255.0
+"""Half the distance of two uint8 levels in [-1, 1]."""
+
+
+def diffusion_loss(
+    denoiser: Denoiser,
+    x0_BCHW: Tensor,
+    noise_BCHW: Tensor,
+    t_B: Tensor,
+    labels_B: Tensor | None,
+    config: DiffusionConfig,
+    shown_B: Tensor | None = None,
+) -> Tensor:
+    """The loss of Ho et al. 2020 (eq. 14) and what was made of it since.
+
+    Args:
+        denoiser: holds the network and says what its target is.
+        x0_BCHW: clean images in [-1, 1].
+        noise_BCHW: standard normal noise.
+        t_B: timesteps, 0..T-1; floats may lie between them, except where the variance is learned.
+        labels_B: classes, ``NO_LABEL`` where the label was dropped, or None.
+        config: distance, weighting, weight of the variational bound.
+        shown_B: for self-conditioning, whether a sample is shown an estimate of its clean image (bool); None: none is.
+
+    Returns:
+        Unreduced losses, ``(B,)``, float32.
+    """
+    x_BCHW = denoiser.schedule.add_noise(x0_BCHW, noise_BCHW, t_B)
+    estimate_BCHW = None
+    if shown_B is not None:
+        with torch.no_grad():
+            first, _ = denoiser.predict(x_BCHW, t_B, labels_B)
+            estimate_BCHW = denoiser.clean(first, x_BCHW, t_B).clamp(-1.0, 1.0) * shown_B[:, None, None, None]
+    output, fraction = denoiser.predict(x_BCHW, t_B, labels_B, estimate_BCHW)
+    loss_B = distance(output, denoiser.target(x0_BCHW, noise_BCHW, t_B), config) * weight(denoiser, t_B, config)
+    if fraction is not None:
+        clean = denoiser.clean(output.detach(), x_BCHW, t_B)
+        bound_B = variational_bound(denoiser.schedule, x0_BCHW, x_BCHW, clean, fraction, t_B)
+        loss_B = loss_B + config.vlb_weight * denoiser.schedule.timesteps * bound_B
+    return loss_B
+
+
+def distance(output_BCHW: Tensor, target_BCHW: Tensor, config: DiffusionConfig) -> Tensor:
+    """Mean distance over an image's pixels, ``(B,)``: squared (l2), absolute (l1), or huber.
+
+    Huber is squared up to ``huber_delta`` and grows linearly beyond, twice torch's ``huber_loss``, so that it agrees
+    with l2 for small errors.
+    """
+    if config.loss == "l2":
+        each = F.mse_loss(output_BCHW, target_BCHW, reduction="none")
+    elif config.loss == "l1":
+        each = F.l1_loss(output_BCHW, target_BCHW, reduction="none")
+    else:
+        each = 2.0 * F.huber_loss(output_BCHW, target_BCHW, reduction="none", delta=config.huber_delta)
+    return each.mean(dim=(1, 2, 3))
+
+
+def weight(denoiser: Denoiser, t_B: Tensor, config: DiffusionConfig) -> Tensor:
+    """Weight of each sample's distance, ``(B,)``.
+
+    Weightings are stated for squared errors of the clean image, and divided by how much larger the squared error of
+    what the network predicts is, so that they mean the same for every prediction. ``uniform`` is 1 for any prediction.
+    """
+    if config.weighting == "uniform":
+        return torch.ones(len(t_B), device=t_B.device)
+    alpha, sigma = (part.flatten() for part in denoiser.schedule.at(t_B, t_B[:, None, None, None].float()))
+    snr_B = (alpha / sigma).square()
+    if config.weighting == "min_snr":  # Hang et al. 2023, eq. 6.
+        wanted_B = snr_B.clamp(max=config.min_snr_gamma)
+    elif config.weighting == "p2":  # Choi et al. 2022, eq. 8, with k = 1; a weight of the error of eps.
+        wanted_B = snr_B / (1.0 + snr_B) ** config.p2_gamma
+    else:  # Karras et al. 2022, table 1: (level^2 + sigma_data^2) / (level * sigma_data)^2.
+        wanted_B = 1.0 / SIGMA_DATA**2 + snr_B
+    return wanted_B / denoiser.error_scale(t_B)
+
+
+def variational_bound(
+    schedule: NoiseSchedule,
+    x0_BCHW: Tensor,
+    x_BCHW: Tensor,
+    clean_BCHW: Tensor,
+    fraction_BCHW: Tensor,
+    t_B: Tensor,
+) -> Tensor:
+    """One term of the variational bound (Ho et al. 2020, eq. 5), in bits per pixel and channel, ``(B,)``.
+
+    For t > 0 the Kullback-Leibler divergence of the reverse step from the posterior, for t = 0 the negative
+    log-likelihood of the discretised image. The reverse step's variance lies between the posterior's and the forward
+    step's, at ``fraction`` of the way between their logarithms (Nichol & Dhariwal 2021, eq. 15).
+
+    Args:
+        schedule: a variance preserving schedule.
+        x0_BCHW: clean images in [-1, 1].
+        x_BCHW: noisy images at ``t_B``.
+        clean_BCHW: the clean images that the network believes in.
+        fraction_BCHW: where the logarithm of the variance lies, 0 to 1.
+        t_B: integer timesteps, 0..T-1.
+    """
+    mean_true, low = posterior(schedule, x0_BCHW, x_BCHW, t_B)
+    mean, _ = posterior(schedule, clean_BCHW, x_BCHW, t_B)
+    high = forward_log_variance(schedule, t_B, x_BCHW)
+    log_variance = low + fraction_BCHW * (high - low)
+    divergence = 0.5 * (log_variance - low + (low - log_variance).exp() - 1.0)
+    divergence = divergence + 0.5 * (mean_true - mean).square() * (-log_variance).exp()
+    first_B = t_B == 0
+    likelihood = discretised_log_likelihood(x0_BCHW, mean, 0.5 * log_variance)
+    bound_BCHW = torch.where(first_B[:, None, None, None], -likelihood, divergence)
+    return bound_BCHW.mean(dim=(1, 2, 3)) / math.log(2.0)
+
+
+def posterior(schedule: NoiseSchedule, x0_BCHW: Tensor, x_BCHW: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and logarithm of the variance of ``q(x_{t-1} | x_t, x_0)`` (Ho et al. 2020, eq. 6 and 7).
+
+    At t = 0 the variance is zero, and that of t = 1 stands in for it, as Nichol & Dhariwal 2021 do.
+    """
+    alpha, sigma, alpha_before, sigma_before, step = _one_step(schedule, t_B, x_BCHW)
+    mean = (alpha / alpha_before) * (sigma_before / sigma) ** 2 * x_BCHW + alpha_before * step / sigma**2 * x0_BCHW
+    _, sigma1, _, sigma0, step1 = _one_step(schedule, t_B.clamp(min=1), x_BCHW)
+    return mean.float(), (step1 * (sigma0 / sigma1) ** 2).log().float()
+
+
+def forward_log_variance(schedule: NoiseSchedule, t_B: Tensor, like_BCHW: Tensor) -> Tensor:
+    """Logarithm of the variance of the forward step to t (beta), shaped to broadcast against images."""
+    return _one_step(schedule, t_B, like_BCHW)[-1].log().float()
+
+
+def _one_step(schedule: NoiseSchedule, t_B: Tensor, like_BCHW: Tensor) -> tuple[Tensor, ...]:
+    """alpha and sigma at t and one step before it, and the variance added in between; float64, broadcasting."""
+    shape = (-1,) + (1,) * (like_BCHW.ndim - 1)
+    alphas = torch.cat([torch.ones_like(schedule.alphas[:1]), schedule.alphas])
+    sigmas = torch.cat([torch.zeros_like(schedule.sigmas[:1]), schedule.sigmas])
+    now = t_B.to(alphas.device) + 1
+    alpha, sigma, alpha_before, sigma_before = (
+        part.to(like_BCHW.device).view(shape) for part in (alphas[now], sigmas[now], alphas[now - 1], sigmas[now - 1])
+    )
+    return alpha, sigma, alpha_before, sigma_before, sigma**2 - (alpha / alpha_before * sigma_before) ** 2
+
+
+def discretised_log_likelihood(x0_BCHW: Tensor, mean_BCHW: Tensor, log_std_BCHW: Tensor) -> Tensor:
+    """Log-likelihood, in nats, of uint8 levels under a normal distribution (Ho et al. 2020, eq. 13), elementwise."""
+    scale = (-log_std_BCHW).exp()
+    upper = torch.special.ndtr((x0_BCHW - mean_BCHW + HALF_LEVEL) * scale)
+    lower = torch.special.ndtr((x0_BCHW - mean_BCHW - HALF_LEVEL) * scale)
+    upper = torch.where(x0_BCHW > 0.999, 1.0, upper)
+    lower = torch.where(x0_BCHW < -0.999, 0.0, lower)
+    return (upper - lower).clamp(min=1e-12).log()

@@ -1,0 +1,193 @@
+"""Feature networks: pytorch-fid's Inception-v3, and networks in files of the user.
+
+With the published weights Inception is called ``inception``, and figures in its features FID and KID; with others it is
+named for their hash.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from diffusion_core.cache import cache_path, keep
+from diffusion_core.config.metrics import INCEPTION, space_name
+from diffusion_core.evaluation.classifier.classifier import read_classifier
+from diffusion_core.evaluation.features import (
+    HASH_DIGITS,
+    Extractor,
+    ExtractorError,
+    Judged,
+    check_finite,
+    file_hash,
+    with_channels,
+)
+
+if TYPE_CHECKING:
+    from torchvision.models import Inception3
+
+PUBLISHED_HASH = "6726825d"
+"""The first digits of the SHA-256 of the published weights, as their file name says."""
+
+FILE_NAME = f"pt_inception-2015-12-05-{PUBLISHED_HASH}.pth"
+CLASSES = 1008
+SIZE = 299
+
+TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
+
+
+class InceptionExtractor:
+    """Images to the 2048 features of pytorch-fid, and to logits without their bias, as the Inception score takes them.
+
+    Batch norms are folded into convolutions and memory is laid out channels last: the same function, faster.
+
+    Args:
+        network: what :func:`build_inception` returned, on its device.
+        digest: SHA-256 of its weights' file.
+    """
+
+    def __init__(self, network: Inception3, digest: str) -> None:
+        published = digest.startswith(PUBLISHED_HASH)
+        self.name = INCEPTION if published else f"{INCEPTION}-{digest[:8]}"
+        self.weights = digest[:HASH_DIGITS]
+        self.classes_KD = network.fc.weight
+        self.layers = nn.Sequential(*(layer for name, layer in network.named_children() if name not in SKIPPED))
+        _fold(self.layers)
+        self.layers.to(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def __call__(self, images_BCHW: Tensor) -> Judged:
+        x_BCHW = with_channels(images_BCHW.to(self.classes_KD.device), 3).float() / 255.0
+        x_BCHW = F.interpolate(x_BCHW, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
+        x_BCHW = (2.0 * x_BCHW - 1.0).contiguous(memory_format=torch.channels_last)
+        features_BD = self.layers(x_BCHW).flatten(1)
+        return Judged(features_BD, features_BD @ self.classes_KD.T)
+
+
+SKIPPED = ("AuxLogits", "dropout", "fc")
+"""Layers that no feature passes through."""
+
+
+def build_inception() -> Inception3:
+    """pytorch-fid's network without weights, which its own constructor would download."""
+    from pytorch_fid import inception as parts  # Slow to import: torchvision comes along.
+    from torchvision.models import Inception3
+
+    network = Inception3(num_classes=CLASSES, aux_logits=False, init_weights=False)
+    network.Mixed_5b = parts.FIDInceptionA(192, pool_features=32)
+    network.Mixed_5c = parts.FIDInceptionA(256, pool_features=64)
+    network.Mixed_5d = parts.FIDInceptionA(288, pool_features=64)
+    network.Mixed_6b = parts.FIDInceptionC(768, channels_7x7=128)
+    network.Mixed_6c = parts.FIDInceptionC(768, channels_7x7=160)
+    network.Mixed_6d = parts.FIDInceptionC(768, channels_7x7=160)
+    network.Mixed_6e = parts.FIDInceptionC(768, channels_7x7=192)
+    network.Mixed_7b = parts.FIDInceptionE_1(1280)
+    network.Mixed_7c = parts.FIDInceptionE_2(2048)
+    return network
+
+
+def _fold(module: nn.Module) -> None:
+    """Fold the batch norm of every block below a module into its convolution."""
+    for child in module.children():
+        convolution, norm = getattr(child, "conv", None), getattr(child, "bn", None)
+        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            child.conv, child.bn = fuse_conv_bn_eval(convolution, norm), nn.Identity()
+        else:
+            _fold(child)
+
+
+def read_inception(path: Path, device: torch.device) -> InceptionExtractor:
+    """pytorch-fid's network with the weights of a file in its format; nothing in the file is run.
+
+    Raises:
+        ExtractorError: if the file is missing, damaged, or not of that network.
+    """
+    digest = file_hash(path)
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.device("meta"):
+            network = build_inception()
+        network.load_state_dict(weights, assign=True)
+    except Exception as error:  # torch.load meets damaged files with whatever its code happens to raise.
+        reason = " ".join(str(error).split())[:160]
+        raise ExtractorError(f"{str(path)!r}: no Inception weights in pytorch-fid's format ({reason})") from None
+    network = network.float().to(device).eval().requires_grad_(False)
+    extractor = InceptionExtractor(network, digest)
+    check_finite(extractor(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).features_BD, repr(str(path)))
+    return extractor
+
+
+def download_inception() -> Path:
+    """The published weights: from the cache, or else downloaded from where pytorch-fid has them (about 90 MB).
+
+    Raises:
+        ExtractorError: if they are not to be had.
+    """
+    path = cache_path("inception", FILE_NAME)
+    if path.is_file():
+        return path
+    from pytorch_fid.inception import FID_WEIGHTS_URL
+
+    try:
+        kept = keep(
+            path,
+            lambda to: torch.hub.download_url_to_file(
+                FID_WEIGHTS_URL, str(to), hash_prefix=PUBLISHED_HASH, progress=False
+            ),
+        )
+    except Exception as error:  # Whatever a download raises, the remedy is the same.
+        kept, reason = False, " ".join(str(error).split())[:160]
+    else:
+        reason = "see above"
+    if not kept:
+        raise ExtractorError(
+            f"Inception weights: cannot download {FID_WEIGHTS_URL} ({reason}); save it from another machine and name "
+            f"it: --inception-weights FILE, or the knob eval.inception_weights"
+        )
+    return path
+
+
+@dataclass(frozen=True)
+class ScriptedExtractor:
+    """A TorchScript network ``(B, C, H, W) uint8 -> (B, D) float``, or to anything that flattens to it."""
+
+    network: torch.jit.ScriptModule
+    name: str
+    weights: str
+    device: torch.device
+
+    @torch.no_grad()
+    def __call__(self, images_BCHW: Tensor) -> Judged:
+        try:
+            output = self.network(images_BCHW.to(self.device))
+        except Exception as error:  # Whatever a stranger's network raises.
+            reason = " ".join(str(error).split())[-200:]
+            raise ExtractorError(f"{self.name}: cannot take images of {tuple(images_BCHW.shape)} ({reason})") from None
+        if not isinstance(output, Tensor) or output.ndim < 2 or len(output) != len(images_BCHW):
+            raise ExtractorError(f"{self.name}: expected features of shape (images, features), a tensor")
+        return Judged(output.flatten(1).float(), None)
+
+
+def read_extractor(path: Path, device: torch.device) -> Extractor:
+    """The feature network in a file: TorchScript (``.pt``), or a classifier (``.safetensors``).
+
+    Raises:
+        ExtractorError: if there is none.
+    """
+    digest = file_hash(path)[:HASH_DIGITS]
+    if path.suffix == ".safetensors":
+        return read_classifier(path, device)
+    if path.suffix not in TORCHSCRIPT_SUFFIXES:
+        scripts = ", ".join(TORCHSCRIPT_SUFFIXES)
+        raise ExtractorError(f"{str(path)!r}: expected .safetensors, or TorchScript as {scripts}")
+    try:
+        network = torch.jit.load(str(path), map_location=device).eval()
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ExtractorError(f"{str(path)!r}: no TorchScript ({reason})") from None
+    return ScriptedExtractor(network, space_name(path.stem), digest, device)

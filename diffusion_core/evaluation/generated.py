@@ -1,0 +1,92 @@
+"""Images of a model to be judged, and how long it will take."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion_core.config import SampleConfig
+from diffusion_core.data.datasets import DataError, to_uint8
+from diffusion_core.distributed import add_up, shared_out
+from diffusion_core.evaluation.features import Extractor
+from diffusion_core.sampling.generation import Generator, Request, all_labels
+from diffusion_core.sampling.samplers import evaluations
+
+T = TypeVar("T")
+
+SOON_S = 10.0
+"""Of what takes less, nobody needs to know it more exactly."""
+
+
+def dealt_out(labels: Sequence[int], positions: Sequence[int]) -> list[Request]:
+    """The images at some positions, where labels take turns."""
+    return [Request(labels[position % len(labels)], position // len(labels)) for position in positions]
+
+
+def generated(
+    generator: Generator, total: int, config: SampleConfig, seed: int, *, progress: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of ``total`` images of all classes in turn: uint8 ``(B, C, H, W)`` on the CPU, and labels.
+
+    Raises:
+        DataError: in all processes, after the last image, if one of them is not finite.
+    """
+    wanted = dealt_out(all_labels(generator.network), shared_out(total))
+    not_finite = 0
+    with tqdm(total=len(wanted), desc="sampling", unit="image", disable=not progress) as bar:
+        for batch, x_BCHW in generator.unrounded_batches(wanted, config, seed):
+            not_finite += int((~torch.isfinite(x_BCHW)).flatten(1).any(1).sum())
+            yield to_uint8(x_BCHW.nan_to_num()).cpu(), torch.tensor([image.label for image in batch])
+            bar.update(len(batch))
+    broken = int(add_up(torch.tensor(float(not_finite))))
+    if broken:
+        raise DataError(
+            f"{broken} of {total} generated images are not finite; lower sample.guidance, or sample in fp32 "
+            f"(train.precision)"
+        )
+
+
+@torch.no_grad()
+def estimate_seconds(generator: Generator, total: int, config: SampleConfig, extractors: Sequence[Extractor]) -> float:
+    """About how long it takes to sample and look at this process's share of ``total`` images.
+
+    Times one step and one look at one batch; where that says it takes long, once more, as a first call takes longer.
+    """
+    share = len(shared_out(total))
+    batch = min(share, config.batch_size)
+    schedule = generator.denoiser().schedule
+    once = config.model_copy(update={"steps": 1})
+    wanted = [Request(label, 0) for label in (all_labels(generator.network) * batch)[:batch]]
+
+    def sample() -> Tensor:
+        return to_uint8(generator.batch(wanted, once, 0).nan_to_num()).cpu()
+
+    images, sampling = _timed(sample, evaluations(config, schedule) / evaluations(once, schedule) * share / batch)
+    part = images[: max(1, batch // 8)]
+    looking = 0.0
+    for extractor in extractors:
+        looking += _timed(partial(_features_of, extractor, part), share / len(part))[1]
+    return sampling + looking
+
+
+def _features_of(extractor: Extractor, images_BCHW: Tensor) -> float:
+    return extractor(images_BCHW).features_BD.sum().item()
+
+
+def _timed(work: Callable[[], T], times: float) -> tuple[T, float]:
+    """What ``work`` returns, and about how many seconds it takes to do it so many times."""
+    seconds = math.inf
+    for _ in range(2):
+        started = time.perf_counter()
+        result = work()
+        seconds = min(seconds, (time.perf_counter() - started) * times)
+        if seconds < SOON_S:
+            break
+    return result, seconds

@@ -1,0 +1,1 @@
+"""The network: its layers, its widths, its cost, its compilation."""

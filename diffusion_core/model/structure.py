@@ -1,0 +1,75 @@
+"""The widths of a network whose channels were pruned, as plain JSON: enough to rebuild it without a pickled module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_core.config import ModelConfig
+from diffusion_core.model.unet import UNet
+
+Structure = dict[str, dict[str, int]]
+"""Module name to the sizes in which it differs from the dense network's; empty for a dense network."""
+
+SIZES: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Conv2d: ("in_channels", "out_channels"),
+    nn.Linear: ("in_features", "out_features"),
+    nn.GroupNorm: ("num_channels", "num_groups"),
+    nn.Embedding: ("embedding_dim",),
+}
+
+
+def sizes(module: nn.Module) -> dict[str, int]:
+    """The sizes that pruning may change in a module; empty for a module that has none."""
+    return {name: getattr(module, name) for name in SIZES.get(type(module), ())}
+
+
+def structure(network: UNet, model: ModelConfig) -> Structure:
+    """How a network differs in its widths from the dense one of the same configuration."""
+    with torch.device("meta"):
+        dense = UNet(model, network.image_size, network.in_channels, network.num_classes)
+    dense_sizes = {name: sizes(module) for name, module in dense.named_modules()}
+    return {name: now for name, module in network.named_modules() if (now := sizes(module)) != dense_sizes[name]}
+
+
+def resize(network: UNet, widths: Structure) -> None:
+    """Give a dense network the widths of a pruned one, in place; the resized layers' weights are zero.
+
+    Raises:
+        ValueError: if a module is not in the network, or a size is not one that it has.
+    """
+    modules = dict(network.named_modules())
+    for name, new_sizes in widths.items():
+        module = modules.get(name)
+        if module is None or set(new_sizes) != set(sizes(module)):
+            raise ValueError(f"structure of {name!r}: the network has no such layer, or other sizes")
+        if any(not isinstance(size, int) or not 1 <= size <= getattr(module, key) for key, size in new_sizes.items()):
+            raise ValueError(f"structure of {name!r} = {new_sizes}: expected 1 to the dense sizes {sizes(module)}")
+        for key, size in new_sizes.items():
+            setattr(module, key, size)
+        for parameter_name, shape in _parameter_shapes(module).items():
+            setattr(module, parameter_name, nn.Parameter(torch.zeros(shape)))
+
+
+def _parameter_shapes(module: Any) -> dict[str, tuple[int, ...]]:
+    if isinstance(module, nn.GroupNorm):
+        return {"weight": (module.num_channels,), "bias": (module.num_channels,)}
+    if isinstance(module, nn.Embedding):
+        return {"weight": (module.num_embeddings, module.embedding_dim)}
+    if isinstance(module, nn.Linear):
+        return {"weight": (module.out_features, module.in_features), "bias": (module.out_features,)}
+    return {"weight": (module.out_channels, module.in_channels, *module.kernel_size), "bias": (module.out_channels,)}
+
+
+def maskable(network: nn.Module) -> dict[str, Tensor]:
+    """The weights that may be pruned: those of convolutions and linear layers, detached.
+
+    Biases, the gains of norms and the label embedding are never pruned.
+    """
+    return {
+        f"{name}.weight": module.weight.detach()
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    }

@@ -1,0 +1,58 @@
+"""Redact API keys from everything that is recorded."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+BLANK = "[redacted]"
+SECRET_NAMES = re.compile(r"(API_?KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
+"""Environment variables whose values are secrets."""
+
+SHORTEST_SECRET = 8
+"""A value shorter than this is a switch (`HF_TOKEN=none`), and would blank out half of what is printed."""
+
+KEYS = re.compile(
+    r"(?<![0-9A-Za-z])(?:"
+    r"[0-9a-f]{40}"  # W&B, until 2025; a git commit looks the same.
+    r"|wandb_v1_[0-9A-Za-z_-]{16,}"  # W&B.
+    r"|hf_[0-9A-Za-z]{20,}"  # Hugging Face.
+    r"|gh[opsu]_[0-9A-Za-z]{20,}|github_pat_\w{20,}"
+    r"|sk-[0-9A-Za-z_-]{20,}"
+    r"|AKIA[0-9A-Z]{16}"
+    r")(?![0-9A-Za-z])"
+)
+
+
+def secrets_here() -> list[str]:
+    """The values of this process's secret environment variables, longest first."""
+    values = {value for name, value in os.environ.items() if SECRET_NAMES.search(name)}
+    return sorted((value for value in values if len(value) >= SHORTEST_SECRET), key=len, reverse=True)
+
+
+def redact(text: str) -> str:
+    """The text without what is, or looks like, a key."""
+    return _redact(text, secrets_here())
+
+
+def redacted(value: Any) -> Any:
+    """A value, or a nested container of values, with keys blanked out in every text."""
+    return _redacted(value, secrets_here())
+
+
+def _redact(text: str, secrets: Sequence[str]) -> str:
+    for secret in secrets:
+        text = text.replace(secret, BLANK)
+    return KEYS.sub(BLANK, text)
+
+
+def _redacted(value: Any, secrets: Sequence[str]) -> Any:
+    if isinstance(value, str):
+        return _redact(value, secrets)
+    if isinstance(value, dict):
+        return {_redacted(key, secrets): _redacted(entry, secrets) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_redacted(entry, secrets) for entry in value]
+    return value

@@ -1,0 +1,34 @@
+"""Command-line flags of scripts that sample: each sets a knob of ``sample.*``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from diffusion_core.config import SampleConfig
+
+FLAGS = {
+    "sampler": "sampler",
+    "steps": "steps",
+    "guidance": "guidance",
+    "guidance_interval": "guidance-interval",
+    "eta": "eta",
+    "variance": "variance",
+    "spacing": "spacing",
+    "batch_size": "micro-batch",
+    "compile": "compile",
+}
+"""Knobs of ``sample.*`` and the flags that set them."""
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags, each explained as its knob is."""
+    own = parser.add_argument_group("sampling (default: as the model was sampled while training)")
+    for knob, flag in FLAGS.items():
+        help_text = " ".join(str(SampleConfig.model_fields[knob].description).split())
+        own.add_argument(f"--{flag}", dest=f"sample_{knob}", metavar=flag.upper(), help=help_text)
+
+
+def sampling_knobs(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The knobs that were set."""
+    return {f"sample.{knob}": value for knob in FLAGS if (value := getattr(arguments, f"sample_{knob}")) is not None}

@@ -1,0 +1,271 @@
+"""Drawing images from a network: any number of them, each from a random stream of its own.
+
+The image of a (seed, label, index) is the same whatever else is drawn beside it and however many at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion_core.config import CoreConfig, SampleConfig
+from diffusion_core.data.datasets import to_uint8
+from diffusion_core.diffusion.denoiser import Denoiser, DenoiserFunction, clipped
+from diffusion_core.diffusion.schedule import NoiseSchedule
+from diffusion_core.hardware import Precision, autocast, fastest_convolutions, memory_format
+from diffusion_core.model.compilation import compiled, pick_sampling_compilation
+from diffusion_core.model.cuda_graphs import ReplayedNetwork, is_replayed
+from diffusion_core.model.unet import NO_LABEL, UNet
+from diffusion_core.randomness import Purpose, generator
+from diffusion_core.sampling.guidance import between_levels, guided
+from diffusion_core.sampling.samplers import NoiseFunction, StepCallback, build_sampler
+
+REPLAYED_FROM = 8
+"""Steps of a sampler from which recording its network as a CUDA graph, after a few ordinary calls, is worth it."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which image is wanted: its class (or ``NO_LABEL``) and its number among those of that class."""
+
+    label: int
+    index: int
+
+
+def requests(labels: Sequence[int], per_label: int) -> list[Request]:
+    """``per_label`` images of each label, label by label."""
+    return [Request(label, index) for label in labels for index in range(per_label)]
+
+
+def all_labels(network: UNet) -> list[int]:
+    """The labels that a network knows: its classes, or ``NO_LABEL`` alone for a network without labels."""
+    return list(range(network.num_classes)) or [NO_LABEL]
+
+
+class ImageNoise:
+    """Standard normal noise with one generator an image, so that an image does not depend on its batch.
+
+    Args:
+        wanted: the images; with the seed, each names its random stream.
+        seed: the run's or the user's seed.
+        shape_CHW: shape of an image.
+        device: where the noise is wanted. It is drawn on the CPU, so that every device sees the same noise.
+    """
+
+    def __init__(
+        self, wanted: Sequence[Request], seed: int, shape_CHW: tuple[int, int, int], device: torch.device
+    ) -> None:
+        self.generators = [generator(seed, Purpose.SAMPLE, image.label, image.index) for image in wanted]
+        self.shape_CHW = shape_CHW
+        self.device = device
+
+    def __call__(self) -> Tensor:
+        """The next noise of every image, ``(B, C, H, W)`` float32."""
+        noise_BCHW = torch.empty((len(self.generators), *self.shape_CHW))
+        for row_CHW, source in zip(noise_BCHW, self.generators, strict=True):
+            row_CHW.normal_(generator=source)
+        return noise_BCHW.to(self.device, non_blocking=True)
+
+
+class Generator:
+    """Draws images from a network.
+
+    Args:
+        network: in evaluation mode, on the device where sampling is to run.
+        config: its noise schedule is what the network was trained with.
+        precision: arithmetic of the network.
+        reference: a weaker model to guide away from (autoguidance); None guides away from the absence of a label.
+    """
+
+    def __init__(
+        self, network: UNet, config: CoreConfig, precision: Precision, reference: Generator | None = None
+    ) -> None:
+        self.config = config
+        self.device = next(network.parameters()).device
+        # The same weights; they may come to lie in memory in another order.
+        self.network = network.to(memory_format=memory_format(self.device, precision))
+        self.reference = reference
+        self.precision = precision
+        self.shape_CHW = (network.in_channels, network.image_size, network.image_size)
+        self._made: dict[tuple[str, bool], Callable[..., Tensor]] = {}
+
+    def denoiser(self, network: Callable[..., Tensor] | None = None) -> Denoiser:
+        """The network, or a compiled form of it, as a denoiser without guidance; a fresh one for each batch."""
+        return Denoiser.from_config(self.network if network is None else network, self.config, self.device)
+
+    def guided(self, denoiser: Denoiser, config: SampleConfig) -> DenoiserFunction:
+        """A denoiser with the guidance and clipping that are asked for."""
+        interval = config.guidance_interval
+        applies = between_levels(denoiser.schedule, *interval) if interval else None
+        reference = self.reference.at_levels_of(denoiser.schedule) if self.reference else None
+        wrapped = guided(denoiser, config.guidance, reference=reference, applies=applies)
+        return clipped(wrapped) if config.clip_x0 else wrapped
+
+    def at_levels_of(self, schedule: NoiseSchedule) -> DenoiserFunction:
+        """This network as a denoiser of another schedule's noisy images: rescaled, and looked up by noise level."""
+        denoiser = self.denoiser()
+        if schedule.equals(denoiser.schedule):
+            return denoiser
+
+        def translated(x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None) -> Tensor:
+            alpha, sigma = schedule.at(t_B, x_BCHW)
+            own_t_B = denoiser.schedule.position((sigma / alpha).flatten()).float()
+            own_alpha, own_sigma = denoiser.schedule.at(own_t_B, x_BCHW)
+            # Equal levels, so own_alpha / alpha; and of noise without any signal, alpha 0, as strong as it knows it.
+            scale = torch.hypot(own_alpha, own_sigma) / torch.hypot(alpha, sigma)
+            return denoiser(scale * x_BCHW, own_t_B, labels_B)
+
+        return translated
+
+    @torch.no_grad()
+    def batch(
+        self,
+        wanted: Sequence[Request],
+        config: SampleConfig,
+        seed: int,
+        callback: StepCallback | None = None,
+        network: Callable[..., Tensor] | None = None,
+    ) -> Tensor:
+        """Draw images at once: ``(B, C, H, W)`` float32 in [-1, 1] (unclipped), on the network's device."""
+        noise = ImageNoise(wanted, seed, self.shape_CHW, self.device)
+        labels_B = torch.tensor([image.label for image in wanted], device=self.device)
+        denoiser = self.denoiser(network)
+        return self._sample(denoiser, self.guided(denoiser, config), noise(), labels_B, noise, config, callback)
+
+    def _sample(
+        self,
+        denoiser: Denoiser,
+        guided_denoiser: DenoiserFunction,
+        start_BCHW: Tensor,
+        labels_B: Tensor,
+        noise: NoiseFunction,
+        config: SampleConfig,
+        callback: StepCallback | None = None,
+    ) -> Tensor:
+        steps = denoiser.schedule.steps(config.steps, config.spacing)
+        # Of a variance preserving schedule the start has unit variance, however little signal is left at T-1.
+        scale = 1.0 if denoiser.schedule.variance_preserving else float(steps.sigmas[0])
+        with autocast(self.device, self.precision):
+            sampler = build_sampler(config, denoiser)
+            return sampler(guided_denoiser, scale * start_BCHW, steps, labels_B, noise=noise, callback=callback)
+
+    def unrounded_batches(
+        self, wanted: Sequence[Request], config: SampleConfig, seed: int, callback: StepCallback | None = None
+    ) -> Iterator[tuple[Sequence[Request], Tensor]]:
+        """Draw any number of images, ``config.batch_size`` at once, compiled where ``sample.compile`` says so.
+
+        Yields:
+            What was wanted, and its images as :meth:`batch` returns them.
+        """
+        how = pick_sampling_compilation(config, self.network, self.device, len(wanted))
+        for start in range(0, len(wanted), config.batch_size):
+            batch = wanted[start : start + config.batch_size]
+            # A last batch of another size would have to be compiled anew.
+            network = self._fast(how if len(batch) == config.batch_size else "none", config)
+            with fastest_convolutions(self.config.train):
+                images = self.batch(batch, config, seed, callback, network)
+            yield batch, images
+
+    def _fast(self, how: str, config: SampleConfig) -> Callable[..., Tensor]:
+        """The network, compiled or not; on a GPU its recording, where enough steps follow to be worth it.
+
+        Made once, since every recording takes a second or so.
+        """
+        replayed = is_replayed(config.cuda_graphs, self.device) and config.steps >= REPLAYED_FROM
+        if (how, replayed) not in self._made:
+            network = compiled(self.network) if how == "network" else self.network
+            self._made[how, replayed] = ReplayedNetwork(network) if replayed else network
+        return self._made[how, replayed]
+
+    def batches(
+        self, wanted: Sequence[Request], config: SampleConfig, seed: int, *, progress: bool = False
+    ) -> Iterator[tuple[Sequence[Request], Tensor]]:
+        """The same with a progress bar, and as images.
+
+        Yields:
+            What was wanted, and its images: ``(B, C, H, W)`` uint8 on the CPU.
+        """
+
+        def advance(_index: int, x_BCHW: Tensor, _x0_BCHW: Tensor) -> None:
+            bar.update(len(x_BCHW))
+
+        with tqdm(total=len(wanted) * config.steps, desc="sampling", unit="eval", disable=not progress) as bar:
+            for batch, x_BCHW in self.unrounded_batches(wanted, config, seed, advance):
+                yield batch, to_uint8(x_BCHW).cpu()
+
+    def images(self, wanted: Sequence[Request], config: SampleConfig, seed: int, *, progress: bool = False) -> Tensor:
+        """Draw any number of images: ``(N, C, H, W)`` uint8 on the CPU."""
+        return torch.cat([images for _, images in self.batches(wanted, config, seed, progress=progress)])
+
+    def trajectory(
+        self, wanted: Sequence[Request], config: SampleConfig, seed: int, keep: set[int], *, clean: bool = False
+    ) -> list[Tensor]:
+        """How images come about: a frame before each of the steps in ``keep``, then the finished images.
+
+        Args:
+            wanted: the images.
+            config: how they are sampled.
+            seed: of the images.
+            keep: indices of steps, 0 the first.
+            clean: show the clean images that the network expects, rather than the noisy ones.
+
+        Returns:
+            Frames of ``(B, C, H, W)`` uint8 on the CPU.
+        """
+        frames: list[Tensor] = []
+        denoiser = self.denoiser()
+        preserving = denoiser.schedule.variance_preserving
+        levels = denoiser.schedule.steps(config.steps, config.spacing).levels
+
+        def record(index: int, x_BCHW: Tensor, x0_BCHW: Tensor) -> None:
+            if index in keep:
+                # Noise that explodes is shown as strong as in a variance preserving schedule.
+                noisy_BCHW = x_BCHW if preserving else x_BCHW / math.sqrt(1.0 + levels[index] ** 2)
+                frames.append(to_uint8(x0_BCHW if clean else noisy_BCHW).cpu())
+
+        images = self.batch(wanted, config, seed, record)
+        return [*frames, to_uint8(images).cpu()]
+
+    @torch.no_grad()
+    def between_seeds(
+        self, request: Request, config: SampleConfig, seeds: tuple[int, int], weights: Sequence[float]
+    ) -> Tensor:
+        """Images on the way from one seed to another: ``(len(weights), C, H, W)`` uint8 on the CPU.
+
+        The noise they start from is interpolated on the sphere, so that it stays normal; further noise is the first
+        seed's for all.
+        """
+        wanted = [request] * len(weights)
+        noise, other = (ImageNoise(wanted, seed, self.shape_CHW, self.device) for seed in seeds)
+        angle_B = torch.tensor(weights, device=self.device).view(-1, 1, 1, 1) * (math.pi / 2.0)
+        start_BCHW = angle_B.cos() * noise() + angle_B.sin() * other()
+        labels_B = torch.full((len(weights),), request.label, device=self.device)
+        denoiser = self.denoiser()
+        images = self._sample(denoiser, self.guided(denoiser, config), start_BCHW, labels_B, noise, config)
+        return to_uint8(images).cpu()
+
+    @torch.no_grad()
+    def between_labels(
+        self, index: int, config: SampleConfig, seed: int, labels: tuple[int, int], weights: Sequence[float]
+    ) -> Tensor:
+        """Images on the way from one label to another: ``(len(weights), C, H, W)`` uint8 on the CPU.
+
+        All have the noise of the first label's image; the clean images that the network expects for the two labels are
+        mixed at every step.
+        """
+        wanted = [Request(labels[0], index)] * len(weights)
+        noise = ImageNoise(wanted, seed, self.shape_CHW, self.device)
+        first_B, second_B = (torch.full((len(weights),), label, device=self.device) for label in labels)
+        weights_B = torch.tensor(weights, device=self.device).view(-1, 1, 1, 1)
+        one, two = self.denoiser(), self.denoiser()
+        guided_one, guided_two = self.guided(one, config), self.guided(two, config)
+
+        def mixed(x_BCHW: Tensor, t_B: Tensor, _: Tensor | None) -> Tensor:
+            return torch.lerp(guided_one(x_BCHW, t_B, first_B), guided_two(x_BCHW, t_B, second_B), weights_B)
+
+        return to_uint8(self._sample(one, mixed, noise(), first_B, noise, config)).cpu()

@@ -1,0 +1,74 @@
+"""A folder of sampled images: what its files are called, and whether it may be gone on with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffusion_core.checkpoint import Checkpoint
+from diffusion_core.config import ConfigError, CoreConfig
+from diffusion_core.files import write_json
+from diffusion_core.model.unet import NO_LABEL
+from diffusion_core.sampling import media
+from diffusion_core.sampling.generation import Request
+
+SETTINGS_FILE = "samples.json"
+
+
+def file_name(request: Request) -> str:
+    """``{label}-{index}.png``; ``none`` is the label of a model without labels."""
+    return f"{'none' if request.label == NO_LABEL else request.label}-{request.index}.png"
+
+
+def settings(
+    mode: str, checkpoint: Checkpoint, guide: Checkpoint | None, config: CoreConfig, weights: str
+) -> dict[str, Any]:
+    """What decides how an image looks, besides its label and index."""
+    return {
+        "mode": mode,
+        "weights": checkpoint.metadata["files"][f"{weights}.safetensors"]["sha256"],
+        "guide": guide and guide.metadata["files"]["ema.safetensors"]["sha256"],
+        "seed": config.seed,
+        "sample": config.sample.model_dump(exclude={"every", "per_class", "batch_size"}),
+    }
+
+
+def check_folder(folder: Path, wanted: dict[str, Any]) -> None:
+    """Make a folder for images, or go on in it if it holds images of these very settings.
+
+    Raises:
+        ConfigError: if it holds images of other settings, or of unknown ones.
+    """
+    file = folder / SETTINGS_FILE
+    try:
+        if file.is_file():
+            if json.loads(file.read_text(encoding="utf-8")) == wanted:
+                return
+            raise ConfigError(f"--out = {str(folder)!r}: holds images of other settings; choose another folder")
+        if any(folder.glob("*.png")):
+            raise ConfigError(f"--out = {str(folder)!r}: holds other images already; choose another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, wanted)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"its {SETTINGS_FILE} is damaged"
+        raise ConfigError(f"--out = {str(folder)!r}: {reason}; choose another folder") from None
+
+
+def save_png(pixels_CHW: Tensor, path: Path) -> None:
+    """Write an image in one piece, so that what is there is whole."""
+    temporary = path.with_name(f".{path.name}.partial")
+    media.image(pixels_CHW).save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def read_png(path: Path) -> Tensor:
+    """An image as uint8, ``(C, H, W)``."""
+    with Image.open(path) as image:
+        array = torch.from_numpy(np.asarray(image).copy())
+    return array[None] if array.ndim == 2 else array.permute(2, 0, 1)

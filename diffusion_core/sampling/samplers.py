@@ -1,0 +1,262 @@
+"""Samplers: free functions that turn noise into images by means of a denoiser.
+
+Each has the signature ``(denoiser, x_BCHW, steps, labels_B, *, noise, callback=None) -> x0_BCHW``: ``x_BCHW`` is the
+noise at the first of ``steps`` (standard normal, times its sigma), ``noise()`` hands out standard normal noise of its
+shape, and ``callback(index, x_BCHW, x0_BCHW)`` sees, before each step, the noisy images and the current guess of the
+clean ones.
+
+With ``x = alpha * x0 + sigma * eps`` and the noise level ``s = sigma / alpha``, the probability flow ODE of Karras et
+al. 2022 (eq. 1, with their scaling) is ``d(x / alpha) / ds = eps``: the samplers of that paper step in ``x / alpha``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+from torch import Tensor
+
+from diffusion_core.config import SampleConfig
+from diffusion_core.diffusion.denoiser import Denoiser, DenoiserFunction
+from diffusion_core.diffusion.schedule import PURE_NOISE_LEVEL, NoiseSchedule, SamplingSteps
+
+NoiseFunction = Callable[[], Tensor]
+StepCallback = Callable[[int, Tensor, Tensor], None]
+
+
+class Sampler(Protocol):
+    def __call__(
+        self,
+        denoiser: DenoiserFunction,
+        x_BCHW: Tensor,
+        steps: SamplingSteps,
+        labels_B: Tensor | None,
+        *,
+        noise: NoiseFunction,
+        callback: StepCallback | None = None,
+    ) -> Tensor: ...
+
+
+def ddpm(
+    denoiser: DenoiserFunction,
+    x_BCHW: Tensor,
+    steps: SamplingSteps,
+    labels_B: Tensor | None,
+    *,
+    noise: NoiseFunction,
+    callback: StepCallback | None = None,
+    variance: str = "fixed_small",
+    fraction: Callable[[], Tensor | None] | None = None,
+) -> Tensor:
+    """Ancestral sampling (Ho et al. 2020, algorithm 2), for any subset of the timesteps.
+
+    The mean is that of ``q(x_s | x_t, x0)`` (eq. 7). The variance is the posterior's (``fixed_small``), that of the
+    forward step (``fixed_large``, beta), or between their logarithms at the ``fraction`` that the network learned
+    (``learned``; Nichol & Dhariwal 2021, eq. 15). The last step adds no noise.
+    """
+    alphas, sigmas = steps.alphas, steps.sigmas
+    for index in range(len(steps)):
+        x0_BCHW = denoiser(x_BCHW, steps.t(index, x_BCHW), labels_B)
+        if callback is not None:
+            callback(index, x_BCHW, x0_BCHW)
+        if index == len(steps) - 1:
+            return x0_BCHW
+        alpha_ratio = alphas[index] / alphas[index + 1]
+        sigma_ratio = sigmas[index + 1] / sigmas[index]
+        forward_variance = sigmas[index] ** 2 - (alpha_ratio * sigmas[index + 1]) ** 2
+        posterior_variance = forward_variance * sigma_ratio**2
+        mean = (
+            float(alpha_ratio * sigma_ratio**2) * x_BCHW
+            + float(alphas[index + 1] * forward_variance / sigmas[index] ** 2) * x0_BCHW
+        )
+        if variance == "learned":
+            assert fraction is not None
+            between = fraction()
+            assert between is not None
+            # Under guidance the network saw a doubled batch; its first half has the labels.
+            between = between[: len(x_BCHW)]
+            low, high = 0.5 * math.log(posterior_variance), 0.5 * math.log(forward_variance)
+            x_BCHW = mean + (low + (high - low) * between).exp() * noise()
+        else:
+            added = posterior_variance if variance == "fixed_small" else forward_variance
+            x_BCHW = mean + float(added.sqrt()) * noise()
+    return x_BCHW
+
+
+def ddim(
+    denoiser: DenoiserFunction,
+    x_BCHW: Tensor,
+    steps: SamplingSteps,
+    labels_B: Tensor | None,
+    *,
+    noise: NoiseFunction,
+    callback: StepCallback | None = None,
+    eta: float = 0.0,
+) -> Tensor:
+    """Denoising diffusion implicit models (Song et al. 2021, eq. 12 and 16).
+
+    ``eta`` 0 is deterministic, and the same as :func:`euler`; 1 is ancestral sampling with the small variance.
+    """
+    alphas, sigmas = steps.alphas, steps.sigmas
+    for index in range(len(steps)):
+        x0_BCHW = denoiser(x_BCHW, steps.t(index, x_BCHW), labels_B)
+        if callback is not None:
+            callback(index, x_BCHW, x0_BCHW)
+        if index == len(steps) - 1:
+            return x0_BCHW
+        eps_BCHW = noise_in(x_BCHW, x0_BCHW, steps, index)
+        forward_variance = sigmas[index] ** 2 - (alphas[index] / alphas[index + 1] * sigmas[index + 1]) ** 2
+        added = eta * (forward_variance.sqrt() * sigmas[index + 1] / sigmas[index])
+        kept = (sigmas[index + 1] ** 2 - added**2).clamp(min=0.0).sqrt()
+        x_BCHW = float(alphas[index + 1]) * x0_BCHW + float(kept) * eps_BCHW
+        if eta > 0.0:
+            x_BCHW = x_BCHW + float(added) * noise()
+    return x_BCHW
+
+
+def euler(
+    denoiser: DenoiserFunction,
+    x_BCHW: Tensor,
+    steps: SamplingSteps,
+    labels_B: Tensor | None,
+    *,
+    noise: NoiseFunction,
+    callback: StepCallback | None = None,
+) -> Tensor:
+    """Euler's method on the probability flow ODE (Karras et al. 2022, algorithm 1 without its correction)."""
+    for index in range(len(steps)):
+        x0_BCHW = denoiser(x_BCHW, steps.t(index, x_BCHW), labels_B)
+        if callback is not None:
+            callback(index, x_BCHW, x0_BCHW)
+        eps_BCHW = noise_in(x_BCHW, x0_BCHW, steps, index)
+        x_BCHW = float(steps.alphas[index + 1]) * x0_BCHW + float(steps.sigmas[index + 1]) * eps_BCHW
+    return x_BCHW
+
+
+def euler_ancestral(
+    denoiser: DenoiserFunction,
+    x_BCHW: Tensor,
+    steps: SamplingSteps,
+    labels_B: Tensor | None,
+    *,
+    noise: NoiseFunction,
+    callback: StepCallback | None = None,
+) -> Tensor:
+    """Euler steps to below the next noise level, then fresh noise up to it (k-diffusion's ancestral sampling)."""
+    for index in range(len(steps)):
+        x0_BCHW = denoiser(x_BCHW, steps.t(index, x_BCHW), labels_B)
+        if callback is not None:
+            callback(index, x_BCHW, x0_BCHW)
+        if index == len(steps) - 1:
+            return x0_BCHW
+        now, after = steps.levels[index], steps.levels[index + 1]
+        up = after * math.sqrt(1.0 - (after / now) ** 2)
+        down = after**2 / now
+        eps_BCHW = noise_in(x_BCHW, x0_BCHW, steps, index)
+        x_BCHW = float(steps.alphas[index + 1]) * (x0_BCHW + down * eps_BCHW + up * noise())
+    return x_BCHW
+
+
+def heun(
+    denoiser: DenoiserFunction,
+    x_BCHW: Tensor,
+    steps: SamplingSteps,
+    labels_B: Tensor | None,
+    *,
+    noise: NoiseFunction,
+    callback: StepCallback | None = None,
+) -> Tensor:
+    """Heun's second-order method (Karras et al. 2022, algorithm 1): two evaluations a step, one at the last.
+
+    A step from noise so strong that the image is lost in it is Euler's: there the slope is known exactly, and an error
+    of the correction would be multiplied by a level that is huge (cosine schedule) or infinite (zero terminal SNR).
+    """
+    for index in range(len(steps)):
+        x0_BCHW = denoiser(x_BCHW, steps.t(index, x_BCHW), labels_B)
+        if callback is not None:
+            callback(index, x_BCHW, x0_BCHW)
+        eps_BCHW = noise_in(x_BCHW, x0_BCHW, steps, index)
+        alpha, sigma = float(steps.alphas[index + 1]), float(steps.sigmas[index + 1])
+        ahead_BCHW = alpha * x0_BCHW + sigma * eps_BCHW
+        if is_corrected(steps, index):
+            now, after = steps.levels[index], steps.levels[index + 1]
+            x0_ahead_BCHW = denoiser(ahead_BCHW, steps.t(index + 1, x_BCHW), labels_B)
+            eps_ahead_BCHW = noise_in(ahead_BCHW, x0_ahead_BCHW, steps, index + 1)
+            slope_BCHW = 0.5 * (eps_BCHW + eps_ahead_BCHW)
+            ahead_BCHW = alpha * (x0_BCHW + now * eps_BCHW + (after - now) * slope_BCHW)
+        x_BCHW = ahead_BCHW
+    return x_BCHW
+
+
+def is_corrected(steps: SamplingSteps, index: int) -> bool:
+    """Whether Heun's method evaluates the denoiser a second time at a step."""
+    return steps.levels[index + 1] > 0.0 and steps.levels[index] < PURE_NOISE_LEVEL
+
+
+def dpmpp_2m(
+    denoiser: DenoiserFunction,
+    x_BCHW: Tensor,
+    steps: SamplingSteps,
+    labels_B: Tensor | None,
+    *,
+    noise: NoiseFunction,
+    callback: StepCallback | None = None,
+    stochastic: bool = False,
+) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), and its SDE variant (their eq. 19, midpoint).
+
+    Second order from the last two estimates of the clean image; first order at the first step, and at steps from or to
+    an infinite logarithm of the noise level.
+    """
+    x0_before_BCHW, h_before = None, math.inf
+    for index in range(len(steps)):
+        x0_BCHW = denoiser(x_BCHW, steps.t(index, x_BCHW), labels_B)
+        if callback is not None:
+            callback(index, x_BCHW, x0_BCHW)
+        if index == len(steps) - 1:
+            return x0_BCHW
+        now, after = steps.levels[index], steps.levels[index + 1]
+        h = math.log(now / after) if math.isfinite(now) else math.inf
+        alpha, sigma_ratio = float(steps.alphas[index + 1]), float(steps.sigmas[index + 1] / steps.sigmas[index])
+        best_BCHW = x0_BCHW
+        if x0_before_BCHW is not None and math.isfinite(h_before):
+            best_BCHW = x0_BCHW + 0.5 * h / h_before * (x0_BCHW - x0_before_BCHW)
+        if stochastic:
+            grown = -math.expm1(-2.0 * h)
+            x_BCHW = sigma_ratio * math.exp(-h) * x_BCHW + alpha * grown * best_BCHW
+            x_BCHW = x_BCHW + float(steps.sigmas[index + 1]) * math.sqrt(grown) * noise()
+        else:
+            x_BCHW = sigma_ratio * x_BCHW - alpha * math.expm1(-h) * best_BCHW
+        x0_before_BCHW, h_before = x0_BCHW, h
+    return x_BCHW
+
+
+def noise_in(x_BCHW: Tensor, x0_BCHW: Tensor, steps: SamplingSteps, index: int) -> Tensor:
+    """The noise eps that noisy images hold, given the clean ones."""
+    return (x_BCHW - float(steps.alphas[index]) * x0_BCHW) / float(steps.sigmas[index])
+
+
+def evaluations(config: SampleConfig, schedule: NoiseSchedule) -> int:
+    """How often a sampler evaluates the denoiser for an image."""
+    steps = schedule.steps(config.steps, config.spacing)
+    corrections = sum(is_corrected(steps, index) for index in range(len(steps))) if config.sampler == "heun" else 0
+    return len(steps) + corrections
+
+
+def build_sampler(config: SampleConfig, denoiser: Denoiser | None = None) -> Sampler:
+    """The sampler that a configuration asks for, with its own settings bound.
+
+    Args:
+        config: the configuration.
+        denoiser: the one at the bottom of those that wrap it; asked for its variance if that is learned.
+    """
+    if config.sampler == "ddpm":
+        fraction = None if denoiser is None else lambda: denoiser.fraction_BCHW
+        return partial(ddpm, variance=config.variance, fraction=fraction)
+    if config.sampler == "ddim":
+        return partial(ddim, eta=config.eta)
+    if config.sampler == "dpmpp_2m_sde":
+        return partial(dpmpp_2m, stochastic=True)
+    return {"euler": euler, "euler_ancestral": euler_ancestral, "heun": heun, "dpmpp_2m": dpmpp_2m}[config.sampler]

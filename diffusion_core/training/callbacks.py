@@ -1,0 +1,136 @@
+"""What happens between training steps: pictures, history, alerts. One class each."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from diffusion_core.checkpoint import Checkpoint
+from diffusion_core.config import CoreConfig
+from diffusion_core.config.metrics import goal_of
+from diffusion_core.data.datasets import Dataset
+from diffusion_core.files import write_text
+from diffusion_core.hardware import pick_precision
+from diffusion_core.run_folder import HISTORY_FILE, picture_files, read_history, without_step
+from diffusion_core.sampling import media
+from diffusion_core.sampling.generation import Generator, all_labels, requests
+from diffusion_core.tracking import STEP, Tracker
+from diffusion_core.training.trainer import TrainState, is_due
+
+WORSE_LOSS = 1.5
+"""A loss this many times its best value is a regression."""
+
+WORSE_SHARE = 0.75
+"""So is a quality that fell to this share of its best value."""
+
+PREEMPTIONS = 3
+"""A trial that was preempted this often makes little progress."""
+
+DIVERGED = "Training diverged"
+REGRESSION = "Quality regression"
+PREEMPTED = "Preempted again and again"
+
+
+class DrawSamples:
+    """Every ``sample.every`` steps: a grid with one row per class, and a GIF from noise to image."""
+
+    def __init__(self, config: CoreConfig, dataset: Dataset, accelerator: Accelerator, folder: Path) -> None:
+        self.config = config
+        self.class_names = dataset.class_names
+        self.precision = pick_precision(config.train, accelerator.device)
+        self.folder = folder
+
+    def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
+        config = self.config.sample
+        if not is_due(state.step, config.every, self.config.train.steps):
+            return
+        generator = Generator(state.ema.network, self.config, self.precision)
+        labels = all_labels(state.ema.network)
+        names = self.class_names if len(labels) == len(self.class_names) else ()
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+        columns = min(media.GIF_COLUMNS, config.per_class)
+        wanted, moving = requests(labels, config.per_class), requests(labels[: media.GIF_ROWS], columns)
+        moments, seed = media.spread(config.steps), self.config.seed
+        if len(wanted) <= config.batch_size:  # The moving ones are among them.
+            drawn = generator.trajectory(wanted, config, seed, moments)
+            places = [wanted.index(request) for request in moving]
+            images, frames = drawn[-1], [frame[places] for frame in drawn]
+        else:
+            images = generator.images(wanted, config, seed)
+            frames = generator.trajectory(moving, config, seed, moments)
+
+        row["samples"] = self.folder / f"samples-{state.step:08d}.png"
+        media.grid(images, config.per_class, names).save(row["samples"])
+        row["diffusion"] = self.folder / f"diffusion-{state.step:08d}.gif"
+        media.save_gif([media.grid(frame, columns, names[: media.GIF_ROWS]) for frame in frames], row["diffusion"])
+
+
+class LogHistory:
+    """Logs each row, to the tracker and to ``history.jsonl`` in the run's folder, where anyone can plot from."""
+
+    def __init__(self, tracker: Tracker, folder: Path, resumed: Checkpoint | None) -> None:
+        self.tracker = tracker
+        self.file = folder / HISTORY_FILE
+        step, rows = 0, {}
+        if resumed is not None:  # From another machine's disk its history comes along.
+            step, rows = resumed.step, {row[STEP]: row for row in read_history(resumed.path)}
+        rows |= {row[STEP]: row for row in read_history(folder)}
+        kept = [rows[at] for at in sorted(rows) if at <= step]
+        write_text(self.file, "".join(json.dumps(row) + "\n" for row in kept))
+        log_rows(tracker, folder, kept)
+
+    def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
+        if not row:
+            return
+        self.tracker.log(row, state.step)
+        numbers = {key: value for key, value in row.items() if not isinstance(value, Path)}
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({STEP: state.step, **numbers}) + "\n")
+
+
+def log_rows(tracker: Tracker, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Log rows of a run's history with their pictures; the tracker passes over those that it was told already."""
+    for row in rows:
+        tracker.log(without_step(row) | picture_files(folder, row[STEP]), row[STEP])
+
+
+class WatchQuality:
+    """A training callback: an alert, once, when the metric that chooses the best checkpoint has become much worse.
+
+    Args:
+        metric: its name; what is measured before a pruning has another one.
+        best: its best value so far, or None.
+        tracker: where alerts go.
+    """
+
+    def __init__(self, metric: str, best: float | None, tracker: Tracker) -> None:
+        self.metric = metric
+        self.best = best
+        self.tracker = tracker
+        self.told = False
+
+    def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
+        value = row.get(self.metric)
+        if value is None:
+            return
+        if self.best is not None and not self.told and is_regression(self.metric, value, self.best):
+            self.told = True
+            self.tracker.alert(REGRESSION, f"{self.metric} = {value:.4g} at step {state.step}; it was {self.best:.4g}")
+        if math.isfinite(value):
+            better = min if goal_of(self.metric) == "minimize" else max
+            self.best = value if self.best is None else better(value, self.best)
+
+
+def is_regression(metric: str, value: float, best: float) -> bool:
+    """Whether a figure is much worse than its best value; what is no number is."""
+    if not math.isfinite(value):
+        return True
+    if goal_of(metric) == "minimize":
+        return value > WORSE_LOSS * best > 0
+    return value < WORSE_SHARE * best

@@ -1,0 +1,192 @@
+"""When checkpoints are written, which of them are kept, and what goes to W&B."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusion_core.checkpoint import (
+    METADATA_FILE,
+    SAMPLING_PARTS,
+    Checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+    step_folder,
+    write_checkpoint,
+)
+from diffusion_core.config import CoreConfig, flatten
+from diffusion_core.config.metrics import is_better
+from diffusion_core.data.datasets import Dataset
+from diffusion_core.files import write_text
+from diffusion_core.model.structure import structure
+from diffusion_core.redact import redacted
+from diffusion_core.run_folder import HISTORY_FILE, read_history
+from diffusion_core.tracking import BEST, MODEL, STATE, STEP, Tracker
+from diffusion_core.training.trainer import TrainState, is_due
+
+
+def describe(state: TrainState, config: CoreConfig, class_names: Sequence[str]) -> dict[str, Any]:
+    """What a checkpoint says of its network, with no figures yet."""
+    network = state.network
+    return {
+        "config": redacted(flatten(config)),
+        "image_shape": [network.in_channels, network.image_size, network.image_size],
+        "num_classes": network.num_classes,
+        "class_names": list(class_names),
+        "structure": structure(network, config.model),
+        "figures": {},
+        **state.metadata(),
+    }
+
+
+def model_files(checkpoint: Checkpoint) -> list[Path]:
+    """The files of a `model` artifact: all that sampling needs."""
+    parts = [checkpoint.path / f"{part}.safetensors" for part in checkpoint.parts if part in SAMPLING_PARTS]
+    return [checkpoint.path / METADATA_FILE, *parts]
+
+
+class SaveCheckpoints:
+    """Every ``checkpoint.every`` steps: a checkpoint on disk and as artifacts; keeps the newest ones and the best.
+
+    Attributes:
+        best: metric, value and step of the best checkpoint so far, or None.
+    """
+
+    def __init__(
+        self,
+        config: CoreConfig,
+        dataset: Dataset,
+        tracker: Tracker,
+        folder: Path,
+        run_id: str,
+        resumed: Checkpoint | None,
+    ) -> None:
+        self.config = config
+        self.dataset = dataset
+        self.tracker = tracker
+        self.folder = folder
+        self.run_id = run_id
+        self.saved_step = resumed.step if resumed else None
+        best = resumed.metadata.get("best") if resumed else None
+        # A run may be resumed with another metric; its values cannot be compared with those of the old one.
+        self.best: dict[str, Any] | None = best if best and best["metric"] == config.checkpoint.best_metric else None
+        self.figures: dict[str, float] = dict(resumed.metadata["figures"]) if resumed else {}
+
+    def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
+        self.figures.update(
+            {key: value for key, value in row.items() if isinstance(value, int | float) and math.isfinite(value)}
+        )
+        if is_due(state.step, self.config.checkpoint.every, self.config.train.steps):
+            self.save(state, row.get(self.config.checkpoint.best_metric))
+
+    def save_pruned(self, state: TrainState) -> None:
+        """Write a checkpoint of a network that was just pruned, and log it as an artifact that the run goes on from: so
+        lineage leads from the dense model to the pruned one, and from there to what becomes of it.
+        """
+        self.saved_step = None  # The dense network may have been saved at this very step.
+        checkpoint = self.save(state)
+        if self.config.checkpoint.upload and checkpoint is not None:
+            name = f"pruned-{self.run_id}"
+            self.tracker.artifact(name, "model", model_files(checkpoint), ["latest"], dict(state.extra_metadata))
+            self.tracker.use(name)
+
+    def save(self, state: TrainState, metric: float | None = None) -> Checkpoint | None:
+        """Write a checkpoint, log it, and delete those no longer kept; a step that is saved is not saved again."""
+        if state.step == self.saved_step:
+            return None
+        is_best = metric is not None and is_better(
+            self.config.checkpoint.best_metric, metric, self.best["value"] if self.best else None
+        )
+        if is_best:
+            self.best = {"metric": self.config.checkpoint.best_metric, "value": metric, "step": state.step}
+        metadata = describe(state, self.config, self.dataset.class_names) | {
+            "figures": self.figures,
+            "best": self.best,
+        }
+        checkpoint = write_checkpoint(self.folder, state.step, metadata, state.parts())
+        self.saved_step = state.step
+        if self.config.checkpoint.upload and self.tracker.live:
+            self._log_artifacts(checkpoint)
+        self._delete_old()
+        return checkpoint
+
+    def log_kept(self) -> None:
+        """Log the checkpoints that are on the disk: for trackers to which it was of no use to log each of them."""
+        if self.config.checkpoint.upload:
+            for path in self._kept():
+                self._log_artifacts(read_checkpoint(path, verify=False))
+
+    def _log_artifacts(self, checkpoint: Checkpoint) -> None:
+        log_checkpoint(
+            self.tracker,
+            checkpoint,
+            self.run_id,
+            is_best=self.best is not None and checkpoint.step == self.best["step"],
+            history=read_history(self.folder.parent),
+            ttl_days=self.config.checkpoint.ttl_days,
+        )
+
+    def _kept(self) -> list[Path]:
+        return kept_checkpoints(self.folder, self.config.checkpoint.keep, self.best["step"] if self.best else None)
+
+    def _delete_old(self) -> None:
+        """Delete what is not kept; the newest checkpoint is on the disk by now."""
+        for path in set(list_checkpoints(self.folder)) - set(self._kept()):
+            shutil.rmtree(path)
+
+    def forget_best(self) -> None:
+        """Start over with `best`: the network is another one from now on."""
+        self.best = None
+
+    @property
+    def best_path(self) -> Path:
+        """The best checkpoint, or the newest one if nothing was measured yet, or the best one could not be fetched."""
+        assert self.saved_step is not None
+        best = self.folder / step_folder(self.best["step"] if self.best else self.saved_step)
+        return best if best.is_dir() else self.folder / step_folder(self.saved_step)
+
+
+def kept_checkpoints(folder: Path, keep: int, best_step: int | None) -> list[Path]:
+    """Of the checkpoints in a folder those that are kept, oldest first: the newest ones and the best."""
+    paths = list_checkpoints(folder)
+    best = None if best_step is None else step_folder(best_step)
+    return [path for path in paths if path.name == best or path in paths[-keep:]]
+
+
+def log_checkpoint(
+    tracker: Tracker,
+    checkpoint: Checkpoint,
+    run_id: str,
+    *,
+    is_best: bool,
+    history: Sequence[Mapping[str, Any]],
+    ttl_days: int | None,
+) -> None:
+    """Log a checkpoint as two artifacts: what sampling needs, and what resuming needs besides, if it holds that.
+
+    Args:
+        tracker: where to.
+        checkpoint: on the disk.
+        run_id: names the artifacts.
+        is_best: whether it is the best one of its run so far.
+        history: rows of the run; those up to the checkpoint's step come along, for another machine to go on from.
+        ttl_days: how long the server keeps what resuming needs; None: for ever.
+    """
+    aliases = ["latest", f"step-{checkpoint.step}", *([BEST] if is_best else [])]
+    described = {
+        "step": checkpoint.step,
+        "config": checkpoint.metadata["config"],
+        "figures": checkpoint.metadata["figures"],
+        **checkpoint.metadata["extra"],
+    }
+    rows = checkpoint.path / HISTORY_FILE
+    write_text(rows, "".join(json.dumps(row) + "\n" for row in history if row[STEP] <= checkpoint.step))
+    metadata = checkpoint.path / METADATA_FILE
+    training = [checkpoint.path / f"{part}.safetensors" for part in checkpoint.parts if part not in SAMPLING_PARTS]
+    tracker.artifact(f"{MODEL}-{run_id}", MODEL, model_files(checkpoint), aliases, described)
+    if training:  # Or it came from another machine for sampling alone.
+        tracker.artifact(f"{STATE}-{run_id}", STATE, [metadata, *training, rows], aliases, described, ttl_days)

@@ -1,0 +1,121 @@
+"""Evaluation while training: at a cadence, of the averaged weights, by all processes together."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from diffusion_core.config import CoreConfig
+from diffusion_core.data.datasets import DataError, Dataset
+from diffusion_core.evaluation.features import ExtractorError
+from diffusion_core.evaluation.generated import estimate_seconds, generated
+from diffusion_core.evaluation.protocol import PREFIX, sampling_protocol
+from diffusion_core.evaluation.suite import Judgement, Suite
+from diffusion_core.evaluation.validation import by_timestep, validation_losses
+from diffusion_core.files import write_json
+from diffusion_core.hardware import pick_precision
+from diffusion_core.run_folder import PROTOCOLS_FILE
+from diffusion_core.sampling.generation import Generator
+from diffusion_core.tracking import Tracker
+from diffusion_core.training.trainer import TrainState, is_due
+
+DENSE = "dense/"
+"""Prefix of figures of a network that is yet to be pruned: a sweep must not rank pruned networks by them."""
+
+STATISTICS = "reference-statistics"
+"""Type of the artifacts that share what was computed of real images."""
+
+
+class Evaluate:
+    """Every ``eval.every`` steps: ``val/loss``, and of generated images whatever ``eval.*`` asks for.
+
+    Before a pruning they are called ``dense/val/loss`` and so on. How each figure was measured goes into the run's
+    summary and into ``protocols.json``.
+
+    Args:
+        config: every knob of the core.
+        dataset: the images.
+        accelerator: processes and devices.
+        tracker: where protocols go.
+        folder: the run's folder.
+        is_dense: whether a network is yet to be pruned.
+    """
+
+    def __init__(
+        self,
+        config: CoreConfig,
+        dataset: Dataset,
+        accelerator: Accelerator,
+        tracker: Tracker,
+        folder: Path,
+        is_dense: Callable[[TrainState], bool] = lambda state: False,
+    ) -> None:
+        self.config = config
+        self.is_dense = is_dense
+        self.dataset = dataset
+        self.accelerator = accelerator
+        self.tracker = tracker
+        self.folder = folder
+        self.precision = pick_precision(config.train, accelerator.device)
+        self.protocols: dict[str, str] = {}
+        self._suite: Suite | None = None
+        self._said: set[str] = set()
+
+    def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
+        if not is_due(state.step, self.config.eval.every, self.config.train.steps):
+            return
+        network = state.ema.network
+        loss_N, t_N = validation_losses(network, self.dataset.val, self.config, self.precision)
+        figures = {"val/loss": float(loss_N.mean())}
+        if "loss_by_timestep" in self.config.eval.figures:
+            figures |= by_timestep(loss_N, t_N, self.config.diffusion.timesteps)
+        if self.config.judges_images:
+            judged = self._judge(Generator(network, self.config, self.precision))
+            figures |= judged.figures
+            self._note(judged.protocols)
+        prefix = DENSE if self.is_dense(state) else ""
+        row.update({f"{prefix}{name}": value for name, value in figures.items()})
+
+    def _judge(self, generator: Generator) -> Judgement:
+        """Figures of generated images; where they cannot be had, training goes on without, and says so once."""
+        config, total = self.config, self.config.eval.num_images
+        try:
+            if self._suite is None:  # At the first evaluation: what it builds may take seconds.
+                self._suite = Suite(
+                    config.data,
+                    config.eval,
+                    self.dataset,
+                    with_classifier=config.has_classifier,
+                    device=self.accelerator.device,
+                    say=self._say,
+                    share=self._share,
+                )
+                if self.accelerator.is_main_process:
+                    seconds = estimate_seconds(generator, total, config.sample, self._suite.networks)
+                    self._say(f"evaluation: {total:,} images, about {seconds:.1f} s each time (eval.num_images)")
+            batches = generated(generator, total, config.sample, config.seed)
+            return self._suite.judge(batches, total, sampling_protocol(config.sample, config.seed))
+        except (DataError, ExtractorError) as error:
+            self._say(f"no figures of generated images: {error}")
+            return Judgement()
+
+    def _say(self, line: str) -> None:
+        if self.accelerator.is_main_process and line not in self._said:
+            self._said.add(line)
+            print(line, file=sys.stderr)
+
+    def _share(self, name: str, source: str, file: Path) -> None:
+        if self.accelerator.is_main_process:
+            self.tracker.artifact(name, STATISTICS, [file], ["latest"], {"source": source})
+
+    def _note(self, protocols: dict[str, str]) -> None:
+        if not self.accelerator.is_main_process or protocols == self.protocols:
+            return
+        self.protocols = protocols
+        self.tracker.summary({f"{PREFIX}{name}": line for name, line in protocols.items()})
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / PROTOCOLS_FILE, protocols)

@@ -1,0 +1,292 @@
+"""The training loop. It knows nothing of logging, evaluation or pruning: those are callbacks.
+
+A callback is a function ``(state, row) -> None``, called after every optimizer step; ``row`` holds the step's figures
+(empty on most steps) and may be added to. Axes: B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion_core.checkpoint import Checkpoint, CheckpointError
+from diffusion_core.config import CoreConfig, EmaConfig, TrainConfig
+from diffusion_core.data.batches import Batches
+from diffusion_core.diffusion.denoiser import Denoiser
+from diffusion_core.diffusion.draws import Draws, draw
+from diffusion_core.diffusion.losses import diffusion_loss
+from diffusion_core.hardware import Precision, algorithms, autocast, memory_format, pick_precision
+from diffusion_core.model.compilation import compile_network, pick_compilation
+from diffusion_core.model.cuda_graphs import Replayed, is_replayed
+from diffusion_core.model.unet import UNet
+from diffusion_core.randomness import Purpose, stream_seed
+from diffusion_core.training.distillation import Distillation
+from diffusion_core.training.ema import Ema, profiles, sampled_profile
+
+Callback = Callable[["TrainState", dict[str, Any]], None]
+PROGRESS_EVERY_S = 0.5
+PROGRESS_EVERY_S_IN_FILES = 30.0
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no number any more; the message is one line meant for the user."""
+
+
+@dataclass
+class TrainState:
+    """All that changes in training. A checkpoint holds it whole; there is no other state, and no generator."""
+
+    network: UNet
+    ema: Ema
+    optimizer: torch.optim.AdamW
+    step: int = 0
+    extra_parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Further tensors that checkpoints carry along, by part (pruning keeps its masks here)."""
+    extra_metadata: dict[str, Any] = field(default_factory=dict)
+    """Further JSON that checkpoints carry along."""
+    revision: int = 0
+    """Raised by whoever changes what a step computes between two steps (masks): a recorded step is recorded anew."""
+
+    @classmethod
+    def start(cls, network: UNet, config: CoreConfig, step: int = 0) -> TrainState:
+        """A state with fresh averages and a fresh optimizer; the network keeps its device."""
+        device = next(network.parameters()).device
+        network = network.to(memory_format=memory_format(device, pick_precision(config.train, device)))
+        return cls(network, Ema(network, config.ema), build_optimizer(network, config.train), step)
+
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of a checkpoint, by part."""
+        averages = {ema_part(profile, self.ema.config): network for profile, network in self.ema.networks.items()}
+        return {
+            **{part: dict(network.state_dict()) for part, network in averages.items()},
+            "model": dict(self.network.state_dict()),
+            "optimizer": self._optimizer_tensors(),
+            **self.extra_parts,
+        }
+
+    def metadata(self) -> dict[str, Any]:
+        """What a checkpoint holds besides tensors."""
+        return {"ema_updates": self.ema.updates, "extra": self.extra_metadata}
+
+    @classmethod
+    def restore(cls, checkpoint: Checkpoint, config: CoreConfig, device: torch.device) -> TrainState:
+        """The state that was saved in a checkpoint.
+
+        Raises:
+            CheckpointError: if the checkpoint holds no training state, or one of another network.
+        """
+        averages = {profile: ema_part(profile, config.ema) for profile in profiles(config.ema)}
+        own_parts = {"model", "optimizer", *averages.values()}
+        missing = own_parts - set(checkpoint.parts)
+        if missing:
+            raise CheckpointError(f"{str(checkpoint.path)!r}: cannot resume without {', '.join(sorted(missing))}")
+        state = cls.start(checkpoint.network("model").to(device), config, checkpoint.step)
+        for profile, part in averages.items():
+            state.ema.networks[profile].load_state_dict(checkpoint.network(part).state_dict())
+        state.ema.updates = int(checkpoint.metadata["ema_updates"])
+        state._load_optimizer(checkpoint.tensors("optimizer"))
+        state.extra_parts = {part: checkpoint.tensors(part) for part in set(checkpoint.parts) - own_parts}
+        state.extra_metadata = dict(checkpoint.metadata["extra"])
+        return state
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        names = [name for name, _ in self.network.named_parameters()]
+        state = self.optimizer.state_dict()["state"]
+        return {f"{names[i]}:{key}": value for i, values in state.items() for key, value in values.items()}
+
+    def _load_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        parameters = dict(self.network.named_parameters())
+        index = {name: i for i, name in enumerate(parameters)}
+        state: dict[int, dict[str, Tensor]] = {}
+        for full_name, tensor in tensors.items():
+            name, _, key = full_name.rpartition(":")
+            if name not in index or (tensor.ndim and tensor.shape != parameters[name].shape):
+                raise CheckpointError(f"optimizer state of {name!r}: the network has no such weight of that shape")
+            # In memory as its weight lies: the fused optimizer walks through both by address.
+            placed = torch.empty_like(parameters[name]).copy_(tensor) if tensor.ndim else tensor
+            state.setdefault(index[name], {})[key] = placed
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+
+
+def ema_part(profile: str, config: EmaConfig) -> str:
+    """The part of a checkpoint that holds an average: ``ema`` for the one that is sampled, else ``ema-<profile>``."""
+    return "ema" if profile == sampled_profile(config) else f"ema-{profile}"
+
+
+def build_optimizer(network: UNet, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) over all weights."""
+    optimizer = torch.optim.AdamW(
+        network.parameters(),
+        lr=config.lr,
+        betas=(0.9, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    device = next(network.parameters()).device
+    if device.type == "cuda":  # A tensor, so that a recorded step sees it change.
+        for group in optimizer.param_groups:
+            group["lr"] = torch.full((), config.lr, device=device)
+    return optimizer
+
+
+def set_capturable(optimizer: torch.optim.Optimizer, recording: bool) -> None:
+    """Tell an optimizer whether its step is being recorded as a CUDA graph; outside of a recording it would warn."""
+    for group in optimizer.param_groups:
+        group["capturable"] = recording
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate; where it is a tensor, in place, so that a recorded step sees it."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Learning rate of the update that follows ``step`` updates: linear warm-up, then constant or half a cosine."""
+    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.lr_schedule == "constant":
+        return config.lr * warm
+    after = max(0, step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.lr * warm * 0.5 * (1.0 + math.cos(math.pi * min(1.0, after)))
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens every so many steps (0: only at the end) happens at this one."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def train(
+    state: TrainState,
+    batches: Batches,
+    config: CoreConfig,
+    callbacks: Sequence[Callback] = (),
+    *,
+    accelerator: Accelerator,
+    until: int | None = None,
+    distillation: Distillation | None = None,
+) -> TrainState:
+    """Train from ``state.step`` to step ``until`` (None: ``train.steps``); the state is changed in place.
+
+    With a distillation its loss is added to the images' own, also in ``train/loss``.
+
+    Every ``log.every`` steps, and at the last one, the row holds ``train/loss`` (mean over the steps since the last
+    row), ``train/lr``, ``train/grad_norm`` (before clipping), ``train/images_per_second`` (time spent in callbacks left
+    out) and ``train/epoch``.
+
+    Raises:
+        TrainingDiverged: if the loss is no number; it is looked at whenever a row is made.
+    """
+    settings, device = config.train, accelerator.device
+    until = settings.steps if until is None else until
+    precision = pick_precision(settings, device)
+    compile_network(state.network, pick_compilation(settings, state.network, device))
+    network = accelerator.prepare_model(state.network)
+    network.train()
+    weights = list(network.parameters())
+    denoiser = Denoiser.from_config(network, config, device)
+    loss_sum, norm_sum = torch.zeros((), device=device), torch.zeros((), device=device)
+    counted, paused, started = 0, 0.0, time.perf_counter()
+    bar = tqdm(
+        total=settings.steps,
+        initial=state.step,
+        desc="training",
+        unit="step",
+        disable=not (config.log.progress and accelerator.is_main_process),
+        mininterval=PROGRESS_EVERY_S if sys.stderr.isatty() else PROGRESS_EVERY_S_IN_FILES,
+    )
+
+    def update_weights(*draws: Any) -> tuple[Tensor, ...]:
+        loss = _accumulate_gradients(denoiser, Draws(*draws), config, accelerator, precision, distillation)
+        norm = accelerator.clip_grad_norm_(weights, settings.grad_clip or math.inf)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        return loss, norm
+
+    update: Callable[..., tuple[Tensor, ...]] = update_weights
+    if is_replayed(settings.cuda_graphs, device, accelerator.num_processes):
+        update = Replayed(update_weights, partial(set_capturable, state.optimizer))
+    revision = state.revision
+    with bar, algorithms(settings, precision):
+        while state.step < until:
+            if config.model.dropout:
+                torch.manual_seed(stream_seed(config.seed, Purpose.DROPOUT, state.step, accelerator.process_index))
+            rate = learning_rate(state.step, settings)
+            set_learning_rate(state.optimizer, rate)
+            if state.revision != revision and isinstance(update, Replayed):
+                update.forget()
+            revision = state.revision
+            loss, norm = update(*draw(state.step, batches, config, denoiser.schedule).tensors())
+            state.ema.update(state.network)
+            state.step += 1
+            loss_sum += loss
+            norm_sum += norm
+            counted += 1
+            bar.update()
+
+            row: dict[str, Any] = {}
+            if is_due(state.step, config.log.every, until):
+                means = torch.stack([loss_sum, norm_sum]) / counted
+                mean_loss, mean_norm = accelerator.reduce(means, "mean").tolist()  # The one synchronisation.
+                if not math.isfinite(mean_loss):
+                    raise TrainingDiverged(
+                        f"train/loss = {mean_loss} at step {state.step}: training diverged; lower train.lr "
+                        f"({settings.lr:g}), lengthen train.warmup_steps ({settings.warmup_steps}), or set "
+                        f"train.precision=fp32 ({precision} now)"
+                    )
+                elapsed = time.perf_counter() - started - paused
+                row = {
+                    "train/loss": mean_loss,
+                    "train/lr": rate,
+                    "train/grad_norm": mean_norm,
+                    "train/images_per_second": counted * batches.batch_size / elapsed,
+                    "train/epoch": state.step * batches.batch_size / len(batches.images),
+                }
+                bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_s=f"{row['train/images_per_second']:.0f}")
+                loss_sum.zero_()
+                norm_sum.zero_()
+                counted, paused, started = 0, 0.0, time.perf_counter()
+            entered = time.perf_counter()
+            for callback in callbacks:
+                callback(state, row)
+            paused += time.perf_counter() - entered
+    return state
+
+
+def _accumulate_gradients(
+    denoiser: Denoiser,
+    draws: Draws,
+    config: CoreConfig,
+    accelerator: Accelerator,
+    precision: Precision,
+    distillation: Distillation | None,
+) -> Tensor:
+    """Add up the gradients of the mean loss over a batch, part by part; returns that loss, detached."""
+    parts = config.train.accumulation
+    total = torch.zeros((), device=draws.x0_BCHW.device)
+    for index, part in enumerate(draws.chunks(parts)):
+        last = index == parts - 1
+        with nullcontext() if last else accelerator.no_sync(denoiser.network):
+            with autocast(accelerator.device, precision):
+                loss_B = diffusion_loss(
+                    denoiser, part.x0_BCHW, part.noise_BCHW, part.t_B, part.labels_B, config.diffusion, part.shown_B
+                )
+                if distillation is not None:
+                    loss_B = loss_B + distillation.loss()
+            loss = loss_B.mean() / parts
+            accelerator.backward(loss)
+        total += loss.detach()
+    return total

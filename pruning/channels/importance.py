@@ -1,0 +1,187 @@
+"""How much each channel matters: a score for every channel of every group, from weights and gradients.
+
+Each importance is a saliency of single weights, added up over all weights that would go with a channel: the rows of the
+layers that give it, the columns of those that take it, and the gains of the norms between. Magnitudes leave biases and
+norms out, since a gain near one says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffusion_core.model.unet import UNet
+from diffusion_core.randomness import Purpose, generator
+from pruning.calibration import Calibration
+from pruning.channels.groups import ChannelGroup, Member
+from pruning.config import GRADIENTS, PruneConfig
+
+Saliency = dict[str, Tensor]
+"""Name of a parameter to the saliency of each of its entries, of its shape."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How an importance is computed.
+
+    Attributes:
+        saliency: the saliency of every weight.
+        signed: the saliencies of a channel are added up in each layer before their absolute value is taken.
+        magnitudes: only the weights of convolutions and linear layers count.
+    """
+
+    saliency: Callable[[UNet, PruneConfig, Calibration], Saliency]
+    signed: bool = False
+    magnitudes: bool = False
+
+
+def channel_scores(
+    network: UNet, groups: list[ChannelGroup], prune: PruneConfig, seed: int, calibration: Calibration | None
+) -> dict[str, Tensor]:
+    """The score of every channel, ``(width,)`` float64 a group; the lowest go first.
+
+    Args:
+        network: in evaluation mode.
+        groups: its groups of channels.
+        prune: names the importance.
+        seed: of the ``random`` importance.
+        calibration: images to measure gradients on, for an importance that needs them.
+
+    Raises:
+        ValueError: if an importance needs calibration and there is none.
+    """
+    if prune.importance == "random":
+        source = generator(seed, Purpose.PRUNE)
+        return {group.name: torch.rand(group.width, generator=source, dtype=torch.float64) for group in groups}
+    rule = RULES["l2" if prune.importance == "reinit" else prune.importance]
+    if calibration is None and prune.importance in GRADIENTS:
+        raise ValueError(f"prune.importance = {prune.importance!r}: needs images to measure gradients on")
+    with torch.enable_grad():
+        saliency = rule.saliency(network, prune, calibration)  # type: ignore[arg-type]
+    modules = dict(network.named_modules())
+    scores = {}
+    for group in groups:
+        total = torch.zeros(group.width, dtype=torch.float64)
+        for member in group.members:
+            if rule.magnitudes and not isinstance(modules[member.layer], nn.Conv2d | nn.Linear):
+                continue
+            for part in _slices(saliency, member, biases=not rule.magnitudes):
+                total += part.sum(dim=1).abs() if rule.signed else part.abs().sum(dim=1)
+        scores[group.name] = total
+    return scores
+
+
+def _slices(saliency: Saliency, member: Member, biases: bool) -> Iterator[Tensor]:
+    """The entries of a layer's parameters that go with each channel, ``(width, entries)``, parameter by parameter."""
+    places = torch.tensor(member.places)
+    weight = saliency[f"{member.layer}.weight"].double().cpu()
+    # Embeddings give their columns, all other layers their rows.
+    axis = 1 if member.side == "in" or f"{member.layer}.bias" not in saliency else 0
+    yield weight.movedim(axis, 0)[places].flatten(1) if weight.ndim > 1 else weight[places][:, None]
+    if biases and member.side == "out" and f"{member.layer}.bias" in saliency:
+        yield saliency[f"{member.layer}.bias"].double().cpu()[places][:, None]
+
+
+# Saliencies of single weights.
+
+
+def _weights(network: UNet) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in network.named_parameters()}
+
+
+def absolute(network: UNet, _prune: PruneConfig, _calibration: Calibration) -> Saliency:
+    """``|w|``: the L1 norm (Li et al. 2017)."""
+    return {name: weight.abs() for name, weight in _weights(network).items()}
+
+
+def squared(network: UNet, _prune: PruneConfig, _calibration: Calibration) -> Saliency:
+    """``w^2``: ranks as the L2 norm does."""
+    return {name: weight.square() for name, weight in _weights(network).items()}
+
+
+def first_order(network: UNet, prune: PruneConfig, calibration: Calibration) -> Saliency:
+    """``w * g`` with the gradient of the training loss, which it would change by to first order (Molchanov et al.
+    2019).
+    """
+    total = {name: torch.zeros_like(weight) for name, weight in _weights(network).items()}
+    for gradients in calibration.gradients(network, prune.calibration_batches):
+        for name, gradient in gradients.items():
+            total[name] += gradient / prune.calibration_batches
+    return {name: weight * total[name] for name, weight in _weights(network).items()}
+
+
+def over_timesteps(network: UNet, prune: PruneConfig, calibration: Calibration) -> Saliency:
+    """``w * sum_t g_t`` over the timesteps that matter (Diff-Pruning, Fang et al. 2023, algorithm 1).
+
+    Timesteps are visited from the least noise on, ``prune.calibration_batches`` of them evenly spread, each with a
+    batch of images and noise of its own, until the loss falls below ``prune.threshold`` times the largest one so far.
+    """
+    weights = _weights(network)
+    total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for _, gradients in timestep_gradients(network, prune, calibration):
+        for name, gradient in gradients.items():
+            total[name] += gradient
+    return {name: weight * total[name] for name, weight in weights.items()}
+
+
+def timestep_gradients(
+    network: UNet, prune: PruneConfig, calibration: Calibration
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """The timesteps that Diff-Pruning visits, with the gradient of the loss at each."""
+    parameters = dict(network.named_parameters())
+    count = min(prune.calibration_batches, calibration.config.diffusion.timesteps)
+    largest = 0.0
+    for index in calibration.indices(count):
+        t = index * calibration.config.diffusion.timesteps // count
+        loss = calibration.loss(network, calibration.draws(index, network, t)).mean()
+        largest = max(largest, float(loss.detach()))
+        if float(loss.detach()) < prune.threshold * largest:
+            return
+        yield t, dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+
+
+def fisher(network: UNet, prune: PruneConfig, calibration: Calibration) -> Saliency:
+    """``w^2 * E[g^2]`` over single images: the diagonal of the Fisher information in place of the Hessian's."""
+    parameters = dict(network.named_parameters())
+    total = {name: torch.zeros_like(weight) for name, weight in parameters.items()}
+    images = 0
+    for index in calibration.indices(prune.calibration_batches):
+        for drawn in calibration.draws(index, network).chunks(calibration.batches.batch_size):
+            loss = calibration.loss(network, drawn).mean()
+            for name, gradient in zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True):
+                total[name] += gradient.square()
+            images += 1
+    return {name: weight.square() * total[name] / images for name, weight in _weights(network).items()}
+
+
+def hessian(network: UNet, prune: PruneConfig, calibration: Calibration) -> Saliency:
+    """``w^2 h / 2`` with the Hessian's diagonal (Optimal Brain Damage, LeCun et al. 1989), estimated by Hutchinson's
+    probes: ``h = E[z * Hz]``, one probe of random signs a batch.
+    """
+    parameters = dict(network.named_parameters())
+    total = {name: torch.zeros_like(weight) for name, weight in parameters.items()}
+    for index in calibration.indices(prune.calibration_batches):
+        source = generator(calibration.config.seed, Purpose.PRUNE, index)
+        signs = [torch.randint(2, p.shape, generator=source).to(p) * 2.0 - 1.0 for p in parameters.values()]
+        with sdpa_kernel(SDPBackend.MATH):  # The others have no second derivative.
+            loss = calibration.loss(network, calibration.draws(index, network)).mean()
+            gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
+            products = torch.autograd.grad(gradients, list(parameters.values()), signs, materialize_grads=True)
+        for name, sign, product in zip(parameters, signs, products, strict=True):
+            total[name] += sign * product / prune.calibration_batches
+    return {name: weight.square() * total[name] / 2.0 for name, weight in _weights(network).items()}
+
+
+RULES: dict[str, Rule] = {
+    "l1": Rule(absolute, magnitudes=True),
+    "l2": Rule(squared, magnitudes=True),
+    "taylor": Rule(first_order),
+    "taylor_multivariable": Rule(first_order, signed=True),
+    "diff_pruning": Rule(over_timesteps),
+    "fisher": Rule(fisher),
+    "hessian": Rule(hessian, signed=True),
+}

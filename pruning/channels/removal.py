@@ -1,0 +1,185 @@
+"""Structured pruning: whole channels go, and a smaller network remains."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_core.config import ConfigError
+from diffusion_core.model.cost import LATENCY_BATCH, count_sizes, latencies, network_layers
+from diffusion_core.model.structure import resize
+from diffusion_core.model.unet import AttentionBlock, UNet
+from diffusion_core.randomness import Purpose, stream_seed
+from pruning.calibration import Calibration
+from pruning.channels.groups import ChannelGroup, Kept, channel_groups, kept_places
+from pruning.channels.importance import channel_scores
+from pruning.channels.search import STEPS, Counts, block_names, choose_all, find_counts, layer_sizes, shrunk_sizes
+from pruning.config import PruneConfig
+
+LATENCY_STEPS = 8
+"""Bisections where each takes a measurement."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Which channels stay, as plain JSON; with the dense network enough to prune it again.
+
+    Attributes:
+        kept: for every group of channels a text of its width: ``1`` for a channel that stays, ``0`` for one that goes.
+        redrawn: the seed from which the weights of the smaller network were drawn anew, or None.
+    """
+
+    kept: dict[str, str]
+    redrawn: int | None = None
+
+
+def prune_channels(
+    network: UNet,
+    prune: PruneConfig,
+    seed: int = 0,
+    calibration: Calibration | None = None,
+    progress: bool = False,
+) -> tuple[UNet, Removal]:
+    """Remove the weakest channels until ``prune.keep`` of ``prune.target`` is left.
+
+    Attention keeps its heads, and the image its channels. Group norms keep as many of their groups as divide the new
+    width.
+
+    Args:
+        network: it is left as it is.
+        prune: what is to stay, and what says which channels are weak.
+        seed: of the importances ``random`` and ``reinit``.
+        calibration: training images, for the importances that measure gradients.
+        progress: show a bar.
+
+    Returns:
+        The smaller network, in the same mode and on the same device, and what to do to get it again.
+
+    Raises:
+        ConfigError: if so little cannot stay.
+    """
+    groups = channel_groups(network)
+    if prune.block_keep and len(prune.block_keep) != len(block_names(network)):
+        raise ConfigError(
+            f"prune.block_keep = {prune.block_keep}: expected {len(block_names(network))} shares, for "
+            f"{', '.join(block_names(network))}"
+        )
+    kept: Kept = {group.name: torch.ones(group.width, dtype=torch.bool) for group in groups}
+    for iteration in range(1, prune.iterations + 1):
+        current = _shrink(network, groups, kept).eval().requires_grad_(True)
+        narrowed = channel_groups(current) if iteration > 1 else groups
+        scores = channel_scores(current, narrowed, prune, stream_seed(seed, iteration), calibration)
+        # Towards the target in equal ratios; each from the network as it was, so that rounding does not add up.
+        cost, target = _cost_to_hit(network, groups, prune, prune.keep ** (iteration / prune.iterations))
+        full = {
+            group.name: torch.full((group.width,), -math.inf, dtype=torch.float64).masked_scatter(
+                kept[group.name], scores[group.name]
+            )
+            for group in groups
+        }
+        steps = LATENCY_STEPS if prune.target == "latency" else STEPS
+        counts = find_counts(network, groups, full, prune, cost, target, steps, progress)
+        kept = choose_all(network, groups, full, counts)
+    removal = Removal(
+        {name: "".join("01"[stays] for stays in stay.tolist()) for name, stay in kept.items()},
+        stream_seed(seed, Purpose.REINIT) if prune.importance == "reinit" else None,
+    )
+    return _apply(network, groups, removal), removal
+
+
+def remove(network: UNet, removal: Removal) -> UNet:
+    """Prune a network as a record says.
+
+    Raises:
+        ValueError: if the record is one of another network.
+    """
+    groups = channel_groups(network)
+    if {name: len(marks) for name, marks in removal.kept.items()} != {group.name: group.width for group in groups}:
+        raise ValueError("the record is one of another network: groups of channels or their widths differ")
+    return _apply(network, groups, removal)
+
+
+def _apply(network: UNet, groups: list[ChannelGroup], removal: Removal) -> UNet:
+    kept = {name: torch.tensor([mark == "1" for mark in marks]) for name, marks in removal.kept.items()}
+    smaller = _shrink(network, groups, kept)
+    if removal.redrawn is not None:
+        _draw_weights(smaller, removal.redrawn)
+    return smaller
+
+
+def _cost_to_hit(
+    network: UNet, groups: list[ChannelGroup], prune: PruneConfig, keep: float
+) -> tuple[Callable[[Counts], float], float]:
+    """What a network with so many channels costs in the target's unit, and what it should."""
+    if prune.target == "latency":
+
+        def ratio(counts: Counts) -> float:
+            ours, theirs = latencies([_untrained(network, groups, counts), network], LATENCY_BATCH, least=3)
+            return ours / theirs
+
+        return ratio, keep
+    layers, now = network_layers(network), layer_sizes(network)
+    unit = ("channels", "params", "macs").index(prune.target)
+
+    def count(counts: Mapping[str, int]) -> float:
+        return count_sizes(layers, shrunk_sizes(now, groups, counts))[unit]
+
+    return count, keep * count({group.name: group.width for group in groups})
+
+
+def _untrained(network: UNet, groups: list[ChannelGroup], counts: Counts) -> UNet:
+    """A network of these widths, whatever its weights."""
+    first = {group.name: torch.arange(group.width) < counts[group.name] for group in groups}
+    return _shrink(network, groups, first)
+
+
+def _shrink(network: UNet, groups: list[ChannelGroup], kept: Kept) -> UNet:
+    """A copy of a network with the channels that stay."""
+    smaller = copy.deepcopy(network)
+    counts = {group.name: int(kept[group.name].sum()) for group in groups}
+    now = layer_sizes(network)
+    places = kept_places(network, groups, kept)
+    modules = dict(smaller.named_modules())
+    weights: dict[str, Tensor] = {}
+    for name in {layer for layer, _ in places}:
+        module = modules[name]
+        for key, parameter in module.named_parameters():
+            value = parameter.detach()
+            for side in ("out", "in"):
+                if (name, side) not in places or (side == "in" and key == "bias"):
+                    continue
+                axis = 1 if side == "in" or isinstance(module, nn.Embedding) else 0
+                value = value.index_select(axis, places[name, side].to(value.device))
+            weights[f"{name}.{key}"] = value.clone()
+    trains = {name: parameter.requires_grad for name, parameter in smaller.named_parameters()}
+    resize(smaller, {name: size for name, size in shrunk_sizes(now, groups, counts).items() if size != now[name]})
+    for name, value in weights.items():
+        layer, _, key = name.rpartition(".")
+        setattr(modules[layer], key, nn.Parameter(value, requires_grad=trains[name]))
+    for name, module in network.named_modules():
+        if isinstance(module, AttentionBlock):
+            query = smaller.get_submodule(f"{name}.query")
+            assert isinstance(query, nn.Linear)
+            # Attention divides by the root of a head's width; what it divided by so far stays in force.
+            scale = math.sqrt(query.out_features / module.query.out_features)
+            if scale != 1.0:
+                query.weight.data.mul_(scale)
+                query.bias.data.mul_(scale)
+    return smaller
+
+
+def _draw_weights(network: UNet, seed: int) -> None:
+    """Draw all weights anew, as for a network of these widths that was never trained."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = copy.deepcopy(network).cpu()
+        for module in fresh.modules():
+            if isinstance(module, nn.GroupNorm | nn.Embedding | nn.Conv2d | nn.Linear):
+                module.reset_parameters()
+        fresh.reset_parameters()
+    network.load_state_dict(fresh.state_dict())

@@ -1,0 +1,1 @@
+"""Lottery tickets: masks from rounds of training, and their report."""

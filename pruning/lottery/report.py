@@ -1,0 +1,236 @@
+"""What a chain of tickets came to: a table, and plots of quality, of sparsity by block, of overlap.
+
+FOLDER/
+    summary.json, summary.md   a row a round: what is left, quality, sparsity by block
+    quality-*.png              quality against remaining weights, tickets and their controls
+    blocks.png                 sparsity by block, round by round
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from diffusion_core.files import write_json, write_text
+from diffusion_core.run_folder import CHECKPOINTS, RESULT_FILE
+from pruning.lottery.tickets import chance_overlap, overlap
+from pruning.masks.mask import MASKS_PART, WeightMasks, block_sparsity
+from pruning.pruner import RECORD_KEY
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ROUNDS = "rounds"
+TICKET = "ticket"
+NAMES = {"none": TICKET, "reinit": "random reinitialisation", "random_mask": "random mask"}
+COLOURS = {TICKET: "#1f5aa6", "random reinitialisation": "#d1495b", "random mask": "#8d8d8d"}
+LABELS = {"val/loss": "validation loss", "eval/class_agreement": "class agreement"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one stage of a chain came to.
+
+    Attributes:
+        round_number: 0 is the dense network.
+        kind: ticket, or which control.
+        remaining: share of the maskable weights that its mask leaves.
+        figures: its figures by name, such as ``val/loss``.
+        blocks: share of the weights of each block that is pruned.
+    """
+
+    round_number: int
+    kind: str
+    remaining: float
+    figures: dict[str, float]
+    blocks: dict[str, float]
+
+
+def ticket_masks(checkpoint: Checkpoint) -> WeightMasks:
+    """The masks in a checkpoint.
+
+    Raises:
+        CheckpointError: if it has none.
+    """
+    if MASKS_PART not in checkpoint.parts:
+        raise CheckpointError(f"{str(checkpoint.path)!r}: no masks here; expected a network pruned by masks")
+    return {name: mask.bool() for name, mask in checkpoint.tensors(MASKS_PART).items()}
+
+
+def read_stages(folder: Path) -> list[Trained]:
+    """The finished stages of the chain in a folder, tickets first, by round."""
+    stages = []
+    for result in sorted((folder / ROUNDS).glob(f"*/{RESULT_FILE}")):
+        checkpoint = read_checkpoint(result.parent / CHECKPOINTS)
+        figures = json.loads(result.read_text(encoding="utf-8"))["figures"]
+        records = checkpoint.metadata["extra"].get(RECORD_KEY, [])
+        if not records:
+            stages.append(Trained(0, TICKET, 1.0, figures, {}))
+            continue
+        knobs = records[-1]["knobs"]
+        stages.append(
+            Trained(
+                knobs["rounds"],
+                NAMES[knobs["control"]],
+                1.0 - records[-1]["sparsity"],
+                figures,
+                dict(sorted(block_sparsity(ticket_masks(checkpoint)).items(), key=lambda item: _position(item[0]))),
+            )
+        )
+    return sorted(stages, key=lambda stage: (stage.kind != TICKET, stage.kind, stage.round_number))
+
+
+def write_summary(folder: Path) -> dict[str, Path]:
+    """Write table and plots of the chain in a folder; returns the plots, by the names that they are logged under."""
+    stages = read_stages(folder)
+    write_json(folder / "summary.json", [asdict(stage) for stage in stages])
+    write_text(folder / "summary.md", table(stages))
+    pictures = {}
+    for key in LABELS:
+        if any(key in stage.figures for stage in stages):
+            name = key.replace("/", "-").replace("_", "-")
+            pictures[f"lottery/plots/{name}"] = plot_quality(stages, key, folder / f"quality-{name}.png")
+    tickets = [stage for stage in stages if stage.kind == TICKET and stage.blocks]
+    if tickets:
+        pictures["lottery/plots/blocks"] = plot_blocks(tickets, folder / "blocks.png")
+    return pictures
+
+
+def table(stages: Sequence[Trained]) -> str:
+    """A row a stage, in Markdown."""
+    keys = [key for key in LABELS if any(key in stage.figures for stage in stages)]
+    blocks = list(dict.fromkeys(block for stage in stages for block in stage.blocks))
+    lines = [
+        "| " + " | ".join(["round", "trained", "remaining", *(LABELS[key] for key in keys), *blocks]) + " |",
+        "|---" * (3 + len(keys) + len(blocks)) + "|",
+    ]
+    for stage in stages:
+        cells = [str(stage.round_number), stage.kind if stage.round_number else "dense", f"{stage.remaining:.2%}"]
+        cells += [f"{stage.figures[key]:.4f}" if key in stage.figures else "" for key in keys]
+        cells += [f"{stage.blocks.get(block, 0.0):.1%}" for block in blocks]
+        lines.append("| " + " | ".join(cells) + " |")
+    if blocks:
+        lines += ["", "The last columns are the share of each block's weights that is pruned."]
+    return "\n".join(lines) + "\n"
+
+
+def plot_quality(stages: Sequence[Trained], key: str, path: Path) -> Path:
+    """Quality against the share of weights that remain, one line for tickets, points for controls."""
+    figure, axes = _figure(7.0, 4.2)
+    for kind, colour in COLOURS.items():
+        points = [
+            (stage.remaining, stage.figures[key]) for stage in stages if stage.kind == kind and key in stage.figures
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=kind, markersize=4, linewidth=1.5)
+    dense = [stage.figures[key] for stage in stages if stage.round_number == 0 and key in stage.figures]
+    if dense:
+        axes.axhline(dense[0], color="black", linewidth=0.8, linestyle=":", label="dense")
+    _remaining_axis(axes, [stage.remaining for stage in stages])
+    axes.set_ylabel(LABELS[key])
+    axes.legend(frameon=False)
+    return _save(figure, path)
+
+
+def plot_spread(chains: Sequence[Sequence[Trained]], key: str, title: str, path: Path) -> Path:
+    """Quality of several chains that differ in their seed: mean and range against the share that remains."""
+    figure, axes = _figure(7.0, 4.2)
+    for kind, colour in COLOURS.items():
+        by_round: dict[int, list[Trained]] = {}
+        for stage in (stage for chain in chains for stage in chain if stage.kind == kind and key in stage.figures):
+            by_round.setdefault(stage.round_number, []).append(stage)
+        if not by_round:
+            continue
+        rows = [stages for _, stages in sorted(by_round.items())]
+        shares = [stages[0].remaining for stages in rows]
+        values = [[stage.figures[key] for stage in stages] for stages in rows]
+        axes.plot(shares, [sum(row) / len(row) for row in values], "o-", color=colour, label=kind, markersize=4)
+        axes.fill_between(shares, [min(row) for row in values], [max(row) for row in values], color=colour, alpha=0.15)
+    _remaining_axis(axes, [stage.remaining for chain in chains for stage in chain])
+    axes.set_ylabel(LABELS[key])
+    axes.set_title(title, fontsize=10)
+    axes.legend(frameon=False)
+    return _save(figure, path)
+
+
+def plot_blocks(stages: Sequence[Trained], path: Path) -> Path:
+    """Sparsity of each block against the share of all weights that remain."""
+    from matplotlib import colormaps
+
+    figure, axes = _figure(7.5, 4.5)
+    blocks = list(stages[0].blocks)
+    colours = colormaps["viridis"]
+    for index, block in enumerate(blocks):
+        colour = colours(0.95 * index / max(1, len(blocks) - 1))
+        points = [(stage.remaining, 100.0 * stage.blocks[block]) for stage in stages]
+        axes.plot(*zip(*points, strict=True), "osD^vP*X"[index % 8], linestyle="-", color=colour, label=block,
+                  markersize=4, linewidth=1.2)  # fmt: skip
+    whole = [(stage.remaining, 100.0 * (1.0 - stage.remaining)) for stage in stages]
+    axes.plot(*zip(*whole, strict=True), color="black", linestyle=":", label="whole network")
+    _remaining_axis(axes, [stage.remaining for stage in stages])
+    axes.set_ylabel("pruned weights of the block (%)")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return _save(figure, path)
+
+
+def plot_overlap(
+    first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: tuple[str, str], folder: Path
+) -> dict[str, float]:
+    """Write overlap.png: the Jaccard index of two tickets by block, beside that of independent masks as sparse.
+
+    Returns:
+        The index by block, and ``all``.
+
+    Raises:
+        ValueError: if they are not of the same network; nothing is written then.
+    """
+    shares, chance = overlap(first, second), chance_overlap(first, second)
+    figure, axes = _figure(7.0, 3.8)
+    blocks = sorted(shares, key=_position)
+    axes.bar(blocks, [shares[key] for key in blocks], width=0.6, color="#9db9da", label="measured")
+    axes.plot(blocks, [chance[key] for key in blocks], "_", color="black", markersize=22, label="by chance")
+    axes.set_ylabel("weights in both / in either")
+    axes.set_ylim(0.0, 1.0)
+    axes.set_title(f"{names[0]} and {names[1]}", fontsize=9)
+    axes.tick_params(axis="x", labelrotation=40)
+    axes.legend(frameon=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    _save(figure, folder / "overlap.png")
+    return {key: shares[key] for key in blocks}
+
+
+def _position(block: str) -> tuple[int, str]:
+    """Where a block stands in a plot: in the order of the network, all of it last."""
+    order = ("time_mlp", "conv_in", "down", "middle", "up", "conv_out", "all")
+    return order.index(block.partition(".")[0]), block
+
+
+def _figure(width: float, height: float) -> tuple[Any, Axes]:
+    from matplotlib.figure import Figure  # Slow to import; without pyplot, which keeps state of its own.
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def _remaining_axis(axes: Axes, shares: Sequence[float]) -> None:
+    """Dense on the left, sparse on the right, a factor of two a tick."""
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(1.1, min(shares) / 1.1)
+    ticks = [2.0**-n for n in range(16) if 2.0**-n >= min(shares) / 1.1]
+    axes.set_xticks(ticks, [f"{100.0 * tick:.3g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("remaining weights (%)")
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=150)
+    return path

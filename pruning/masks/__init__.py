@@ -1,0 +1,1 @@
+"""Unstructured pruning: masks over weights."""

@@ -1,0 +1,1 @@
+"""What all benchmarks share: options, rows of results, timing, networks, the machine."""

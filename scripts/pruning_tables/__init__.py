@@ -1,1 +1,0 @@
-"""The tables of scripts/compare_pruning.py, a module each, and what they share."""

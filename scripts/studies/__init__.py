@@ -1,0 +1,1 @@
+"""Studies that take many trainings: the tables of scripts/compare_pruning.py, and what they share."""

@@ -1,0 +1,121 @@
+"""Structured pruning to shares of the multiply-accumulates, by each importance, as it is and fine-tuned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from pruning.calibration import Calibration
+from pruning.channels.removal import prune_channels
+from pruning.config import PruneConfig
+from studies.study import Results, Study, mean_and_range, plot, write_table
+
+BATCHES = 20
+IMPORTANCES = get_args(PruneConfig.model_fields["importance"].annotation)
+DENSE = "dense"
+STAGES = {"before": "pruned", "after": "and fine-tuned"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The dense network, or a pruning of it.
+
+    Attributes:
+        importance: by which channels are chosen, or ``dense``.
+        keep: share of the multiply-accumulates that stays.
+    """
+
+    importance: str
+    keep: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """In results, and in folders."""
+        return DENSE if self.prune is None else f"{self.importance}-{self.keep:g}"
+
+    @property
+    def prune(self) -> PruneConfig | None:
+        """The pruning; None for the dense network."""
+        if self.importance == DENSE:
+            return None
+        knobs = {"importance": self.importance, "keep": self.keep, "calibration_batches": BATCHES}
+        return PruneConfig.model_validate({"method": "structured", "target": "macs", **knobs})
+
+
+def variants(study: Study) -> list[Variant]:
+    """The rows of the table."""
+    return [Variant(DENSE), *(Variant(importance, keep) for keep in study.keeps for importance in IMPORTANCES)]
+
+
+def compare(study: Study) -> None:
+    """Measure what is not measured yet, and write the table and its plots."""
+    results = Results(study.folder / f"structured-{study.steps}-{study.tune_steps}.json")
+    for seed in study.seeds:
+        measure_seed(study, results, seed)
+    rows = []
+    for variant in variants(study):
+        cells = [
+            variant.importance,
+            f"{results.over_seeds(f'{variant.name} after', study.seeds, 'macs')[0] / 1e6:.2f} M",
+        ]
+        for figure, form in (("agreement", ".1%"), ("loss", ".4f"), ("ssim", ".3f"), ("mse", ".4f")):
+            for stage in STAGES:
+                cells.append(mean_and_range(results.over_seeds(f"{variant.name} {stage}", study.seeds, figure), form))
+        rows.append(cells)
+    heading = (
+        f"Structured pruning on digits, to {', '.join(f'{keep:.0%}' for keep in study.keeps)} of the "
+        f"multiply-accumulates: dense models of {study.steps} steps, fine-tuning of {study.tune_steps} steps from "
+        f"averaged weights (the dense ones likewise), gradients from {BATCHES} batches, seeds "
+        f"{', '.join(map(str, study.seeds))} (mean, and range in brackets), {study.images} images a model; the "
+        f"classifier is right on {study.classifier.accuracy:.2%} of the real held-out digits. SSIM and mean squared "
+        f"difference (MSE) compare each image with the one that the dense model draws from the same seed and label."
+    )
+    columns = ["importance", "MACs"]
+    columns += [
+        f"{figure}, {words}" for figure in ("class agreement", "val/loss", "SSIM", "MSE") for words in STAGES.values()
+    ]
+    write_table(results.file.with_suffix(".md"), heading, columns, rows)
+    for figure, ending, words in (("agreement", ".png", "class agreement"), ("ssim", "-ssim.png", "SSIM with dense")):
+        points: dict[str, list[tuple[float, list[float]]]] = {}
+        for variant in variants(study):
+            costs, qualities = (
+                results.over_seeds(f"{variant.name} after", study.seeds, wanted) for wanted in ("macs", figure)
+            )
+            points.setdefault(variant.importance, []).append((costs[0] / 1e6, qualities))
+        file = results.file.with_name(results.file.stem + ending)
+        plot(file, points, "million multiply-accumulates an image", f"{words}, fine-tuned")
+
+
+def measure_seed(study: Study, results: Results, seed: int) -> None:
+    """Everything of one seed: the dense model, and its prunings, as they are and fine-tuned."""
+    dense = study.dense(seed)
+
+    @cache
+    def dense_images() -> Tensor:
+        return study.draw(dense.network(), study.config(seed=seed))
+
+    for variant in variants(study):
+        prune = variant.prune
+        if f"{variant.name} before, seed {seed}" not in results:
+            network = dense.network()
+            if prune is not None:
+                images = Calibration.of(study.dataset.train, study.config(seed=seed), torch.device("cpu"))
+                network, _ = prune_channels(network, prune, seed, images if prune.needs_images else None)
+            measured = study.measure(network, study.config(seed=seed), dense_images())
+            results.add(f"{variant.name} before, seed {seed}", measured)
+        if f"{variant.name} after, seed {seed}" not in results:
+            pruning = {f"prune__{key}": value for key, value in prune.model_dump().items()} if prune else {}
+            config = study.config(
+                **pruning | ({"prune__step": 0} if prune else {}),
+                seed=seed,
+                train__steps=study.tune_steps,
+                train__warmup_steps=min(20, study.tune_steps // 2),
+                train__lr=1e-3,
+                init__checkpoint=str(dense.path),
+            )
+            tuned = study.run(f"{variant.name}-{study.steps}-{study.tune_steps}-seed{seed}", config)
+            results.add(f"{variant.name} after, seed {seed}", study.measure(tuned.network(), config, dense_images()))

@@ -1,0 +1,89 @@
+"""What is told of a sweep: the table, the files, and the picture, looked at by its pixels."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from agent.sweep.file import SweepFile, check_sweep
+from agent.sweep.plot import COLOURS, plot_results
+from agent.sweep.results import TrialRecord, best_first, duration, table, write_results
+
+METRIC = "eval/class_agreement"
+
+
+def sweep_of(**changes: Any) -> SweepFile:
+    content: dict[str, Any] = {
+        "method": "random",
+        "metric": {"name": METRIC, "goal": "maximize"},
+        "command": ["${args}"],
+        "parameters": {
+            "preset": {"value": "digits"},
+            "train.lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-1},
+            "model.channel_multipliers": {"values": [[1, 2], [1, 4]]},
+        },
+    }
+    return check_sweep(content | changes, "x", "mine")
+
+
+def trial(number: int, value: float | None, state: str = "finished") -> TrialRecord:
+    parameters = {"train.lr": 10.0**-number, "model.channel_multipliers": [1, 2 + 2 * (number % 2)], "preset": "digits"}
+    return TrialRecord(f"t{number}", state, parameters, {} if value is None else {METRIC: value}, seconds=60.0 * number)
+
+
+TRIALS = [trial(1, 0.2, "stopped"), trial(2, 0.9), trial(3, None, "failed"), trial(4, 0.7), trial(1, math.nan)]
+
+
+def test_the_best_come_first_and_what_was_not_measured_last() -> None:
+    ranked = best_first(TRIALS[:4], METRIC)
+    assert [record.id for record in ranked] == ["t2", "t4", "t1", "t3"]
+    assert [record.id for record in best_first(TRIALS[:4], None)] == ["t1", "t2", "t3", "t4"]
+    lines = table(ranked, ["train.lr"], METRIC).splitlines()
+    assert lines[0].split() == ["trial", "state", "train.lr", METRIC, "seconds"]
+    assert lines[2].split() == ["1", "t2", "finished", "0.01", "0.9", "120"]
+    assert lines[5].split() == ["4", "t3", "failed", "0.001", "-", "180"]
+
+
+def test_the_files_hold_every_trial_in_that_order(tmp_path: Path) -> None:
+    ranked = best_first(TRIALS[:4], METRIC)
+    write_results(tmp_path, ranked)
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["id"] for row in rows] == [row["id"] for row in json.loads((tmp_path / "results.json").read_text())]
+    assert [row["rank"] for row in rows] == ["1", "2", "3", "4"]
+    assert float(rows[0][METRIC]) == 0.9
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.2, "0 s"), (34.4, "34 s"), (99, "99 s"), (300, "5 min"), (5999, "100 min"), (27000, "7.5 h")],
+)
+def test_durations_in_words(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_the_picture_shows_each_measured_trial_in_each_panel(tmp_path: Path) -> None:
+    path = tmp_path / "results.png"
+    plot_results(path, sweep_of(), TRIALS)
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    height, width, _ = pixels.shape
+    assert width > 2.5 * height, "three panels in a row"
+    from matplotlib.colors import to_rgb
+
+    for state, panels in (("finished", 3), ("stopped", 3), ("failed", 0)):
+        near = np.abs(pixels - 255 * np.array(to_rgb(COLOURS[state]))).sum(axis=-1) < 60
+        assert sum(near[:, i * width // 3 : (i + 1) * width // 3].any() for i in range(3)) == panels, state
+
+
+def test_without_a_metric_there_is_no_picture(tmp_path: Path) -> None:
+    plot_results(tmp_path / "none.png", sweep_of(metric=None), TRIALS)
+    plot_results(tmp_path / "none.png", sweep_of(), [trial(1, None)])
+    assert not (tmp_path / "none.png").exists()

@@ -1,0 +1,119 @@
+"""Validation loss means what it says; figures are named for how they were measured."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny import digits, tiny_config, tiny_network
+
+from diffusion_core.config.metrics import GOALS, count_name, goal_of, is_better, space_figure, space_name
+from diffusion_core.evaluation import validation, validation_loss
+from diffusion_core.evaluation.validation import by_timestep, validation_losses
+from diffusion_core.model.unet import build_network
+
+CONFIG = tiny_config(eval__val_images=300)
+
+
+def test_validation_loss_is_the_same_on_every_call() -> None:
+    network = tiny_network()
+    first = validation_loss(network, digits().val, CONFIG, "fp32")
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    assert validation_loss(network, digits().val, CONFIG, "fp32") == first
+    assert torch.equal(state, torch.get_rng_state())
+    # Nor does it follow the run's seed: other runs are measured on the same noise.
+    assert validation_loss(network, digits().val, tiny_config(eval__val_images=300, seed=7), "fp32") == first
+    assert validation_loss(tiny_network(seed=1), digits().val, CONFIG, "fp32") != first
+
+
+@pytest.mark.parametrize("batch", [1, 7, 128, 300, 1000])
+def test_validation_loss_does_not_depend_on_the_batch_size(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = tiny_network()
+    expected = validation_loss(network, digits().val, CONFIG, "fp32")
+    monkeypatch.setattr(validation, "VALIDATION_BATCH", batch)
+    assert validation_loss(network, digits().val, CONFIG, "fp32") == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "moment"), [("l2", 1.0), ("l1", math.sqrt(2 / math.pi))])
+def test_validation_loss_of_a_network_that_says_zero_is_the_moment_of_the_noise(kind: str, moment: float) -> None:
+    config = tiny_config(eval__val_images=300, diffusion__loss=kind)
+    network = build_network(config, 10).eval()  # Its last layer starts at zero.
+    found = validation_loss(network, digits().val, config, "fp32")
+    assert found == pytest.approx(moment, abs=5 * math.sqrt(2 / (300 * 64)))
+
+
+def test_validation_uses_labels_as_many_images_as_asked_and_spreads_timesteps() -> None:
+    network = tiny_network()
+    seen: list[tuple[torch.Tensor, ...]] = []
+    network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    validation_loss(network, digits().val, tiny_config(eval__val_images=100), "fp32")
+    (inputs,) = seen
+    _, t, labels = inputs
+    assert t.bincount().tolist() == [2] * 50  # T = 50.
+    assert labels.min() >= 0
+    assert len(labels.unique()) == 10
+    seen.clear()
+    validation_loss(network, digits().val, tiny_config(eval__val_images=10_000), "fp32")
+    assert sum(len(inputs[0]) for inputs in seen) == len(digits().val)  # All there are.
+
+
+def test_losses_by_timestep_average_to_the_loss_and_fall_with_the_noise() -> None:
+    network = build_network(CONFIG, 10).eval()  # It says zero, so that its error of x0 is the noise level.
+    config = tiny_config(eval__val_images=300, diffusion__prediction="x0")
+    loss_N, t_N = validation_losses(network, digits().val, config, "fp32")
+    assert float(loss_N.mean()) == validation_loss(network, digits().val, config, "fp32")
+    parts = by_timestep(loss_N, t_N, config.diffusion.timesteps)
+    assert list(parts) == [f"val/loss_t{part}" for part in range(10)]
+    assert sum(parts.values()) / 10 == pytest.approx(float(loss_N.mean()))
+    for part in range(10):
+        inside = (t_N >= 5 * part) & (t_N < 5 * part + 5)  # T = 50.
+        assert parts[f"val/loss_t{part}"] == pytest.approx(float(loss_N[inside].mean()))
+
+
+def test_is_better() -> None:
+    assert is_better("val/loss", 0.1, 0.2)
+    assert not is_better("val/loss", 0.2, 0.1)
+    assert not is_better("val/loss", 0.1, 0.1)
+    assert is_better("eval/class_agreement", 0.9, 0.8)
+    assert not is_better("eval/class_agreement", 0.8, 0.9)
+    assert is_better("train/loss", 1e30, None)
+    # What is no number is never better, not even than nothing or than another one.
+    for value in (math.inf, -math.inf, math.nan):
+        assert not is_better("train/loss", value, None)
+        assert not is_better("eval/class_agreement", value, 0.5)
+        assert not is_better("val/loss", value, math.nan)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("fd", "inception", 50_000, "train", 50_000), "eval/fid50k_train"),
+        (("fd", "inception", 5000, "val", None), "eval/fid5k_val"),
+        (("fd", "inception", 2048, "train", 2048), "eval/fid2048_train"),
+        (("fd", "inception", 2047, "train", 50_000), "eval/fd_inception_2047_train"),
+        (("fd", "inception", 50_000, "train", 2047), "eval/fd_inception_50k_train"),
+        (("fd", "inception", None, "train", 50_000), "eval/fid_train"),
+        (("fd", "inception", None, "other", None), "eval/fd_inception_other"),
+        (("fd", "inception-0123abcd", 50_000, "train", 50_000), "eval/fd_inception-0123abcd_50k_train"),
+        (("fd", "classifier-digits", 50_000, "train", 50_000), "eval/fd_classifier-digits_50k_train"),
+        (("kd", "inception", 500, "train", 500), "eval/kid500_train"),
+        (("kd", "my-net", 500, "train", 500), "eval/kd_my-net_500_train"),
+        (("score", "inception", 5000, None, None), "eval/inception_score5k"),
+        (("score", "classifier-mnist", 5000, None, None), "eval/score_classifier-mnist_5k"),
+        (("recall", "inception", 5000, "train", 5000), "eval/recall_inception_5k_train"),
+    ],
+)
+def test_names_carry_the_protocol_and_only_fid_is_called_fid(arguments: tuple[object, ...], expected: str) -> None:
+    assert space_figure(*arguments) == expected  # type: ignore[arg-type]
+    assert goal_of(expected) == ("maximize" if "score" in expected or "recall" in expected else "minimize")
+
+
+def test_every_kind_of_figure_has_a_goal_and_costs_have_none() -> None:
+    assert [goal_of(name.replace("*", "x")) for name in GOALS] == list(GOALS.values())
+    assert goal_of("eval/fid5k_train/cat") == "minimize"
+    for name in ("model/params", "train/lr", "eval/seconds_per_image", "dense/val/loss", "protocol/eval/fid5k_train"):
+        assert goal_of(name) is None
+    assert (count_name(1000), count_name(1500), count_name(None)) == ("1k", "1500", "")
+    assert space_name("my_net v2.1") == "my-net-v2-1"

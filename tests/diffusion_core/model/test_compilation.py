@@ -1,0 +1,130 @@
+"""When networks are compiled, and that compiled ones compute the same; one slow test tries the compiler proper."""
+
+from __future__ import annotations
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_network
+from torch._dynamo.utils import counters
+
+from diffusion_core.config import SampleConfig, TrainConfig
+from diffusion_core.model import compilation
+from diffusion_core.model.compilation import (
+    BACKWARD_COST,
+    EAGER_FLOPS,
+    LIMIT,
+    break_even_seconds,
+    compile_network,
+    forward_flops,
+    pick_compilation,
+    pick_sampling_compilation,
+    raise_limit,
+)
+from diffusion_core.model.unet import UNet
+from diffusion_core.sampling.generation import Generator, requests
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def graphs() -> int:
+    """How many graphs were compiled since the test began."""
+    return counters["stats"]["unique_graphs"]
+
+
+def test_flops_of_a_network_are_those_of_its_products() -> None:
+    network = torch.nn.Conv2d(3, 8, 3, padding=1)
+    network.image_size, network.input_channels = 16, 3  # type: ignore[assignment]
+    network.forward = lambda x, t: torch.nn.functional.conv2d(x, network.weight, network.bias, padding=1)  # type: ignore[assignment, method-assign]
+    assert forward_flops(network) == 2 * 8 * 3 * 9 * 16 * 16  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("what", ["training", "sampling"])
+def test_auto_compiles_on_a_gpu_from_the_break_even_on(what: str) -> None:
+    network = tiny_network()
+    per_image = forward_flops(network) / EAGER_FLOPS
+    if what == "training":
+        count = int(break_even_seconds() / (per_image * 16 * (1.0 + BACKWARD_COST)))
+
+        def pick(steps: int, device: torch.device, wanted: str = "auto") -> str:
+            config = TrainConfig.model_validate({"steps": steps, "batch_size": 16, "compile": wanted})
+            return pick_compilation(config, network, device)
+    else:
+        count = int(break_even_seconds() / (per_image * 10))
+
+        def pick(images: int, device: torch.device, wanted: str = "auto") -> str:
+            config = SampleConfig.model_validate({"steps": 10, "compile": wanted})
+            return pick_sampling_compilation(config, network, device, images)
+
+    assert pick(count - 1, GPU) == "none"
+    assert pick(count + 1, GPU) == "network"
+    assert pick(100 * count, CPU) == "none"
+    assert pick(1, CPU, "network") == "network"
+    assert pick(100 * count, GPU, "none") == "none"
+
+
+def test_a_network_is_compiled_once_however_often_it_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    network = tiny_network()
+    for _ in range(2):
+        compile_network(network, "network")
+        network(torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long), torch.zeros(2, dtype=torch.long))
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("name", ["recompile_limit", "cache_size_limit"])
+def test_more_shapes_than_usual_may_be_compiled_whatever_torch_calls_that(name: str) -> None:
+    settings = SimpleNamespace(**{name: 8})
+    raise_limit(settings)
+    assert vars(settings) == {name: LIMIT}
+    setattr(settings, name, 2 * LIMIT)
+    raise_limit(settings)
+    assert vars(settings) == {name: 2 * LIMIT}
+
+
+def test_the_compiler_follows_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More sizes of batches than it would compile by itself."""
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    network = tiny_network(tiny_config(model__channels=4, model__norm_groups=2))
+    compile_network(network, "network")
+    sizes = range(1, 12)
+    for batch in sizes:
+        network(torch.zeros(batch, 1, 8, 8), torch.zeros(batch, dtype=torch.long))
+    assert graphs() == len(sizes)
+
+
+def draw(network: UNet, how: str, count: int) -> torch.Tensor:
+    config = tiny_config(sample__compile=how, sample__batch_size=8, sample__steps=3, sample__guidance=2.0)
+    return Generator(network, config, "fp32").images(requests(range(count), 2), config.sample, 0)
+
+
+def test_full_batches_are_drawn_by_the_compiled_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    network = tiny_network()
+    plain = draw(network, "none", 9)
+    assert graphs() == 0
+    assert torch.equal(draw(network, "network", 3), plain[:6])  # Less than a batch.
+    assert graphs() == 0
+    assert torch.equal(draw(network, "network", 9), plain)  # Two batches and a smaller one.
+    assert graphs() == 1
+    assert torch.equal(draw(network, "network", 9), plain)
+    assert graphs() == 1  # At the next evaluation it is there already.
+    network(torch.zeros(3, 1, 8, 8), torch.zeros(3, dtype=torch.long))
+    assert graphs() == 1  # The network itself is not compiled.
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
+def test_the_compiler_proper_draws_the_same_images() -> None:
+    network = tiny_network()
+    images, plain = draw(network, "network", 8), draw(network, "none", 8)
+    assert graphs() == 1
+    assert (images.int() - plain.int()).abs().max() <= 1  # But for rounding.

@@ -1,0 +1,107 @@
+"""What a network costs, against torch-pruning's counter, against counting by hand, and against torch's profiler."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from fake_cuda import CUDA, fake_tensors
+from tiny import NUM_CLASSES, tiny_config, tiny_network
+
+from diffusion_core.model.cost import count_cost, example_inputs, latencies, peak_memory
+from diffusion_core.model.structure import maskable
+from diffusion_core.model.unet import build_network
+from pruning.channels.removal import prune_channels
+from pruning.config import PruneConfig
+from pruning.masks.strategies import global_magnitude
+
+NETWORKS = {
+    "dense": {},
+    "heads": {"model__num_heads": 2, "model__attention_resolutions": [8, 4]},
+    "no labels": {"model__class_conditional": False},
+    "other kinds": {
+        "model__conditioning": "scale_shift",
+        "model__self_conditioning": True,
+        "model__learned_variance": True,
+    },
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_it_counts_as_torch_pruning_does(name: str) -> None:
+    """Whose way of counting the published figures of Diff-Pruning follow."""
+    import torch_pruning
+
+    network = tiny_network(tiny_config(model__channels=16, **NETWORKS[name]))
+    for one in (network, prune_channels(network, PruneConfig(method="structured", keep=0.5))[0]):
+        macs, params = torch_pruning.utils.count_ops_and_params(copy.deepcopy(one), example_inputs(one))
+        cost = count_cost(one)
+        assert (cost.macs, cost.params) == (macs, params)
+        assert cost.params == sum(parameter.numel() for parameter in one.parameters())
+        layers = [module for module in one.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)]
+        assert cost.channels == sum(len(layer.weight) for layer in layers if layer is not one.conv_out)
+
+
+def test_pruned_weights_are_not_multiplied_with() -> None:
+    network = tiny_network()
+    dense = count_cost(network)
+    masks = global_magnitude(maskable(network), None, 0.6)
+    positions = {}
+    for name, module in network.named_modules():
+        if f"{name}.weight" in masks:
+            module.register_forward_hook(
+                lambda module, _inputs, output, name=name: positions.update(
+                    {f"{name}.weight": output.numel() // len(module.weight)}
+                )
+            )
+    with torch.no_grad():
+        network(*example_inputs(network))
+        for name, mask in masks.items():
+            network.get_parameter(name).mul_(mask)
+    cost = count_cost(network)
+    saved = sum(int((~mask).sum()) * positions[name] for name, mask in masks.items())
+    assert dense.nonzero_macs == dense.macs == cost.macs
+    assert cost.nonzero_macs == cost.macs - saved
+    assert dense.params - cost.nonzero_params == sum(int((~mask).sum()) for mask in masks.values())
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_peak_memory_is_what_the_profiler_sees(batch: int) -> None:
+    network = tiny_network(tiny_config(model__channels=16))
+    given = example_inputs(network, batch)
+    network(*given)
+    with torch.no_grad(), torch.autograd.profiler.profile(profile_memory=True) as profiler:
+        network(*given)
+    live = peak = 0
+    for event in profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    weights = sum(parameter.nbytes for parameter in network.parameters()) + sum(tensor.nbytes for tensor in given)
+    # The profiler also sees what kernels set aside for themselves, for as long as they run.
+    assert 0.8 * (weights + peak) < peak_memory(network, batch) <= weights + peak
+
+
+def test_measuring_leaves_networks_as_they_were() -> None:
+    networks = [tiny_network().train(), tiny_network().eval()]
+    before = [copy.deepcopy(network.state_dict()) for network in networks]
+    assert all(seconds > 0.0 for seconds in latencies(networks, 2, 0.0, least=2))
+    assert [network.training for network in networks] == [True, False]
+    for network, state in zip(networks, before, strict=True):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+        assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_peak_memory_on_a_gpu_is_the_networks_own() -> None:
+    """Not that of the optimizer, the data and other networks, which lie there as well."""
+    expected = peak_memory(tiny_network(), 4)
+    with fake_tensors():
+        with CUDA:
+            network = build_network(tiny_config(), NUM_CLASSES).eval()
+        alone = peak_memory(network, 4)
+        others = torch.empty(2**28, device=CUDA)
+        assert peak_memory(network, 4) == alone
+        del others
+        assert peak_memory(network, 8) > alone
+    assert alone == pytest.approx(expected, rel=0.2)

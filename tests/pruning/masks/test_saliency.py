@@ -1,0 +1,139 @@
+"""SNIP and SynFlow, against brute force: what the loss, or the flow, loses with each connection."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import NUM_CLASSES, digits, lively, tiny_config, tiny_network
+from torch import Tensor, nn
+
+from diffusion_core.config import CoreConfig
+from diffusion_core.model.structure import maskable
+from diffusion_core.model.unet import UNet, build_network
+from pruning.calibration import Calibration
+from pruning.config import PruneConfig
+from pruning.masks.build import choose_masks
+from pruning.masks.mask import empty_layers, sparsity
+from pruning.masks.saliency import snip_scores, stand_in, synflow_masks, synflow_scores
+
+CONFIG = tiny_config(
+    model__channels=4, model__channel_multipliers=[1], model__norm_groups=2, model__attention_resolutions=[8]
+)
+
+
+def calibration(config: CoreConfig) -> Calibration:
+    return Calibration.of(digits().train, config, torch.device("cpu"))
+
+
+def some(weights: dict[str, Tensor]) -> list[tuple[str, int]]:
+    """A weight of every layer, and the last one."""
+    return [(name, i) for name, weight in weights.items() for i in {weight.numel() // 2, weight.numel() - 1}]
+
+
+def test_snip_is_how_much_the_loss_feels_a_connection() -> None:
+    """The derivative by a gate on each connection (Lee et al. 2019, eq. 3), by finite differences in float64."""
+    network = tiny_network(CONFIG).double()
+    sample = calibration(CONFIG)
+
+    @torch.no_grad()
+    def loss() -> float:
+        """Of two batches, in float64 throughout."""
+        total = 0.0
+        for index in range(2):
+            drawn = sample.draws(index, network)
+            x_BCHW = sample._denoiser(network).schedule.add_noise(drawn.x0_BCHW, drawn.noise_BCHW, drawn.t_B).double()
+            labels_B = drawn.labels_B
+            total += float((network(x_BCHW, drawn.t_B, labels_B) - drawn.noise_BCHW).square().mean())
+        return total
+
+    weights = maskable(network)
+    single = tiny_network(CONFIG)
+    scores = snip_scores(maskable(single), sample.gradients(single, 2))
+    assert scores.keys() == weights.keys()
+    scale = max(float(score.max()) for score in scores.values())
+    for name, i in some(weights):
+        flat = weights[name].view(-1)
+        before, losses = flat[i].clone(), []
+        for gate in (1.0 - 1e-4, 1.0 + 1e-4):
+            flat[i] = before * gate
+            losses.append(loss())
+        flat[i] = before
+        expected = abs(losses[1] - losses[0]) / 2e-4
+        assert float(scores[name].view(-1)[i]) == pytest.approx(expected, rel=1e-2, abs=1e-5 * scale), name
+
+
+def test_the_flow_through_a_weight_is_what_is_lost_without_it() -> None:
+    """R is linear in each weight, so a score is R minus R with that weight at zero."""
+    network = tiny_network(CONFIG)
+    scores = synflow_scores(network)
+
+    def total(net: UNet) -> float:
+        """R from the scores: every path leaves through conv_out, so its scores add up to R."""
+        return float(synflow_scores(net)["conv_out.weight"].sum())
+
+    whole = total(network)
+    weights = maskable(network)
+    for name, i in some(weights):
+        flat = weights[name].view(-1)
+        before = flat[i].clone()
+        flat[i] = 0.0
+        expected = whole - total(network)
+        flat[i] = before
+        assert float(scores[name].view(-1)[i]) == pytest.approx(expected, rel=1e-6, abs=1e-9 * whole), name
+
+
+def test_flow_is_conserved_and_passes_no_layer_that_is_zero() -> None:
+    """With the skips as the only way through, what flows into the network flows out of it."""
+    network = tiny_network(CONFIG)
+    with torch.no_grad():
+        for name, weight in maskable(network).items():
+            if name.split(".")[0] not in ("conv_in", "conv_out") and not name.endswith("skip.weight"):
+                weight.zero_()
+    scores = synflow_scores(network)
+    flows = {name: float(score.sum()) for name, score in scores.items()}
+    assert flows["conv_in.weight"] == pytest.approx(flows["conv_out.weight"])  # Conserved from layer to layer.
+    assert all(flow == 0.0 for name, flow in flows.items() if "conv1" in name or "query" in name)
+
+
+def test_networks_at_initialisation_are_ranked_by_stand_ins_for_layers_that_start_at_zero() -> None:
+    network = build_network(CONFIG, NUM_CLASSES)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    ready = stand_in(network, 0)
+    zero = [name for name, weight in maskable(network).items() if not weight.any()]
+    assert "conv_out.weight" in zero
+    assert len(zero) > 3
+    for name, weight in maskable(ready).items():
+        assert weight.any()
+        assert (name in zero) or torch.equal(weight, before[name])
+    for method in ("snip", "synflow"):
+        masks = choose_masks(
+            network, None, CONFIG, PruneConfig(method=method, keep=0.2, calibration_batches=2), calibration(CONFIG)
+        )
+        count = sum(mask.numel() for mask in masks.values())
+        assert sum(int((~mask).sum()) for mask in masks.values()) == round(0.8 * count)
+        assert "conv_out" not in empty_layers(masks)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_synflow_in_many_steps_keeps_layers_that_one_step_empties() -> None:
+    network = lively(build_network(CONFIG, NUM_CLASSES))
+    with torch.no_grad():
+        maskable(network)["middle.0.conv1.weight"].mul_(1e-3)
+    at_once = synflow_masks(network, None, 0.9, iterations=1)
+    slowly = synflow_masks(network, None, 0.9, iterations=60)
+    assert sparsity(at_once) == sparsity(slowly) == pytest.approx(0.9, abs=1e-3)
+    assert len(empty_layers(slowly)) < len(empty_layers(at_once))
+    again = synflow_masks(network, slowly, 0.95, iterations=10)
+    assert all(not (again[name] & ~slowly[name]).any() for name in slowly)
+
+
+def test_saliency_leaves_modules_as_they_were() -> None:
+    network = tiny_network(CONFIG)
+    x_BCHW = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    t_B = torch.tensor([3, 20])
+    with torch.no_grad():
+        before = network(x_BCHW, t_B)
+        synflow_scores(network)
+        assert torch.equal(network(x_BCHW, t_B), before)
+    assert not any(isinstance(module, nn.Module) and module._forward_pre_hooks for module in network.modules())

@@ -1,0 +1,75 @@
+"""Flags of scripts that take a model from W&B by its artifact's name, with the real client and a real run's model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from server import WandbServer
+from tiny import TINY
+from wandb_client import ROOT, Client, finish
+
+FEW = {"train.steps": 4, "sample.every": 0, "eval.classifier": "none", "checkpoint.best_metric": "val/loss"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[WandbServer]:
+    with WandbServer() as server:
+        yield server
+        assert server.errors == []
+
+
+@pytest.fixture(scope="module")
+def run(server: WandbServer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The id of a finished run, whose model is on the server."""
+    client = Client(server, tmp_path_factory.mktemp("training"))
+    (client.directory / "config.yaml").write_text(json.dumps(TINY | FEW))  # JSON is YAML.
+    client.command(sys.executable, "-m", "agent", "--config", "config.yaml", WANDB_PROJECT="test", WANDB_RUN_ID="one")
+    return "one"
+
+
+@pytest.fixture
+def client(server: WandbServer, tmp_path: Path) -> Client:
+    """Another machine: nothing of the training is on its disk."""
+    return Client(server, tmp_path)
+
+
+@pytest.mark.slow
+def test_evaluate_takes_a_model_from_wandb_and_sends_its_figures_there(
+    server: WandbServer, run: str, client: Client
+) -> None:
+    words = ["--artifact", f"test/model-{run}:best", "--num-images", "20", "--figures", "kernel", "--device", "cpu"]
+    output = client.command(sys.executable, str(ROOT / "scripts" / "evaluate.py"), *words, "--wandb")
+    version = server.artifact(f"model-{run}:best")
+    (file,) = client.directory.glob("**/evaluation.json")
+    found = json.loads(file.read_text())
+    assert {"eval/kd_classifier-digits_20_train", "eval/seconds_per_image"} <= set(found["figures"])
+    assert "W&B: tester/test/model-one:v" in output
+    for name, value in found["figures"].items():
+        assert version.metadata["figures"][name] == value
+        assert server.runs[run].summary[name] == value
+    for name, line in found["protocols"].items():
+        assert version.metadata["protocols"][name] == line
+    assert version.metadata["step"] == 4  # What was there stays.
+
+
+@pytest.mark.slow
+def test_evaluate_says_in_one_line_that_an_artifact_is_missing(run: str, client: Client) -> None:
+    script = str(ROOT / "scripts" / "evaluate.py")
+    process = client.popen(sys.executable, script, "--artifact", "test/model-nobody:best", "--device", "cpu")
+    assert finish(process, code=2).strip().splitlines()[-1].startswith("error: --artifact = 'test/model-nobody:best'")
+
+
+@pytest.mark.slow
+def test_a_model_from_wandb_guides_sampling(server: WandbServer, run: str, client: Client) -> None:
+    script = str(ROOT / "scripts" / "sample_images.py")
+    common = ["--artifact", f"test/model-{run}:best", "--num-images", "2", "--labels", "1,2", "--device", "cpu"]
+    guided = ["--guide-artifact", f"test/model-{run}:v0", "--guidance", "3"]
+    client.command(sys.executable, script, *common, "--out", "plain")
+    client.command(sys.executable, script, *common, *guided, "--out", "guided")
+    settings = json.loads((client.directory / "guided" / "samples.json").read_text())
+    assert settings != json.loads((client.directory / "plain" / "samples.json").read_text())
+    assert len(list((client.directory / "guided").glob("?-0.png"))) == 2

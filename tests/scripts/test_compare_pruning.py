@@ -1,0 +1,109 @@
+"""The comparison of prunings: every training is made once, and the table holds what was measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+import compare_pruning
+from studies import structured
+from studies.study import FIGURES, SAMPLING_SEED, Results, mean_and_range
+
+from diffusion_core.checkpoint import read_checkpoint
+from diffusion_core.evaluation.consistency import consistency_of_models
+from diffusion_core.hardware import pick_precision
+from diffusion_core.sampling.generation import Generator
+
+
+def test_it_measures_once_and_writes_table_and_plot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(structured, "IMPORTANCES", ("random",))
+    words = ["--seeds", "0", "--steps", "2", "--tune-steps", "1", "--images", "10", "--out", str(tmp_path)]
+    assert compare_pruning.main(words) == 0
+    trained = {line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("run ")}
+    assert trained == {"dense-2-seed0", "dense-2-1-seed0", "random-0.5-2-1-seed0"}
+    measured = json.loads((tmp_path / "structured-2-1.json").read_text())
+    assert set(measured) == {
+        f"{name} {stage}, seed 0" for name in ("dense", "random-0.5") for stage in ("before", "after")
+    }
+    dense, pruned = measured["dense after, seed 0"], measured["random-0.5 after, seed 0"]
+    assert pruned["macs"] / dense["macs"] == pytest.approx(0.5, rel=0.02)
+    table = (tmp_path / "structured-2-1.md").read_text()
+    before = measured["random-0.5 before, seed 0"]
+    macs, agreements = f"{pruned['macs'] / 1e6:.2f} M", f"{before['agreement']:.1%} | {pruned['agreement']:.1%}"
+    assert f"| random | {macs} | {agreements} |" in table
+    assert (tmp_path / "structured-2-1.png").read_bytes()[:4] == b"\x89PNG"
+
+    assert (tmp_path / "structured-2-1-ssim.png").read_bytes()[:4] == b"\x89PNG"
+
+    assert compare_pruning.main(words) == 0
+    assert "run " not in capsys.readouterr().out.replace("\n| ", "")
+    assert json.loads((tmp_path / "structured-2-1.json").read_text()) == measured
+
+    # Images of the dense model are compared with themselves; of the others, with those of the same dense model.
+    itself = measured["dense before, seed 0"]
+    assert (itself["ssim"], itself["mse"]) == (pytest.approx(1.0), 0.0)
+    checkpoints = [read_checkpoint(tmp_path / "runs" / f"{name}-seed0") for name in ("dense-2", "random-0.5-2-1")]
+    config = checkpoints[0].config()
+    precision = pick_precision(config.train, torch.device("cpu"))
+    generators = [Generator(checkpoint.network(), checkpoint.config(), precision) for checkpoint in checkpoints]
+    alike = consistency_of_models(generators[0], generators[1], 10, config.sample, SAMPLING_SEED)
+    assert (pruned["ssim"], pruned["mse"]) == pytest.approx((alike.ssim, alike.mse))
+    assert f"| {itself['mse']:.4f} | {dense['mse']:.4f} |" in table
+    assert f"{before['ssim']:.3f} | {pruned['ssim']:.3f} |" in table
+
+
+def test_a_folder_of_before_gets_the_figures_that_it_lacks_without_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(structured, "IMPORTANCES", ("taylor",))
+    words = ["--tables", "structured", "--keep", "0.6", "--seeds", "0", "--steps", "2", "--tune-steps", "1"]
+    words += ["--images", "10", "--out", str(tmp_path)]
+    assert compare_pruning.main(words) == 0
+    file = tmp_path / "structured-2-1.json"
+    whole = json.loads(file.read_text())
+    share = whole["taylor-0.6 after, seed 0"]["macs"] / whole["dense after, seed 0"]["macs"]
+    assert share == pytest.approx(0.6, rel=0.02)
+    old = {key: {name: figures[name] for name in ("loss", "params", "macs")} for key, figures in whole.items()}
+    for figures in old.values():
+        figures["agreement"] = 0.125  # Of another day's classifier.
+    file.write_text(json.dumps(old))
+    capsys.readouterr()
+    assert compare_pruning.main(words) == 0
+    assert "run " not in capsys.readouterr().out.replace("\n| ", "")
+    assert json.loads(file.read_text()) == {key: whole[key] | figures for key, figures in old.items()}
+
+
+def test_results_are_kept_as_they_come(tmp_path: Path) -> None:
+    results = Results(tmp_path / "deep" / "table.json")
+    whole = dict.fromkeys(FIGURES, 1.0)
+    results.add("l2 after, seed 0", whole | {"loss": 0.5})
+    results.add("l2 after, seed 1", {"loss": 0.7})
+    assert "l2 after, seed 1" not in results  # Not with all its figures.
+    results.add("l2 after, seed 1", whole)
+    again = Results(tmp_path / "deep" / "table.json")
+    assert "l2 after, seed 1" in again
+    assert "l2 after, seed 2" not in again
+    assert again.over_seeds("l2 after", (0, 1), "loss") == [0.5, 0.7]
+    assert mean_and_range([0.5, 0.7], ".2f") == "0.60 (0.50 to 0.70)"
+    assert mean_and_range([0.5], ".0%") == "50%"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds", "a"], "--seeds = 'a': expected integers >= 0"),
+        (["--tables", "best"], "--tables = 'best': expected some of structured"),
+        (["--tune-steps", "0"], "--tune-steps = 0: expected an integer >= 1"),
+    ],
+)
+def test_wrong_words_are_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare_pruning.main(words) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
