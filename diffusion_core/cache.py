@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from diffusion_core.messages import reason_of
+
 VARIABLE = "DIFFUSION_SWEEPS_CACHE"
 
 
@@ -36,6 +38,6 @@ def keep(path: Path, write: Callable[[Path], object]) -> bool:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        print(f"cannot keep {str(path)!r} ({error.strerror or error}); set {VARIABLE}", file=sys.stderr)
+        print(f"cannot keep {str(path)!r} ({reason_of(error)}); set {VARIABLE}", file=sys.stderr)
         return False
     return True

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from diffusion_core.config import ConfigError, CoreConfig, build, list_knobs
 from diffusion_core.files import flush_folder, sha256, write_bytes
+from diffusion_core.messages import one_line, reason_of
 from diffusion_core.model.structure import resize
 from diffusion_core.model.unet import UNet
 
@@ -100,7 +101,7 @@ class Checkpoint:
                 network(torch.empty(1, network.input_channels, size, size), torch.empty(1, dtype=torch.long))
             network.load_state_dict({name: tensor.float().clone() for name, tensor in tensors.items()}, assign=True)
         except (ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise CheckpointError(f"{str(self.path)!r}: its weights do not fit its network: {reason}") from None
         return network.eval()
 
@@ -141,7 +142,7 @@ def write_checkpoint(
         flush_folder(folder)
     except (OSError, SafetensorError, ValueError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        reason = reason_of(error)
         raise CheckpointError(f"cannot write checkpoint {str(final)!r}: {reason}") from None
     return Checkpoint(final, described)
 

@@ -40,6 +40,7 @@ from diffusion_core.config import ConfigError
 from diffusion_core.diffusers_io.exporter import export_model
 from diffusion_core.diffusers_io.importer import import_model
 from diffusion_core.diffusers_io.names import CLASSES_FILE
+from diffusion_core.messages import one_line, reason_of
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -90,7 +91,7 @@ def need_diffusers() -> None:
     try:
         import diffusers
     except ImportError as error:
-        reason = "" if error.name == "diffusers" else f" ({' '.join(str(error).split())[:200]})"
+        reason = "" if error.name == "diffusers" else f" ({one_line(error)})"
         raise ConfigError(f'Diffusers is needed{reason}: pip install "diffusion-sweeps[diffusers]"') from None
     diffusers.utils.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -113,7 +114,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(final)
     except (OSError, SafetensorError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:300]
+        reason = reason_of(error)
         raise ConfigError(f"TARGET = {str(target)!r}: {reason}; choose another folder") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -31,6 +31,7 @@ from diffusion_core.diffusers_io.names import (
 from diffusion_core.diffusers_io.networks import compare, compare_schedules, describe, diffusers_network, our_network
 from diffusion_core.diffusers_io.scheduler import SCHEDULER_DEFAULTS, SCHEDULER_FILE, fewer_steps, scheduler_knobs
 from diffusion_core.diffusers_io.values import unknown_keys
+from diffusion_core.messages import one_line
 from diffusion_core.model.unet import NO_LABEL
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -118,7 +119,7 @@ def find_source(source: str) -> Path:
             if any((folder / name).is_file() for name in (weights, f"unet/{weights}")):
                 break
     except Exception as error:  # Of many kinds: the hub's, of HTTP, of the disk.
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(error)
         raise ConfigError(f"SOURCE = {source!r}: no such folder, and not to be had from the hub: {reason}") from None
     return folder
 
@@ -211,7 +212,7 @@ def read_weights(folder: Path, notes: list[str]) -> dict[str, Tensor]:
         else:
             tensors = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ConfigError(f"{str(file)!r}: cannot be read as weights: {reason}") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ConfigError(f"{str(file)!r}: cannot be read as weights: expected tensors by name")

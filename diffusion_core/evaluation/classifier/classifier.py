@@ -29,6 +29,7 @@ from diffusion_core.evaluation.features import (
     fingerprint,
     with_channels,
 )
+from diffusion_core.messages import one_line
 
 HEADER = "classifier"
 """The entry of the file's metadata that holds the JSON."""
@@ -117,7 +118,7 @@ def read_classifier(path: Path, device: torch.device) -> Classifier:
         recipe = Recipe(**described["recipe"])
         data, share = str(described["data"]), float(described["accuracy"])
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ExtractorError(f"{str(path)!r}: no classifier of scripts/train_classifier.py ({reason})") from None
     network = network.to(device).eval()
     return Classifier(network, data, share, hash_of(network), recipe)
