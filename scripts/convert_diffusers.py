@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +39,7 @@ from diffusion_core.config import ConfigError
 from diffusion_core.diffusers_io.exporter import export_model
 from diffusion_core.diffusers_io.importer import import_model
 from diffusion_core.diffusers_io.names import CLASSES_FILE
+from diffusion_core.files import replaced_folder
 from diffusion_core.messages import one_line, reason_of
 
 
@@ -105,19 +105,14 @@ def new_folder(target: Path) -> Iterator[Path]:
         ConfigError: if there is something at ``target``, or the disk takes no more.
     """
     final = Path(os.path.abspath(target))
-    temporary = final.parent / f".{final.name}.partial"
     try:
         if final.is_symlink() or (final.exists() and not (final.is_dir() and not any(final.iterdir()))):
             raise ConfigError(f"TARGET = {str(target)!r}: is there already; choose another folder")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.replace(final)
+        with replaced_folder(final, overwrite=False) as temporary:
+            yield temporary
     except (OSError, SafetensorError) as error:
         reason = reason_of(error)
         raise ConfigError(f"TARGET = {str(target)!r}: {reason}; choose another folder") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 if __name__ == "__main__":

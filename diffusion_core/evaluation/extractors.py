@@ -24,7 +24,7 @@ from diffusion_core.evaluation.features import (
     ExtractorError,
     Judged,
     check_finite,
-    file_hash,
+    weights_file_hash,
     with_channels,
 )
 from diffusion_core.messages import one_line
@@ -108,7 +108,7 @@ def read_inception(path: Path, device: torch.device) -> InceptionExtractor:
     Raises:
         ExtractorError: if the file is missing, damaged, or not of that network.
     """
-    digest = file_hash(path)
+    digest = weights_file_hash(path)
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         with torch.device("meta"):
@@ -180,7 +180,7 @@ def read_extractor(path: Path, device: torch.device) -> Extractor:
     Raises:
         ExtractorError: if there is none.
     """
-    digest = file_hash(path)[:HASH_DIGITS]
+    digest = weights_file_hash(path)[:HASH_DIGITS]
     if path.suffix == ".safetensors":
         return read_classifier(path, device)
     if path.suffix not in TORCHSCRIPT_SUFFIXES:

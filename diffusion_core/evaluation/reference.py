@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import zipfile
 import zlib
@@ -20,8 +19,9 @@ from diffusion_core.cache import cache_path, keep
 from diffusion_core.data.datasets import DataError, Images
 from diffusion_core.distributed import add_up, shared_out
 from diffusion_core.evaluation.distances import Statistics
-from diffusion_core.evaluation.features import HASH_DIGITS, Extractor, fingerprint
+from diffusion_core.evaluation.features import HASH_DIGITS, Extractor, images_hash
 from diffusion_core.evaluation.measure import Reference, look
+from diffusion_core.files import sha256
 from diffusion_core.messages import one_line, reason_of
 
 BATCH = 64
@@ -46,9 +46,9 @@ def reference_for(
         keep_features: whether more than the moments are needed.
         share: told of the file of statistics where they were computed anew.
     """
-    digest = fingerprint(images)
+    digest = images_hash(images)
     source = f"{data}/{split} ({len(images):,} images, {digest})"
-    key = hashlib.sha256(f"{digest} {extractor.name} {extractor.weights}".encode()).hexdigest()[:HASH_DIGITS]
+    key = sha256(f"{digest} {extractor.name} {extractor.weights}")[:HASH_DIGITS]
     name = f"{data}-{split}-{extractor.name}-{key}"
     statistics_file = cache_path("references", f"{name}.npz")
     features_file = cache_path("references", f"{name}.safetensors")

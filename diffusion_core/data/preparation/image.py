@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffusion_core.data.image_files import ImageFileError, ImageTooLarge, read_rgb, square
 from diffusion_core.data.preparation.records import UNREADABLE, Job, Result, Settings
-from diffusion_core.data.preparation.target import temporary_name
+from diffusion_core.files import replaced_file
 
 JPEG_OPTIONS = {"quality": 95, "subsampling": 0}
 LONGEST_SIDE = 65_500
@@ -52,8 +52,6 @@ def make_image(job: Job, *, settings: Settings, target: Path, write: bool) -> Re
 def save(image: Image.Image, path: Path, kind: str) -> int:
     """Write an image in one piece, so that what is there is whole; returns its size in bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
-    image.save(temporary, format=kind, **(JPEG_OPTIONS if kind == "jpeg" else {}))
-    size = temporary.stat().st_size
-    temporary.replace(path)
-    return size
+    with replaced_file(path, flush=False) as temporary:
+        image.save(temporary, format=kind, **(JPEG_OPTIONS if kind == "jpeg" else {}))
+        return temporary.stat().st_size

@@ -19,9 +19,9 @@ from diffusion_core.data.preparation.target import (
     still_valid,
     without_duplicates,
     write_journal,
-    write_json,
 )
 from diffusion_core.data.preparation.workers import run
+from diffusion_core.files import write_json
 
 EXAMPLES = 3
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from diffusion_core.data.preparation.records import UNREADABLE, InputError, Job, Result, Settings
+from diffusion_core.files import temporary_name, write_json_lines
 
 SETTINGS_FILE = ".prepare.json"
 JOURNAL_FILE = ".prepare.jsonl"
@@ -47,11 +46,6 @@ def check_target(target: Path, wanted: Settings) -> None:
                          "another folder, or remove it")  # fmt: skip
 
 
-def temporary_name(path: Path) -> Path:
-    """Hidden, no image by its name, always the same for a file, and short, since the file's own may be very long."""
-    return path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.partial")
-
-
 def read_journal(path: Path) -> list[Result]:
     """All results of earlier calls, also those that later ones replace; a line that a crash cut is passed over."""
     results: list[Result] = []
@@ -63,7 +57,7 @@ def read_journal(path: Path) -> list[Result]:
 
 
 def write_journal(path: Path, results: Iterable[Result]) -> None:
-    write_text(path, "".join(json.dumps(asdict(result)) + "\n" for result in results))
+    write_json_lines(path, map(asdict, results))
 
 
 def still_valid(jobs: Iterable[Job], old: Iterable[Result], target: Path) -> dict[str, Result]:
@@ -118,17 +112,3 @@ def remove(target: Path, made: Iterable[Result], final: Iterable[Result]) -> int
                 break
             (target / folder).rmdir()
     return removed
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one piece: under another name, flushed, then renamed."""
-    temporary = temporary_name(path)
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
