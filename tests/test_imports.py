@@ -17,9 +17,9 @@ PACKAGES = ("diffusion_core", "pruning", "agent")
 SOURCE = (*PACKAGES, "scripts")
 
 CORE_LAYERS = (
-    {"messages"},
+    {"files", "messages", "redact", "signals"},
     {"config"},
-    {"files", "redact", "cache", "randomness", "hardware", "sharing", "tracking", "run_folder", "distributed"},
+    {"cache", "randomness", "hardware", "sharing", "tracking", "run_folder", "distributed"},
     {"data"},
     {"model"},
     {"diffusion"},
