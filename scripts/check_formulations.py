@@ -28,6 +28,7 @@ from diffusion_core.config import FORMULATIONS, ConfigError, split_argv
 from diffusion_core.data.datasets import DataError, Dataset, load_data
 from diffusion_core.files import write_json
 from diffusion_core.run_folder import read_history
+from diffusion_core.tables import markdown_table
 from diffusion_core.tracking import NullTracker
 from diffusion_core.training.trainer import TrainingDiverged
 
@@ -159,13 +160,17 @@ def measure(config: TrialConfig, dataset: Dataset, folder: Path) -> Measured:
 
 def markdown(results: Mapping[str, Measured]) -> str:
     """The table: a row a formulation, the losses at both ends in each precision."""
-    head = " | ".join(f"{precision}, first tenth | last tenth | loss" for precision in PRECISIONS)
-    lines = [f"| formulation | {head} |", "|---|" + "---|" * (3 * len(PRECISIONS))]
+    columns = ["formulation"]
+    for precision in PRECISIONS:
+        columns += [f"{precision}, first tenth", "last tenth", "loss"]
+    rows = []
     for name in dict.fromkeys(key.rpartition(", ")[0] for key in results):
-        pair = [results[f"{name}, {precision}"] for precision in PRECISIONS]
-        cells = [f"{one.first:.3f} | {one.last:.3f} | {one.verdict}" for one in pair]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        cells = [name]
+        for precision in PRECISIONS:
+            measured = results[f"{name}, {precision}"]
+            cells += [f"{measured.first:.3f}", f"{measured.last:.3f}", measured.verdict]
+        rows.append(cells)
+    return markdown_table(columns, rows) + "\n"
 
 
 if __name__ == "__main__":

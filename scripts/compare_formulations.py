@@ -26,8 +26,9 @@ from diffusion_core.diffusion.schedule import build_schedule
 from diffusion_core.evaluation.classifier.classifier import Classifier, classifier_for
 from diffusion_core.files import write_json
 from diffusion_core.hardware import pick_device, pick_precision
-from diffusion_core.sampling.generation import Generator, Request
+from diffusion_core.sampling.generation import Generator, round_robin
 from diffusion_core.sampling.samplers import evaluations
+from diffusion_core.tables import markdown_table, mean_and_range
 from diffusion_core.tracking import NullTracker
 
 COMPARED = ("eps", "v", "x0", "EDM", "learned variance")
@@ -125,7 +126,7 @@ def agreement(path: Path, sampler: str, classifier: Classifier) -> float:
     checkpoint = read_checkpoint(path)
     config = sampling(checkpoint.config(), SAMPLERS[sampler])
     classes = checkpoint.metadata["num_classes"]
-    wanted = [Request(i % classes, i // classes) for i in range(IMAGES)]
+    wanted = round_robin(range(classes), range(IMAGES))
     device = pick_device(config.train)
     generator = Generator(checkpoint.network().to(device), config, pick_precision(config.train, device))
     images = generator.images(wanted, config.sample, SAMPLING_SEED)
@@ -151,26 +152,23 @@ def markdown(
     accuracy: float,
 ) -> str:
     """The table: mean over seeds, and range where there are several."""
-    lines = [
+    heading = (
         f"{steps} optimizer steps, seeds {', '.join(map(str, seeds))} (mean, and range in brackets), {IMAGES} images "
         f"sampled with seed {SAMPLING_SEED} and guidance 2; the classifier is right on {accuracy:.2%} of the real "
-        "held-out digits.",
-        "",
-        "| formulation | " + " | ".join(samplers) + " | network evaluations an image |",
-        "|---|" + "---|" * (len(samplers) + 1),
-    ]
+        "held-out digits."
+    )
+    rows = []
     for name in names:
-        cells = []
+        cells = [name]
         for sampler in samplers:
-            values = [100.0 * results[f"{name}, {steps} steps, seed {seed}"][sampler] for seed in seeds]
-            spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
-            cells.append(f"{sum(values) / len(values):.1f}%{spread}")
+            values = [results[f"{name}, {steps} steps, seed {seed}"][sampler] for seed in seeds]
+            cells.append(mean_and_range(values, ".1%"))
         config = build(CoreConfig, PRESETS["digits"], FORMULATIONS[name])
         schedule = build_schedule(config.diffusion)
         counts = [evaluations(sampling(config, SAMPLERS[sampler]).sample, schedule) for sampler in samplers]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {', '.join(map(str, counts))} |")
-    lines += ["", "Guidance doubles the evaluations."]
-    return "\n".join(lines) + "\n"
+        rows.append([*cells, ", ".join(map(str, counts))])
+    table = markdown_table(["formulation", *samplers, "network evaluations an image"], rows)
+    return f"{heading}\n\n{table}\n\nGuidance doubles the evaluations.\n"
 
 
 if __name__ == "__main__":

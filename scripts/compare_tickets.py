@@ -25,6 +25,7 @@ from agent.lottery import run_chain
 from diffusion_core.config import ConfigError
 from diffusion_core.data.datasets import load_data
 from diffusion_core.files import write_json, write_text
+from diffusion_core.tables import markdown_table, mean_and_range
 from diffusion_core.tracking import NullTracker
 from pruning.lottery.report import LABELS, Trained, plot_spread, read_stages
 
@@ -121,27 +122,24 @@ def markdown(
     ]
     for key, label in LABELS.items():
         heads = [f"{1.0 - remaining[number]:.1%} pruned" for number in rounds]
-        lines += [f"| {label} | " + " | ".join(heads) + " |", "|---" * (1 + len(rounds)) + "|"]
         dense = spread(
             [stage.figures[key] for chain in chains["global"] for stage in chain if not stage.round_number], key
         )
-        lines.append(f"| dense | {' | '.join([dense] * len(rounds))} |")
+        rows = [["dense", *[dense] * len(rounds)]]
         for scope, title in SCOPES.items():
             for kind in dict.fromkeys(stage.kind for stage in chains[scope][0]):
                 cells = []
                 for number in rounds:
                     shown = [s for chain in chains[scope] for s in chain if (s.kind, s.round_number) == (kind, number)]
                     cells.append(spread([stage.figures[key] for stage in shown], key))
-                lines.append(f"| {kind}, {title} | {' | '.join(cells)} |")
-        lines.append("")
+                rows.append([f"{kind}, {title}", *cells])
+        lines += [markdown_table([label, *heads], rows), ""]
     return "\n".join(lines)
 
 
 def spread(values: Sequence[float], key: str) -> str:
-    """Mean and range, of shares in percent."""
-    form = "{:.1%}" if key == "eval/class_agreement" else "{:.4f}"
-    mean = form.format(sum(values) / len(values))
-    return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
+    """Return mean and range of a figure; class agreement is in percent."""
+    return mean_and_range(values, ".1%" if key == "eval/class_agreement" else ".4f")
 
 
 if __name__ == "__main__":

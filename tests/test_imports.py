@@ -17,7 +17,7 @@ PACKAGES = ("diffusion_core", "pruning", "agent")
 SOURCE = (*PACKAGES, "scripts")
 
 CORE_LAYERS = (
-    {"files", "messages", "redact", "signals"},
+    {"files", "messages", "redact", "signals", "tables"},
     {"config"},
     {"cache", "randomness", "hardware", "sharing", "tracking", "run_folder", "distributed"},
     {"data"},

@@ -18,7 +18,7 @@ from agent.config import TrialConfig, build_config
 from agent.sweep import engine
 from agent.sweep.devices import threads_each, visible_gpus
 from agent.sweep.file import SweepFile
-from agent.sweep.results import choice, duration
+from agent.sweep.results import duration, parameters_line
 from diffusion_core.config import NUM_CLASSES
 from diffusion_core.diffusion.schedule import build_schedule
 from diffusion_core.model.unet import UNet, build_network
@@ -240,7 +240,7 @@ def list_trials(sweep: SweepFile, estimator: Estimator, count: int) -> str:
     for number, parameters in enumerate(islice(first_trials(sweep), count), start=1):
         estimate = estimator.trial(build_config(parameters))
         seconds = "time unknown" if estimate.seconds is None else f"about {duration(estimate.seconds)}"
-        lines.append(f"[{number}] {choice(parameters, sweep.varied)}")
+        lines.append(f"[{number}] {parameters_line(parameters, sweep.varied)}")
         lines.append(
             f"    {estimate.params:,} parameters, {size_in_words(estimate.disk_bytes)} of checkpoints, {seconds}"
         )

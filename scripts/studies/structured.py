@@ -9,10 +9,11 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from diffusion_core.tables import mean_and_range
 from pruning.calibration import Calibration
 from pruning.channels.removal import prune_channels
 from pruning.config import PruneConfig
-from studies.study import Results, Study, mean_and_range, plot, write_table
+from studies.study import Results, Study, plot, write_table
 
 BATCHES = 20
 IMPORTANCES = get_args(PruneConfig.model_fields["importance"].annotation)

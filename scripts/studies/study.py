@@ -19,13 +19,13 @@ from diffusion_core.data.datasets import Dataset, load_data
 from diffusion_core.evaluation import validation_loss
 from diffusion_core.evaluation.classifier.classifier import Classifier, classifier_for
 from diffusion_core.evaluation.consistency import consistency_of_images
-from diffusion_core.evaluation.generated import dealt_out
 from diffusion_core.files import write_json, write_text
 from diffusion_core.hardware import Precision, pick_precision
 from diffusion_core.model.cost import count_cost
 from diffusion_core.model.unet import UNet
 from diffusion_core.run_folder import RESULT_FILE
-from diffusion_core.sampling.generation import Generator, Request
+from diffusion_core.sampling.generation import Generator, Request, round_robin
+from diffusion_core.tables import markdown_table
 from diffusion_core.tracking import NullTracker
 
 SAMPLING_SEED = 1
@@ -89,7 +89,7 @@ class Study:
 
     def wanted(self) -> list[Request]:
         """Which images are drawn: classes take turns."""
-        return dealt_out(range(self.dataset.num_classes), range(self.images))
+        return round_robin(range(self.dataset.num_classes), range(self.images))
 
     def draw(self, network: UNet, config: TrialConfig) -> Tensor:
         """A network's images: ``(N, C, H, W)`` uint8, from the same noise and labels for all networks."""
@@ -148,17 +148,9 @@ class Results:
         return [self.values[f"{row}, seed {seed}"][figure] for seed in seeds]
 
 
-def mean_and_range(values: Sequence[float], form: str) -> str:
-    """``0.98 (0.97 to 0.99)``; without a range where there is one value."""
-    spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):{form}}{spread}"
-
-
 def write_table(file: Path, heading: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Write a table as Markdown, and print it."""
-    lines = [heading, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    text = "\n".join(lines) + "\n"
+    text = f"{heading}\n\n{markdown_table(columns, rows)}\n"
     write_text(file, text)
     print(text)
 

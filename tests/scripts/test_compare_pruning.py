@@ -13,12 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import compare_pruning
 from studies import structured
-from studies.study import FIGURES, SAMPLING_SEED, Results, mean_and_range
+from studies.study import FIGURES, SAMPLING_SEED, Results
 
 from diffusion_core.checkpoint import read_checkpoint
 from diffusion_core.evaluation.consistency import consistency_of_models
 from diffusion_core.hardware import pick_precision
 from diffusion_core.sampling.generation import Generator
+from diffusion_core.tables import mean_and_range
 
 
 def test_it_measures_once_and_writes_table_and_plot(
