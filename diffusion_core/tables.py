@@ -51,11 +51,11 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: 
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown, without a newline at its end; a ``|`` inside a cell is escaped."""
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table in Markdown; a ``|`` inside a cell is escaped."""
     lines = [columns, ["---"] * len(columns), *rows]
     escaped = [[text.replace("|", "\\|") for text in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+    return [f"| {' | '.join(line)} |" for line in escaped]
 
 
 def cell(value: Any) -> str:
@@ -65,14 +65,3 @@ def cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def mean_and_range(values: Sequence[float], form: str) -> str:
-    """Return ``0.98 (0.97 to 0.99)``; without a range if there is one value.
-
-    Args:
-        values: one or more.
-        form: the format of each number, such as ``.2f``.
-    """
-    spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):{form}}{spread}"

@@ -114,8 +114,10 @@ def table(stages: Sequence[Trained]) -> str:
         cells += [f"{stage.figures[key]:.4f}" if key in stage.figures else "" for key in keys]
         cells += [f"{stage.blocks.get(block, 0.0):.1%}" for block in blocks]
         rows.append(cells)
-    note = "\nThe last columns are the share of each block's weights that is pruned.\n" if blocks else ""
-    return f"{markdown_table(columns, rows)}\n{note}"
+    lines = markdown_table(columns, rows)
+    if blocks:
+        lines += ["", "The last columns are the share of each block's weights that is pruned."]
+    return "\n".join(lines) + "\n"
 
 
 def plot_quality(stages: Sequence[Trained], key: str, path: Path) -> Path:
