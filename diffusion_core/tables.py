@@ -53,9 +53,9 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a table in Markdown; a ``|`` inside a cell is escaped."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    escaped = [[text.replace("|", "\\|") for text in line] for line in lines]
-    return [f"| {' | '.join(line)} |" for line in escaped]
+    escaped = [[text.replace("|", "\\|") for text in line] for line in (columns, *rows)]
+    head, *body = [f"| {' | '.join(line)} |" for line in escaped]
+    return [head, "|---" * len(columns) + "|", *body]
 
 
 def cell(value: Any) -> str:

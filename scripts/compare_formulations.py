@@ -109,7 +109,7 @@ def agreement(path: Path, sampler: str, classifier: Classifier) -> float:
     device = pick_device(config.train)
     generator = Generator(checkpoint.network().to(device), config, pick_precision(config.train, device))
     images = generator.images(wanted, config.sample, SAMPLING_SEED)
-    return classifier.agreement(images, [request.label for request in wanted])
+    return classifier.class_agreement(images, [request.label for request in wanted])
 
 
 def sampling(config: CoreConfig, settings: Mapping[str, Any]) -> CoreConfig:

@@ -35,7 +35,7 @@ from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoi
 from diffusion_core.config import IMAGE_SHAPES, ConfigError, CoreConfig, DataConfig, EvalConfig, Figure, build, flatten
 from diffusion_core.config.metrics import INCEPTION
 from diffusion_core.data.datasets import DataError, load_data
-from diffusion_core.distributed import first_process_first, shared_out
+from diffusion_core.distributed import first_process_first, own_positions
 from diffusion_core.evaluation.consistency import consistency_of_models
 from diffusion_core.evaluation.extractors import download_inception, read_extractor, read_inception
 from diffusion_core.evaluation.features import Extractor, ExtractorError, with_channels
@@ -238,7 +238,7 @@ def of_folder(arguments: argparse.Namespace, processes: PartialState) -> Judgeme
     channels, _, _ = suite.dataset.shape_CHW
     batches = (
         (with_channels(images_BCHW, channels), labels_B)
-        for images_BCHW, labels_B in folder.batches(shared_out(len(folder)), arguments.batch_size)
+        for images_BCHW, labels_B in folder.batches(own_positions(len(folder)), arguments.batch_size)
     )
     return suite.judge(batches, len(folder), str(folder.path))
 

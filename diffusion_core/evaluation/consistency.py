@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion_core.config import SampleConfig
 from diffusion_core.config.metrics import count_name
-from diffusion_core.distributed import add_up, shared_out
+from diffusion_core.distributed import own_positions, sum_over_processes
 from diffusion_core.evaluation.generated import generated
 from diffusion_core.sampling.generation import Generator
 
@@ -56,7 +56,7 @@ def consistency_of_models(
     one: Generator, two: Generator, total: int, config: SampleConfig, seed: int, *, progress: bool = False
 ) -> Consistency:
     """How alike the images of two models are, of which every process draws a share; all come to the same figures."""
-    sums_2, done, own = torch.zeros(2, dtype=torch.float64), 0, shared_out(total)
+    sums_2, done, own = torch.zeros(2, dtype=torch.float64), 0, own_positions(total)
     pairs = zip(
         generated(one, total, config, seed, progress=progress), generated(two, total, config, seed), strict=True
     )
@@ -64,7 +64,7 @@ def consistency_of_models(
         counted = sum(position < total for position in own[done : done + len(ours_BCHW)])
         done += len(ours_BCHW)
         sums_2 += _measures(ours_BCHW[:counted], theirs_BCHW[:counted]).sum(0)
-    ssim, mse = (add_up(sums_2) / total).tolist()
+    ssim, mse = (sum_over_processes(sums_2) / total).tolist()
     return Consistency(ssim, mse, total, seed)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffusion_core.config.metrics import space_name
 from diffusion_core.data.datasets import DataError
 from diffusion_core.data.image_files import IMAGE_SUFFIXES, ImageFileError, read_rgb
-from diffusion_core.distributed import shared_out
+from diffusion_core.distributed import own_positions
 from diffusion_core.evaluation.features import Extractor
 from diffusion_core.evaluation.measure import FEWEST, Reference, Seen, look
 from diffusion_core.evaluation.reference import read_statistics
@@ -117,7 +117,7 @@ def see(path: Path, extractor: Extractor | None, batch_size: int, *, keep: bool)
     folder = image_folder(path)
     if len(folder) < FEWEST:
         raise DataError(f"{str(path)!r}: holds a single image; expected at least {FEWEST} to compare")
-    batches = folder.batches(shared_out(len(folder)), batch_size)
+    batches = folder.batches(own_positions(len(folder)), batch_size)
     (seen,) = look([extractor], batches, len(folder), keep=keep)
     return seen
 

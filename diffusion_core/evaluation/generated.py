@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from diffusion_core.config import SampleConfig
 from diffusion_core.data.datasets import DataError, to_uint8
-from diffusion_core.distributed import add_up, shared_out
+from diffusion_core.distributed import own_positions, sum_over_processes
 from diffusion_core.evaluation.features import Extractor
 from diffusion_core.sampling.generation import Generator, Request, all_labels, round_robin
 from diffusion_core.sampling.samplers import evaluations
@@ -33,14 +33,14 @@ def generated(
     Raises:
         DataError: in all processes, after the last image, if one of them is not finite.
     """
-    wanted = round_robin(all_labels(generator.network), shared_out(total))
+    wanted = round_robin(all_labels(generator.network), own_positions(total))
     not_finite = 0
     with tqdm(total=len(wanted), desc="sampling", unit="image", disable=not progress) as bar:
         for batch, x_BCHW in generator.unrounded_batches(wanted, config, seed):
             not_finite += int((~torch.isfinite(x_BCHW)).flatten(1).any(1).sum())
             yield to_uint8(x_BCHW.nan_to_num()).cpu(), torch.tensor([image.label for image in batch])
             bar.update(len(batch))
-    broken = int(add_up(torch.tensor(float(not_finite))))
+    broken = int(sum_over_processes(torch.tensor(float(not_finite))))
     if broken:
         raise DataError(
             f"{broken} of {total} generated images are not finite; lower sample.guidance, or sample in fp32 "
@@ -54,7 +54,7 @@ def estimate_seconds(generator: Generator, total: int, config: SampleConfig, ext
 
     Times one step and one look at one batch; where that says it takes long, once more, as a first call takes longer.
     """
-    share = len(shared_out(total))
+    share = len(own_positions(total))
     batch = min(share, config.batch_size)
     schedule = generator.denoiser().schedule
     once = config.model_copy(update={"steps": 1})

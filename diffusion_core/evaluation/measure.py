@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion_core.config.metrics import space_figure
 from diffusion_core.data.datasets import DataError
-from diffusion_core.distributed import add_up, bring_together, shared_out
+from diffusion_core.distributed import gather_in_order, own_positions, sum_over_processes
 from diffusion_core.evaluation.distances import (
     Moments,
     Statistics,
@@ -74,7 +74,7 @@ class Pass:
 
     Args:
         extractors: the feature spaces.
-        total: images over all processes; batches come in the order of ``shared_out(total)``.
+        total: images over all processes; batches come in the order of ``own_positions(total)``.
         keep: keep features, or moments alone.
     """
 
@@ -82,7 +82,7 @@ class Pass:
         self.extractors = extractors
         self.total = total
         self.keep = keep
-        self.positions = shared_out(total)
+        self.positions = own_positions(total)
         self.done = 0
         self.moments: list[Moments] = []
         self.features: list[list[Tensor]] = [[] for _ in extractors]
@@ -110,16 +110,16 @@ class Pass:
 
     def finish(self) -> list[Seen]:
         """What all processes saw together, by feature space."""
-        labels_N = bring_together(torch.cat(self.labels), self.total) if self.labels else None
+        labels_N = gather_in_order(torch.cat(self.labels), self.total) if self.labels else None
         seen = []
         for index, extractor in enumerate(self.extractors):
             moments = self.moments[index]
-            count, sum_D, outer_DD = add_up(
+            count, sum_D, outer_DD = sum_over_processes(
                 torch.cat([torch.tensor([float(moments.count)]).double(), moments.sum_D, moments.outer_DD.flatten()])
             ).split([1, len(moments.sum_D), moments.outer_DD.numel()])
             moments = Moments(int(count), sum_D, outer_DD.view_as(moments.outer_DD))
-            features_ND = bring_together(torch.cat(self.features[index]), self.total) if self.keep else None
-            logits_NK = bring_together(torch.cat(self.logits[index]), self.total) if self.logits[index] else None
+            features_ND = gather_in_order(torch.cat(self.features[index]), self.total) if self.keep else None
+            logits_NK = gather_in_order(torch.cat(self.logits[index]), self.total) if self.logits[index] else None
             seen.append(Seen(extractor.name, moments.statistics(), features_ND, logits_NK, labels_N))
         return seen
 
@@ -138,8 +138,8 @@ def look(
     return view.finish()
 
 
-def agreement(seen: Seen) -> float:
-    """Share of images, in [0, 1], in which a classifier sees the label that was asked for."""
+def class_agreement(seen: Seen) -> float:
+    """Return the share of images, in [0, 1], that are classified as the label they were sampled for."""
     assert seen.logits_NK is not None
     assert seen.labels_N is not None
     return float((seen.logits_NK.argmax(1) == seen.labels_N).double().mean())

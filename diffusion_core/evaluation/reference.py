@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffusion_core.cache import cache_path, keep
 from diffusion_core.data.datasets import DataError, Images
-from diffusion_core.distributed import add_up, shared_out
+from diffusion_core.distributed import own_positions, sum_over_processes
 from diffusion_core.evaluation.distances import Statistics
 from diffusion_core.evaluation.features import HASH_DIGITS, Extractor, images_hash
 from diffusion_core.evaluation.measure import Reference, look
@@ -53,7 +53,7 @@ def reference_for(
     statistics_file = cache_path("references", f"{name}.npz")
     features_file = cache_path("references", f"{name}.safetensors")
     found = _kept(statistics_file, features_file if keep_features else None)
-    if int(add_up(torch.tensor(float(found is None)))) == 0:  # All processes have it, or all compute.
+    if int(sum_over_processes(torch.tensor(float(found is None)))) == 0:  # All processes have it, or all compute.
         assert found is not None
         statistics, features_ND = found
     else:
@@ -68,7 +68,7 @@ def reference_for(
 
 
 def _batches(images: Images) -> Iterator[tuple[Tensor, None]]:
-    for chunk in torch.tensor(shared_out(len(images))).clamp(max=len(images) - 1).split(BATCH):
+    for chunk in torch.tensor(own_positions(len(images))).clamp(max=len(images) - 1).split(BATCH):
         yield images.images_NCHW[chunk.to(images.images_NCHW.device)], None
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from diffusion_core.config import DataConfig, EvalConfig
 from diffusion_core.config.metrics import FID_FROM, INCEPTION, count_name
 from diffusion_core.data.datasets import Dataset, Images
-from diffusion_core.distributed import agree, bring_together
+from diffusion_core.distributed import broadcast_weights, gather_in_order
 from diffusion_core.evaluation.classifier.classifier import Classifier, classifier_for
 from diffusion_core.evaluation.classifier.training import RECIPES, accuracy, recipe_for, train_classifier
 from diffusion_core.evaluation.extractors import download_inception, read_extractor, read_inception
 from diffusion_core.evaluation.features import Extractor, ExtractorError
-from diffusion_core.evaluation.measure import KEPT_FIGURES, Reference, agreement, compare, look
+from diffusion_core.evaluation.measure import KEPT_FIGURES, Reference, class_agreement, compare, look
 from diffusion_core.evaluation.protocol import protocol, protocols
 from diffusion_core.evaluation.reference import Share, reference_for
 
@@ -101,7 +101,7 @@ class Suite:
 
     def _train_classifier(self) -> Classifier:
         classifier = classifier_for(self.dataset, self.data.name, mirrored=self.data.flips, device=self.device)
-        agree(classifier.network)
+        broadcast_weights(classifier.network)
         return classifier
 
     @property
@@ -122,7 +122,7 @@ class Suite:
         """Judge images, by all processes together.
 
         Args:
-            batches: this process's share (``processes.shared_out``) of the images, uint8, and their labels.
+            batches: this process's share (``processes.own_positions``) of the images, uint8, and their labels.
             total: how many they are over all processes.
             images: how protocols describe them.
         """
@@ -134,7 +134,7 @@ class Suite:
         seen = look(self.networks, _noting(batches, kept if synthetic else None), total, keep=self.keeps)
         for extractor, view in zip(self.networks, seen, strict=True):
             if extractor is self.classifier and view.labels_N is not None and bool((view.labels_N >= 0).all()):
-                found.figures[AGREEMENT] = agreement(view)
+                found.figures[AGREEMENT] = class_agreement(view)
                 found.protocols[AGREEMENT] = protocol(total, images, extractor)
             if any(extractor is own for own in self.extractors):
                 reference = self._reference(extractor)
@@ -149,8 +149,8 @@ class Suite:
 
     def _synthetic_accuracy(self, kept: list[tuple[Tensor, Tensor | None]], total: int) -> float:
         """Accuracy, on real held-out images, of a classifier that was trained on generated ones alone."""
-        images_NCHW = bring_together(torch.cat([images for images, _ in kept]), total)
-        labels_N = bring_together(torch.cat([labels for _, labels in kept if labels is not None]), total)
+        images_NCHW = gather_in_order(torch.cat([images for images, _ in kept]), total)
+        labels_N = gather_in_order(torch.cat([labels for _, labels in kept if labels is not None]), total)
         recipe = RECIPES[recipe_for(self.dataset.shape_CHW, self.device.type == "cuda")]
         network = train_classifier(
             Images(images_NCHW, labels_N),
@@ -159,7 +159,7 @@ class Suite:
             mirrored=self.data.flips,
             device=self.device,
         )
-        agree(network)
+        broadcast_weights(network)
         return accuracy(network, self.dataset.val)
 
 

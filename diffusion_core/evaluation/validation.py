@@ -13,7 +13,7 @@ from diffusion_core.config.metrics import LOSS_BUCKETS
 from diffusion_core.data.datasets import Images, to_unit
 from diffusion_core.diffusion.denoiser import Denoiser
 from diffusion_core.diffusion.losses import diffusion_loss
-from diffusion_core.distributed import add_up, shared_out
+from diffusion_core.distributed import own_positions, sum_over_processes
 from diffusion_core.hardware import Precision, autocast
 from diffusion_core.model.unet import UNet
 from diffusion_core.randomness import Purpose, generator
@@ -50,7 +50,7 @@ def validation_losses(network: UNet, images: Images, config: CoreConfig, precisi
     t_N = (position_N * config.diffusion.timesteps).long()
     loss_N = torch.zeros(len(order), dtype=torch.float64)
     places = torch.arange(len(order)).split(VALIDATION_BATCH)
-    own = set(shared_out(len(places)))
+    own = set(own_positions(len(places)))
     for number, place_B in enumerate(places):
         # Every process draws all noise, and computes with its own.
         noise_BCHW = torch.randn((len(place_B), *images.images_NCHW.shape[1:]), generator=source).to(device)
@@ -61,7 +61,7 @@ def validation_losses(network: UNet, images: Images, config: CoreConfig, precisi
         with autocast(device, precision):
             loss_B = diffusion_loss(denoiser, x0_BCHW, noise_BCHW, t_B, batch.labels_N, config.diffusion)
         loss_N[place_B] = loss_B.double().cpu()
-    return add_up(loss_N), t_N
+    return sum_over_processes(loss_N), t_N
 
 
 def by_timestep(loss_N: Tensor, t_N: Tensor, timesteps: int) -> dict[str, float]:

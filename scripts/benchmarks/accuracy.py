@@ -64,7 +64,7 @@ def measure(options: Options) -> list[Row]:
         for precision in precisions:
             options.say(f"sampling: {precision}")
             images = Generator(network, base, precision).images(wanted, base.sample, 1)
-            agreement[precision] = 100.0 * classifier.agreement(images, [request.label for request in wanted])
+            agreement[precision] = 100.0 * classifier.class_agreement(images, [request.label for request in wanted])
         identical = same_weights(checkpoints["fp32"], checkpoints["fp32 again"])
     rows = [
         Row(

@@ -111,7 +111,7 @@ class Study:
         alike = consistency_of_images(images, dense_NCHW, SAMPLING_SEED)
         cost = count_cost(network)
         return {
-            "agreement": self.classifier.agreement(images, [request.label for request in self.wanted()]),
+            "agreement": self.classifier.class_agreement(images, [request.label for request in self.wanted()]),
             "loss": validation_loss(network, self.dataset.val, config, self.precision(network, config)),
             "ssim": alike.ssim,
             "mse": alike.mse,

@@ -47,7 +47,7 @@ def test_a_table_fits_the_terminal(no_color: bool) -> None:
 
 
 def test_a_markdown_table_escapes_bars() -> None:
-    assert markdown_table(["a", "b"], [["x|y", "1"]]) == ["| a | b |", "| --- | --- |", "| x\\|y | 1 |"]
+    assert markdown_table(["a", "b"], [["x|y", "1"]]) == ["| a | b |", "|---|---|", "| x\\|y | 1 |"]
 
 
 @pytest.mark.parametrize(

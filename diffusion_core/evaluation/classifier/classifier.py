@@ -69,8 +69,8 @@ class Classifier:
         features_BD, logits_BK = self.network(x_BCHW)
         return Judged(features_BD.float(), logits_BK.float())
 
-    def agreement(self, images_NCHW: Tensor, labels: list[int]) -> float:
-        """Share of uint8 images, in [0, 1], in which the classifier sees the label that was asked for."""
+    def class_agreement(self, images_NCHW: Tensor, labels: list[int]) -> float:
+        """Return the share of uint8 images, in [0, 1], that are classified as the label they were sampled for."""
         seen = torch.cat([self(part).logits_BK.argmax(1).cpu() for part in images_NCHW.split(512)])  # type: ignore[union-attr]
         return float((seen == torch.tensor(labels)).float().mean())
 
