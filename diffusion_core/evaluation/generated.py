@@ -1,4 +1,4 @@
-"""Images of a model to be judged, and how long it will take."""
+"""Generate images of a model for evaluation, and estimate how long that takes."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from diffusion_core.sampling.samplers import evaluations
 
 T = TypeVar("T")
 
-SOON_S = 10.0
-"""Of what takes less, nobody needs to know it more exactly."""
+PRECISE_BELOW_S = 10.0
+"""Below this, one timing is precise enough."""
 
 
 def generated(
     generator: Generator, total: int, config: SampleConfig, seed: int, *, progress: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's share of ``total`` images of all classes in turn: uint8 ``(B, C, H, W)`` on the CPU, and labels.
+    """Yield this process's share of ``total`` images, uint8 ``(B, C, H, W)`` on the CPU, and labels, which alternate.
 
     Raises:
-        DataError: in all processes, after the last image, if one of them is not finite.
+        DataError: in all processes, after the last image, if an image is not finite.
     """
     wanted = round_robin(all_labels(generator.network), own_positions(total))
     not_finite = 0
@@ -50,9 +50,9 @@ def generated(
 
 @torch.no_grad()
 def estimate_seconds(generator: Generator, total: int, config: SampleConfig, extractors: Sequence[Extractor]) -> float:
-    """About how long it takes to sample and look at this process's share of ``total`` images.
+    """Return about how many seconds it takes to sample and evaluate this process's share of ``total`` images.
 
-    Times one step and one look at one batch; where that says it takes long, once more, as a first call takes longer.
+    Times one step and the feature networks on one batch; twice if the estimate is long, because a first call is slow.
     """
     share = len(own_positions(total))
     batch = min(share, config.batch_size)
@@ -76,12 +76,12 @@ def _features_of(extractor: Extractor, images_BCHW: Tensor) -> float:
 
 
 def _timed(work: Callable[[], T], times: float) -> tuple[T, float]:
-    """What ``work`` returns, and about how many seconds it takes to do it so many times."""
+    """Return the result of ``work``, and about how many seconds ``times`` calls take."""
     seconds = math.inf
     for _ in range(2):
         started = time.perf_counter()
         result = work()
         seconds = min(seconds, (time.perf_counter() - started) * times)
-        if seconds < SOON_S:
+        if seconds < PRECISE_BELOW_S:
             break
     return result, seconds

@@ -90,7 +90,7 @@ def test_without_inception_weights_training_goes_on_and_says_so_once(
     run_trial(config, tracker, dataset=digits(), folder=tmp_path / "run", run_id="x")
     said = [line for line in capsys.readouterr().err.splitlines() if "no.pth" in line]
     assert len(said) == 1
-    assert "without figures in the features of inception" in said[0]
+    assert "no figures in features of inception" in said[0]
     assert all(0.0 <= row["eval/class_agreement"] <= 1.0 for row in tracker.rows if "val/loss" in row)
 
 
