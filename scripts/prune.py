@@ -56,8 +56,8 @@ NUM_IMAGES = 16
 
 
 @dataclass(frozen=True)
-class Job:
-    """What was asked for, checked."""
+class PruningTask:
+    """The checked arguments of a call."""
 
     config: TrialConfig
     source: Source | None
@@ -131,7 +131,7 @@ def as_typed(error: ConfigError, target: str, words: Sequence[str]) -> str:
     return "; ".join(problems)
 
 
-def prepare(arguments: argparse.Namespace, words: Sequence[str]) -> Job:
+def prepare(arguments: argparse.Namespace, words: Sequence[str]) -> PruningTask:
     """Check everything before anything is computed.
 
     Raises:
@@ -178,10 +178,10 @@ def prepare(arguments: argparse.Namespace, words: Sequence[str]) -> Job:
     config = build_config(stored, asked, split_argv(list(words)))
     if problems := list(unheard(config.prune)):
         raise ConfigError(*problems)
-    return Job(config, source, arguments.out, arguments.upload, num_images)
+    return PruningTask(config, source, arguments.out, arguments.upload, num_images)
 
 
-def run(job: Job, batch: int) -> dict[str, Any]:
+def run(job: PruningTask, batch: int) -> dict[str, Any]:
     """Prune, measure, and write the checkpoint; returns what came of it, as plain JSON."""
     config, device = job.config, pick_device(job.config.train)
     dataset = load_data(config.data, progress=config.log.progress) if config.prune.needs_images else None

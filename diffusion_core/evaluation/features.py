@@ -1,4 +1,4 @@
-"""Feature spaces: what images are compared in.
+"""Feature networks, and checks of images and features.
 
 Axes: B batch, C channels, H height, W width.
 """
@@ -15,19 +15,19 @@ from diffusion_core.data.datasets import Images
 from diffusion_core.files import sha256, sha256_of_file
 
 HASH_DIGITS = 16
-"""Hexadecimal digits of a SHA-256 that names and protocols show."""
+"""Number of hexadecimal digits of a SHA-256 in names and protocols."""
 
 
 class ExtractorError(ValueError):
-    """A feature network that cannot be had or used; the message is one line meant for the user."""
+    """A feature network cannot be loaded or used; the message is one line for the user."""
 
 
 class Extractor(Protocol):
-    """A network that images are compared in.
+    """A feature network.
 
     Attributes:
-        name: what figures in its features are called; ``inception`` is pytorch-fid's network with its published
-            weights, and nothing else.
+        name: part of the names of its figures; ``inception`` is reserved for pytorch-fid's network with its published
+            weights.
         weights: the first digits of the SHA-256 of its weights.
     """
 
@@ -38,7 +38,7 @@ class Extractor(Protocol):
     def weights(self) -> str: ...
 
     def __call__(self, images_BCHW: Tensor) -> Judged:
-        """uint8 images to features and, where the network knows classes, logits; float32, on the network's device."""
+        """Return features and, if the network has classes, logits of uint8 images; float32, on the network's device."""
 
 
 def images_hash(images: Images) -> str:
@@ -59,23 +59,23 @@ def weights_file_hash(path: Path) -> str:
 
 
 def with_channels(images_BCHW: Tensor, channels: int) -> Tensor:
-    """uint8 images of so many channels: grey ones are repeated, those in colour averaged (grey ones stay the same).
+    """Return uint8 images with another number of channels: repeat the channel of grey images, average three channels.
 
     Raises:
-        ExtractorError: between numbers of channels other than 1 and 3.
+        ExtractorError: if a number of channels is not 1 or 3.
     """
-    given = images_BCHW.shape[1]
-    if given == channels:
+    present = images_BCHW.shape[1]
+    if present == channels:
         return images_BCHW
-    if {given, channels} != {1, 3}:
-        raise ExtractorError(f"images of {given} channels for a network of {channels}")
-    if given == 1:
+    if {present, channels} != {1, 3}:
+        raise ExtractorError(f"images of {present} channels for a network of {channels}")
+    if present == 1:
         return images_BCHW.expand(-1, 3, -1, -1)
     return images_BCHW.float().mean(1, keepdim=True).round().to(torch.uint8)
 
 
 def check_finite(features_BD: Tensor, what: str) -> None:
-    """Features must be numbers.
+    """Check that features are finite.
 
     Raises:
         ExtractorError: if one is not.
@@ -85,7 +85,7 @@ def check_finite(features_BD: Tensor, what: str) -> None:
 
 
 class Judged(NamedTuple):
-    """What a network makes of images: features ``(B, D)`` and, where it knows classes, logits ``(B, K)``."""
+    """Output of a feature network: features ``(B, D)`` and class logits ``(B, K)``, or None without classes."""
 
     features_BD: Tensor
     logits_BK: Tensor | None

@@ -1,4 +1,4 @@
-"""The loss on held-out images, with noise that is always the same; also by timestep.
+"""The loss on held-out images with fixed noise, in total and by timestep.
 
 Axes: N images, B batch, C channels, H height, W width.
 """
@@ -19,15 +19,15 @@ from diffusion_core.model.unet import UNet
 from diffusion_core.randomness import Purpose, generator
 
 VALIDATION_SEED = 0
-"""Validation noise does not follow the run's seed: runs with different seeds are compared on the same noise."""
+"""Seed of validation noise, the same for all runs, so that runs with different seeds are comparable."""
 
 VALIDATION_BATCH = 256
 
 
 def validation_loss(network: UNet, images: Images, config: CoreConfig, precision: Precision) -> float:
-    """The training loss on held-out images, with labels, with noise and timesteps that are always the same.
+    """Return the training loss on held-out images, with their labels and with fixed noise and timesteps.
 
-    Timesteps are spread evenly over 0..T-1. Comparable between runs of equal schedule, loss and prediction only.
+    Timesteps are spread evenly over 0..T-1. Only runs with equal schedule, loss and prediction are comparable.
 
     Args:
         network: in evaluation mode.
@@ -41,7 +41,7 @@ def validation_loss(network: UNet, images: Images, config: CoreConfig, precision
 
 @torch.no_grad()
 def validation_losses(network: UNet, images: Images, config: CoreConfig, precision: Precision) -> tuple[Tensor, Tensor]:
-    """The loss of each held-out image (float64) and its timestep, both ``(N,)``; all processes compute a share."""
+    """Return the loss (float64) and timestep of each held-out image, both ``(N,)``; every process computes a share."""
     device = next(network.parameters()).device
     denoiser = Denoiser.from_config(network, config, device)
     source = generator(VALIDATION_SEED, Purpose.VALIDATION)
@@ -52,7 +52,7 @@ def validation_losses(network: UNet, images: Images, config: CoreConfig, precisi
     places = torch.arange(len(order)).split(VALIDATION_BATCH)
     own = set(own_positions(len(places)))
     for number, place_B in enumerate(places):
-        # Every process draws all noise, and computes with its own.
+        # Draw the noise of all images, so that each image gets the same noise for any number of processes.
         noise_BCHW = torch.randn((len(place_B), *images.images_NCHW.shape[1:]), generator=source).to(device)
         if number not in own:
             continue
@@ -65,6 +65,6 @@ def validation_losses(network: UNet, images: Images, config: CoreConfig, precisi
 
 
 def by_timestep(loss_N: Tensor, t_N: Tensor, timesteps: int) -> dict[str, float]:
-    """The mean loss in each of ten equal parts of the timesteps (those in which there is an image), by name."""
+    """Return the mean loss in ten equal ranges of timesteps, by name; ranges without an image are omitted."""
     bucket_N = t_N * LOSS_BUCKETS // timesteps
     return {f"val/loss_t{part}": float(loss_N[bucket_N == part].mean()) for part in bucket_N.unique().tolist()}

@@ -1,4 +1,4 @@
-"""On what, and with what, a benchmark ran."""
+"""Describe the machine and the software of a benchmark."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CAPABILITIES = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16")
 
 
 def machine() -> dict[str, Any]:
-    """Processor, GPU, versions, commit and date, as plain values."""
+    """Return processor, GPU, versions, commit and date, as plain values."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -46,7 +46,7 @@ def _processor() -> str:
 
 
 def _driver() -> str | None:
-    """Version of the GPU's driver; None without one."""
+    """Return the version of the GPU's driver, or None without a GPU."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
