@@ -172,15 +172,15 @@ def read_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
     if problem:
         raise CheckpointError(f"{str(path)!r}: {METADATA_FILE}: {problem}")
     present = {}
-    for name, facts in metadata["files"].items():
+    for name, entry in metadata["files"].items():
         file = path / name
         if not file.is_file():
             if name.removesuffix(".safetensors") in SAMPLING_PARTS:
                 raise CheckpointError(f"{str(path)!r}: {name} is missing")
             continue
-        if verify and (file.stat().st_size != facts["bytes"] or sha256_of_file(file) != facts["sha256"]):
+        if verify and (file.stat().st_size != entry["bytes"] or sha256_of_file(file) != entry["sha256"]):
             raise CheckpointError(f"{str(path)!r}: {name} is damaged (its size or SHA-256 is not what was written)")
-        present[name] = facts
+        present[name] = entry
     return Checkpoint(path, metadata | {"files": present})
 
 
@@ -218,10 +218,10 @@ def _metadata_problem(metadata: Any) -> str | None:
     for part in SAMPLING_PARTS:
         if f"{part}.safetensors" not in metadata["files"]:
             return f"files does not name {part}.safetensors"
-    for name, facts in metadata["files"].items():
+    for name, entry in metadata["files"].items():
         if not FILE_NAME.fullmatch(name):
             return f"files names {name[:100]!r}, which is not a file of a checkpoint"
-        if not isinstance(facts, dict) or not isinstance(facts.get("bytes"), int) or "sha256" not in facts:
+        if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int) or "sha256" not in entry:
             return f"files has no size and hash for {name!r}"
     return None
 
