@@ -12,8 +12,9 @@ from tiny import tiny_config
 from torch import Tensor
 
 from diffusion_core.config import DiffusionConfig
-from diffusion_core.diffusion.denoiser import SIGMA_DATA, Denoiser
+from diffusion_core.diffusion.denoiser import Denoiser
 from diffusion_core.diffusion.losses import diffusion_loss, weight
+from diffusion_core.diffusion.predictions import SIGMA_DATA
 from diffusion_core.diffusion.schedule import NoiseSchedule, build_schedule
 
 SCHEDULES: dict[str, NoiseSchedule] = {
