@@ -1,4 +1,4 @@
-"""How commands end: one line and a status for unusable input, and exit without teardown."""
+"""How commands end: one line and a status for unusable input, and a fast exit."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+UNUSABLE = 2
+"""Exit status of a command that cannot use its input."""
+
 
 def run_and_leave(main: Callable[[], int]) -> NoReturn:
-    """Call ``main``, and end this process with the status that it returns.
+    """Call ``main`` and exit with the status that it returns, without waiting for interpreter teardown.
 
-    The interpreter would take a second to clear away, object by object, what PyTorch's compiler made when it was
-    imported. All exit handlers that were registered while ``main`` ran (W&B's, for one) are called first, output is
-    flushed, and threads are waited for, as ever. What ``main`` raises ends the process as it does everywhere.
+    Teardown takes a second: it frees, object by object, what PyTorch's compiler made when it was imported. Exit
+    handlers registered by ``main`` (such as W&B's) run first, output is flushed, and threads are joined. An exception
+    from ``main`` ends the process as usual.
     """
     status: int | None = None
 
-    def leave() -> None:  # Handlers are called in reverse order: this one after all of main's.
+    def leave() -> None:  # Handlers run in reverse order: this one after all of main's.
         if status is not None:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -30,6 +33,6 @@ def run_and_leave(main: Callable[[], int]) -> NoReturn:
 
 
 def fail(message: str) -> int:
-    """One line for the user on stderr; the exit status of unusable input."""
+    """Print one line for the user on stderr. Return the exit status of unusable input."""
     print(f"error: {message}", file=sys.stderr)
-    return 2
+    return UNUSABLE

@@ -74,6 +74,23 @@ class PruneConfig(Section):
         """Whether training images decide what goes."""
         return self.method == "snip" or (self.method == "structured" and self.importance in GRADIENTS)
 
+    def start(self, train_steps: int) -> int:
+        """Return the optimizer steps before pruning, or before its start (gradual), in ``train_steps`` steps."""
+        if self.step is not None:
+            return self.step
+        if self.method in AT_INITIALISATION:
+            return 0
+        return max(1, train_steps // (4 if self.method == "gradual" else 2))
+
+    def end(self, train_steps: int) -> int:
+        """Return the optimizer steps before pruning is complete. Only gradual pruning ends later than it starts."""
+        if self.method != "gradual":
+            return self.start(train_steps)
+        return self.until if self.until is not None else max(1, 3 * train_steps // 4)
+
+
+AT_INITIALISATION = frozenset({"snip", "synflow"})
+"""The methods that prune at step 0 unless prune.step says otherwise."""
 
 _CHAIN = frozenset({"rounds", "per_round", "rewind_step", "control"})
 _RANKED = frozenset({"method", "keep", "scope", "profile", "block_keep", "step"})

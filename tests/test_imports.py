@@ -17,6 +17,7 @@ PACKAGES = ("diffusion_core", "pruning", "agent")
 SOURCE = (*PACKAGES, "scripts")
 
 CORE_LAYERS = (
+    {"messages"},
     {"config"},
     {"files", "redact", "cache", "randomness", "hardware", "sharing", "tracking", "run_folder", "distributed"},
     {"data"},

@@ -12,7 +12,7 @@ from diffusion_core.redact import redact, redacted
 
 @contextmanager
 def redacted_arguments() -> Iterator[None]:
-    """Within this context the process's command line, which W&B records, holds no key."""
+    """Redact ``sys.argv``, which W&B records, inside this context."""
     arguments = sys.argv
     sys.argv = redacted(arguments)
     try:
@@ -22,7 +22,7 @@ def redacted_arguments() -> Iterator[None]:
 
 
 class Tee:
-    """A stream that also hands each finished line, redacted, to a sink; of a progress bar its last state alone."""
+    """A stream that also passes each finished line, redacted, to a sink. Of a progress bar it passes the last state."""
 
     def __init__(self, stream: TextIO, sink: Callable[[str], None]) -> None:
         self._stream = stream
@@ -43,7 +43,7 @@ class Tee:
 
 @contextmanager
 def recorded_console(sink: Callable[[str], None]) -> Iterator[None]:
-    """Within this context every line that is printed also goes to ``sink``, without keys."""
+    """Pass every printed line to ``sink``, without keys, inside this context."""
     out, err = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Tee(out, sink), Tee(err, sink)
     try:

@@ -737,7 +737,7 @@ def test_every_trial_that_hyperband_judges_has_enough_values_to_be_judged(path: 
         return
     last = {key: values_to_try(spec)[-1] for key, spec in loaded.parameters.items()}
     config = build_config(last)
-    steps = config.train.steps - (config.prune_step if config.prune.method != "none" else 0)
+    steps = config.train.steps - (config.prune.start(config.train.steps) if config.prune.method != "none" else 0)
     assert steps // config.eval.every > early["min_iter"]
 
 

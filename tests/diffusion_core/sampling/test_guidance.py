@@ -290,7 +290,7 @@ def test_in_training_who_is_shown_an_estimate_sees_that_of_a_first_pass_without_
 
 def test_training_shows_about_half_of_the_images_an_estimate() -> None:
     config = tiny_config(model__self_conditioning=True, train__steps=12, train__batch_size=32)
-    state = TrainState.start(lively(build_network(config, NUM_CLASSES)), config)
+    state = TrainState.start(lively(build_network(config, NUM_CLASSES)), config.train, config.ema)
     given: list[Tensor] = []
     state.network.register_forward_pre_hook(
         lambda _, inputs: given.append(inputs[0][:, 1]) if torch.is_grad_enabled() else None
