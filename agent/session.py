@@ -21,13 +21,13 @@ from agent.ending import Ending, ending_of, lost_peer
 from agent.lottery import run_chain
 from agent.sync import mark_synced
 from agent.tracking.artifacts import fetch_best, fetch_checkpoint
-from agent.tracking.console import recorded_console
 from agent.tracking.environment import find_run, is_offline, load_environment, wandb_mode
 from agent.tracking.rounds import UploadedRounds, round_trackers
 from agent.tracking.run import leave_sweep, may_fetch, start_wandb, wandb_tracker
 from agent.tracking.stop_cause import was_asked_to_end
 from agent.trial import make_accelerator, run_trial
 from diffusion_core.config import ConfigError, flatten
+from diffusion_core.console import recorded_console
 from diffusion_core.data.datasets import load_data
 from diffusion_core.distributed import WATCH_EVERY_S, Peers, first_process_first
 from diffusion_core.files import write_json

@@ -1,14 +1,61 @@
-"""How many trials of this machine share one memory: said by whoever started them, before torch is imported."""
+"""Share one machine among several trials: deal out GPUs and cores, and tell each how many share its memory."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 SHARERS = "DIFFUSION_SWEEPS_SHARERS"
-"""Environment variable: how many trials share this one's GPU, or without GPUs the machine's memory."""
+"""Environment variable: the number of trials that share one GPU, or without GPUs the machine's memory."""
 
 
 def sharers() -> int:
-    """The number of trials, this one among them; 1 where nothing is said."""
+    """Return the number of trials that share this one's memory, itself included; 1 if the variable is not set."""
     said = os.environ.get(SHARERS, "")
     return max(1, int(said)) if said.isdecimal() else 1
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, by their names in CUDA_VISIBLE_DEVICES."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [] if named.strip() == "-1" else [name.strip() for name in named.split(",") if name.strip()]
+    import torch  # Slow to import. Counting does not initialise the GPUs.
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def usable_cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_each(count: int) -> int:
+    """Return the threads of each of ``count`` processes: OMP_NUM_THREADS, or an equal part of the cores."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(wanted) if wanted.isdecimal() and int(wanted) else max(1, usable_cores() // count)
+
+
+def shares(count: int) -> list[dict[str, str]]:
+    """Return the environment variables with which ``count`` processes share this machine.
+
+    Each process gets an equal part of the cores and of the GPUs, or a GPU that it shares with others if there are fewer
+    GPUs than processes. A single process gets everything.
+    """
+    if count == 1:
+        return [{}]
+    gpus = visible_gpus()
+    threads = {"OMP_NUM_THREADS": str(threads_each(count))}
+    if not gpus:
+        return [threads | {SHARERS: str(count)} for _ in range(count)]
+    if len(gpus) < count:
+        owners = [i % len(gpus) for i in range(count)]
+        sharing = Counter(owners)
+        return [
+            threads
+            | {"CUDA_VISIBLE_DEVICES": gpus[owner]}
+            | ({SHARERS: str(sharing[owner])} if sharing[owner] > 1 else {})
+            for owner in owners
+        ]
+    parts = [gpus[i * len(gpus) // count : (i + 1) * len(gpus) // count] for i in range(count)]
+    return [threads | {"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]

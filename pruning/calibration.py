@@ -75,4 +75,6 @@ class Calibration:
             yield dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
 
     def _denoiser(self, network: UNet) -> Denoiser:
-        return Denoiser.from_config(network, self.config, next(network.parameters()).device)
+        return Denoiser.from_config(
+            network, self.config.diffusion, self.config.model, next(network.parameters()).device
+        )

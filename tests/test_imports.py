@@ -17,9 +17,9 @@ PACKAGES = ("diffusion_core", "pruning", "agent")
 SOURCE = (*PACKAGES, "scripts")
 
 CORE_LAYERS = (
-    {"messages"},
+    {"console", "files", "messages", "processes", "redact"},
     {"config"},
-    {"files", "redact", "cache", "randomness", "hardware", "sharing", "tracking", "run_folder", "distributed"},
+    {"cache", "randomness", "hardware", "sharing", "tracking", "run_folder", "distributed"},
     {"data"},
     {"model"},
     {"diffusion"},

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.tracking.api import DEFAULT_PROJECT
-from agent.tracking.console import redacted_arguments
 from agent.tracking.environment import is_offline
 from agent.tracking.retention import Retention
 from agent.tracking.tracker import PATIENCE_S, WandbTracker
 from diffusion_core.config import CheckpointConfig, ConfigError
+from diffusion_core.console import redacted_arguments
 from diffusion_core.messages import one_line
 from diffusion_core.redact import redact, redacted
 from diffusion_core.run_folder import read_history
@@ -65,7 +65,7 @@ def start_wandb(
     # Keep all W&B files in the run's folder: staged artifact files of offline runs stay there until `wandb sync`.
     for variable, path in (("WANDB_DIR", folder), ("WANDB_DATA_DIR", folder / "wandb" / "data")):
         Path(os.environ.setdefault(variable, str(path))).mkdir(parents=True, exist_ok=True)
-    # agent/tracking/console.py records the console, without keys.
+    # diffusion_core/console.py records the console, without keys.
     settings = wandb.Settings(console="off", finish_timeout_raises=True)
     if sweep_id is not None:
         settings.sweep_id = sweep_id

@@ -127,7 +127,7 @@ def train_once(network: UNet, config: CoreConfig, batch: int, processes: int) ->
     settings = config.train.model_copy(update={"batch_size": batch * processes})
     state = TrainState.start(network.train(), config.train, config.ema)
     compile_network(network, pick_compilation(settings, network, device))
-    denoiser = Denoiser.from_config(network, config, device)
+    denoiser = Denoiser.from_config(network, config.diffusion, config.model, device)
     images = torch.zeros(batch, network.in_channels, size, size, device=device)
     zeros = torch.zeros(batch, dtype=torch.long, device=device)
     shown = torch.ones(batch, dtype=torch.bool, device=device) if config.model.self_conditioning else None

@@ -204,7 +204,7 @@ def train(
     network = accelerator.prepare_model(state.network)
     network.train()
     weights = list(network.parameters())
-    denoiser = Denoiser.from_config(network, config, device)
+    denoiser = Denoiser.from_config(network, config.diffusion, config.model, device)
     loss_sum, norm_sum = torch.zeros((), device=device), torch.zeros((), device=device)
     counted, paused, started = 0, 0.0, time.perf_counter()
     bar = tqdm(
@@ -247,9 +247,7 @@ def train(
             row: dict[str, Any] = {}
             if is_due(state.step, config.log.every, until):
                 means = torch.stack([loss_sum, norm_sum]) / counted
-                mean_loss, mean_norm = accelerator.reduce(
-                    means, "mean"
-                ).tolist()  # The only GPU synchronisation.
+                mean_loss, mean_norm = accelerator.reduce(means, "mean").tolist()  # The only GPU synchronisation.
                 if not math.isfinite(mean_loss):
                     raise TrainingDiverged(
                         f"train/loss = {mean_loss} at step {state.step}: training diverged; lower train.lr "

@@ -16,8 +16,9 @@ import yaml
 from agent.config import build_config
 from agent.sweep import __main__ as sweep
 from agent.sweep import engine, file
-from agent.sweep.file import SPREAD, SweepError, SweepFile, flat_parameters, load_sweep, values_to_try
+from agent.sweep.file import SweepError, SweepFile, load_sweep
 from agent.sweep.offline import OfflineSweep
+from agent.sweep.parameters import SPREAD, flat_parameters, values_to_try
 
 ROOT = Path(__file__).parents[3]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))

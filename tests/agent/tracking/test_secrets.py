@@ -13,7 +13,7 @@ from forks import WORDS, Fork, Forks
 from server import WandbServer
 from wandb_client import Client
 
-from agent.tracking.console import Tee, recorded_console, redacted_arguments
+from diffusion_core.console import Tee, recorded_console, redacted_arguments
 from diffusion_core.redact import BLANK, redact, redacted
 
 WANDB_KEY = "c0ffee" * 6 + "c0de"

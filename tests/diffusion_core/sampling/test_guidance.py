@@ -270,7 +270,7 @@ def test_in_training_who_is_shown_an_estimate_sees_that_of_a_first_pass_without_
     network = tiny_network(config)
     seen: list[tuple[Tensor, bool]] = []
     network.register_forward_pre_hook(lambda _, given: seen.append((given[0], torch.is_grad_enabled())))
-    denoiser = Denoiser.from_config(network, config, CPU)
+    denoiser = Denoiser.from_config(network, config.diffusion, config.model, CPU)
     source = torch.Generator().manual_seed(0)
     x0, noise = torch.rand(4, 1, 8, 8, generator=source) * 2 - 1, torch.randn(4, 1, 8, 8, generator=source)
     t, labels = torch.tensor([5, 15, 25, 30]), torch.arange(4)
