@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,10 +48,11 @@ def no_tracker(_run_id: str, _folder: Path, _config: TrialConfig) -> Tracker:
     return NullTracker()
 
 
+@dataclass(frozen=True)
 class Lottery:
     """A lottery in a folder.
 
-    Args:
+    Attributes:
         config: every knob. ``prune.method`` is lottery.
         dataset: the images.
         folder: the lottery's folder.
@@ -62,26 +63,19 @@ class Lottery:
         uploaded: the lottery's rounds on W&B; None: use the folder only.
     """
 
-    def __init__(
-        self,
-        config: TrialConfig,
-        dataset: Dataset,
-        folder: Path,
-        run_id: str,
-        accelerator: Accelerator,
-        open_tracker: OpenTracker,
-        stop: StopRequest | None,
-        uploaded: UploadedRounds | None,
-    ) -> None:
-        self.config = config
-        self.dataset = dataset
-        self.folder = folder
-        self.run_id = run_id
-        self.accelerator = accelerator
-        self.is_main = accelerator.is_main_process
-        self.open_tracker = open_tracker
-        self.stop = stop
-        self.uploaded = uploaded
+    config: TrialConfig
+    dataset: Dataset
+    folder: Path
+    run_id: str
+    accelerator: Accelerator
+    open_tracker: OpenTracker
+    stop: StopRequest | None
+    uploaded: UploadedRounds | None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the first process, which alone writes, prints and uploads."""
+        return self.accelerator.is_main_process
 
     def run_id_of(self, this: Round) -> str:
         """Return the run id of a round."""

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,33 +58,47 @@ def run_session(config: TrialConfig) -> int:
         return Session(config, mode, accelerator, peers, stop, stack).run()
 
 
+@dataclass
 class Session:
-    """A trial on one of its processes."""
+    """A trial on one of its processes.
 
-    def __init__(
-        self,
-        config: TrialConfig,
-        mode: str,
-        accelerator: Accelerator,
-        peers: Peers,
-        stop: StopRequest,
-        stack: ExitStack,
-    ) -> None:
-        self.config = config
-        self.mode = mode
-        self.accelerator = accelerator
-        self.is_main = accelerator.is_main_process
-        self.is_lottery = config.prune.method == "lottery"
-        self.peers = peers
-        self.stop = stop
-        self.stack = stack
-        self.folder: Path | None = None
-        self.tracker: Tracker = NullTracker()
-        self.wandb_run: Run | None = None
-        self.uploaded: UploadedRounds | None = None
-        self.preemptions = 0
-        self.is_new = True
-        """Whether the folder held no history of the run when the trial began."""
+    Attributes:
+        config: every knob.
+        mode: W&B's mode.
+        accelerator: processes and devices.
+        peers: the other processes.
+        stop: whether a signal asked to stop.
+        stack: closed when the session is over.
+        folder: the run's folder, once it is known.
+        tracker: receives figures.
+        wandb_run: the W&B run, once it has started.
+        uploaded: a lottery's rounds on W&B, if it continues from them.
+        preemptions: number of times that the run was preempted.
+        is_new: whether the folder held no history of the run when the trial began.
+    """
+
+    config: TrialConfig
+    mode: str
+    accelerator: Accelerator
+    peers: Peers
+    stop: StopRequest
+    stack: ExitStack
+    folder: Path | None = None
+    tracker: Tracker = field(default_factory=NullTracker)
+    wandb_run: Run | None = None
+    uploaded: UploadedRounds | None = None
+    preemptions: int = 0
+    is_new: bool = True
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the first process, which alone writes, prints and uploads."""
+        return self.accelerator.is_main_process
+
+    @property
+    def is_lottery(self) -> bool:
+        """Whether the trial is a lottery rather than one training."""
+        return self.config.prune.method == "lottery"
 
     def run(self) -> int:
         """Run the trial and leave. Return the exit status."""

@@ -15,18 +15,18 @@ from diffusion_core.randomness import stream_seed
 SEARCH_SEED = 0
 
 
-def _engine() -> Any:
-    # By name: type checkers take `import sweeps` for the folder of sweep files. The engine warns on import, because
-    # its models are written for pydantic 1.
+def _call(name: str, /, *arguments: Any, **options: Any) -> Any:
+    """Call a function of the engine without its warnings: its models are written for pydantic 1."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return importlib.import_module("sweeps")
+        # By name: type checkers take `import sweeps` for the folder of sweep files.
+        return getattr(importlib.import_module("sweeps"), name)(*arguments, **options)
 
 
 def violations(config: Mapping[str, Any]) -> list[str]:
     """Return what W&B's schema finds wrong in a sweep's configuration."""
     try:
-        return list(_engine().schema_violations_from_proposed_config(config))
+        return list(_call("schema_violations_from_proposed_config", config))
     except ValueError as error:
         return [str(error)]
 
@@ -41,7 +41,8 @@ def past_run(name: str, parameters: Mapping[str, Any], state: str, summary: Mapp
         summary: the best value of each figure.
         history: rows of figures.
     """
-    return _engine().SweepRun(
+    return _call(
+        "SweepRun",
         name=name,
         config={key: {"value": value} for key, value in parameters.items()},
         state=state,
@@ -61,17 +62,13 @@ def suggest(config: Mapping[str, Any], runs: Sequence[Any]) -> dict[str, Any] | 
     seed = stream_seed(SEARCH_SEED, len(runs))
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        run = _engine().next_run(dict(config), list(runs))
+    run = _call("next_run", dict(config), list(runs))
     return None if run is None else {key: plain(entry["value"]) for key, entry in run.config.items()}
 
 
 def doomed(config: Mapping[str, Any], runs: Sequence[Any]) -> set[str]:
     """Return the names of the running trials that early termination stops."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return {run.name for run in _engine().stop_runs(dict(config), list(runs))}
+    return {run.name for run in _call("stop_runs", dict(config), list(runs))}
 
 
 def plain(value: Any) -> Any:
