@@ -7,7 +7,6 @@ from W&B (agent/tracking/rounds.py). The layout of the folder is described in pr
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from agent.trial import make_accelerator, run_trial, write_run_files
 from diffusion_core.checkpoint import list_checkpoints, read_checkpoint
 from diffusion_core.config import flatten
 from diffusion_core.data.datasets import Dataset
-from diffusion_core.files import write_text
+from diffusion_core.files import write_json_lines
 from diffusion_core.model.unet import build_network
 from diffusion_core.run_folder import CHECKPOINTS, HISTORY_FILE, RESULT_FILE
 from diffusion_core.tracking import STATE, STEP, NullTracker, Tracker
@@ -248,7 +247,7 @@ def run_chain(
             tracker.log(row | (write_summary(folder) if last else {}), this.number)
     result = replace(trained, run_id=run_id, seconds=time.perf_counter() - started)
     if is_main:
-        write_text(folder / HISTORY_FILE, "".join(json.dumps(row) + "\n" for row in rows))
+        write_json_lines(folder / HISTORY_FILE, rows)
         tracker.summary({key: value for key, value in trained.figures.items() if key.startswith(("model/", "prune/"))})
         write_result(folder, result, flatten(config))
     return result

@@ -12,7 +12,6 @@ The first two files are all that sampling needs.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -27,7 +26,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffusion_core.config import ConfigError, CoreConfig, build, list_knobs
-from diffusion_core.files import flush_folder, sha256, write_bytes
+from diffusion_core.files import replaced_folder, sha256, sha256_of_file
+from diffusion_core.messages import one_line, reason_of
 from diffusion_core.model.structure import resize
 from diffusion_core.model.unet import UNet
 
@@ -100,7 +100,7 @@ class Checkpoint:
                 network(torch.empty(1, network.input_channels, size, size), torch.empty(1, dtype=torch.long))
             network.load_state_dict({name: tensor.float().clone() for name, tensor in tensors.items()}, assign=True)
         except (ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise CheckpointError(f"{str(self.path)!r}: its weights do not fit its network: {reason}") from None
         return network.eval()
 
@@ -122,27 +122,20 @@ def write_checkpoint(
             if not torch.isfinite(tensor).all():
                 raise CheckpointError(f"step {step}: {part} {name!r} holds values that are not finite; not saved")
     final = folder / step_folder(step)
-    temporary = folder / f".{final.name}.partial"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left_behind in folder.glob(".step-*.partial"):  # By a process that was killed while it wrote.
-            shutil.rmtree(left_behind, ignore_errors=True)
-        temporary.mkdir()
-        files = {}
-        for part, tensors in parts.items():
-            content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-            files[f"{part}.safetensors"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            write_bytes(temporary / f"{part}.safetensors", content)
-        described = {"format": FORMAT, "step": step, **metadata, "files": files}
-        write_bytes(temporary / METADATA_FILE, json.dumps(described, indent=1, allow_nan=False).encode())
-        flush_folder(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        flush_folder(folder)
+        for unfinished in folder.glob(".step-*.partial"):  # A process was killed while it wrote them.
+            shutil.rmtree(unfinished, ignore_errors=True)
+        with replaced_folder(final, overwrite=True) as temporary:
+            files = {}
+            for part, tensors in parts.items():
+                content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+                files[f"{part}.safetensors"] = {"bytes": len(content), "sha256": sha256(content)}
+                (temporary / f"{part}.safetensors").write_bytes(content)
+            described = {"format": FORMAT, "step": step, **metadata, "files": files}
+            content = json.dumps(described, indent=1, allow_nan=False).encode()
+            (temporary / METADATA_FILE).write_bytes(content)
     except (OSError, SafetensorError, ValueError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        raise CheckpointError(f"cannot write checkpoint {str(final)!r}: {reason}") from None
+        raise CheckpointError(f"cannot write checkpoint {str(final)!r}: {reason_of(error)}") from None
     return Checkpoint(final, described)
 
 
@@ -183,7 +176,7 @@ def read_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
             if name.removesuffix(".safetensors") in SAMPLING_PARTS:
                 raise CheckpointError(f"{str(path)!r}: {name} is missing")
             continue
-        if verify and (file.stat().st_size != facts["bytes"] or sha256(file) != facts["sha256"]):
+        if verify and (file.stat().st_size != facts["bytes"] or sha256_of_file(file) != facts["sha256"]):
             raise CheckpointError(f"{str(path)!r}: {name} is damaged (its size or SHA-256 is not what was written)")
         present[name] = facts
     return Checkpoint(path, metadata | {"files": present})

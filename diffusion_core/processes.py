@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+
+from diffusion_core.signals import signal_handler
 
 LOCK_FILE = ".process"
 """A file in a process's folder that is locked while the process lives. It holds the process's id."""
@@ -124,14 +125,10 @@ def forward_signals(processes: Callable[[], Iterable[subprocess.Popen[bytes]]]) 
     """
     received: list[int] = []
 
-    def forward(number: int, _frame: Any) -> None:
+    def forward(number: int) -> None:
         received.append(number)
         for process in processes():
             process.send_signal(number)
 
-    old = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
+    with signal_handler((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), forward):
         yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from benchmarks.measurement.machine import machine
 from benchmarks.measurement.options import Options
-from benchmarks.measurement.rows import Row, markdown
+from benchmarks.measurement.rows import HEADER, Row
+
+from diffusion_core.tables import text_table
 
 DESCRIPTION = """\
 Measure speed against peers that do the same work in the same process, in turns; medians. Run it on a quiet machine.
@@ -115,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(", ".join(f"{key}: {value}" for key, value in facts.items() if key != "versions"))
         if options.short:
             print("SHORT: these figures say that the benchmark runs, and nothing else")
-        print(markdown(rows))
+        print(text_table(HEADER, [row.cells() for row in rows]))
     return 0
 
 

@@ -28,7 +28,7 @@ from accelerate import PartialState
 
 from agent.command import fail
 from agent.leaderboard import EVALUATION_FILE
-from agent.sweep.results import best_of_sweep, table_of
+from agent.sweep.results import best_of_sweep
 from agent.tracking.artifacts import download_model
 from agent.tracking.registry import publish
 from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
@@ -48,6 +48,7 @@ from diffusion_core.evaluation.suite import Judgement, Suite
 from diffusion_core.hardware import pick_precision
 from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs
 from diffusion_core.sampling.generation import Generator
+from diffusion_core.tables import text_table
 
 DEFAULT_FIGURES = ("frechet", "kernel", "score", "precision_recall", "density_coverage")
 OF_IMAGES = tuple(figure for figure in get_args(Figure) if figure != "loss_by_timestep")
@@ -142,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(found: Judgement, file: Path | None) -> None:
     """Figures as a table, with how they were measured below it; and as JSON."""
-    print(table_of([["figure", "value"], *([name, f"{value:.6g}"] for name, value in found.figures.items())]))
+    print(text_table(["figure", "value"], [[name, f"{value:.6g}"] for name, value in found.figures.items()]))
     for line in dict.fromkeys(found.protocols.values()):
         names = [name for name, other in found.protocols.items() if other == line]
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

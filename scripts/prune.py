@@ -38,6 +38,7 @@ from diffusion_core.model.cost import LATENCY_BATCH, count_cost, latencies, peak
 from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.run_folder import make_folder
 from diffusion_core.sampling.generation import Generator
+from diffusion_core.tables import text_table
 from diffusion_core.tracking import MODEL, Upload
 from diffusion_core.training.checkpoints import describe, model_files
 from diffusion_core.training.trainer import TrainState
@@ -255,15 +256,14 @@ def costs(networks: list[UNet], batch: int) -> list[dict[str, Any]]:
 
 
 def shown(result: dict[str, Any]) -> str:
-    """The result as a table."""
+    """Return the result as a table and notes."""
     before, after = result["before"], result["after"]
-    lines = [f"{'':24}{'before':>16}{'after':>16}{'stays':>9}"]
+    rows = []
     for name in (key for key in before if key != "latency_batch"):
         cells = [f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" for value in (before[name], after[name])]
         label = {"latency": f"ms for {before['latency_batch']} images", "latency_single": "ms for one image"}.get(name)
-        lines.append(
-            f"{label or name.replace('_', ' '):24}{cells[0]:>16}{cells[1]:>16}{after[name] / before[name]:>9.1%}"
-        )
+        rows.append([label or name.replace("_", " "), *cells, f"{after[name] / before[name]:.1%}"])
+    lines = [text_table(["", "before", "after", "remains"], rows, right=True)]
     if alike := result["consistency"]:
         lines.append(
             f"images before and after: SSIM {alike['ssim']:.4f}, mean squared difference {alike['mse']:.4f} "

@@ -34,7 +34,7 @@ from diffusion_core.hardware import pick_device, pick_precision
 from diffusion_core.model.unet import NO_LABEL, UNet
 from diffusion_core.sampling import media
 from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs
-from diffusion_core.sampling.generation import Generator, Request, requests
+from diffusion_core.sampling.generation import Generator, Request, requests, round_robin
 from diffusion_core.sampling.image_folder import check_folder, file_name, read_png, save_png, settings
 
 MODES = ("sample", "denoise", "progressive", "interpolate")
@@ -116,8 +116,8 @@ class Job:
         return ["" if label == NO_LABEL else self.checkpoint.class_names[label] for label in labels]
 
     def wanted(self) -> list[Request]:
-        """The images, dealt out to the labels in turn."""
-        return [Request(self.labels[i % len(self.labels)], i // len(self.labels)) for i in range(self.count)]
+        """Return the images to sample; labels take turns."""
+        return round_robin(self.labels, range(self.count))
 
 
 def prepare(arguments: argparse.Namespace) -> Job:

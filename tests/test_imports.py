@@ -17,7 +17,7 @@ PACKAGES = ("diffusion_core", "pruning", "agent")
 SOURCE = (*PACKAGES, "scripts")
 
 CORE_LAYERS = (
-    {"console", "files", "messages", "processes", "redact"},
+    {"console", "files", "messages", "processes", "redact", "signals", "tables"},
     {"config"},
     {"cache", "randomness", "hardware", "sharing", "tracking", "run_folder", "distributed"},
     {"data"},

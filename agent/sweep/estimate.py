@@ -13,7 +13,7 @@ from typing import Any
 from agent.config import build_config
 from agent.sweep import engine
 from agent.sweep.file import SweepFile
-from agent.sweep.results import choice, duration
+from agent.sweep.results import duration, parameters_line
 from pruning.estimate import Estimator, TrialEstimate
 
 SAMPLED_TRIALS = 10
@@ -90,7 +90,7 @@ def list_trials(sweep: SweepFile, estimator: Estimator, count: int) -> str:
     for number, parameters in enumerate(islice(first_trials(sweep), count), start=1):
         estimate = estimate_trial(estimator, parameters)
         seconds = "time unknown" if estimate.seconds is None else f"about {duration(estimate.seconds)}"
-        lines.append(f"[{number}] {choice(parameters, sweep.varied)}")
+        lines.append(f"[{number}] {parameters_line(parameters, sweep.varied)}")
         lines.append(
             f"    {estimate.params:,} parameters, {size_in_words(estimate.disk_bytes)} of checkpoints, {seconds}"
         )

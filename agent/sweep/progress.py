@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agent.sweep.file import SweepFile
-from agent.sweep.results import choice, duration
+from agent.sweep.results import duration, parameters_line
 from agent.sweep.state import DONE, FAILED, FINISHED, STOPPED, SweepState, Trial
 from agent.sweep.trials import TrialReader
 
@@ -26,7 +26,7 @@ class SweepProgress:
 
     def started(self, trial: Trial) -> None:
         begins = "goes on" if trial.seconds else "starts"
-        print(f"{self._name(trial)} {begins}: {choice(trial.parameters, self.sweep.varied)}", flush=True)
+        print(f"{self._name(trial)} {begins}: {parameters_line(trial.parameters, self.sweep.varied)}", flush=True)
 
     def ended(self, trial: Trial, code: int, under_way: Sequence[float], log: Path | None) -> None:
         """A process of a trial has ended.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from diffusion_core.checkpoint import (
     read_checkpoint,
     step_folder,
 )
+from diffusion_core.files import replaced_folder
 from diffusion_core.messages import one_line
 from diffusion_core.run_folder import HISTORY_FILE
 from diffusion_core.tracking import MODEL, STATE
@@ -194,17 +194,11 @@ def uploaded_versions(run: Run, run_id: str) -> tuple[dict[int, Artifact], dict[
 
 
 def _download(artifacts: list[Artifact], folder: Path, step: int, without: Collection[str]) -> Checkpoint:
-    partial = folder / f".{step_folder(step)}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    final = folder / step_folder(step)
+    with replaced_folder(final, overwrite=True) as temporary:
         for artifact in artifacts:
-            download_files(artifact, partial, lambda name: name.removesuffix(".safetensors") not in without)
-        checkpoint = read_checkpoint(partial)
+            download_files(artifact, temporary, lambda name: name.removesuffix(".safetensors") not in without)
+        checkpoint = read_checkpoint(temporary)
         if checkpoint.step != step:
             raise CheckpointError(f"its metadata names step {checkpoint.step}")
-        final = folder / step_folder(step)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        return Checkpoint(final, checkpoint.metadata)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    return Checkpoint(final, checkpoint.metadata)

@@ -24,9 +24,10 @@ from diffusion_core.evaluation.features import (
     ExtractorError,
     Judged,
     check_finite,
-    file_hash,
+    weights_file_hash,
     with_channels,
 )
+from diffusion_core.messages import one_line
 
 if TYPE_CHECKING:
     from torchvision.models import Inception3
@@ -107,14 +108,14 @@ def read_inception(path: Path, device: torch.device) -> InceptionExtractor:
     Raises:
         ExtractorError: if the file is missing, damaged, or not of that network.
     """
-    digest = file_hash(path)
+    digest = weights_file_hash(path)
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         with torch.device("meta"):
             network = build_inception()
         network.load_state_dict(weights, assign=True)
     except Exception as error:  # torch.load meets damaged files with whatever its code happens to raise.
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)
         raise ExtractorError(f"{str(path)!r}: no Inception weights in pytorch-fid's format ({reason})") from None
     network = network.float().to(device).eval().requires_grad_(False)
     extractor = InceptionExtractor(network, digest)
@@ -141,7 +142,7 @@ def download_inception() -> Path:
             ),
         )
     except Exception as error:  # Whatever a download raises, the remedy is the same.
-        kept, reason = False, " ".join(str(error).split())[:160]
+        kept, reason = False, one_line(error)
     else:
         reason = "see above"
     if not kept:
@@ -166,7 +167,7 @@ class ScriptedExtractor:
         try:
             output = self.network(images_BCHW.to(self.device))
         except Exception as error:  # Whatever a stranger's network raises.
-            reason = " ".join(str(error).split())[-200:]
+            reason = one_line(str(error)[-200:])  # TorchScript says last what went wrong.
             raise ExtractorError(f"{self.name}: cannot take images of {tuple(images_BCHW.shape)} ({reason})") from None
         if not isinstance(output, Tensor) or output.ndim < 2 or len(output) != len(images_BCHW):
             raise ExtractorError(f"{self.name}: expected features of shape (images, features), a tensor")
@@ -179,7 +180,7 @@ def read_extractor(path: Path, device: torch.device) -> Extractor:
     Raises:
         ExtractorError: if there is none.
     """
-    digest = file_hash(path)[:HASH_DIGITS]
+    digest = weights_file_hash(path)[:HASH_DIGITS]
     if path.suffix == ".safetensors":
         return read_classifier(path, device)
     if path.suffix not in TORCHSCRIPT_SUFFIXES:
@@ -188,6 +189,6 @@ def read_extractor(path: Path, device: torch.device) -> Extractor:
     try:
         network = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ExtractorError(f"{str(path)!r}: no TorchScript ({reason})") from None
     return ScriptedExtractor(network, space_name(path.stem), digest, device)

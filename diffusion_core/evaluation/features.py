@@ -5,7 +5,6 @@ Axes: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusion_core.data.datasets import Images
+from diffusion_core.files import sha256, sha256_of_file
 
 HASH_DIGITS = 16
 """Hexadecimal digits of a SHA-256 that names and protocols show."""
@@ -41,23 +41,19 @@ class Extractor(Protocol):
         """uint8 images to features and, where the network knows classes, logits; float32, on the network's device."""
 
 
-def fingerprint(images: Images) -> str:
-    """The first digits of the SHA-256 of images and labels."""
-    total = hashlib.sha256(repr(tuple(images.images_NCHW.shape)).encode())
-    total.update(images.images_NCHW.cpu().contiguous().numpy().data)
-    total.update(images.labels_N.cpu().contiguous().numpy().data)
-    return total.hexdigest()[:HASH_DIGITS]
+def images_hash(images: Images) -> str:
+    """Return the first ``HASH_DIGITS`` digits of the SHA-256 of images and labels."""
+    return sha256(repr(tuple(images.images_NCHW.shape)), images.images_NCHW, images.labels_N)[:HASH_DIGITS]
 
 
-def file_hash(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal.
+def weights_file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file of weights, 64 hexadecimal digits.
 
     Raises:
-        ExtractorError: if it cannot be read.
+        ExtractorError: if the file cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of_file(path)
     except OSError as error:
         raise ExtractorError(f"{str(path)!r}: {error.strerror}; expected a file of weights") from None
 

@@ -20,6 +20,7 @@ from diffusion_core.distributed import shared_out
 from diffusion_core.evaluation.features import Extractor
 from diffusion_core.evaluation.measure import FEWEST, Reference, Seen, look
 from diffusion_core.evaluation.reference import read_statistics
+from diffusion_core.messages import reason_of
 
 SAMPLE_NAME = re.compile(r"(\d+)-\d+\.png")
 """``{label}-{index}.png``, as scripts/sample_images.py names its files."""
@@ -75,7 +76,7 @@ class ImageFolder:
         try:
             return np.asarray(read_rgb(self.files[position]))
         except (ImageFileError, OSError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
+            reason = reason_of(error)
             raise DataError(f"{str(self.files[position])!r}: not a readable image ({reason}); remove it") from None
 
 

@@ -16,18 +16,13 @@ from diffusion_core.config import SampleConfig
 from diffusion_core.data.datasets import DataError, to_uint8
 from diffusion_core.distributed import add_up, shared_out
 from diffusion_core.evaluation.features import Extractor
-from diffusion_core.sampling.generation import Generator, Request, all_labels
+from diffusion_core.sampling.generation import Generator, Request, all_labels, round_robin
 from diffusion_core.sampling.samplers import evaluations
 
 T = TypeVar("T")
 
 SOON_S = 10.0
 """Of what takes less, nobody needs to know it more exactly."""
-
-
-def dealt_out(labels: Sequence[int], positions: Sequence[int]) -> list[Request]:
-    """The images at some positions, where labels take turns."""
-    return [Request(labels[position % len(labels)], position // len(labels)) for position in positions]
 
 
 def generated(
@@ -38,7 +33,7 @@ def generated(
     Raises:
         DataError: in all processes, after the last image, if one of them is not finite.
     """
-    wanted = dealt_out(all_labels(generator.network), shared_out(total))
+    wanted = round_robin(all_labels(generator.network), shared_out(total))
     not_finite = 0
     with tqdm(total=len(wanted), desc="sampling", unit="image", disable=not progress) as bar:
         for batch, x_BCHW in generator.unrounded_batches(wanted, config, seed):

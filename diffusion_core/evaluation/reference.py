@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import zipfile
 import zlib
@@ -20,8 +19,10 @@ from diffusion_core.cache import cache_path, keep
 from diffusion_core.data.datasets import DataError, Images
 from diffusion_core.distributed import add_up, shared_out
 from diffusion_core.evaluation.distances import Statistics
-from diffusion_core.evaluation.features import HASH_DIGITS, Extractor, fingerprint
+from diffusion_core.evaluation.features import HASH_DIGITS, Extractor, images_hash
 from diffusion_core.evaluation.measure import Reference, look
+from diffusion_core.files import sha256
+from diffusion_core.messages import one_line, reason_of
 
 BATCH = 64
 
@@ -45,9 +46,9 @@ def reference_for(
         keep_features: whether more than the moments are needed.
         share: told of the file of statistics where they were computed anew.
     """
-    digest = fingerprint(images)
+    digest = images_hash(images)
     source = f"{data}/{split} ({len(images):,} images, {digest})"
-    key = hashlib.sha256(f"{digest} {extractor.name} {extractor.weights}".encode()).hexdigest()[:HASH_DIGITS]
+    key = sha256(f"{digest} {extractor.name} {extractor.weights}")[:HASH_DIGITS]
     name = f"{data}-{split}-{extractor.name}-{key}"
     statistics_file = cache_path("references", f"{name}.npz")
     features_file = cache_path("references", f"{name}.safetensors")
@@ -95,9 +96,9 @@ def read_statistics(path: Path) -> Statistics:
             covariance_DD = torch.from_numpy(np.atleast_2d(file["sigma"]).astype(np.float64))
             count = int(file[COUNT]) if COUNT in file else None
     except OSError as error:
-        raise DataError(f"{str(path)!r}: {error.strerror or error}; expected statistics (.npz)") from None
+        raise DataError(f"{str(path)!r}: {reason_of(error)}; expected statistics (.npz)") from None
     except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise DataError(f"{str(path)!r}: no statistics of pytorch-fid's format ({reason})") from None
     if mean_D.ndim != 1 or covariance_DD.shape != (len(mean_D), len(mean_D)):
         raise DataError(

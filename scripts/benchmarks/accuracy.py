@@ -17,7 +17,7 @@ from diffusion_core.data.datasets import Dataset, load_data
 from diffusion_core.evaluation.classifier.classifier import classifier_for
 from diffusion_core.hardware import Precision, pick_device
 from diffusion_core.run_folder import read_history
-from diffusion_core.sampling.generation import Generator, Request
+from diffusion_core.sampling.generation import Generator, round_robin
 from diffusion_core.tracking import NullTracker
 
 SUBJECT = "accuracy"
@@ -58,7 +58,7 @@ def measure(options: Options) -> list[Row]:
             checkpoints[variant], losses[variant] = trained(config, dataset, Path(name) / variant.replace(" ", "-"))
         classifier = classifier_for(dataset, "digits", mirrored=False, device=device)
         network = checkpoints["fp32"].network().to(device)
-        wanted = [Request(index % 10, index // 10) for index in range(count)]
+        wanted = round_robin(range(10), range(count))
         agreement = {}
         precisions: tuple[Precision, Precision] = ("fp32", "bf16")
         for precision in precisions:

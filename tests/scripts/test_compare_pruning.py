@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import compare_pruning
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import compare_pruning
 from studies import structured
-from studies.study import FIGURES, SAMPLING_SEED, Results, mean_and_range
+from studies.study import FIGURES, SAMPLING_SEED, Results
+from studies.table import mean_and_range
 
 from diffusion_core.checkpoint import read_checkpoint
 from diffusion_core.evaluation.consistency import consistency_of_models

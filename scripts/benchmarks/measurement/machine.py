@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from diffusion_core.training.summary import commit
+
 PACKAGES = ("torch", "diffusers", "accelerate", "wandb", "torch-pruning", "ema-pytorch", "denoising-diffusion-pytorch",
             "pytorch-fid", "torch-fidelity", "numpy", "scipy")  # fmt: skip
 CAPABILITIES = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16")
@@ -31,7 +33,7 @@ def machine() -> dict[str, Any]:
         "driver": _driver(),
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -57,14 +59,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _commit() -> str | None:
-    """The commit of this checkout, with a plus sign if files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parents[3]
-    try:
-        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True)
-        changed = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True)
-    except OSError:
-        return None
-    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "") if commit.returncode == 0 else None

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from diffusion_core.config import PRESETS, CoreConfig, build
-from diffusion_core.diffusers_io.names import diffusers_name, unet_config
+from diffusion_core.diffusers_io import diffusers_name, unet_config
 from diffusion_core.model.unet import UNet, build_network
 
 SMALL: dict[str, Any] = {"model.channels": 32, "model.channel_multipliers": [1, 2], "model.num_res_blocks": 1}
