@@ -62,13 +62,13 @@ def main(argv: Sequence[str] | None = None, usage: str = USAGE, defaults: Sequen
 
 def dry_run(config: TrialConfig) -> int:
     """Print what a trial would train, without reading data or starting a run."""
-    from diffusion_core.config import NUM_CLASSES
     from diffusion_core.model.cost import count_cost
     from diffusion_core.model.unet import build_network
+    from diffusion_core.registries import DATASETS
 
     channels, size, _ = config.data.image_shape
     # The number of classes in a folder is unknown before reading it. Each adds one row to an embedding.
-    network = build_network(config, NUM_CLASSES.get(config.data.name, 10))
+    network = build_network(config, DATASETS[config.data.name].num_classes or 10)
     cost = count_cost(network)
     checkpoint_bytes = 4 * 4 * cost.params
     print(to_yaml(config), end="")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 from diffusion_core.config import PRESETS, CoreConfig, DistillConfig, InitConfig, build, read_yaml
+from diffusion_core.config.plugins import import_plugins
+from diffusion_core.registry import Choice
 from pruning.checks import combination_problems
 from pruning.config import PruneConfig
 
@@ -14,7 +16,7 @@ from pruning.config import PruneConfig
 class TrialConfig(CoreConfig):
     """Everything that one trial depends on."""
 
-    preset: Literal["cifar10", "cifar100", "mnist", "digits"] = "cifar10"
+    preset: Annotated[str, Choice(PRESETS)] = "cifar10"
     """Starting point of all other knobs. Whatever else is set overrides it."""
     prune: PruneConfig = PruneConfig()
     init: InitConfig = InitConfig()
@@ -31,6 +33,7 @@ def build_config(*layers: Mapping[str, Any]) -> TrialConfig:
     Raises:
         ConfigError: if a key, a value or a combination is wrong.
     """
+    import_plugins(*layers)
     preset = TrialConfig.model_fields["preset"].default
     for layer in layers:
         preset = layer.get("preset", preset)

@@ -28,10 +28,10 @@ from agent.tracking.run import leave_sweep, may_fetch, start_wandb, wandb_tracke
 from agent.tracking.stop_cause import was_asked_to_end
 from agent.trial import make_accelerator, run_trial
 from diffusion_core.config import ConfigError, flatten
-from diffusion_core.console import recorded_console
 from diffusion_core.data.datasets import load_data
 from diffusion_core.distributed import WATCH_EVERY_S, Peers, first_process_first
 from diffusion_core.files import write_json
+from diffusion_core.redact import recorded_console
 from diffusion_core.run_folder import CHECKPOINTS, RUN_FILE, SAMPLES, locked, make_folder, read_history, read_run_file
 from diffusion_core.tracking import NullTracker, Tracker
 from diffusion_core.training import callbacks

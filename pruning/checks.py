@@ -30,7 +30,7 @@ def _step_problems(prune: PruneConfig, train: TrainConfig, ema: EmaConfig) -> It
             f"ema.average_from = {ema.average_from}: pruning restarts the averages {left} steps before the end; "
             f"expected less than {left}"
         )
-    if prune.method == "gradual" and not start < end < train.steps:
+    if prune.is_gradual and not start < end < train.steps:
         yield f"prune.until = {end}: expected more than prune.step = {start} and less than train.steps = {train.steps}"
     if prune.method != "none" and prune.step is None and train.steps < 2:
         yield (

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from diffusion_core.config import NUM_CLASSES, CoreConfig
+from diffusion_core.config import CoreConfig
 from diffusion_core.diffusion.schedule import build_schedule
+from diffusion_core.machine.sharing import threads_each, visible_gpus
 from diffusion_core.model.unet import UNet, build_network
+from diffusion_core.registries import DATASETS
 from diffusion_core.sampling.media import GIF_COLUMNS, GIF_ROWS
 from diffusion_core.sampling.samplers import evaluations
-from diffusion_core.sharing import threads_each, visible_gpus
 from diffusion_core.training.ema import profiles
 from pruning.config import PruneConfig
 
@@ -95,7 +96,7 @@ class Estimator:
 
 def classes_of(config: CoreConfig) -> int:
     """Return the number of classes of the data set, or :data:`USUAL_CLASSES`."""
-    return NUM_CLASSES.get(config.data.name, USUAL_CLASSES)
+    return DATASETS[config.data.name].num_classes or USUAL_CLASSES
 
 
 def count_params(config: CoreConfig) -> int:

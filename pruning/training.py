@@ -80,7 +80,7 @@ def _before_pruning(
         keep_images = KeepDenseImages(config, start, from_parent=PARENT_KEY in state.extra_metadata)
         keep_images(state, {})  # Training may start at the pruning step.
         callbacks.append(keep_images)
-    if prune.method == "gradual":
+    if prune.is_gradual:
         callbacks.append(GradualPruning(Ramp(start, end, prune.interval), config, prune))
     return callbacks
 

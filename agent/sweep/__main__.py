@@ -109,7 +109,7 @@ def online(sweep: SweepFile | None, arguments: argparse.Namespace) -> int:
 
 
 def one_per_gpu() -> int:
-    from diffusion_core.sharing import visible_gpus
+    from diffusion_core.machine.sharing import visible_gpus
 
     return max(1, len(visible_gpus()))
 
@@ -124,7 +124,7 @@ def tell_cost(sweep: SweepFile, arguments: argparse.Namespace, jobs: int, begun:
         begun: the offline sweep, some of whose trials may have ended.
     """
     from agent.sweep.estimate import describe_sweep, list_trials
-    from diffusion_core.sharing import threads_each
+    from diffusion_core.machine.sharing import threads_each
     from pruning.estimate import Estimator
 
     ended = [] if begun is None else begun.ended_trials()

@@ -14,7 +14,7 @@ from agent.sweep.macros import command_problems, shortened
 from agent.sweep.parameters import flat_parameters, grid_size, trials_of, values_to_try
 from diffusion_core.config import ConfigError, list_knobs, read_yaml, unknown_key
 from diffusion_core.config.metrics import GOALS, goal_of
-from pruning.config import LISTENS_TO, PruneConfig, unheard
+from pruning.config import PruneConfig, methods, unheard
 
 METHODS = ("grid", "random", "bayes")
 EXPECTED = {"early_terminate": "type: hyperband, with min_iter:, or with max_iter: and s:"}
@@ -255,7 +255,8 @@ def _value_problems(tried: Mapping[str, list[Any]]) -> list[str]:
     """Return what is wrong with the configurations that the values of the parameters make."""
     problems: list[str] = []
     first = {key: values[0] for key, values in tried.items()}
-    methods = [str(method) for method in tried.get("prune.method", [PruneConfig().method]) if method in LISTENS_TO]
+    named = map(str, tried.get("prune.method", [PruneConfig().method]))
+    wanted = [name for name in named if name in methods()]
     for key, values in tried.items():
         for value in values:
             try:
@@ -263,5 +264,5 @@ def _value_problems(tried: Mapping[str, list[Any]]) -> list[str]:
             except ConfigError as error:
                 problems += error.problems
             else:
-                problems += unheard(config.prune, methods)
+                problems += unheard(config.prune, wanted)
     return problems

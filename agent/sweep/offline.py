@@ -31,8 +31,8 @@ from agent.sweep.results import TrialRecord, table, write_results
 from agent.sweep.state import DONE, FAILED, FINISHED, RUNNING, STOPPED, STOPPING, WAITING, SweepState, Trial
 from agent.sweep.trials import TrialReader
 from agent.tracking.environment import OFFLINE_SWEEP
-from diffusion_core.processes import end_orphan, forward_signals, kill_group, start_process
-from diffusion_core.sharing import shares
+from diffusion_core.machine.processes import end_orphan, forward_signals, kill_group, start_process
+from diffusion_core.machine.sharing import shares
 
 LOG_FILE = "console.log"
 """File in a trial's folder with its output, if several trials run at once."""

@@ -11,8 +11,8 @@ from pathlib import Path
 from agent.sweep.file import SweepError, SweepFile, check_sweep
 from agent.sweep.results import TrialRecord, best_first, table
 from agent.tracking import sweeps
-from diffusion_core.processes import forward_signals, start_process
-from diffusion_core.sharing import shares
+from diffusion_core.machine.processes import forward_signals, start_process
+from diffusion_core.machine.sharing import shares
 
 LOGS = Path("runs/agents")
 """Folder of the agents' output if several run at once."""

@@ -13,9 +13,8 @@ from agent.tracking.environment import is_offline
 from agent.tracking.retention import Retention
 from agent.tracking.tracker import PATIENCE_S, WandbTracker
 from diffusion_core.config import CheckpointConfig, ConfigError
-from diffusion_core.console import redacted_arguments
 from diffusion_core.messages import one_line
-from diffusion_core.redact import redact, redacted
+from diffusion_core.redact import redact, redacted, redacted_arguments
 from diffusion_core.run_folder import read_history
 from diffusion_core.tracking import STEP
 
@@ -65,7 +64,7 @@ def start_wandb(
     # Keep all W&B files in the run's folder: staged artifact files of offline runs stay there until `wandb sync`.
     for variable, path in (("WANDB_DIR", folder), ("WANDB_DATA_DIR", folder / "wandb" / "data")):
         Path(os.environ.setdefault(variable, str(path))).mkdir(parents=True, exist_ok=True)
-    # diffusion_core/console.py records the console, without keys.
+    # diffusion_core/redact.py records the console, without keys.
     settings = wandb.Settings(console="off", finish_timeout_raises=True)
     if sweep_id is not None:
         settings.sweep_id = sweep_id

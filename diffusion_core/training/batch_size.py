@@ -21,9 +21,9 @@ from diffusion_core.data.datasets import Dataset
 from diffusion_core.diffusion.denoiser import Denoiser
 from diffusion_core.diffusion.losses import diffusion_loss
 from diffusion_core.hardware import algorithms, autocast, pick_precision
+from diffusion_core.machine.sharing import sharers
 from diffusion_core.model.compilation import compile_network, pick_compilation
 from diffusion_core.model.unet import UNet, build_network
-from diffusion_core.sharing import sharers
 from diffusion_core.training.ema import profiles
 from diffusion_core.training.trainer import TrainState
 
@@ -196,7 +196,7 @@ def kept_for_backward(network: UNet, train: TrainConfig, batch: int, device: tor
 def free_memory(device: torch.device) -> int:
     """Return the free bytes of a device to plan a batch for.
 
-    Trials that share the device (:mod:`diffusion_core.sharing`) get equal parts of it, in whatever order they start.
+    Trials that share the device (:mod:`diffusion_core.machine.sharing`) get equal parts, in whatever order they start.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)

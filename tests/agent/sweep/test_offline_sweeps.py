@@ -25,8 +25,8 @@ from agent.sweep import state as sweep_state
 from agent.sweep.file import SweepError, SweepFile, check_sweep
 from agent.sweep.macros import expand_command
 from agent.sweep.offline import NothingWorks, OfflineSweep
-from diffusion_core import processes, sharing
-from diffusion_core.sharing import SHARERS
+from diffusion_core.machine import processes, sharing
+from diffusion_core.machine.sharing import SHARERS
 
 STUB = Path(__file__).parents[2] / "stub_trial.py"
 STEPS = 6

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import tiny_config, tiny_network
 from torch import nn
 
-from diffusion_core.sharing import SHARERS
+from diffusion_core.machine.sharing import SHARERS
 from diffusion_core.training.batch_size import SHARE, TrainingMemory, free_memory, kept_for_backward, training_memory
 
 CPU = torch.device("cpu")
