@@ -79,7 +79,7 @@ def tiny_batches(config: CoreConfig, images: Images | None = None, **changes: An
 
 def tiny_state(config: CoreConfig) -> TrainState:
     """A training state on the CPU whose network is the configuration's, freshly drawn."""
-    return TrainState.start(build_network(config, NUM_CLASSES), config)
+    return TrainState.start(build_network(config, NUM_CLASSES), config.train, config.ema)
 
 
 @cache

@@ -517,7 +517,7 @@ def test_interrupted_and_run_again(how: str, many: tuple[Path, dict[str, bytes]]
 # Data sets in torchvision's formats.
 
 
-def test_the_names_of_the_data_sets() -> None:
+def test_data_set_names_match_the_loader() -> None:
     assert set(DATA_SETS) == {name for name, record in DATASETS.items() if record.path == "cache"}
 
 

@@ -88,14 +88,17 @@ def test_it_answers_and_every_weight_has_a_say(name: str) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_it_learns_is_pruned_survives_the_disk_and_draws(name: str, tmp_path: Path) -> None:
     config = settings(name)
-    dense = TrainState.start(lively(build_network(config, NUM_CLASSES)), config)
+    dense = TrainState.start(lively(build_network(config, NUM_CLASSES)), config.train, config.ema)
     before = [parameter.detach().clone() for parameter in dense.network.parameters()]
     train(dense, tiny_batches(config), config, accelerator=cpu())
     assert all(torch.isfinite(parameter).all() for parameter in dense.network.parameters())
     moved = [not torch.equal(old, new) for old, new in zip(before, dense.network.parameters(), strict=True)]
     assert sum(moved) >= len(moved) - 3
 
-    for state in (dense, TrainState.start(prune_channels(dense.network, PruneConfig(keep=0.3))[0], config, step=3)):
+    for state in (
+        dense,
+        TrainState.start(prune_channels(dense.network, PruneConfig(keep=0.3))[0], config.train, config.ema, step=3),
+    ):
         if state is not dense:
             train(state, tiny_batches(config), config, accelerator=cpu(), until=5)
             ratio = count_cost(state.network).params / count_cost(dense.network).params
@@ -107,7 +110,7 @@ def test_it_learns_is_pruned_survives_the_disk_and_draws(name: str, tmp_path: Pa
         assert checkpoint.config() == config
         loaded = checkpoint.network("ema")
         assert_same_tensors(dict(loaded.state_dict()), dict(state.ema.network.state_dict()))
-        restored = TrainState.restore(checkpoint, config, torch.device("cpu"))
+        restored = TrainState.restore(checkpoint, config.train, config.ema, torch.device("cpu"))
         for part, tensors in state.parts().items():
             assert_same_tensors(tensors, restored.parts()[part])
 

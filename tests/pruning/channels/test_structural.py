@@ -107,7 +107,9 @@ def test_what_is_left_works_trains_survives_the_disk_and_is_pruned_again(
     settings = config(heads, labels, size, train__batch_size=4)
     images = pictures(settings)
     batches = tiny_batches(settings, images)
-    state = TrainState.start(lively(UNet(settings.model, size, images.images_NCHW.shape[1], 10 * labels)), settings)
+    state = TrainState.start(
+        lively(UNet(settings.model, size, images.images_NCHW.shape[1], 10 * labels)), settings.train, settings.ema
+    )
     train(state, batches, settings, accelerator=cpu(), until=2)
     dense = state.network
     calibration = Calibration.of(images, settings, torch.device("cpu"))
@@ -137,7 +139,7 @@ def test_what_is_left_works_trains_survives_the_disk_and_is_pruned_again(
     assert state.ema.updates == 2
 
     save(tmp_path, state, settings)
-    restored = TrainState.restore(read_checkpoint(tmp_path), settings, torch.device("cpu"))
+    restored = TrainState.restore(read_checkpoint(tmp_path), settings.train, settings.ema, torch.device("cpu"))
     assert is_pruned(restored)
     for one in (state, restored):
         train(one, batches, settings, accelerator=cpu(), until=5)
@@ -254,7 +256,7 @@ def test_iterations_come_to_the_same_size_by_other_choices() -> None:
 @pytest.mark.parametrize("importance", ["random", "l1", "reinit"])
 def test_a_record_is_enough_to_prune_again(importance: str) -> None:
     network = tiny_network(config(heads=2))
-    state = TrainState.start(copy.deepcopy(network), config(heads=2))
+    state = TrainState.start(copy.deepcopy(network), config(heads=2).train, config(heads=2).ema)
     prune_state(state, config(heads=2), knobs(0.3, importance=importance))
     (record,) = records(state)
     again = remove(network, Removal(**record["details"]))
@@ -356,7 +358,7 @@ def test_the_dense_network_is_left_as_it_was() -> None:
 def test_masks_go_along() -> None:
     """A network pruned by masks, then by channels: what is masked of the rest stays masked, whatever happens."""
     settings = config(train__weight_decay=0.1)
-    state = TrainState.start(tiny_network(settings), settings)
+    state = TrainState.start(tiny_network(settings), settings.train, settings.ema)
     prune_state(state, settings, PruneConfig(method="magnitude", keep=0.5))
     prune_state(state, settings, knobs(0.5))
     masks = {name: mask.clone() for name, mask in state.extra_parts[MASKS_PART].items()}

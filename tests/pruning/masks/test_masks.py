@@ -41,7 +41,7 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
 
 def lively_state() -> TrainState:
     """Whose weights are of similar size in all layers, so that no layer is pruned whole."""
-    return TrainState.start(tiny_network(CONFIG), CONFIG)
+    return TrainState.start(tiny_network(CONFIG), CONFIG.train, CONFIG.ema)
 
 
 def run(state: TrainState, until: int, config: CoreConfig = CONFIG) -> TrainState:
@@ -242,7 +242,7 @@ def round_trip(state: TrainState, folder: Path) -> TrainState:
         **state.metadata(),
     }
     write_checkpoint(folder, state.step, metadata, state.parts())
-    restored = TrainState.restore(read_checkpoint(folder), CONFIG, torch.device("cpu"))
+    restored = TrainState.restore(read_checkpoint(folder), CONFIG.train, CONFIG.ema, torch.device("cpu"))
     resume_pruning(restored)
     return restored
 
