@@ -34,11 +34,17 @@ ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "scripts" / "convert_diffusers.py"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
+
+def blocks(attention: list[int]) -> dict[str, Any]:
+    """The types of the blocks: one per level, 1 with attention and 0 without."""
+    down = [f"{'Attn' * attends}DownBlock2D" for attends in attention]
+    return {"down_block_types": down, "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down)]}
+
+
 TINY: dict[str, Any] = {
     "sample_size": 16,
     "block_out_channels": [8, 16, 16],
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    **blocks([0, 1, 0]),
     "layers_per_block": 1,
     "norm_num_groups": 4,
     "attention_head_dim": None,
@@ -52,8 +58,7 @@ TINY: dict[str, Any] = {
 GOOGLE = TINY | {
     "sample_size": 32,
     "block_out_channels": [128, 256, 256, 256],
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    **blocks([0, 1, 0, 0]),
     "layers_per_block": 2,
     "norm_num_groups": 32,
 }
@@ -68,15 +73,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "up_block_types": ["UpBlock2D", "UpBlock2D"],
     },
     "attention at several widths": {
-        "down_block_types": ["AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
-        "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D"],
         "block_out_channels": [8, 16, 24],
+        **blocks([1, 1, 1]),
     },
-    "one level": {
-        "block_out_channels": [8],
-        "down_block_types": ["AttnDownBlock2D"],
-        "up_block_types": ["AttnUpBlock2D"],
-    },
+    "one level": {"block_out_channels": [8], **blocks([1])},
     "classes": {"num_class_embeds": 5},
 }
 
@@ -525,11 +525,7 @@ def source(saved: Path, tmp_path: Path) -> Path:
         ({"attn_norm_num_groups": 8}, "attn_norm_num_groups = 8: expected None or norm_num_groups, 4"),
         ({"attention_head_dim": 6}, "attention_head_dim = 6: expected a divisor that gives equally many heads"),
         (
-            {
-                "attention_head_dim": 8,
-                "down_block_types": ["AttnDownBlock2D"] * 3,
-                "up_block_types": ["AttnUpBlock2D"] * 3,
-            },
+            {"attention_head_dim": 8, **blocks([1, 1, 1])},
             "attention_head_dim = 8: expected a divisor that gives equally many heads at the widths [8, 16], or None",
         ),
         ({"num_class_embeds": 0}, "num_class_embeds = 0: expected None or an integer >= 1"),
@@ -797,14 +793,7 @@ def test_a_knob_that_the_conversion_has_not_heard_of(
 def test_what_counts_as_equal() -> None:
     ours = tiny_network(num_classes=0)
     unet = theirs(
-        {
-            "sample_size": 8,
-            "in_channels": 1,
-            "out_channels": 1,
-            "block_out_channels": [8, 16],
-            "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-            "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-        }
+        {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [8, 16], **blocks([0, 1])}
     )
     unet.load_state_dict({diffusers_name(name): tensor for name, tensor in ours.state_dict().items()})
     assert diffusers_networks.compare(ours, unet, []) < 1e-5
