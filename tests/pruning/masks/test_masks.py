@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import CUDA, fake_tensors
-from tiny import NUM_CLASSES, cpu, one_line, tiny_batches, tiny_config, tiny_network
+from tiny import NUM_CLASSES, cpu, metadata, one_line, tiny_batches, tiny_config, tiny_network
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_core.checkpoint import read_checkpoint, write_checkpoint
-from diffusion_core.config import CoreConfig, flatten
+from diffusion_core.config import CoreConfig
 from diffusion_core.model.cost import count_cost
 from diffusion_core.model.structure import maskable
 from diffusion_core.model.unet import UNet, build_network
@@ -169,16 +169,7 @@ def test_masks_of_another_network_are_refused(change: str) -> None:
 
 
 def round_trip(state: TrainState, folder: Path) -> TrainState:
-    metadata = {
-        "config": flatten(CONFIG),
-        "image_shape": [1, 8, 8],
-        "num_classes": NUM_CLASSES,
-        "class_names": list("0123456789"),
-        "structure": {},
-        "figures": {},
-        **state.metadata(),
-    }
-    write_checkpoint(folder, state.step, metadata, state.parts())
+    write_checkpoint(folder, state.step, metadata(state.network, CONFIG) | state.metadata(), state.parts())
     restored = TrainState.restore(read_checkpoint(folder), CONFIG, torch.device("cpu"))
     resume_pruning(restored)
     return restored
