@@ -17,11 +17,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
-from tiny import NUM_CLASSES, assert_same_tensors, lively, tiny_config, tiny_network
+from tiny import NUM_CLASSES, assert_same_tensors, lively, metadata, tiny_config, tiny_network
 from torch import Tensor
 
 from diffusion_core.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from diffusion_core.config import ConfigError, CoreConfig, flatten
+from diffusion_core.config import ConfigError, CoreConfig
 from diffusion_core.diffusers_io import diffusers_name, exporter, importer
 from diffusion_core.diffusers_io import networks as diffusers_networks
 from diffusion_core.diffusers_io.names import OLD_ATTENTION
@@ -279,19 +279,9 @@ def own(folder: Path, *, classes: int = NUM_CLASSES, structure: Any = None, **ch
     for network in networks:
         resize(network, structure or {})
         lively(network, 5) if structure else None
-    metadata = {
-        "config": flatten(config),
-        "image_shape": list(config.data.image_shape),
-        "num_classes": classes,
-        "class_names": NAMES,
-        "structure": structure or {},
-        "figures": {},
-        "best": None,
-        "ema_updates": 3,
-        "extra": {},
-    }
+    described = metadata(networks[0], config) | {"class_names": NAMES, "ema_updates": 3}
     parts = {part: dict(network.state_dict()) for part, network in zip(("ema", "model"), networks, strict=True)}
-    return write_checkpoint(folder, 3, metadata, parts)
+    return write_checkpoint(folder, 3, described, parts)
 
 
 def tape(shape: tuple[int, ...]) -> Iterator[Tensor]:
