@@ -37,6 +37,7 @@ from safetensors import SafetensorError
 
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError
+from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.diffusers_io import CLASSES_FILE, export_model, import_model
 
 
@@ -58,6 +59,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     writing.add_argument("--label", metavar="CLASS", help="export only this class, by number or name, or none; "
                          "the pipeline then needs no labels")  # fmt: skip
+    add_plugins_flag(parser)
     return parser.parse_args(argv)
 
 
