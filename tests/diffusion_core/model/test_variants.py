@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import NUM_CLASSES, assert_same_tensors, cpu, lively, tiny_batches, tiny_config, tiny_network
+from tiny import NUM_CLASSES, assert_same_tensors, cpu, lively, metadata, tiny_batches, tiny_config, tiny_network
 from torch import Tensor
 
 from diffusion_core.checkpoint import read_checkpoint, write_checkpoint
-from diffusion_core.config import CoreConfig, ModelConfig, flatten
+from diffusion_core.config import CoreConfig, ModelConfig
 from diffusion_core.model.cost import count_cost
-from diffusion_core.model.structure import structure
 from diffusion_core.model.unet import ResidualBlock, build_network
 from diffusion_core.sampling.generation import Generator, all_labels, requests
 from diffusion_core.training.trainer import TrainState, train
@@ -50,18 +49,6 @@ def asked(config: CoreConfig) -> tuple[Tensor, Tensor, Tensor]:
     source = torch.Generator().manual_seed(0)
     channels = 2 if config.model.self_conditioning else 1
     return torch.randn(3, channels, 8, 8, generator=source), torch.tensor([0, 20, 49]), torch.tensor([1, 5, -1])
-
-
-def metadata(state: TrainState, config: CoreConfig) -> dict[str, Any]:
-    return {
-        "config": flatten(config),
-        "image_shape": [1, 8, 8],
-        "num_classes": state.network.num_classes,
-        "class_names": list("0123456789"),
-        "structure": structure(state.network, config.model),
-        "figures": {},
-        **state.metadata(),
-    }
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -105,7 +92,7 @@ def test_it_learns_is_pruned_survives_the_disk_and_draws(name: str, tmp_path: Pa
             assert ratio == pytest.approx(0.3, abs=0.04)
             assert state.network.in_channels == 1
         folder = tmp_path / f"{state.step}"
-        write_checkpoint(folder, state.step, metadata(state, config), state.parts())
+        write_checkpoint(folder, state.step, metadata(state.network, config) | state.metadata(), state.parts())
         checkpoint = read_checkpoint(folder)
         assert checkpoint.config() == config
         loaded = checkpoint.network("ema")

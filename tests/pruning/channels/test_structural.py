@@ -10,14 +10,25 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import assert_same_tensors, cpu, digits, lively, one_line, tiny_batches, tiny_config, tiny_network, tiny_state
+from tiny import (
+    assert_same_tensors,
+    cpu,
+    digits,
+    lively,
+    metadata,
+    one_line,
+    tiny_batches,
+    tiny_config,
+    tiny_network,
+    tiny_state,
+)
 from torch import Tensor, nn
 
 from diffusion_core.checkpoint import read_checkpoint, write_checkpoint
-from diffusion_core.config import ConfigError, CoreConfig, flatten
+from diffusion_core.config import ConfigError, CoreConfig
 from diffusion_core.data.datasets import Images
 from diffusion_core.model.cost import Cost, count_cost
-from diffusion_core.model.structure import maskable, structure
+from diffusion_core.model.structure import maskable
 from diffusion_core.model.unet import AttentionBlock, UNet
 from diffusion_core.training.trainer import TrainState, train
 from pruning.calibration import Calibration
@@ -69,20 +80,6 @@ def inputs(network: UNet) -> tuple[Tensor, Tensor, Tensor]:
     source = torch.Generator().manual_seed(0)
     images = torch.randn(3, network.in_channels, network.image_size, network.image_size, generator=source)
     return images, torch.tensor([0, 20, 49]), torch.tensor([1, 5, -1])
-
-
-def save(folder: Path, state: TrainState, settings: CoreConfig) -> None:
-    network = state.network
-    metadata = {
-        "config": flatten(settings),
-        "image_shape": [network.in_channels, network.image_size, network.image_size],
-        "num_classes": network.num_classes,
-        "class_names": list("0123456789"),
-        "structure": structure(network, settings.model),
-        "figures": {},
-        **state.metadata(),
-    }
-    write_checkpoint(folder, state.step, metadata, state.parts())
 
 
 # Every importance, from 5% to 90%, with and without labels, one head or several, small and large pictures.
@@ -138,7 +135,7 @@ def test_what_is_left_works_trains_survives_the_disk_and_is_pruned_again(
     assert len(changed) > (0 if importance == "reinit" else 0.8 * len(before))  # The optimizer holds the new weights.
     assert state.ema.updates == 2
 
-    save(tmp_path, state, settings)
+    write_checkpoint(tmp_path, state.step, metadata(state.network, settings) | state.metadata(), state.parts())
     restored = TrainState.restore(read_checkpoint(tmp_path), settings.train, settings.ema, torch.device("cpu"))
     assert is_pruned(restored)
     for one in (state, restored):
