@@ -54,3 +54,8 @@ def write_pickle(path: Path, content: dict[str, Any]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(pickle.dumps(content))
     return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def frame_count(image: Image.Image) -> int:
+    """How many frames an animation has. Pillow's type for an opened file leaves the attribute out."""
+    return int(image.n_frames)  # type: ignore[attr-defined]

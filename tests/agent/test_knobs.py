@@ -263,7 +263,7 @@ def sketch(index: int, label: int, invert: bool) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Folders of images with one sub-folder a class, by the names that the table gives them."""
     paths = {}
     for name, invert in ((FOLDER, False), (OTHER_FOLDER, True)):

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import compare_pruning
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import compare_pruning
 from studies import structured
 from studies.study import FIGURES, SAMPLING_SEED, Results, mean_and_range
 

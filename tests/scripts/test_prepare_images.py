@@ -23,13 +23,13 @@ import torch
 import torchvision
 from image_files import CIFAR, gradient, random_images, real_data, write, write_idx, write_pickle
 from PIL import Image
+from prepare_images import main
 
 from diffusion_core.config import DataConfig
 from diffusion_core.data.datasets import TORCHVISION, load_data
 from diffusion_core.data.preparation import image as making
 from diffusion_core.data.preparation.records import DATA_SETS, Job, Result
 from diffusion_core.data.preparation.target import JOURNAL_FILE, REPORT_FILE, SETTINGS_FILE, still_valid
-from scripts.prepare_images import main
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, str(ROOT / "scripts" / "prepare_images.py")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,19 +15,17 @@ from torch import Tensor
 from diffusion_core.config import DiffusionConfig
 from diffusion_core.diffusion.denoiser import SIGMA_DATA, Denoiser
 from diffusion_core.diffusion.losses import diffusion_loss, weight
-from diffusion_core.diffusion.schedule import NoiseSchedule, build_schedule
+from diffusion_core.diffusion.schedule import build_schedule
 
-SCHEDULES: dict[str, NoiseSchedule] = {
-    name: build_schedule(DiffusionConfig(timesteps=200, **settings))
-    for name, settings in {
-        "linear": {"schedule": "linear"},
-        "cosine": {"schedule": "cosine"},
-        "sigmoid": {"schedule": "sigmoid"},
-        "shifted": {"schedule": "cosine", "logsnr_shift": -2.0},
-        "karras": {"schedule": "karras", "prediction": "edm"},
-    }.items()
+SETTINGS: dict[str, dict[str, Any]] = {
+    "linear": {"schedule": "linear"},
+    "cosine": {"schedule": "cosine"},
+    "sigmoid": {"schedule": "sigmoid"},
+    "shifted": {"schedule": "cosine", "logsnr_shift": -2.0},
+    "karras": {"schedule": "karras", "prediction": "edm"},
 }
-PREDICTIONS = ["eps", "x0", "v", "edm"]
+SCHEDULES = {name: build_schedule(DiffusionConfig(timesteps=200, **changes)) for name, changes in SETTINGS.items()}
+PREDICTIONS: list[Any] = ["eps", "x0", "v", "edm"]
 PRESERVING = [(name, prediction) for name in SCHEDULES if name != "karras" for prediction in PREDICTIONS]
 CASES = [*PRESERVING, ("karras", "edm"), ("karras", "v"), ("karras", "eps"), ("karras", "x0")]
 
@@ -43,7 +42,7 @@ def unused(*_: Any) -> Tensor:
     whole=st.booleans(),
 )
 def test_every_target_gives_back_the_clean_image(
-    case: tuple[str, str], t: float, x0: list[float], noise: list[float], whole: bool
+    case: tuple[str, Any], t: float, x0: list[float], noise: list[float], whole: bool
 ) -> None:
     name, prediction = case
     schedule = SCHEDULES[name]
@@ -110,7 +109,7 @@ def test_edm_makes_inputs_and_targets_of_unit_variance() -> None:
 
 
 @pytest.mark.parametrize(("name", "prediction"), CASES)
-def test_error_scale_is_the_ratio_of_squared_errors(name: str, prediction: str) -> None:
+def test_error_scale_is_the_ratio_of_squared_errors(name: str, prediction: Any) -> None:
     denoiser = Denoiser(unused, SCHEDULES[name], prediction)
     t = torch.arange(200)
     source = torch.Generator().manual_seed(1)
@@ -134,7 +133,7 @@ def wanted_weight(weighting: str, snr: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("name", ["linear", "cosine", "karras"])
-def test_weightings_mean_the_same_for_every_prediction(name: str, weighting: str) -> None:
+def test_weightings_mean_the_same_for_every_prediction(name: str, weighting: Any) -> None:
     """Networks of each kind that err by as much in the clean image have the same loss: the weight times that error."""
     schedule = SCHEDULES[name]
     config = DiffusionConfig(weighting=weighting, min_snr_gamma=3.0, p2_gamma=1.5)
@@ -149,7 +148,7 @@ def test_weightings_mean_the_same_for_every_prediction(name: str, weighting: str
         wrong = helper.target(x0, noise, t) + error / slope
         found = diffusion_loss(Denoiser(lambda *_, w=wrong: w, schedule, prediction), x0, noise, t, None, config)
         torch.testing.assert_close(
-            found, expected.float(), rtol=3e-3, atol=1e-5, msg=lambda m, p=prediction: f"{p} {m}"
+            found, expected.float(), rtol=3e-3, atol=1e-5, msg=partial("{} {}".format, prediction)
         )
 
 
@@ -161,14 +160,14 @@ def test_edm_weighting_with_edm_prediction_is_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_uniform_weighting_is_one_for_every_prediction(prediction: str) -> None:
+def test_uniform_weighting_is_one_for_every_prediction(prediction: Any) -> None:
     denoiser = Denoiser(unused, SCHEDULES["linear"], prediction)
     assert torch.equal(weight(denoiser, torch.arange(200), DiffusionConfig()), torch.ones(200))
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("prediction", ["x0", "v"])
-def test_pure_noise_has_a_finite_weight(prediction: str, weighting: str) -> None:
+def test_pure_noise_has_a_finite_weight(prediction: Any, weighting: Any) -> None:
     schedule = build_schedule(DiffusionConfig(timesteps=50, zero_terminal_snr=True, prediction=prediction))
     denoiser = Denoiser(lambda x, *_: torch.zeros_like(x), schedule, prediction)
     x0, noise = torch.full((2, 1, 2, 2), 0.5), torch.ones(2, 1, 2, 2)
