@@ -53,6 +53,7 @@ REWIND = "rewind"
 
 
 def no_tracker(_run_id: str, _folder: Path, _config: TrialConfig) -> Tracker:
+    """Open a tracker that records nothing: the default of ``run_chain``."""
     return NullTracker()
 
 
@@ -125,9 +126,11 @@ class Chain:
             )
 
     def stage_folder(self, stage: Stage) -> Path:
+        """Folder of the run of one stage."""
         return self.folder / ROUNDS / stage.name
 
     def stage_run_id(self, stage: Stage) -> str:
+        """W&B id of the run of one stage."""
         return f"{self.run_id}-{stage.name}"
 
     def stage_config(self, stage: Stage) -> TrialConfig:

@@ -73,10 +73,10 @@ class NullTracker:
     live = False
 
     def log(self, row: Mapping[str, float | Path], step: int) -> None:
-        pass
+        """Do nothing."""
 
     def summary(self, figures: Mapping[str, Any]) -> None:
-        pass
+        """Do nothing."""
 
     def artifact(
         self,
@@ -87,16 +87,16 @@ class NullTracker:
         metadata: Mapping[str, Any],
         ttl_days: int | None = None,
     ) -> None:
-        pass
+        """Do nothing."""
 
     def use(self, name: str, kind: str = "model", files: Sequence[Path] = ()) -> None:
-        pass
+        """Do nothing."""
 
     def alert(self, title: str, text: str) -> None:
-        pass
+        """Do nothing."""
 
     def close(self, exit_code: int = 0) -> None:
-        pass
+        """Do nothing."""
 
 
 @dataclass
@@ -112,9 +112,11 @@ class MemoryTracker:
     live = True
 
     def log(self, row: Mapping[str, float | Path], step: int) -> None:
+        """Append the row, with its step."""
         self.rows.append({STEP: step, **row})
 
     def summary(self, figures: Mapping[str, Any]) -> None:
+        """Update the figures."""
         self.figures.update(figures)
 
     def artifact(
@@ -126,6 +128,7 @@ class MemoryTracker:
         metadata: Mapping[str, Any],
         ttl_days: int | None = None,
     ) -> None:
+        """Keep name, type, aliases and metadata, and a copy of the files' contents."""
         self.artifacts.append(
             {
                 "name": name,
@@ -138,10 +141,13 @@ class MemoryTracker:
         )
 
     def use(self, name: str, kind: str = "model", files: Sequence[Path] = ()) -> None:
+        """Append (type, name)."""
         self.used.append((kind, name))
 
     def alert(self, title: str, text: str) -> None:
+        """Append (title, text)."""
         self.alerts.append((title, text))
 
     def close(self, exit_code: int = 0) -> None:
+        """Keep the exit status."""
         self.exit_code = exit_code

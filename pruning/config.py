@@ -11,6 +11,8 @@ from diffusion_core.config import Section
 
 
 class PruneConfig(Section):
+    """Knobs of ``prune.*``: what is pruned, when, by which method, and how much stays."""
+
     method: Literal["none", "magnitude", "random", "snip", "synflow", "gradual", "n_of_m", "lottery", "structured"] = (
         "none"
     )

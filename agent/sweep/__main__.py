@@ -31,10 +31,12 @@ class Parser(argparse.ArgumentParser):
     """Refuses words in one line, as everything else is refused."""
 
     def error(self, message: str) -> NoReturn:
+        """Print the message in one line and exit, without the usage that argparse prints."""
         sys.exit(fail(message))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line. Exits with an error if flags contradict each other."""
     parser = Parser("python -m agent.sweep", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help="sweep file, such as sweeps/quickstart.yaml")
     parser.add_argument("--count", type=positive, metavar="N", help="run at most N trials now")
@@ -54,6 +56,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
+    """Parse an integer >= 1; raises argparse.ArgumentTypeError, which argparse reports."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected an integer >= 1")
     return int(text)
@@ -109,6 +112,7 @@ def online(sweep: SweepFile | None, arguments: argparse.Namespace) -> int:
 
 
 def one_per_gpu() -> int:
+    """Number of processes to run at once by default: one for each visible GPU, at least one."""
     from agent.sweep.devices import visible_gpus
 
     return max(1, len(visible_gpus()))

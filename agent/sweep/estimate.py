@@ -103,6 +103,7 @@ class Estimator:
 
 
 def classes_of(config: TrialConfig) -> int:
+    """Number of classes of a data set. That of a folder is unknown before it is read, so a usual one is assumed."""
     return NUM_CLASSES.get(config.data.name, USUAL_CLASSES)
 
 

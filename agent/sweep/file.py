@@ -58,10 +58,12 @@ class SweepFile:
 
     @property
     def metric(self) -> str | None:
+        """Name of the figure that the sweep optimises, or None."""
         return self.config.get("metric", {}).get("name")
 
     @property
     def maximize(self) -> bool:
+        """Whether a larger value of the metric is better."""
         return self.config.get("metric", {}).get("goal") == "maximize"
 
     @property
@@ -73,6 +75,7 @@ class SweepFile:
 
     @property
     def run_cap(self) -> int | None:
+        """Largest number of trials, or None for no limit."""
         return self.config.get("run_cap")
 
     def grid_size(self) -> int | None:

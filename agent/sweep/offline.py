@@ -66,6 +66,7 @@ class Running:
 
     @property
     def seconds(self) -> float:
+        """Seconds since this process of the trial started."""
         return time.monotonic() - self.started_at
 
 

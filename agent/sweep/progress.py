@@ -25,6 +25,7 @@ class SweepProgress:
         self.jobs = jobs
 
     def started(self, trial: Trial) -> None:
+        """Report that a trial starts, or resumes if it ran before."""
         begins = "goes on" if trial.seconds else "starts"
         print(f"{self._name(trial)} {begins}: {choice(trial.parameters, self.sweep.varied)}", flush=True)
 

@@ -91,6 +91,7 @@ class SweepState:
         )
 
     def trial_folder(self, trial: Trial) -> Path:
+        """Folder of one trial."""
         return self.folder / TRIALS / trial.id
 
     @contextmanager

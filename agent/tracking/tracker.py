@@ -50,12 +50,14 @@ class WandbTracker:
             run.define_metric(name, step_metric=STEP, summary="min" if goal == "minimize" else "max")
 
     def log(self, row: Mapping[str, float | Path], step: int) -> None:
+        """Send one row to W&B, unless the server has that step already."""
         if step >= self.first_step:
             # Committed at once: a row that waited for the next one would be lost with this process.
             values = {STEP: step, **{name: _wandb_value(value) for name, value in row.items()}}
             self.run.log(values, step=step, commit=True)
 
     def summary(self, figures: Mapping[str, Any]) -> None:
+        """Set figures in the run's summary."""
         self.run.summary.update(dict(figures))
 
     def artifact(
@@ -67,6 +69,7 @@ class WandbTracker:
         metadata: Mapping[str, Any],
         ttl_days: int | None = None,
     ) -> None:
+        """Queue a version of an artifact for upload. Returns at once."""
         self.uploads.put(Upload(name, kind, tuple(files), tuple(aliases), dict(metadata), ttl_days))
 
     def _send(self, upload: Upload) -> None:
@@ -86,6 +89,7 @@ class WandbTracker:
                 self.after_upload(logged)
 
     def use(self, name: str, kind: str = "model", files: Sequence[Path] = ()) -> None:
+        """Record that the run uses an artifact, after the uploads that were queued before."""
         if self.live:  # Only a server knows of other runs. After all uploads before it, of which it may be one.
             self.uploads.then(f"lineage from {name}", lambda: self._use(name, kind, files))
 
@@ -103,6 +107,7 @@ class WandbTracker:
             self.run.use_artifact(name, type=kind)
 
     def alert(self, title: str, text: str) -> None:
+        """Send an alert of level WARN."""
         self.run.alert(title, text, level="WARN")
 
     def close(self, exit_code: int = 0) -> None:

@@ -58,6 +58,7 @@ def our_network(
 
 
 def describe(network: UNet) -> str:
+    """Describe a network in one line: weights, classes and image size."""
     weights = sum(parameter.numel() for parameter in network.parameters())
     classes = f"{network.num_classes} classes" if network.num_classes else "no classes"
     return f"{weights:,} weights, {classes}, images of {network.in_channels} x {network.image_size}^2"

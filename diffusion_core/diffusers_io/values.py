@@ -7,20 +7,24 @@ from typing import Any
 
 
 def fixed_problems(given: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> Iterator[str]:
+    """Report the keys whose value is none of those allowed. A missing key is fine."""
     for key, values in allowed.items():
         if key in given and given[key] not in values:
             yield f"{key} = {given[key]!r}: expected {' or '.join(map(repr, values))}"
 
 
 def is_list(value: Any) -> bool:
+    """Whether a value is a list or a tuple."""
     return isinstance(value, list | tuple)
 
 
 def is_count(value: Any) -> bool:
+    """Whether a value is an integer >= 1."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def is_number(value: Any) -> bool:
+    """Whether a value is an integer or a float; booleans are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

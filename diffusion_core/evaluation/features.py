@@ -32,10 +32,12 @@ class Extractor(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name of the network, as in the names of figures."""
 
     @property
-    def weights(self) -> str: ...
+    def weights(self) -> str:
+        """Which weights the network has: a hash or a published name."""
 
     def __call__(self, images_BCHW: Tensor) -> Judged:
         """uint8 images to features and, where the network knows classes, logits; float32, on the network's device."""

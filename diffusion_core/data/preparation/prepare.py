@@ -44,6 +44,7 @@ class Prepared:
 
     @property
     def kept(self) -> int:
+        """Number of images that were written."""
         return sum(not result.dropped for result in self.results)
 
 

@@ -60,6 +60,7 @@ def find_jobs(root: Path, suffix: str) -> tuple[list[Job], Counter[str]]:
 
 
 def stamp(entry: os.DirEntry[str]) -> str:
+    """Size and modification time of a file, which show whether it changed; empty if it cannot be read."""
     try:
         status = entry.stat()
     except OSError:  # A link that leads nowhere, which the worker will report.

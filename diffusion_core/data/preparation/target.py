@@ -63,6 +63,7 @@ def read_journal(path: Path) -> list[Result]:
 
 
 def write_journal(path: Path, results: Iterable[Result]) -> None:
+    """Write one line of JSON per result."""
     write_text(path, "".join(json.dumps(asdict(result)) + "\n" for result in results))
 
 
@@ -86,6 +87,7 @@ def still_valid(jobs: Iterable[Job], old: Iterable[Result], target: Path) -> dic
 
 
 def size_of(path: Path) -> int | None:
+    """Size of a file in bytes, or None if it cannot be read."""
     try:
         return path.stat().st_size
     except OSError:
@@ -121,6 +123,7 @@ def remove(target: Path, made: Iterable[Result], final: Iterable[Result]) -> int
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
