@@ -185,7 +185,9 @@ TABLE: dict[str, Entry] = {
     "sample.every": Entry(2, ("files", "grids")),
     "sample.per_class": Entry(2, ("grid size",), same=SAMPLING_ONLY),
     "sample.batch_size": Entry(3, ("batches",), same=(*SAMPLING_ONLY, "grid"), why="memory and speed, not the images"),
-    "sample.cuda_graphs": Entry(False, ("replayed",), why="a GPU alone records and replays"),
+    "sample.cuda_graphs": Entry(
+        False, ("replayed",), {"eval.classifier": "auto", "eval.num_images": 4}, why="a GPU alone records and replays"
+    ),
     "sample.compile": Entry(
         "network",
         ("compiled for sampling",),
