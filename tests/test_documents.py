@@ -82,6 +82,15 @@ def test_paths_exist(document: Path) -> None:
         assert (ROOT / path.rstrip(".")).exists(), f"{document.name}: {path} does not exist"
 
 
+def test_paths_in_comments_and_messages_exist() -> None:
+    suffixes = {".py", ".yaml", ".ipynb"}
+    folders = [ROOT / name for name in (*PACKAGES, "scripts", "sweeps", "notebooks")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in suffixes]
+    for file in [*files, ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / ".ci" / "run"]:
+        for path in PATH.findall(file.read_text(encoding="utf-8")):
+            assert (ROOT / path.rstrip(".")).exists(), f"{file.relative_to(ROOT)}: {path} does not exist"
+
+
 @documents
 def test_links_lead_somewhere(document: Path) -> None:
     for path, anchor in LINK.findall(document.read_text(encoding="utf-8")):
