@@ -62,13 +62,13 @@ def main(argv: Sequence[str] | None = None, usage: str = USAGE, defaults: Sequen
 
 def dry_run(config: TrialConfig) -> int:
     """Print what would be trained, without reading data or starting a run."""
-    from diffusion_core.config import NUM_CLASSES
     from diffusion_core.model.cost import count_cost
     from diffusion_core.model.unet import build_network
+    from diffusion_core.registries import DATASETS
 
     channels, size, _ = config.data.image_shape
     # The number of classes of a folder is known once it is read; it moves the count by an embedding row each.
-    network = build_network(config, NUM_CLASSES.get(config.data.name, 10))
+    network = build_network(config, DATASETS[config.data.name].num_classes or 10)
     cost = count_cost(network)
     checkpoint_bytes = 4 * 4 * cost.params
     print(to_yaml(config), end="")

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 from diffusion_core.config import PRESETS, CoreConfig, DistillConfig, InitConfig, build, read_yaml
+from diffusion_core.config.plugins import import_plugins
+from diffusion_core.registry import Choice
 from pruning.config import PruneConfig
-
-AT_START = frozenset({"snip", "synflow"})
-"""Methods that prune at initialisation unless they are told another step."""
 
 
 class TrialConfig(CoreConfig):
     """Everything that one trial depends on."""
 
-    preset: Literal["cifar10", "cifar100", "mnist", "digits"] = "cifar10"
+    preset: Annotated[str, Choice(PRESETS)] = "cifar10"
     """Starting point for all other knobs; what is given besides overrides it."""
     prune: PruneConfig = PruneConfig()
     init: InitConfig = InitConfig()
@@ -27,14 +26,14 @@ class TrialConfig(CoreConfig):
         """Optimizer steps before pruning, or before its start (gradual)."""
         if self.prune.step is not None:
             return self.prune.step
-        if self.prune.method in AT_START:
+        if self.prune.at_start:
             return 0
-        return max(1, self.train.steps // (4 if self.prune.method == "gradual" else 2))
+        return max(1, self.train.steps // (4 if self.prune.is_gradual else 2))
 
     @property
     def prune_until(self) -> int:
         """Optimizer steps before pruning is complete: those before it, but for gradual pruning."""
-        if self.prune.method != "gradual":
+        if not self.prune.is_gradual:
             return self.prune_step
         return self.prune.until if self.prune.until is not None else max(1, 3 * self.train.steps // 4)
 
@@ -87,7 +86,7 @@ class TrialConfig(CoreConfig):
             yield "prune.profile = 'blocks': needs prune.block_keep, such as 0.5,0.5,0.2,0.5,0.5 for two resolutions"
         if prune.profile == "blocks" and prune.method == "lottery":
             yield "prune.profile = 'blocks': not for prune.method=lottery, whose rounds say how much stays; use erk"
-        if prune.method == "gradual" and not self.prune_step < self.prune_until < self.train.steps:
+        if prune.is_gradual and not self.prune_step < self.prune_until < self.train.steps:
             yield (
                 f"prune.until = {self.prune_until}: expected more than prune.step = {self.prune_step} and less than "
                 f"train.steps = {self.train.steps}"
@@ -116,6 +115,7 @@ def build_config(*layers: Mapping[str, Any]) -> TrialConfig:
     Raises:
         ConfigError: if a key, a value or a combination is wrong.
     """
+    import_plugins(*layers)
     preset = TrialConfig.model_fields["preset"].default
     for layer in layers:
         preset = layer.get("preset", preset)

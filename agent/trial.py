@@ -218,7 +218,7 @@ def train_and_prune(
     )
     if config.prune.method != "none" and not is_pruned(state):
         before = list(callbacks)
-        if config.prune.method == "gradual":
+        if config.prune.is_gradual:
             ramp = Ramp(config.prune_step, config.prune_until, config.prune.interval)
             before.insert(0, GradualPruning(ramp, config, config.prune))
         if accelerator.is_main_process:

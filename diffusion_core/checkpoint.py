@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffusion_core.config import ConfigError, CoreConfig, build, list_knobs
+from diffusion_core.config.plugins import missing_plugins
 from diffusion_core.files import flush_folder, sha256, write_bytes
 from diffusion_core.model.structure import resize
 from diffusion_core.model.unet import UNet
@@ -79,7 +80,8 @@ class Checkpoint:
         try:
             return build(CoreConfig, {key: value for key, value in stored.items() if key in known})
         except ConfigError as error:
-            raise CheckpointError(f"{str(self.path)!r}: its configuration cannot be used: {error}") from None
+            reason = missing_plugins(stored) or f"its configuration cannot be used: {error}"
+            raise CheckpointError(f"{str(self.path)!r}: {reason}") from None
 
     def tensors(self, part: str) -> dict[str, Tensor]:
         """The tensors of a part (``ema``, ``model``, ``optimizer``, ``masks``), on the CPU."""

@@ -8,29 +8,29 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from diffusion_core.config import Section
+from diffusion_core.registry import Choice
+from pruning.registries import IMPORTANCES, MASK_STRATEGIES
+
+OTHER_METHODS = {
+    "none": "nothing is pruned",
+    "structured": "remove the weakest channels, which leaves a smaller network",
+    "lottery": "rounds of training, magnitude and rewinding (Frankle & Carbin 2019)",
+}
+"""The values of ``prune.method`` that are no strategy for masks."""
 
 
 class PruneConfig(Section):
     """Knobs of ``prune.*``: what is pruned, when, by which method, and how much stays."""
 
-    method: Literal["none", "magnitude", "random", "snip", "synflow", "gradual", "n_of_m", "lottery", "structured"] = (
-        "none"
-    )
-    """none. Masks over weights: magnitude, the smallest go; random; snip (Lee et al. 2019) and synflow (Tanaka et al.
-    2020), which rank at initialisation; gradual, magnitude in many small steps (Zhu & Gupta 2017); n_of_m, a pattern
-    that GPUs multiply faster; lottery, rounds of training, magnitude and rewinding (Frankle & Carbin 2019). structured:
-    remove the weakest channels, which leaves a smaller network."""
+    method: Annotated[str, Choice(MASK_STRATEGIES, OTHER_METHODS)] = "none"
+    """What is pruned, and how it is chosen: masks over weights, or whole channels."""
     keep: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     """Share that stays: of the weights (masks), or of prune.target (structured)."""
     target: Literal["channels", "params", "macs", "latency"] = "macs"
     """What prune.keep is a share of: channels, parameters, multiply-accumulates, or the measured time of a forward pass
     of 16 images. Hit within 2% where the widths allow."""
-    importance: Literal[
-        "random", "l1", "l2", "taylor", "taylor_multivariable", "diff_pruning", "fisher", "hessian", "reinit"
-    ] = "l2"
-    """What says which channels are weak: nothing (random), the norm of their weights (l1, l2), how much the loss would
-    change to first order weight by weight (taylor) or in sum (taylor_multivariable) or over the timesteps that matter
-    (diff_pruning), to second order (fisher, hessian); reinit takes what l2 leaves and draws its weights anew."""
+    importance: Annotated[str, Choice(IMPORTANCES)] = "l2"
+    """What says which channels are weak."""
     scope: Literal["auto", "global", "layer"] = "auto"
     """Whether the whole network is ranked together, or each layer by itself. auto: global for masks, layer for
     structured, as their authors do. Ranked together by magnitude, layers that start at zero go whole if they had few
@@ -74,40 +74,57 @@ class PruneConfig(Section):
     @property
     def needs_images(self) -> bool:
         """Whether training images decide what goes."""
-        return self.method == "snip" or (self.method == "structured" and self.importance in GRADIENTS)
+        if self.method == "structured":
+            return bool(IMPORTANCES[self.importance].gradients)
+        return self.method in MASK_STRATEGIES and bool(MASK_STRATEGIES[self.method].needs_images)
+
+    @property
+    def at_start(self) -> bool:
+        """Whether the method prunes at initialisation unless it is told another step."""
+        return self.method in MASK_STRATEGIES and bool(MASK_STRATEGIES[self.method].at_start)
+
+    @property
+    def is_gradual(self) -> bool:
+        """Whether the method prunes in many small steps."""
+        return self.method in MASK_STRATEGIES and bool(MASK_STRATEGIES[self.method].gradual)
 
 
 _CHAIN = frozenset({"rounds", "per_round", "rewind_step", "control"})
-_RANKED = frozenset({"method", "keep", "scope", "profile", "block_keep", "step"})
-LISTENS_TO: dict[str, frozenset[str]] = {
-    "none": frozenset({"method"}),
-    "magnitude": _RANKED,
-    "random": _RANKED,
-    "snip": frozenset({"method", "keep", "step", "calibration_batches"}),
-    "synflow": frozenset({"method", "keep", "step"}),
-    "gradual": _RANKED | {"until", "interval"},
-    "n_of_m": frozenset({"method", "pattern", "step"}),
-    "lottery": frozenset({"method", "scope", "profile"}) | _CHAIN,
-    "structured": frozenset(PruneConfig.model_fields) - _CHAIN - {"profile", "until", "interval", "pattern"},
-}
-"""The knobs that each method listens to."""
-
-GRADIENTS = frozenset({"taylor", "taylor_multivariable", "diff_pruning", "fisher", "hessian"})
-"""The importances that need training images."""
-
-_BY_LAYER = {"profile": ("scope", frozenset({"layer"})), "block_keep": ("profile", frozenset({"blocks"}))}
-NEEDS: dict[str, dict[str, tuple[str, frozenset[str]]]] = {
-    **dict.fromkeys(("magnitude", "random", "gradual", "lottery"), _BY_LAYER),
-    "structured": {
-        "calibration_batches": ("importance", GRADIENTS),
-        "threshold": ("importance", frozenset({"diff_pruning"})),
-        "block_keep": ("scope", frozenset({"auto", "layer"})),
-    },
-}
-"""Of each method the knobs that listen to another one: its name, and the values with which they are heard."""
+_MASKS_ONLY = frozenset({"profile", "until", "interval", "pattern"})
 
 
-def unheard(prune: PruneConfig, methods: Collection[str] | None = None) -> Iterator[str]:
+def methods() -> list[str]:
+    """All values of ``prune.method``."""
+    return [*OTHER_METHODS, *MASK_STRATEGIES]
+
+
+def listens_to(method: str) -> frozenset[str]:
+    """The knobs that a method listens to."""
+    if method == "none":
+        return frozenset({"method"})
+    if method == "lottery":
+        return frozenset({"method", "scope", "profile"}) | _CHAIN
+    if method == "structured":
+        return frozenset(PruneConfig.model_fields) - _CHAIN - _MASKS_ONLY
+    return frozenset({"method", "step"}) | MASK_STRATEGIES[method].knobs
+
+
+def needs(method: str) -> dict[str, tuple[str, frozenset[str]]]:
+    """Of a method the knobs that listen to another one: its name, and the values with which they are heard."""
+    if method == "structured":
+        with_gradients = frozenset(name for name, record in IMPORTANCES.items() if record.gradients)
+        with_threshold = frozenset(name for name, record in IMPORTANCES.items() if record.threshold)
+        return {
+            "calibration_batches": ("importance", with_gradients),
+            "threshold": ("importance", with_threshold),
+            "block_keep": ("scope", frozenset({"auto", "layer"})),
+        }
+    if {"scope", "profile"} <= listens_to(method):
+        return {"profile": ("scope", frozenset({"layer"})), "block_keep": ("profile", frozenset({"blocks"}))}
+    return {}
+
+
+def unheard(prune: PruneConfig, tried: Collection[str] | None = None) -> Iterator[str]:
     """The knobs that are set although no method listens to them, each as one line for the user.
 
     A knob at its default counts as not set. A sweep over several methods sets the knobs of all of them in every trial:
@@ -115,23 +132,23 @@ def unheard(prune: PruneConfig, methods: Collection[str] | None = None) -> Itera
 
     Args:
         prune: the knobs.
-        methods: None: the one that is set.
+        tried: the methods; None: the one that is set.
     """
-    needs = NEEDS.get(prune.method, {}) if methods is None else {}  # A sweep may vary what a knob needs.
-    methods = [prune.method] if methods is None else list(dict.fromkeys(methods))
-    heard = frozenset[str]().union(*(LISTENS_TO[method] for method in methods))
+    needed = needs(prune.method) if tried is None else {}  # A sweep may vary what a knob needs.
+    tried = [prune.method] if tried is None else list(dict.fromkeys(tried))
+    heard = frozenset[str]().union(*(listens_to(method) for method in tried))
     for name, field in PruneConfig.model_fields.items():
         value = getattr(prune, name)
         if value == field.default:
             continue
         if name not in heard:
-            listeners = " or ".join(method for method, knobs in LISTENS_TO.items() if name in knobs)
+            listeners = " or ".join(method for method in methods() if name in listens_to(method))
             yield (
-                f"prune.{name} = {value!r}: says nothing to prune.method={' or '.join(methods)}; leave it out, or use "
+                f"prune.{name} = {value!r}: says nothing to prune.method={' or '.join(tried)}; leave it out, or use "
                 f"{listeners}"
             )
-        elif name in needs:
-            key, values = needs[name]
+        elif name in needed:
+            key, values = needed[name]
             now = getattr(prune, key)
             if now not in values:
                 yield (

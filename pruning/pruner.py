@@ -18,7 +18,7 @@ from diffusion_core.model.unet import UNet
 from diffusion_core.training.trainer import TrainState
 from pruning.calibration import Calibration
 from pruning.channels.removal import Removal, prune_channels, remove
-from pruning.config import LISTENS_TO, PruneConfig
+from pruning.config import PruneConfig, listens_to
 from pruning.masks.build import choose_masks
 from pruning.masks.mask import MASKS_PART, WeightMasks, agreed, empty_layers, held_masks, hold_masks, sparsity
 
@@ -99,19 +99,13 @@ def smaller_masks(network: UNet, masks: WeightMasks, removal: Removal) -> Weight
     return {name: weight != 0 for name, weight in maskable(remove(carrier, replace(removal, redrawn=None))).items()}
 
 
-PRUNERS: dict[str, Pruner] = {
-    **dict.fromkeys(("magnitude", "random", "snip", "synflow", "gradual", "n_of_m"), prune_weights),
-    "structured": prune_structure,
-}
-"""The pruner of each ``prune.method``."""
-
-
 def prune_state(
     state: TrainState, config: CoreConfig, prune: PruneConfig, calibration: Calibration | None = None
 ) -> PruneReport:
     """Prune a training state, in place, and add a record of it to the state's."""
     before = count_cost(state.network)
-    pruned = PRUNERS[prune.method](state, config, prune, calibration)
+    pruner = prune_structure if prune.method == "structured" else prune_weights
+    pruned = pruner(state, config, prune, calibration)
     report = PruneReport(
         method=prune.method,
         step=state.step,
@@ -128,7 +122,8 @@ def prune_state(
 
 def heard_knobs(prune: PruneConfig) -> dict[str, Any]:
     """The knobs that the method listens to, as JSON."""
-    return {name: value for name, value in prune.model_dump(mode="json").items() if name in LISTENS_TO[prune.method]}
+    heard = listens_to(prune.method)
+    return {name: value for name, value in prune.model_dump(mode="json").items() if name in heard}
 
 
 def keep_record(state: TrainState, report: PruneReport) -> None:

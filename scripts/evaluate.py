@@ -32,7 +32,7 @@ from agent.sweep.results import best_of_sweep, table_of
 from agent.tracking.artifacts import download_model
 from agent.tracking.registry import publish
 from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from diffusion_core.config import IMAGE_SHAPES, ConfigError, CoreConfig, DataConfig, EvalConfig, Figure, build, flatten
+from diffusion_core.config import ConfigError, CoreConfig, DataConfig, EvalConfig, Figure, build, flatten
 from diffusion_core.config.metrics import INCEPTION
 from diffusion_core.data.datasets import DataError, load_data
 from diffusion_core.distributed import first_process_first, shared_out
@@ -46,6 +46,7 @@ from diffusion_core.evaluation.protocol import protocol, protocols, sampling_pro
 from diffusion_core.evaluation.reference import write_statistics
 from diffusion_core.evaluation.suite import Judgement, Suite
 from diffusion_core.hardware import pick_precision
+from diffusion_core.registries import DATASETS
 from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs
 from diffusion_core.sampling.generation import Generator
 
@@ -63,7 +64,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--checkpoint", type=Path, metavar="PATH", help="a checkpoint, or a run's folder")
     source.add_argument("--sweep", type=Path, metavar="DIR", help="an offline sweep's folder: its best trial")
     parser.add_argument("--against", type=Path, metavar="PATH", help="another model: how alike are the images?")
-    parser.add_argument("--data", choices=[name for name in IMAGE_SHAPES if name != "folder"], metavar="NAME",
+    known = [name for name, record in DATASETS.items() if record.path != "required"]
+    parser.add_argument("--data", choices=known, metavar="NAME",
                         help="data set that a folder of images is compared to")  # fmt: skip
     parser.add_argument("--data-path", metavar="DIR", help="where the data set's images are (default: as configured)")
     parser.add_argument("--save-stats", action="store_true", help="write the statistics of PATH1 to PATH2 (.npz)")
@@ -210,7 +212,7 @@ def suite_of(
     arguments: argparse.Namespace, data: DataConfig, device: torch.device, *, count: int, conditional: bool
 ) -> Suite:
     """What images of a data set are judged by: Inception by default, and for digits their classifier."""
-    default = "classifier" if data.name == "digits" and not arguments.inception_weights else INCEPTION
+    default = "classifier" if DATASETS[data.name].quick_classifier and not arguments.inception_weights else INCEPTION
     extractors = arguments.extractor or [default]
     settings = {
         "num_images": count,

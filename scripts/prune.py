@@ -30,12 +30,13 @@ from agent.tracking.environment import has_key, load_environment
 from agent.tracking.run import start_wandb
 from agent.tracking.tracker import WandbTracker
 from diffusion_core.checkpoint import CheckpointError, list_checkpoints, write_checkpoint
-from diffusion_core.config import NUM_CLASSES, ConfigError, flatten, list_knobs, split_argv
+from diffusion_core.config import ConfigError, flatten, list_knobs, split_argv
 from diffusion_core.data.datasets import DataError, load_data
 from diffusion_core.evaluation.consistency import consistency_of_models
 from diffusion_core.hardware import pick_device, pick_precision
 from diffusion_core.model.cost import LATENCY_BATCH, count_cost, latencies, peak_memory
 from diffusion_core.model.unet import UNet, build_network
+from diffusion_core.registries import DATASETS
 from diffusion_core.run_folder import make_folder
 from diffusion_core.sampling.generation import Generator
 from diffusion_core.training.checkpoints import describe, model_files
@@ -44,9 +45,9 @@ from pruning.calibration import Calibration
 from pruning.config import PruneConfig, unheard
 from pruning.consistency import keep_dense_images
 from pruning.pruner import prune_state
+from pruning.registries import IMPORTANCES
 
 TARGETS = get_args(PruneConfig.model_fields["target"].annotation)
-IMPORTANCES = get_args(PruneConfig.model_fields["importance"].annotation)
 NOT_TAKEN_OVER = ("prune.", "init.", "distill.", "log.", "train.device")
 """Knobs of the run that a checkpoint comes from which say nothing of its model."""
 NUM_IMAGES = 16
@@ -184,7 +185,7 @@ def run(job: Job, batch: int) -> dict[str, Any]:
     config, device = job.config, pick_device(job.config.train)
     dataset = load_data(config.data, progress=config.log.progress) if config.prune.needs_images else None
     if job.source is None:
-        num_classes = dataset.num_classes if dataset else NUM_CLASSES.get(config.data.name, 0)
+        num_classes = dataset.num_classes if dataset else DATASETS[config.data.name].num_classes or 0
         class_names = dataset.class_names if dataset else [str(label) for label in range(num_classes)]
         state = TrainState.start(build_network(config, num_classes).to(device), config)
     else:

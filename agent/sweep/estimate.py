@@ -19,9 +19,9 @@ from agent.sweep import engine
 from agent.sweep.devices import threads_each, visible_gpus
 from agent.sweep.file import SweepFile
 from agent.sweep.results import choice, duration
-from diffusion_core.config import NUM_CLASSES
 from diffusion_core.diffusion.schedule import build_schedule
 from diffusion_core.model.unet import UNet, build_network
+from diffusion_core.registries import DATASETS
 from diffusion_core.sampling.media import GIF_COLUMNS, GIF_ROWS
 from diffusion_core.sampling.samplers import evaluations
 from diffusion_core.training.ema import profiles
@@ -104,7 +104,7 @@ class Estimator:
 
 def classes_of(config: TrialConfig) -> int:
     """Number of classes of a data set. That of a folder is unknown before it is read, so a usual one is assumed."""
-    return NUM_CLASSES.get(config.data.name, USUAL_CLASSES)
+    return DATASETS[config.data.name].num_classes or USUAL_CLASSES
 
 
 def count_params(config: TrialConfig) -> int:

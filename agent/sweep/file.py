@@ -14,7 +14,7 @@ from agent.sweep import engine
 from agent.sweep.process import ARGS_MACRO, ENVIRONMENT_MACRO, MACROS
 from diffusion_core.config import ConfigError, list_knobs, read_yaml, unknown_key
 from diffusion_core.config.metrics import GOALS, goal_of
-from pruning.config import LISTENS_TO, PruneConfig, unheard
+from pruning.config import PruneConfig, methods, unheard
 
 METHODS = ("grid", "random", "bayes")
 EXPECTED = {"early_terminate": "type: hyperband, with min_iter:, or with max_iter: and s:"}
@@ -271,7 +271,8 @@ def _parameter_problems(parameters: Any, method: Any) -> list[str]:
     if method == "bayes" and not problems and all("value" in spec for spec in flat.values()):
         problems.append("parameters: expected one that varies, for method=bayes to search")
     first = {key: values[0] for key, values in tried.items()}
-    methods = [str(method) for method in tried.get("prune.method", [PruneConfig().method]) if method in LISTENS_TO]
+    named = map(str, tried.get("prune.method", [PruneConfig().method]))
+    wanted = [name for name in named if name in methods()]
     for key, values in tried.items():
         for value in values:
             try:
@@ -279,7 +280,7 @@ def _parameter_problems(parameters: Any, method: Any) -> list[str]:
             except ConfigError as error:
                 problems += error.problems
             else:
-                problems += unheard(config.prune, methods)
+                problems += unheard(config.prune, wanted)
     return problems
 
 

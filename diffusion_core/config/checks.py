@@ -13,6 +13,7 @@ from diffusion_core.config.knobs import (
     SampleConfig,
     TrainConfig,
 )
+from diffusion_core.registries import DATASETS, PREDICTIONS, SCHEDULES
 
 
 def combination_problems(
@@ -25,10 +26,11 @@ def combination_problems(
     evaluation: EvalConfig,
 ) -> Iterator[str]:
     """What is wrong with the sections of a configuration taken together."""
-    if data.name == "folder" and data.path is None:
-        yield "data.path = None: data.name=folder needs data.path=DIR, with one sub-folder of images a class"
-    if data.name == "digits" and data.path is not None:
-        yield f"data.path = {data.path!r}: data.name=digits is built in; leave it out, or use data.name=folder"
+    place = DATASETS[data.name].path
+    if place == "required" and data.path is None:
+        yield f"data.path = None: data.name={data.name} needs data.path=DIR, with one sub-folder of images a class"
+    if place == "refused" and data.path is not None:
+        yield f"data.path = {data.path!r}: data.name={data.name} is built in; leave it out, or use data.name=folder"
     size = data.image_shape[1]
     levels = len(model.channel_multipliers)
     if size % 2 ** (levels - 1):
@@ -80,11 +82,12 @@ def formulation_problems(
     model: ModelConfig, diffusion: DiffusionConfig, train: TrainConfig, ema: EmaConfig, sample: SampleConfig
 ) -> Iterator[str]:
     """What is wrong with schedule, prediction, guidance and averages taken together."""
-    if diffusion.schedule == "karras":
-        if diffusion.prediction != "edm":
+    prediction = PREDICTIONS[diffusion.prediction]
+    if not SCHEDULES[diffusion.schedule].variance_preserving:
+        if prediction.inputs is None:
             yield (
-                f"diffusion.prediction = {diffusion.prediction!r}: diffusion.schedule=karras needs edm, whose "
-                f"inputs are scaled"
+                f"diffusion.prediction = {diffusion.prediction!r}: diffusion.schedule={diffusion.schedule} needs "
+                f"{' or '.join(name for name, record in PREDICTIONS.items() if record.inputs)}, whose inputs are scaled"
             )
         for key, value in (
             ("diffusion.logsnr_shift", diffusion.logsnr_shift),
@@ -92,12 +95,13 @@ def formulation_problems(
             ("model.learned_variance", model.learned_variance),
         ):
             if value:
-                yield f"{key} = {value}: not for diffusion.schedule=karras"
+                yield f"{key} = {value}: not for diffusion.schedule={diffusion.schedule}"
     if diffusion.sigma_min >= diffusion.sigma_max:
         yield f"diffusion.sigma_min = {diffusion.sigma_min}: expected less than sigma_max = {diffusion.sigma_max}"
-    if diffusion.zero_terminal_snr and diffusion.prediction not in ("x0", "v"):
+    if diffusion.zero_terminal_snr and not prediction.at_pure_noise:
         yield (
-            f"diffusion.prediction = {diffusion.prediction!r}: diffusion.zero_terminal_snr needs x0 or v, since "
+            f"diffusion.prediction = {diffusion.prediction!r}: diffusion.zero_terminal_snr needs "
+            f"{' or '.join(name for name, record in PREDICTIONS.items() if record.at_pure_noise)}, since "
             f"pure noise holds no image to divide by"
         )
     if sample.variance == "learned" and not model.learned_variance:

@@ -23,6 +23,9 @@ from diffusion_core.config.knobs import (
     TrainConfig,
 )
 from diffusion_core.config.metrics import LOSS_BUCKETS, count_name, goal_of, space_figure
+from diffusion_core.registries import DATASETS
+
+PLUGIN_NAME = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"
 
 
 class CoreConfig(Section):
@@ -30,6 +33,9 @@ class CoreConfig(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of every random draw: weights, batches, noise, dropout, samples. (What is held out never changes.)"""
+    plugins: list[Annotated[str, Field(pattern=PLUGIN_NAME)]] = Field(default=[])
+    """Your own Python modules that add samplers, schedules, data sets and so on (docs/extending.md); imported before
+    the configuration is checked."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -63,7 +69,8 @@ class CoreConfig(Section):
     @property
     def has_classifier(self) -> bool:
         """Whether generated images are shown to a classifier."""
-        wanted = self.eval.classifier == "network" or (self.eval.classifier == "auto" and self.data.name == "digits")
+        choice = self.eval.classifier
+        wanted = choice == "network" or (choice == "auto" and DATASETS[self.data.name].quick_classifier)
         return wanted and self.model.class_conditional
 
     @property
@@ -98,5 +105,6 @@ def _space_figures(figure: str, space: str, count: int, reference: str | None, d
     """What a figure may be called: a distance to few real images is not called FID, and how many there are in a folder
     is known once it is read.
     """
-    sizes = {"digits": [1], "folder": [1, count]}.get(data, [count])
+    least = DATASETS[data].least_images
+    sizes = [1, count] if least is None else [least]
     return [space_figure(figure, space, count, reference, size) for size in sizes]

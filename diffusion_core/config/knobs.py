@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from diffusion_core.config.metrics import INCEPTION, space_name
+from diffusion_core.registries import DATASETS, PREDICTIONS, SAMPLERS, SCHEDULES
+from diffusion_core.registry import Choice
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -37,23 +39,6 @@ FIGURE_PARTS = {
 """What each of these figures is logged as in a feature space."""
 
 
-IMAGE_SHAPES = {
-    "digits": (1, 8),
-    "cifar10": (3, 32),
-    "cifar100": (3, 32),
-    "mnist": (1, 28),
-    "fashion_mnist": (1, 28),
-    "folder": (3, 32),
-}
-"""Channels, and height and width, of the images of each data set (for `folder`: what they are scaled to)."""
-
-NUM_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "mnist": 10, "fashion_mnist": 10}
-"""Classes of each data set (those of a folder are known once it is read)."""
-
-MIRRORED = frozenset({"cifar10", "cifar100", "folder"})
-"""Data sets whose images are as natural in the mirror."""
-
-
 class Section(BaseModel):
     """A group of knobs: immutable, typed, closed to unknown names."""
 
@@ -63,9 +48,8 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Knobs of ``data.*``: the data set and how its images are prepared."""
 
-    name: Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist", "folder"] = "cifar10"
-    """Data set. `digits` is built in (1,797 real 8x8 digits); `folder` has one sub-folder a class under data.path;
-    the others are downloaded once."""
+    name: Annotated[str, Choice(DATASETS)] = "cifar10"
+    """Data set."""
     path: Annotated[str, Field(min_length=1)] | None = None
     """Folder of the images (`folder`), or where downloads are kept (default: ~/.cache/torchvision)."""
     image_size: Annotated[int, Field(ge=4, le=1024)] | None = None
@@ -79,14 +63,14 @@ class DataConfig(Section):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the images, known before any is read."""
-        channels, size = IMAGE_SHAPES[self.name]
-        size = self.image_size or size
-        return channels, size, size
+        record = DATASETS[self.name]
+        size = self.image_size or record.size
+        return record.channels, size, size
 
     @property
     def flips(self) -> bool:
         """Whether training images are mirrored."""
-        return self.name in MIRRORED if self.horizontal_flip is None else self.horizontal_flip
+        return DATASETS[self.name].mirrored if self.horizontal_flip is None else self.horizontal_flip
 
 
 class ModelConfig(Section):
@@ -120,9 +104,8 @@ class ModelConfig(Section):
 class DiffusionConfig(Section):
     """Knobs of ``diffusion.*``: noise schedule, prediction and loss."""
 
-    schedule: Literal["linear", "cosine", "sigmoid", "karras"] = "linear"
-    """Noise schedule: linear (Ho et al. 2020), cosine (Nichol & Dhariwal 2021), sigmoid (Jabri et al. 2022), or the
-    variance exploding one of Karras et al. 2022, which needs diffusion.prediction=edm."""
+    schedule: Annotated[str, Choice(SCHEDULES)] = "linear"
+    """Noise schedule."""
     timesteps: Annotated[int, Field(ge=2, le=100_000)] = 1000
     """Number of noise levels T."""
     beta_start: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-4
@@ -138,9 +121,8 @@ class DiffusionConfig(Section):
     """Smallest noise level of the karras schedule."""
     sigma_max: Annotated[float, Field(gt=0.0)] = 80.0
     """Largest noise level of the karras schedule."""
-    prediction: Literal["eps", "x0", "v", "edm"] = "eps"
-    """What the network predicts: the noise, the clean image, v (Salimans & Ho 2022), or what EDM's preconditioning
-    makes of it (Karras et al. 2022)."""
+    prediction: Annotated[str, Choice(PREDICTIONS)] = "eps"
+    """What the network predicts."""
     loss: Literal["l2", "l1", "huber"] = "l2"
     """Distance between prediction and target: squared, absolute, or squared up to diffusion.huber_delta."""
     huber_delta: Annotated[float, Field(gt=0.0)] = 0.5
@@ -232,9 +214,8 @@ class EmaConfig(Section):
 class SampleConfig(Section):
     """Knobs of ``sample.*``: how images are generated."""
 
-    sampler: Literal["ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde"] = "ddim"
-    """Ancestral sampling (Ho et al. 2020), DDIM (Song et al. 2021), Euler, its ancestral variant and Heun (Karras et
-    al. 2022), DPM-Solver++(2M) and its SDE variant (Lu et al. 2022)."""
+    sampler: Annotated[str, Choice(SAMPLERS)] = "ddim"
+    """How images are sampled."""
     steps: Positive = 50
     """Steps an image, at most diffusion.timesteps; each is one network evaluation, with heun two."""
     spacing: Literal["uniform", "trailing", "quadratic", "karras"] = "uniform"

@@ -19,6 +19,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from diffusion_core.registry import Choice
+
 Schema = TypeVar("Schema", bound=BaseModel)
 
 FOREIGN_KEYS = frozenset({"_wandb", "wandb_version"})
@@ -202,6 +204,13 @@ def _messages(error: ValidationError, fields: Mapping[str, FieldInfo], values: M
     return messages
 
 
+def explained(field: FieldInfo) -> str:
+    """What a knob does, in one line; of a choice also what each of its values does."""
+    purpose = " ".join((field.description or "").split())
+    choices = [choice.explained() for choice in field.metadata if isinstance(choice, Choice)]
+    return " ".join(part for part in (purpose, *(f"{text}." for text in choices if text)) if part)
+
+
 def allowed(field: FieldInfo) -> str:
     """What a knob accepts, in words: ``a number > 0 and <= 1, or None``."""
     return _allowed(field.annotation, field.metadata)
@@ -229,6 +238,9 @@ def _allowed(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:
         return f"a list{length} such as 1,2,2, each {_allowed(typing.get_args(annotation)[0])}"
     if annotation is str and any(getattr(constraint, "min_length", None) for constraint in metadata):
         return "text that is not empty"
+    for choice in metadata:
+        if isinstance(choice, Choice):
+            return "one of " + ", ".join(choice.values())
     bounds = [
         f"{sign} {f'{bound:g}' if isinstance(bound, float) else bound}"
         for constraint in metadata
@@ -329,7 +341,7 @@ def help_text(schema: type[BaseModel]) -> str:
         if key.rpartition(".")[0] != section:
             section = key.rpartition(".")[0]
             lines.append("")
-        purpose = " ".join((field.description or "").split())
+        purpose = explained(field)
         default = ",".join(map(str, field.default)) if isinstance(field.default, list) else field.default
         lines.append(f"  --{key}={default}")
         lines.append(f"        {purpose} [{allowed(field)}]")

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import gzip
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from tqdm import tqdm
 from diffusion_core.config import DataConfig
 from diffusion_core.data.image_files import IMAGE_SUFFIXES, ImageFileError, read_rgb, square
 from diffusion_core.randomness import Purpose, generator
+from diffusion_core.registries import DATASETS
 
 SPLIT_SEED = 0
 """The held-out split does not follow the run's seed: runs with different seeds are compared on the same images."""
@@ -74,8 +77,31 @@ class Dataset:
         return len(self.class_names)
 
 
-TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
-"""The data sets that torchvision downloads, and their names there."""
+@dataclass(frozen=True)
+class DatasetRecord:
+    """What is known of a data set before it is read.
+
+    Attributes:
+        load: reads it, at the size that the knobs say or at its own; ``progress`` shows a bar.
+        help: what it is.
+        channels: of its images.
+        size: height and width of its images, or what they are scaled to unless ``data.image_size`` says otherwise.
+        num_classes: None where it is known once the images are read.
+        mirrored: whether its images are as natural in the mirror.
+        path: what ``data.path`` is for it: ``required``, ``refused``, or a ``cache`` of downloads.
+        least_images: images in its smaller split; None where it is known once they are read.
+        quick_classifier: whether a classifier of it trains within seconds, so that one is used unless it is refused.
+    """
+
+    load: Callable[[DataConfig, bool], Dataset]
+    help: str
+    channels: int
+    size: int
+    num_classes: int | None = None
+    mirrored: bool = False
+    path: Literal["required", "refused", "cache"] = "cache"
+    least_images: int | None = None
+    quick_classifier: bool = False
 
 
 def to_unit(images_BCHW: Tensor) -> Tensor:
@@ -94,19 +120,15 @@ def load_data(config: DataConfig, *, progress: bool = False) -> Dataset:
     Raises:
         DataError: if it cannot be downloaded, found or decoded.
     """
-    if config.name == "folder":
-        dataset = _load_folder(config, progress)
-    elif config.name == "digits":
-        dataset = _load_digits(config)
-    else:
-        dataset = _load_torchvision(config, progress)
+    record: DatasetRecord = DATASETS[config.name]
+    dataset = record.load(config, progress)
     _, height, width = config.image_shape
     if dataset.train.images_NCHW.shape[2:] != (height, width):
         dataset = replace(dataset, train=_resized(dataset.train, height), val=_resized(dataset.val, height))
     return dataset
 
 
-def _load_digits(config: DataConfig) -> Dataset:
+def _load_digits(config: DataConfig, _progress: bool) -> Dataset:
     table_NP = _digits_table()
     images_NHW = torch.from_numpy(np.round(table_NP[:, :-1] * (255.0 / 16.0)).astype(np.uint8)).view(-1, 8, 8)
     everything = Images(images_NHW[:, None].contiguous(), torch.from_numpy(table_NP[:, -1].astype(np.int64)))
@@ -129,11 +151,11 @@ def _digits_table() -> np.ndarray:
     return np.concatenate([pixels, labels[:, None]], axis=1)
 
 
-def _load_torchvision(config: DataConfig, progress: bool) -> Dataset:
+def _load_torchvision(name: str, config: DataConfig, _progress: bool) -> Dataset:
     from torchvision import datasets  # Slow to import, and `digits` and `folder` do without it.
 
     root = Path(config.path) if config.path else Path.home() / ".cache" / "torchvision"
-    loader = getattr(datasets, TORCHVISION[config.name])
+    loader = getattr(datasets, name)
     try:
         parts = [loader(str(root), train=train, download=True) for train in (True, False)]
     except Exception as error:  # Whatever a download raises (URLError, RuntimeError, OSError), the remedy is the same.
@@ -239,3 +261,33 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+DATASETS["digits"] = DatasetRecord(
+    _load_digits,
+    "built in, 1,797 real digits of 8x8",
+    channels=1,
+    size=8,
+    num_classes=10,
+    path="refused",
+    least_images=359,
+    quick_classifier=True,
+)
+for _name, _class, _channels, _size, _classes, _mirrored in (
+    ("cifar10", "CIFAR10", 3, 32, 10, True),
+    ("cifar100", "CIFAR100", 3, 32, 100, True),
+    ("mnist", "MNIST", 1, 28, 10, False),
+    ("fashion_mnist", "FashionMNIST", 1, 28, 10, False),
+):
+    DATASETS[_name] = DatasetRecord(
+        partial(_load_torchvision, _class),
+        "downloaded once",
+        channels=_channels,
+        size=_size,
+        num_classes=_classes,
+        mirrored=_mirrored,
+        least_images=10_000,
+    )
+DATASETS["folder"] = DatasetRecord(
+    _load_folder, "one sub-folder a class under data.path", channels=3, size=32, mirrored=True, path="required"
+)

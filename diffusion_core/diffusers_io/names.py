@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffusion_core.checkpoint import MAX_CLASSES
-from diffusion_core.config import IMAGE_SHAPES, ConfigError, ModelConfig
+from diffusion_core.config import ConfigError, ModelConfig
 from diffusion_core.diffusers_io.values import fixed_problems, is_count, is_list
 from diffusion_core.model.norm import NORM_EPSILON
 from diffusion_core.model.unet import UNet
+from diffusion_core.registries import DATASETS
 
 INDEX_FILE = "model_index.json"
 UNET_FILE = "config.json"
@@ -242,10 +243,12 @@ def _heads(given: Mapping[str, Any]) -> set[int]:
 
 def _data_knobs(channels: int, size: int | None) -> dict[str, Any]:
     """A data set whose images are of that shape: no more than a place to keep the shape, which is all we know."""
-    for name in ("cifar10", "mnist", "digits"):
-        if IMAGE_SHAPES[name] == (channels, size):
+    known = {name: record for name, record in DATASETS.items() if record.path != "required"}
+    for name, record in known.items():
+        if (record.channels, record.size) == (channels, size):
             return {"data.name": name}
-    return {"data.name": "cifar10" if channels == 3 else "mnist", "data.image_size": size}
+    alike = next(name for name, record in known.items() if record.channels == channels and record.path == "cache")
+    return {"data.name": alike, "data.image_size": size}
 
 
 def unet_config(network: UNet, model: ModelConfig) -> dict[str, Any]:

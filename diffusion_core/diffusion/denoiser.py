@@ -1,4 +1,4 @@
-"""The parametrisation: what the network predicts, and how a clean image follows from it. It is known here alone.
+"""A network seen as a denoiser, whatever it predicts (:mod:`diffusion_core.diffusion.predictions`).
 
 Everything downstream (guidance, samplers) deals in denoisers: ``(x_BCHW, t_B, labels_B | None) -> x0_BCHW``.
 """
@@ -6,21 +6,17 @@ Everything downstream (guidance, samplers) deals in denoisers: ``(x_BCHW, t_B, l
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from diffusion_core.config import CoreConfig
+from diffusion_core.diffusion.predictions import PredictionRecord
 from diffusion_core.diffusion.schedule import NoiseSchedule, build_schedule
+from diffusion_core.registries import PREDICTIONS
 
 DenoiserFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """Noisy images, timesteps 0..T-1 and labels (None: no class) to the expected clean images, in [-1, 1]."""
-
-Prediction = Literal["eps", "x0", "v", "edm"]
-
-SIGMA_DATA = 0.5
-"""Standard deviation of the data that EDM's preconditioning assumes (Karras et al. 2022, table 1)."""
 
 
 class Denoiser:
@@ -30,9 +26,7 @@ class Denoiser:
         network: ``(x_BCHW, t_B, labels_B | None) -> output``. With self-conditioning it takes twice the channels, with
             a learned variance it gives twice the channels.
         schedule: the noise schedule that the network was trained with.
-        prediction: what its output stands for, with ``x = alpha * x0 + sigma * eps``: ``eps`` (Ho et al. 2020), ``x0``,
-            ``v = alpha * eps - sigma * x0`` (Salimans & Ho 2022), or ``edm``, the preconditioned network of Karras et
-            al. 2022 (eq. 7) at the noise level ``sigma / alpha``.
+        prediction: what its output stands for, a name of ``PREDICTIONS``.
         learned_variance: whether the second half of the output's channels says where the variance of a reverse step
             lies between its bounds (Nichol & Dhariwal 2021, eq. 15).
         self_conditioning: whether the network is shown its last estimate of the clean images (Chen et al. 2022, Analog
@@ -43,14 +37,14 @@ class Denoiser:
         self,
         network: nn.Module | Callable[..., Tensor],
         schedule: NoiseSchedule,
-        prediction: Prediction = "eps",
+        prediction: str = "eps",
         *,
         learned_variance: bool = False,
         self_conditioning: bool = False,
     ) -> None:
         self.network = network
         self.schedule = schedule
-        self.prediction = prediction
+        self.record: PredictionRecord = PREDICTIONS[prediction]
         self.learned_variance = learned_variance
         self.self_conditioning = self_conditioning
         self.fraction_BCHW: Tensor | None = None
@@ -81,9 +75,8 @@ class Denoiser:
             estimate_BCHW: for self-conditioning, an earlier estimate of the clean images; None is none.
         """
         inputs = x_BCHW
-        if self.prediction == "edm":
-            alpha, sigma = self.schedule.at(t_B, x_BCHW)
-            inputs = x_BCHW / alpha * ((sigma / alpha).square() + SIGMA_DATA**2).rsqrt()
+        if self.record.inputs is not None:
+            inputs = self.record.inputs(x_BCHW, *self.schedule.at(t_B, x_BCHW))
         if self.self_conditioning:
             inputs = torch.cat([inputs, torch.zeros_like(x_BCHW) if estimate_BCHW is None else estimate_BCHW], dim=1)
         output = self.network(inputs, t_B, labels_B).float()
@@ -94,33 +87,11 @@ class Denoiser:
 
     def target(self, x0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """What the network's output is trained to equal."""
-        if self.prediction == "eps":
-            return noise_BCHW
-        if self.prediction == "x0":
-            return x0_BCHW
-        alpha, sigma = self.schedule.at(t_B, x0_BCHW)
-        if self.prediction == "v":
-            return alpha * noise_BCHW - sigma * x0_BCHW
-        skip, scale = self._preconditioning(sigma / alpha)
-        return (x0_BCHW - skip * (x0_BCHW + sigma / alpha * noise_BCHW)) / scale
+        return self.record.target(x0_BCHW, noise_BCHW, *self.schedule.at(t_B, x0_BCHW))
 
     def clean(self, output_BCHW: Tensor, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """The clean images that the network's output stands for."""
-        if self.prediction == "x0":
-            return output_BCHW
-        alpha, sigma = self.schedule.at(t_B, x_BCHW)
-        if self.prediction == "eps":
-            return (x_BCHW - sigma * output_BCHW) / alpha
-        if self.prediction == "v":
-            return (alpha * x_BCHW - sigma * output_BCHW) / (alpha.square() + sigma.square())
-        skip, scale = self._preconditioning(sigma / alpha)
-        return skip * x_BCHW / alpha + scale * output_BCHW
-
-    @staticmethod
-    def _preconditioning(level: Tensor) -> tuple[Tensor, Tensor]:
-        """``c_skip`` and ``c_out`` of Karras et al. 2022, table 1."""
-        total = level.square() + SIGMA_DATA**2
-        return SIGMA_DATA**2 / total, level * SIGMA_DATA * total.rsqrt()
+        return self.record.clean(output_BCHW, x_BCHW, *self.schedule.at(t_B, x_BCHW))
 
     def error_scale(self, t_B: Tensor) -> Tensor:
         """Squared error of the output per squared error of the clean images, ``(B,)`` float32.
@@ -129,13 +100,7 @@ class Denoiser:
         weighting for edm.
         """
         alpha, sigma = (part.flatten() for part in self.schedule.at(t_B, t_B[:, None, None, None].float()))
-        if self.prediction == "x0":
-            return torch.ones_like(alpha)
-        if self.prediction == "edm":
-            return self._preconditioning(sigma / alpha)[1].square().reciprocal()
-        if self.prediction == "eps":
-            return (alpha / sigma).square()
-        return ((alpha.square() + sigma.square()) / sigma).square()
+        return self.record.error_scale(alpha, sigma)
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None) -> Tensor:
         """Estimate the clean images, float32. Keeps the variance fraction, and the estimate for the next call."""

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion_core.config import DiffusionConfig
-from diffusion_core.diffusion.denoiser import SIGMA_DATA, Denoiser
+from diffusion_core.diffusion.denoiser import Denoiser
+from diffusion_core.diffusion.predictions import SIGMA_DATA
 from diffusion_core.diffusion.schedule import NoiseSchedule
 
 HALF_LEVEL = 1.0 / 255.0

@@ -9,6 +9,7 @@ of Karras et al. 2022 is ``sigma / alpha`` in both.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from diffusion_core.config import DiffusionConfig
+from diffusion_core.registries import SCHEDULES
 
 Spacing = Literal["uniform", "trailing", "quadratic", "karras"]
 
@@ -252,17 +254,55 @@ def shifted(schedule: NoiseSchedule, logsnr_shift: float) -> NoiseSchedule:
     return NoiseSchedule(alphas, sigmas, schedule.variance_preserving)
 
 
+@dataclass(frozen=True)
+class ScheduleRecord:
+    """What is known of a noise schedule.
+
+    Attributes:
+        build: the schedule of given knobs, before shifts and rescaling.
+        help: what it is, and its source.
+        variance_preserving: whether ``alpha ** 2 + sigma ** 2 = 1``. Otherwise noise explodes: the network needs scaled
+            inputs, and knobs that shift or rescale the schedule have no effect.
+    """
+
+    build: Callable[[DiffusionConfig], NoiseSchedule]
+    help: str
+    variance_preserving: bool = True
+
+
+def _linear(config: DiffusionConfig) -> NoiseSchedule:
+    return NoiseSchedule.from_betas(linear_betas(config.timesteps, config.beta_start, config.beta_end))
+
+
+def _cosine(config: DiffusionConfig) -> NoiseSchedule:
+    return NoiseSchedule.from_betas(cosine_betas(config.timesteps))
+
+
+def _sigmoid(config: DiffusionConfig) -> NoiseSchedule:
+    return NoiseSchedule.from_alphas_bar(sigmoid_alphas_bar(config.timesteps))
+
+
+def _karras(config: DiffusionConfig) -> NoiseSchedule:
+    levels = karras_levels(config.timesteps, config.sigma_min, config.sigma_max)
+    return NoiseSchedule(torch.ones_like(levels), levels, variance_preserving=False)
+
+
+SCHEDULES["linear"] = ScheduleRecord(_linear, "linearly growing variances (Ho et al. 2020)")
+SCHEDULES["cosine"] = ScheduleRecord(_cosine, "a squared cosine of signal (Nichol & Dhariwal 2021)")
+SCHEDULES["sigmoid"] = ScheduleRecord(_sigmoid, "a sigmoid of signal (Jabri et al. 2022)")
+SCHEDULES["karras"] = ScheduleRecord(
+    _karras,
+    "variance exploding (Karras et al. 2022); needs diffusion.prediction=edm",
+    variance_preserving=False,
+)
+
+
 def build_schedule(config: DiffusionConfig) -> NoiseSchedule:
     """The schedule that a configuration asks for."""
-    if config.schedule == "karras":
-        levels = karras_levels(config.timesteps, config.sigma_min, config.sigma_max)
-        return NoiseSchedule(torch.ones_like(levels), levels, variance_preserving=False)
-    if config.schedule == "linear":
-        schedule = NoiseSchedule.from_betas(linear_betas(config.timesteps, config.beta_start, config.beta_end))
-    elif config.schedule == "cosine":
-        schedule = NoiseSchedule.from_betas(cosine_betas(config.timesteps))
-    else:
-        schedule = NoiseSchedule.from_alphas_bar(sigmoid_alphas_bar(config.timesteps))
+    record: ScheduleRecord = SCHEDULES[config.schedule]
+    schedule = record.build(config)
+    if not record.variance_preserving:
+        return schedule
     if config.logsnr_shift:
         schedule = shifted(schedule, config.logsnr_shift)
     return zero_terminal_snr(schedule) if config.zero_terminal_snr else schedule

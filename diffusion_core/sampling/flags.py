@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from diffusion_core.config import SampleConfig
+from diffusion_core.config import SampleConfig, explained
 
 FLAGS = {
     "sampler": "sampler",
@@ -25,7 +25,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags, each explained as its knob is."""
     own = parser.add_argument_group("sampling (default: as the model was sampled while training)")
     for knob, flag in FLAGS.items():
-        help_text = " ".join(str(SampleConfig.model_fields[knob].description).split())
+        help_text = explained(SampleConfig.model_fields[knob])
         own.add_argument(f"--{flag}", dest=f"sample_{knob}", metavar=flag.upper(), help=help_text)
 
 

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from diffusion_core.config import SampleConfig
 from diffusion_core.diffusion.denoiser import Denoiser, DenoiserFunction
 from diffusion_core.diffusion.schedule import PURE_NOISE_LEVEL, NoiseSchedule, SamplingSteps
+from diffusion_core.registries import SAMPLERS
 
 NoiseFunction = Callable[[], Tensor]
 StepCallback = Callable[[int, Tensor, Tensor], None]
@@ -193,6 +195,11 @@ def heun(
     return x_BCHW
 
 
+def heun_evaluations(steps: SamplingSteps) -> int:
+    """How often Heun's method evaluates the denoiser for an image."""
+    return len(steps) + sum(is_corrected(steps, index) for index in range(len(steps)))
+
+
 def is_corrected(steps: SamplingSteps, index: int) -> bool:
     """Whether Heun's method evaluates the denoiser a second time at a step."""
     return steps.levels[index + 1] > 0.0 and steps.levels[index] < PURE_NOISE_LEVEL
@@ -241,11 +248,48 @@ def noise_in(x_BCHW: Tensor, x0_BCHW: Tensor, steps: SamplingSteps, index: int) 
     return (x_BCHW - float(steps.alphas[index]) * x0_BCHW) / float(steps.sigmas[index])
 
 
+@dataclass(frozen=True)
+class SamplerRecord:
+    """What is known of a sampler.
+
+    Attributes:
+        function: the sampler.
+        help: what it does, and its source.
+        settings: further keyword arguments of the function: from the knobs, and from the denoiser below all wrappers
+            (None where the sampler is only asked for its knobs).
+        evaluations: how often it evaluates the denoiser for an image.
+    """
+
+    function: Callable[..., Tensor]
+    help: str
+    settings: Callable[[SampleConfig, Denoiser | None], dict[str, Any]] = lambda _config, _denoiser: {}
+    evaluations: Callable[[SamplingSteps], int] = len
+
+
+def _ddpm_settings(config: SampleConfig, denoiser: Denoiser | None) -> dict[str, Any]:
+    fraction = None if denoiser is None else lambda: denoiser.fraction_BCHW
+    return {"variance": config.variance, "fraction": fraction}
+
+
+SAMPLERS["ddpm"] = SamplerRecord(ddpm, "ancestral sampling (Ho et al. 2020)", _ddpm_settings)
+SAMPLERS["ddim"] = SamplerRecord(
+    ddim, "deterministic, or with sample.eta of noise (Song et al. 2021)", lambda config, _: {"eta": config.eta}
+)
+SAMPLERS["euler"] = SamplerRecord(euler, "Euler's method on the probability flow (Karras et al. 2022)")
+SAMPLERS["euler_ancestral"] = SamplerRecord(euler_ancestral, "Euler steps, then fresh noise (k-diffusion)")
+SAMPLERS["heun"] = SamplerRecord(
+    heun, "second order, two evaluations a step (Karras et al. 2022)", evaluations=heun_evaluations
+)
+SAMPLERS["dpmpp_2m"] = SamplerRecord(dpmpp_2m, "DPM-Solver++(2M), second order from the last two (Lu et al. 2022)")
+SAMPLERS["dpmpp_2m_sde"] = SamplerRecord(
+    dpmpp_2m, "the same with fresh noise at every step (Lu et al. 2022)", lambda *_: {"stochastic": True}
+)
+
+
 def evaluations(config: SampleConfig, schedule: NoiseSchedule) -> int:
     """How often a sampler evaluates the denoiser for an image."""
-    steps = schedule.steps(config.steps, config.spacing)
-    corrections = sum(is_corrected(steps, index) for index in range(len(steps))) if config.sampler == "heun" else 0
-    return len(steps) + corrections
+    record: SamplerRecord = SAMPLERS[config.sampler]
+    return record.evaluations(schedule.steps(config.steps, config.spacing))
 
 
 def build_sampler(config: SampleConfig, denoiser: Denoiser | None = None) -> Sampler:
@@ -255,11 +299,5 @@ def build_sampler(config: SampleConfig, denoiser: Denoiser | None = None) -> Sam
         config: the configuration.
         denoiser: the one at the bottom of those that wrap it; asked for its variance if that is learned.
     """
-    if config.sampler == "ddpm":
-        fraction = None if denoiser is None else lambda: denoiser.fraction_BCHW
-        return partial(ddpm, variance=config.variance, fraction=fraction)
-    if config.sampler == "ddim":
-        return partial(ddim, eta=config.eta)
-    if config.sampler == "dpmpp_2m_sde":
-        return partial(dpmpp_2m, stochastic=True)
-    return {"euler": euler, "euler_ancestral": euler_ancestral, "heun": heun, "dpmpp_2m": dpmpp_2m}[config.sampler]
+    record: SamplerRecord = SAMPLERS[config.sampler]
+    return partial(record.function, **record.settings(config, denoiser))

@@ -18,25 +18,34 @@ from diffusion_core.model.unet import UNet
 from diffusion_core.randomness import Purpose, generator
 from pruning.calibration import Calibration
 from pruning.channels.groups import ChannelGroup, Member
-from pruning.config import GRADIENTS, PruneConfig
+from pruning.config import PruneConfig
+from pruning.registries import IMPORTANCES
 
 Saliency = dict[str, Tensor]
 """Name of a parameter to the saliency of each of its entries, of its shape."""
 
 
 @dataclass(frozen=True)
-class Rule:
+class ImportanceRecord:
     """How an importance is computed.
 
     Attributes:
-        saliency: the saliency of every weight.
+        saliency: the saliency of every weight; None: scores are random.
+        help: what it is, and its source.
         signed: the saliencies of a channel are added up in each layer before their absolute value is taken.
         magnitudes: only the weights of convolutions and linear layers count.
+        gradients: it needs training images, ``prune.calibration_batches`` of them.
+        threshold: it listens to ``prune.threshold``.
+        redraws: the weights that stay are drawn anew.
     """
 
-    saliency: Callable[[UNet, PruneConfig, Calibration], Saliency]
+    saliency: Callable[[UNet, PruneConfig, Calibration], Saliency] | None
+    help: str
     signed: bool = False
     magnitudes: bool = False
+    gradients: bool = False
+    threshold: bool = False
+    redraws: bool = False
 
 
 def channel_scores(
@@ -48,29 +57,29 @@ def channel_scores(
         network: in evaluation mode.
         groups: its groups of channels.
         prune: names the importance.
-        seed: of the ``random`` importance.
+        seed: of an importance without saliency, whose scores are random.
         calibration: images to measure gradients on, for an importance that needs them.
 
     Raises:
         ValueError: if an importance needs calibration and there is none.
     """
-    if prune.importance == "random":
+    record: ImportanceRecord = IMPORTANCES[prune.importance]
+    if record.saliency is None:
         source = generator(seed, Purpose.PRUNE)
         return {group.name: torch.rand(group.width, generator=source, dtype=torch.float64) for group in groups}
-    rule = RULES["l2" if prune.importance == "reinit" else prune.importance]
-    if calibration is None and prune.importance in GRADIENTS:
+    if calibration is None and record.gradients:
         raise ValueError(f"prune.importance = {prune.importance!r}: needs images to measure gradients on")
     with torch.enable_grad():
-        saliency = rule.saliency(network, prune, calibration)  # type: ignore[arg-type]
+        saliency = record.saliency(network, prune, calibration)  # type: ignore[arg-type]
     modules = dict(network.named_modules())
     scores = {}
     for group in groups:
         total = torch.zeros(group.width, dtype=torch.float64)
         for member in group.members:
-            if rule.magnitudes and not isinstance(modules[member.layer], nn.Conv2d | nn.Linear):
+            if record.magnitudes and not isinstance(modules[member.layer], nn.Conv2d | nn.Linear):
                 continue
-            for part in _slices(saliency, member, biases=not rule.magnitudes):
-                total += part.sum(dim=1).abs() if rule.signed else part.abs().sum(dim=1)
+            for part in _slices(saliency, member, biases=not record.magnitudes):
+                total += part.sum(dim=1).abs() if record.signed else part.abs().sum(dim=1)
         scores[group.name] = total
     return scores
 
@@ -176,12 +185,22 @@ def hessian(network: UNet, prune: PruneConfig, calibration: Calibration) -> Sali
     return {name: weight.square() * total[name] / 2.0 for name, weight in _weights(network).items()}
 
 
-RULES: dict[str, Rule] = {
-    "l1": Rule(absolute, magnitudes=True),
-    "l2": Rule(squared, magnitudes=True),
-    "taylor": Rule(first_order),
-    "taylor_multivariable": Rule(first_order, signed=True),
-    "diff_pruning": Rule(over_timesteps),
-    "fisher": Rule(fisher),
-    "hessian": Rule(hessian, signed=True),
-}
+IMPORTANCES["random"] = ImportanceRecord(None, "nothing: a control")
+IMPORTANCES["l1"] = ImportanceRecord(absolute, "the L1 norm of the weights (Li et al. 2017)", magnitudes=True)
+IMPORTANCES["l2"] = ImportanceRecord(squared, "the L2 norm of the weights", magnitudes=True)
+IMPORTANCES["taylor"] = ImportanceRecord(
+    first_order, "the change of the loss to first order, weight by weight (Molchanov et al. 2019)", gradients=True
+)
+IMPORTANCES["taylor_multivariable"] = ImportanceRecord(
+    first_order, "the same, added up with signs within a layer", signed=True, gradients=True
+)
+IMPORTANCES["diff_pruning"] = ImportanceRecord(
+    over_timesteps, "taylor over the timesteps that matter (Fang et al. 2023)", gradients=True, threshold=True
+)
+IMPORTANCES["fisher"] = ImportanceRecord(fisher, "to second order, by the Fisher information", gradients=True)
+IMPORTANCES["hessian"] = ImportanceRecord(
+    hessian, "to second order, by the Hessian's diagonal (LeCun et al. 1989)", signed=True, gradients=True
+)
+IMPORTANCES["reinit"] = ImportanceRecord(
+    squared, "l2, and the weights that stay are drawn anew: a control", magnitudes=True, redraws=True
+)

@@ -20,6 +20,7 @@ from pruning.channels.groups import ChannelGroup, Kept, channel_groups, kept_pla
 from pruning.channels.importance import channel_scores
 from pruning.channels.search import STEPS, Counts, block_names, choose_all, find_counts, layer_sizes, shrunk_sizes
 from pruning.config import PruneConfig
+from pruning.registries import IMPORTANCES
 
 LATENCY_STEPS = 8
 """Bisections where each takes a measurement."""
@@ -87,7 +88,7 @@ def prune_channels(
         kept = choose_all(network, groups, full, counts)
     removal = Removal(
         {name: "".join("01"[stays] for stays in stay.tolist()) for name, stay in kept.items()},
-        stream_seed(seed, Purpose.REINIT) if prune.importance == "reinit" else None,
+        stream_seed(seed, Purpose.REINIT) if IMPORTANCES[prune.importance].redraws else None,
     )
     return _apply(network, groups, removal), removal
 

@@ -22,7 +22,7 @@ from diffusion_core.randomness import Purpose, stream_seed
 from diffusion_core.training.trainer import TrainState
 from pruning.blocks import block_of
 from pruning.config import PruneConfig
-from pruning.masks.build import layer_shares, strategy
+from pruning.masks.build import by_magnitude, layer_shares
 from pruning.masks.mask import MASKS_PART, WeightMasks, empty_layers, hold_masks, sparsity
 from pruning.masks.strategies import Masks, keep_highest, random_scores
 from pruning.pruner import PruneReport, heard_knobs, keep_record
@@ -51,7 +51,7 @@ def ticket(weights: Mapping[str, Tensor], masks: Masks, round_number: int, prune
         prune: share a round, ranking and profile.
     """
     # A profile by block, which depends on the number of resolutions, is not for lotteries.
-    choose = strategy(prune, layer_shares(prune, levels=1), seed=0)
+    choose = by_magnitude(layer_shares(prune, levels=1))
     return choose(weights, masks, 1.0 - remaining(round_number, prune.per_round))
 
 

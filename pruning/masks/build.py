@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from diffusion_core.config import CoreConfig
 from diffusion_core.model.structure import maskable
@@ -22,6 +23,49 @@ from pruning.masks.strategies import (
     random_weights,
     rank_together,
 )
+from pruning.registries import MASK_STRATEGIES
+
+
+@dataclass(frozen=True)
+class MaskRequest:
+    """What a strategy is told.
+
+    Attributes:
+        network: as it is now.
+        masks: what is pruned already, or None; it stays so.
+        config: the run's configuration.
+        prune: the knobs of pruning.
+        calibration: training images, for a strategy that needs them.
+        progress: share of the way to the final sparsity, in [0, 1] (gradual pruning).
+    """
+
+    network: UNet
+    masks: Masks
+    config: CoreConfig
+    prune: PruneConfig
+    calibration: Calibration | None = None
+    progress: float = 1.0
+
+
+@dataclass(frozen=True)
+class MaskRecord:
+    """What is known of a strategy for masks.
+
+    Attributes:
+        choose: the masks that are asked for; pure, and the same in every process.
+        help: what it does, and its source.
+        knobs: names of the knobs ``prune.*`` that it listens to, besides ``method`` and ``step``.
+        needs_images: whether training images decide what goes.
+        at_start: whether it prunes at initialisation unless ``prune.step`` says otherwise.
+        gradual: whether it prunes in many small steps, up to ``prune.until``.
+    """
+
+    choose: Callable[[MaskRequest], WeightMasks]
+    help: str
+    knobs: frozenset[str] = frozenset({"keep"})
+    needs_images: bool = False
+    at_start: bool = False
+    gradual: bool = False
 
 
 def choose_masks(
@@ -32,41 +76,73 @@ def choose_masks(
     calibration: Calibration | None = None,
     progress: float = 1.0,
 ) -> WeightMasks:
-    """The masks that ``prune.method`` asks for; pure, and the same in every process.
+    """The masks that ``prune.method`` asks for (see :class:`MaskRequest`); pure, and the same in every process."""
+    record: MaskRecord = MASK_STRATEGIES[prune.method]
+    return record.choose(MaskRequest(network, masks, config, prune, calibration, progress))
 
-    Args:
-        network: as it is now.
-        masks: what is pruned already, or None; it stays so.
-        config: the run's configuration.
-        prune: the knobs of pruning.
-        calibration: what SNIP measures gradients on.
-        progress: share of the way to the final sparsity, in [0, 1] (gradual pruning).
-    """
-    if prune.method == "n_of_m":
-        n, m = map(int, prune.pattern.split(":"))
-        return n_of_m(n, m)(maskable(network), masks, 0.0)
-    if prune.method == "snip":
-        assert calibration is not None  # prune.needs_images
-        ready = stand_in(network, config.seed)
-        gradients = calibration.gradients(ready, prune.calibration_batches)
-        return rank_together(snip_scores(maskable(ready), gradients), masks, 1.0 - prune.keep)
-    if prune.method == "synflow":
-        return synflow_masks(stand_in(network, config.seed), masks, 1.0 - prune.keep)
-    weights = maskable(network)
-    levels = len(config.model.channel_multipliers)
-    shares = layer_shares(prune, levels, progress)
-    fraction = (1.0 - prune.keep) * progress
+
+def _by_pattern(request: MaskRequest) -> WeightMasks:
+    n, m = map(int, request.prune.pattern.split(":"))
+    return n_of_m(n, m)(maskable(request.network), request.masks, 0.0)
+
+
+def _by_snip(request: MaskRequest) -> WeightMasks:
+    assert request.calibration is not None  # It needs images.
+    ready = stand_in(request.network, request.config.seed)
+    gradients = request.calibration.gradients(ready, request.prune.calibration_batches)
+    return rank_together(snip_scores(maskable(ready), gradients), request.masks, 1.0 - request.prune.keep)
+
+
+def _by_synflow(request: MaskRequest) -> WeightMasks:
+    return synflow_masks(stand_in(request.network, request.config.seed), request.masks, 1.0 - request.prune.keep)
+
+
+def _by_magnitude(request: MaskRequest) -> WeightMasks:
+    return _ranked(request, by_magnitude)
+
+
+def _at_random(request: MaskRequest) -> WeightMasks:
+    return _ranked(request, lambda shares: random_weights(request.config.seed, shares))
+
+
+def by_magnitude(shares: Shares | None) -> MaskStrategy:
+    """Prune the smallest weights: of the whole network (None), or of each layer what it is to keep."""
+    return global_magnitude if shares is None else layer_magnitude(shares)
+
+
+def _ranked(request: MaskRequest, strategy: Callable[[Shares | None], MaskStrategy]) -> WeightMasks:
+    """Rank weights together or by layer, as ``prune.scope`` and ``prune.profile`` say."""
+    prune, weights = request.prune, maskable(request.network)
+    shares = layer_shares(prune, len(request.config.model.channel_multipliers), request.progress)
+    fraction = (1.0 - prune.keep) * request.progress
     if prune.scope == "layer" and prune.profile == "blocks":
         assert shares is not None
         fraction = 1.0 - sum(shares(weights).values()) / sum(weight.numel() for weight in weights.values())
-    return strategy(prune, shares, config.seed)(weights, masks, fraction)
+    return strategy(shares)(weights, request.masks, fraction)
 
 
-def strategy(prune: PruneConfig, shares: Shares | None, seed: int) -> MaskStrategy:
-    """How weights are ranked: by magnitude or at random, together or by layer."""
-    if prune.method == "random":
-        return random_weights(seed, shares)
-    return global_magnitude if shares is None else layer_magnitude(shares)
+_RANKED = frozenset({"keep", "scope", "profile", "block_keep"})
+MASK_STRATEGIES["magnitude"] = MaskRecord(_by_magnitude, "masks: the smallest weights go", _RANKED)
+MASK_STRATEGIES["random"] = MaskRecord(_at_random, "masks: random weights go, a control", _RANKED)
+MASK_STRATEGIES["snip"] = MaskRecord(
+    _by_snip,
+    "masks: ranked at initialisation by gradients (Lee et al. 2019)",
+    frozenset({"keep", "calibration_batches"}),
+    needs_images=True,
+    at_start=True,
+)
+MASK_STRATEGIES["synflow"] = MaskRecord(
+    _by_synflow, "masks: ranked at initialisation by synaptic flow (Tanaka et al. 2020)", at_start=True
+)
+MASK_STRATEGIES["gradual"] = MaskRecord(
+    _by_magnitude,
+    "masks: magnitude in many small steps (Zhu & Gupta 2017)",
+    _RANKED | {"until", "interval"},
+    gradual=True,
+)
+MASK_STRATEGIES["n_of_m"] = MaskRecord(
+    _by_pattern, "masks: a pattern that GPUs multiply faster (Mishra et al. 2021)", frozenset({"pattern"})
+)
 
 
 def layer_shares(prune: PruneConfig, levels: int, progress: float = 1.0) -> Shares | None:

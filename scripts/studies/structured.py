@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -12,10 +11,10 @@ from torch import Tensor
 from pruning.calibration import Calibration
 from pruning.channels.removal import prune_channels
 from pruning.config import PruneConfig
+from pruning.registries import IMPORTANCES
 from studies.study import Results, Study, mean_and_range, plot, write_table
 
 BATCHES = 20
-IMPORTANCES = get_args(PruneConfig.model_fields["importance"].annotation)
 DENSE = "dense"
 STAGES = {"before": "pruned", "after": "and fine-tuned"}
 

@@ -148,6 +148,7 @@ TABLE: dict[str, Entry] = {
     "diffusion.vlb_weight": Entry(0.1, WEIGHTS, {"model.learned_variance": True}),
     "diffusion.offset_noise": Entry(0.5, WEIGHTS),
     "train.steps": Entry(6, (*WEIGHTS, "last step")),
+    "plugins": Entry(["plugin_of_a_test"], ("plugins",), why="a module that adds nothing is imported"),
     "train.batch_size": Entry(16, WEIGHTS),
     "train.accumulation": Entry(
         2, ("batches",), why="the gradient is the same but for rounding; what differs is the size of the parts"

@@ -12,6 +12,7 @@ import pytest
 from agent.__main__ import main
 from agent.config import TrialConfig, build_config
 from diffusion_core.config import ConfigError, list_knobs
+from diffusion_core.registry import Choice
 
 ROOT = Path(__file__).parents[2]
 
@@ -307,8 +308,9 @@ def wrong_choices() -> list[Case]:
     """For every knob with a list of choices: another word, another case, None, and a number."""
     cases = []
     for key, field in list_knobs(TrialConfig):
-        if get_origin(field.annotation) is Literal:
-            choices = get_args(field.annotation)
+        named = [choice.values() for choice in field.metadata if isinstance(choice, Choice)]
+        if named or get_origin(field.annotation) is Literal:
+            choices = named[0] if named else get_args(field.annotation)
             offered = "expected one of " + ", ".join(choices)
             for word in (f"{choices[0]}x", choices[-1].upper(), f" {choices[0]}", "", "3"):
                 if word not in choices:  # 2:4 has no other case.

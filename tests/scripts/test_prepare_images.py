@@ -26,10 +26,11 @@ from PIL import Image
 from prepare_images import main
 
 from diffusion_core.config import DataConfig
-from diffusion_core.data.datasets import TORCHVISION, load_data
+from diffusion_core.data.datasets import load_data
 from diffusion_core.data.preparation import image as making
 from diffusion_core.data.preparation.records import DATA_SETS, Job, Result
 from diffusion_core.data.preparation.target import JOURNAL_FILE, REPORT_FILE, SETTINGS_FILE, still_valid
+from diffusion_core.registries import DATASETS
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, str(ROOT / "scripts" / "prepare_images.py")]
@@ -537,7 +538,7 @@ def test_a_worker_that_is_killed(many: tuple[Path, dict[str, bytes]], tmp_path: 
 
 
 def test_the_names_of_the_data_sets() -> None:
-    assert set(DATA_SETS) == set(TORCHVISION)
+    assert set(DATA_SETS) == {name for name, record in DATASETS.items() if record.path == "cache"}
 
 
 @pytest.mark.parametrize("name", CIFAR)

@@ -13,8 +13,9 @@ from tiny import tiny_config
 from torch import Tensor
 
 from diffusion_core.config import DiffusionConfig
-from diffusion_core.diffusion.denoiser import SIGMA_DATA, Denoiser
+from diffusion_core.diffusion.denoiser import Denoiser
 from diffusion_core.diffusion.losses import diffusion_loss, weight
+from diffusion_core.diffusion.predictions import SIGMA_DATA
 from diffusion_core.diffusion.schedule import build_schedule
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -10,8 +10,9 @@ from tiny import NUM_CLASSES, cpu, lively, tiny_batches, tiny_config, tiny_netwo
 from torch import Tensor, nn
 
 from diffusion_core.config import CoreConfig, SampleConfig
-from diffusion_core.diffusion.denoiser import SIGMA_DATA, Denoiser
+from diffusion_core.diffusion.denoiser import Denoiser
 from diffusion_core.diffusion.losses import diffusion_loss
+from diffusion_core.diffusion.predictions import SIGMA_DATA
 from diffusion_core.diffusion.schedule import build_schedule
 from diffusion_core.model.unet import NO_LABEL, build_network
 from diffusion_core.sampling.generation import Generator, requests

@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -27,8 +27,7 @@ from pruning.channels.search import block_names
 from pruning.config import PruneConfig
 from pruning.masks.mask import MASKS_PART
 from pruning.pruner import is_pruned, prune_state, records
-
-IMPORTANCES = get_args(PruneConfig.model_fields["importance"].annotation)
+from pruning.registries import IMPORTANCES
 
 
 def config(heads: int = 1, labels: bool = True, size: int = 8, **changes: Any) -> CoreConfig:

@@ -1,0 +1,16 @@
+"""The core's registries, empty until they are asked: the named modules add the built-in records.
+
+A registry's records are of the type that its module defines: ``SamplerRecord``, ``ScheduleRecord``,
+``PredictionRecord``, ``DatasetRecord``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusion_core.registry import Registry
+
+SAMPLERS: Registry[Any] = Registry("sample.sampler", "diffusion_core.sampling.samplers")
+SCHEDULES: Registry[Any] = Registry("diffusion.schedule", "diffusion_core.diffusion.schedule")
+PREDICTIONS: Registry[Any] = Registry("diffusion.prediction", "diffusion_core.diffusion.predictions")
+DATASETS: Registry[Any] = Registry("data.name", "diffusion_core.data.datasets")
