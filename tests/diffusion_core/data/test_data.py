@@ -387,7 +387,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("name", CIFAR)
 def test_cifar_in_its_own_format(
-    name: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: list[str]
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: list[str]
 ) -> None:
     """Files as the archives hold them: rows of 3072 bytes, all red ones first, then green, then blue."""
     class_name, base, label_key, names_key, train_files, test_file, meta_file = CIFAR[name]
@@ -420,7 +420,7 @@ def test_cifar_in_its_own_format(
 
 
 @pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
-def test_mnist_in_its_own_format(name: Any, folder: str, tmp_path: Path, no_network: list[str]) -> None:
+def test_mnist_in_its_own_format(name: str, folder: str, tmp_path: Path, no_network: list[str]) -> None:
     parts = {}
     for i, (prefix, count) in enumerate([("train", 9), ("t10k", 4)]):
         images, labels = random_images(count, 28, 28, seed=i), np.arange(i, count + i, dtype=np.uint8) % 10
@@ -438,7 +438,7 @@ def test_mnist_in_its_own_format(name: Any, folder: str, tmp_path: Path, no_netw
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "fashion_mnist"])
-def test_a_download_that_fails(name: Any, tmp_path: Path, no_network: list[str]) -> None:
+def test_a_download_that_fails(name: str, tmp_path: Path, no_network: list[str]) -> None:
     message = refused(DataConfig(name=name, path=str(tmp_path)))
     assert no_network
     assert f"data.name = '{name}'" in message

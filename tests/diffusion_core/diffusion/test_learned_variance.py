@@ -127,7 +127,7 @@ class TwoHeads(torch.nn.Module):
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "edm"])
-def test_the_bound_trains_the_variance_alone(prediction: Any) -> None:
+def test_the_bound_trains_the_variance_alone(prediction: str) -> None:
     config = settings(diffusion__prediction=prediction, diffusion__vlb_weight=0.5).diffusion
     schedule = build_schedule(config)
     source = torch.Generator().manual_seed(5)

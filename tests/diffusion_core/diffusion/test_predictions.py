@@ -26,7 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "karras": {"schedule": "karras", "prediction": "edm"},
 }
 SCHEDULES = {name: build_schedule(DiffusionConfig(timesteps=200, **changes)) for name, changes in SETTINGS.items()}
-PREDICTIONS: list[Any] = ["eps", "x0", "v", "edm"]
+PREDICTIONS = ["eps", "x0", "v", "edm"]
 PRESERVING = [(name, prediction) for name in SCHEDULES if name != "karras" for prediction in PREDICTIONS]
 CASES = [*PRESERVING, ("karras", "edm"), ("karras", "v"), ("karras", "eps"), ("karras", "x0")]
 
@@ -43,7 +43,7 @@ def unused(*_: Any) -> Tensor:
     whole=st.booleans(),
 )
 def test_every_target_gives_back_the_clean_image(
-    case: tuple[str, Any], t: float, x0: list[float], noise: list[float], whole: bool
+    case: tuple[str, str], t: float, x0: list[float], noise: list[float], whole: bool
 ) -> None:
     name, prediction = case
     schedule = SCHEDULES[name]
@@ -110,7 +110,7 @@ def test_edm_makes_inputs_and_targets_of_unit_variance() -> None:
 
 
 @pytest.mark.parametrize(("name", "prediction"), CASES)
-def test_error_scale_is_the_ratio_of_squared_errors(name: str, prediction: Any) -> None:
+def test_error_scale_is_the_ratio_of_squared_errors(name: str, prediction: str) -> None:
     denoiser = Denoiser(unused, SCHEDULES[name], prediction)
     t = torch.arange(200)
     source = torch.Generator().manual_seed(1)
@@ -161,14 +161,14 @@ def test_edm_weighting_with_edm_prediction_is_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_uniform_weighting_is_one_for_every_prediction(prediction: Any) -> None:
+def test_uniform_weighting_is_one_for_every_prediction(prediction: str) -> None:
     denoiser = Denoiser(unused, SCHEDULES["linear"], prediction)
     assert torch.equal(weight(denoiser, torch.arange(200), DiffusionConfig()), torch.ones(200))
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("prediction", ["x0", "v"])
-def test_pure_noise_has_a_finite_weight(prediction: Any, weighting: Any) -> None:
+def test_pure_noise_has_a_finite_weight(prediction: str, weighting: Any) -> None:
     schedule = build_schedule(DiffusionConfig(timesteps=50, zero_terminal_snr=True, prediction=prediction))
     denoiser = Denoiser(lambda x, *_: torch.zeros_like(x), schedule, prediction)
     x0, noise = torch.full((2, 1, 2, 2), 0.5), torch.ones(2, 1, 2, 2)

@@ -80,7 +80,7 @@ def check(found: Tensor, slack: float) -> None:
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("name", get_args(SampleConfig.model_fields["sampler"].annotation))
-def test_every_sampler_reproduces_a_mixture(name: Any, kind: str) -> None:
+def test_every_sampler_reproduces_a_mixture(name: str, kind: str) -> None:
     found = sampled(SampleConfig(sampler=name, steps=250, variance="fixed_small"), SCHEDULES[kind])
     check(found, slack=0.006)
 
@@ -101,7 +101,7 @@ def test_the_other_noises_do_too(config: SampleConfig, kind: str) -> None:
 @pytest.mark.parametrize("spacing", get_args(SampleConfig.model_fields["spacing"].annotation))
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("name", ["dpmpp_2m", "heun"])
-def test_every_spacing_does_too(name: Any, spacing: Any, kind: str) -> None:
+def test_every_spacing_does_too(name: str, spacing: Any, kind: str) -> None:
     check(sampled(SampleConfig(sampler=name, spacing=spacing, steps=60), SCHEDULES[kind]), slack=0.01)
 
 

@@ -158,7 +158,7 @@ THEIR_PREDICTION = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 @pytest.mark.parametrize("prediction", ["x0", "v"])
 @torch.no_grad()
-def test_ddpm_equals_diffusers_for_other_predictions(prediction: Any) -> None:
+def test_ddpm_equals_diffusers_for_other_predictions(prediction: str) -> None:
     steps = LINEAR.steps(12)
     scheduler = DDPMScheduler(
         T,
@@ -506,7 +506,7 @@ def test_build_sampler_binds_the_settings() -> None:
 
 @pytest.mark.parametrize("schedule", [GENTLE, LINEAR], ids=["gentle", "from lost images"])
 @pytest.mark.parametrize("name", get_args(SampleConfig.model_fields["sampler"].annotation))
-def test_evaluations_are_counted_right(name: Any, schedule: NoiseSchedule) -> None:
+def test_evaluations_are_counted_right(name: str, schedule: NoiseSchedule) -> None:
     config = SampleConfig(sampler=name, steps=7)
     calls: list[int] = []
 

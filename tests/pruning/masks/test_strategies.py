@@ -169,7 +169,7 @@ def test_n_of_m_neighbours_stay(n: int, m: int) -> None:
 
 
 @pytest.mark.parametrize("method", ["random", "n_of_m", "magnitude"])
-def test_the_same_knobs_choose_the_same_masks(method: Any) -> None:
+def test_the_same_knobs_choose_the_same_masks(method: str) -> None:
     network = tiny_network()
 
     def choose(seed: int) -> WeightMasks:
