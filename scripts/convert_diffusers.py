@@ -37,6 +37,7 @@ from safetensors import SafetensorError
 
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError
+from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.diffusers_io.exporter import export_model
 from diffusion_core.diffusers_io.importer import import_model
 from diffusion_core.diffusers_io.names import CLASSES_FILE
@@ -58,6 +59,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     writing.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged weights, or as trained")
     writing.add_argument("--label", metavar="CLASS", help="of a class-conditional model: this class alone, by number "
                          "or name, or none; the pipeline then needs no labels")  # fmt: skip
+    add_plugins_flag(parser)
     return parser.parse_args(argv)
 
 

@@ -34,6 +34,7 @@ from agent.tracking.registry import publish
 from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from diffusion_core.config import ConfigError, CoreConfig, DataConfig, EvalConfig, Figure, build, flatten
 from diffusion_core.config.metrics import INCEPTION
+from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.data.datasets import DataError, load_data
 from diffusion_core.distributed import first_process_first, shared_out
 from diffusion_core.evaluation.consistency import consistency_of_models
@@ -83,6 +84,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         "model: evaluation.json beside the checkpoint)")  # fmt: skip
     parser.add_argument("--wandb", action="store_true", help="into the artifact's metadata and its run's summary")
     add_sampling_flags(parser)
+    add_plugins_flag(parser)
     arguments = parser.parse_args(argv)
     problem = problem_of(arguments)
     if problem:

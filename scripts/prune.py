@@ -31,6 +31,7 @@ from agent.tracking.run import start_wandb
 from agent.tracking.tracker import WandbTracker
 from diffusion_core.checkpoint import CheckpointError, list_checkpoints, write_checkpoint
 from diffusion_core.config import ConfigError, flatten, list_knobs, split_argv
+from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.data.datasets import DataError, load_data
 from diffusion_core.evaluation.consistency import consistency_of_models
 from diffusion_core.hardware import pick_device, pick_precision
@@ -99,6 +100,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object: before, after, consistency")
     parser.add_argument("--upload", action="store_true", help="log the model to W&B, as a child of --artifact")
+    add_plugins_flag(parser)
     return parser.parse_known_args(argv)
 
 

@@ -29,6 +29,7 @@ from accelerate import PartialState
 from agent.tracking.artifacts import download_model
 from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from diffusion_core.config import ConfigError, CoreConfig, build, flatten
+from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.distributed import first_process_first
 from diffusion_core.hardware import pick_device, pick_precision
 from diffusion_core.model.unet import NO_LABEL, UNet
@@ -74,8 +75,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     guide.add_argument("--guide-checkpoint", type=Path, metavar="PATH", help="the same, from disk: pruned, or early")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16"), default="auto")
     add_sampling_flags(parser)
+    add_plugins_flag(parser)
     return parser.parse_args(argv)
 
 

@@ -6,6 +6,7 @@ sweep. A checkpoint names its plugins too, but a file never decides what runs: t
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
 import importlib
@@ -66,3 +67,22 @@ def missing_plugins(config: Mapping[str, Any]) -> str:
                 f"--plugins={','.join(missing)} if you trust it"
             )
     return ""
+
+
+def add_plugins_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag ``--plugins`` to a script that reads checkpoints; the modules are imported as it is parsed."""
+    parser.add_argument(
+        "--plugins",
+        type=_imported,
+        default=[],
+        metavar="A,B",
+        help="your own modules that the model needs (docs/extending.md); imported only if they are named here",
+    )
+
+
+def _imported(text: str) -> list[str]:
+    try:
+        import_plugins({KEY: text})
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return plugin_names(text)

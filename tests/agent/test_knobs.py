@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -377,6 +378,7 @@ def observe(
             return Observed(seen | {"device": str(error)})
     seen["batches"] = batches
     seen["compiled for sampling"] = for_sampling
+    seen["plugins"] = [name for name in config.plugins if name in sys.modules]
     seen["replayed"] = sorted(set(replayed))
     seen["compiled"], seen["only deterministic algorithms"] = compiled, algorithms
     told = capsys.readouterr().err

@@ -29,13 +29,13 @@ RUN_BY = {
     "compare_formulations": ["test_formulations.py"],
     "compare_pruning": ["test_compare_pruning.py"],
     "compare_tickets": ["test_compare_tickets.py"],
-    "convert_diffusers": ["test_convert_diffusers.py"],
-    "evaluate": ["test_evaluate.py", "test_artifact_flags.py", "test_features.py"],
+    "convert_diffusers": ["test_convert_diffusers.py", "test_plugins.py"],
+    "evaluate": ["test_evaluate.py", "test_artifact_flags.py", "test_features.py", "test_plugins.py"],
     "lottery_ticket": ["test_lottery.py", "test_lottery_runs.py"],
     "prepare_images": ["test_prepare_images.py"],
     "promote": ["test_keeping.py"],
-    "prune": ["test_prune_script.py", "test_provenance.py"],
-    "sample_images": ["test_sample_images.py", "test_artifact_flags.py"],
+    "prune": ["test_prune_script.py", "test_provenance.py", "test_plugins.py"],
+    "sample_images": ["test_sample_images.py", "test_artifact_flags.py", "test_plugins.py"],
     "train_classifier": ["test_train_classifier.py"],
 }
 """Modules with a parser, and the files of the tests that run them."""
