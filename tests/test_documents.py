@@ -33,9 +33,6 @@ CODE = re.compile(r"```\w*\n(.*?)```|`([^`]+)`", re.DOTALL)
 COMMAND = re.compile(r"python (?:-m ([\w.]+)|scripts/(\w+)\.py)(.*)", re.DOTALL)
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w.-]*)")
 
-PLANNED = {"docs/extending.md"}
-"""Paths that the source names already."""
-
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
@@ -91,8 +88,7 @@ def test_paths_in_comments_and_messages_exist() -> None:
     files = [path for folder in folders for path in folder.rglob("*") if path.suffix in suffixes]
     for file in [*files, ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / ".ci" / "run"]:
         for path in PATH.findall(file.read_text(encoding="utf-8")):
-            exists = path in PLANNED or (ROOT / path.rstrip(".")).exists()
-            assert exists, f"{file.relative_to(ROOT)}: {path} does not exist"
+            assert (ROOT / path.rstrip(".")).exists(), f"{file.relative_to(ROOT)}: {path} does not exist"
 
 
 @documents
