@@ -34,7 +34,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 TESTS = {
     "diffusion_core.diffusion.schedule": "test_schedule",
-    "diffusion_core.diffusion.denoiser": "test_denoiser_and_losses test_predictions test_guidance",
+    "diffusion_core.diffusion.denoiser": (
+        "test_denoiser_and_losses test_predictions test_guidance test_learned_variance"
+    ),
     "diffusion_core.diffusion.losses": "test_denoiser_and_losses test_predictions test_learned_variance",
     "diffusion_core.sampling.samplers": "test_samplers test_mixture",
     "diffusion_core.sampling.guidance": "test_guidance test_denoiser_and_losses",

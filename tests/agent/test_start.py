@@ -116,6 +116,19 @@ def test_masks_stay_whether_they_are_at_hand_or_not(masked: Path, tmp_path: Path
             assert not any(weights[name][~mask].any() for name, mask in masks.items())
 
 
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"train__lr": 0.5}, "train.lr = 0.5: the run in .* was started with 0.001"),
+    ({"checkpoint__resume": False}, "checkpoint.resume = False: .* holds checkpoints already"),
+])  # fmt: skip
+def test_a_run_of_another_configuration_does_not_go_on(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    trial(tmp_path / "run")
+    with pytest.raises(ConfigError, match=message) as refusal:
+        trial(tmp_path / "run", **changes)
+    one_line(refusal.value)
+    _, checkpoint, _ = trial(tmp_path / "run", eval__every=2)  # Which decides nothing of what is trained.
+    assert checkpoint.step == BASE["train.steps"]
+
+
 def test_a_run_that_started_from_a_checkpoint_resumes(dense: Path, tmp_path: Path) -> None:
     """Also with a teacher, from its own folder alone: the parent may be gone."""
     settings = {"init__checkpoint": str(dense), "distill__output": 1.0, **_dotted(NARROW), "train__steps": 4}
