@@ -1,11 +1,11 @@
-# Two commands do everything:  make demo  and  make test.
+# Start with `make demo` and `make test`.
 #
-# Both create .venv on first use (about two minutes and 6 GB: PyTorch's ordinary Linux build brings CUDA along).
-# VENV_ROOT=DIR puts the environment below DIR instead, named after the dependency files, so that several checkouts
-# with the same dependencies share one. JOBS=N runs the tests in N processes.
+# Both create .venv on first use (about two minutes and 6 GB, because PyTorch's Linux build includes CUDA).
+# VENV_ROOT=DIR creates the environment below DIR instead, named after a hash of the dependency files, so checkouts with
+# equal dependencies share it. JOBS=N runs the tests in N processes.
 
 PYTHON ?= python3
-# One more than the two cores that the suite is meant for: tests of agents wait a good deal.
+# One more than the two cores that the suite is meant for, because tests of agents wait a lot.
 JOBS ?= 3
 PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 DEPENDENCIES := pyproject.toml constraints.txt
@@ -15,7 +15,7 @@ else
 VENV := .venv
 endif
 PY := $(VENV)/bin/python
-# This checkout's packages, also where the environment was installed from another one.
+# Import the packages of this checkout, even if the environment was installed from another one.
 export PYTHONPATH := $(CURDIR)
 
 .PHONY: install demo test test-fast test-extras lint format help

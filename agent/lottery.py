@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 
 def no_tracker(_run_id: str, _folder: Path, _config: TrialConfig) -> Tracker:
+    """Open a tracker that records nothing."""
     return NullTracker()
 
 

@@ -54,19 +54,23 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
+        """Optimizer step at which the checkpoint was written."""
         return self.metadata["step"]
 
     @property
     def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, by label."""
         return tuple(self.metadata["class_names"])
 
     @property
     def shape_CHW(self) -> tuple[int, int, int]:
+        """Shape of one image: channels, height, width."""
         channels, height, width = self.metadata["image_shape"]
         return channels, height, width
 
     @property
     def parts(self) -> tuple[str, ...]:
+        """Names of the parts that it holds, such as ``model``, ``ema`` and ``optimizer``."""
         return tuple(name.removesuffix(".safetensors") for name in self.metadata["files"])
 
     def config(self) -> CoreConfig:
@@ -108,6 +112,7 @@ class Checkpoint:
 
 
 def step_folder(step: int) -> str:
+    """Name of the folder of a checkpoint. Names sort by step."""
     return f"step-{step:08d}"
 
 

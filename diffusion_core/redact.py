@@ -80,6 +80,7 @@ class Tee:
         self._line = ""
 
     def write(self, text: str) -> int:
+        """Write text with secrets removed; return the number of characters taken."""
         written = self._stream.write(text)
         *lines, rest = (self._line + text).split("\n")
         for line in lines:

@@ -26,7 +26,8 @@ class Record(Protocol):
     """
 
     @property
-    def help(self) -> str: ...
+    def help(self) -> str:
+        """Return one line for the help of the knob."""
 
 
 R = TypeVar("R", bound=Record)

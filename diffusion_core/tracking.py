@@ -88,12 +88,15 @@ class MemoryTracker(Tracker):
     live = True
 
     def log(self, row: Mapping[str, float | Path], step: int) -> None:
+        """Record a row of figures at a step."""
         self.rows.append({STEP: step, **row})
 
     def summary(self, figures: Mapping[str, Any]) -> None:
+        """Record figures that describe the whole run."""
         self.figures.update(figures)
 
     def artifact(self, upload: Upload) -> None:
+        """Hand over files to be uploaded as an artifact."""
         self.artifacts.append(
             {
                 "name": upload.name,
@@ -106,10 +109,13 @@ class MemoryTracker(Tracker):
         )
 
     def use(self, name: str, kind: str = MODEL, files: Sequence[Path] = ()) -> None:
+        """Record that the run used an artifact."""
         self.used.append((kind, name))
 
     def alert(self, title: str, text: str) -> None:
+        """Send an alert to the user."""
         self.alerts.append((title, text))
 
     def close(self, exit_code: int = 0) -> None:
+        """End the tracking."""
         self.exit_code = exit_code

@@ -20,6 +20,8 @@ OTHER_METHODS = {
 
 
 class PruneConfig(Section):
+    """Knobs of ``prune.*``: what is pruned, when, by which method, and how much stays."""
+
     method: Annotated[str, Choice(MASK_STRATEGIES, OTHER_METHODS)] = "none"
     """What is pruned, and how it is chosen: masks over weights, or whole channels."""
     keep: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5

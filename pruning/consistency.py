@@ -40,6 +40,7 @@ class KeepDenseImages:
         self.from_parent = from_parent
 
     def __call__(self, state: TrainState, _row: dict[str, Any]) -> None:
+        """Draw and keep the images at the step of the pruning."""
         if state.step == self.step and (state.step or self.from_parent):
             keep_dense_images(state, state.ema.network, self.config)
 

@@ -181,11 +181,11 @@ def of_two_paths(arguments: argparse.Namespace, processes: PartialState) -> Judg
     if arguments.save_stats:
         if two.exists():
             raise DataError(f"{str(two)!r}: exists already; choose another file for the statistics")
-        (extractor,) = extractors_of(arguments, processes.device)
-        seen = see(one, extractor, arguments.batch_size, keep=False)
+        (only,) = extractors_of(arguments, processes.device)
+        seen = see(one, only, arguments.batch_size, keep=False)
         if processes.is_main_process:
             write_statistics(two, seen.statistics)
-            print(f"{two}: statistics of {seen.statistics.count:,} images, {protocol_of(extractor)}")
+            print(f"{two}: statistics of {seen.statistics.count:,} images, {protocol_of(only)}")
         return None
     found = Judgement()
     no_images = is_statistics(one) and is_statistics(two)

@@ -176,8 +176,8 @@ def serve() -> None:
                 sys.exit(module.main(request["start"]))
             ended[answer] = None
         print(json.dumps(answer), flush=True)
-    for pid, status in ended.items():  # Of a test that failed.
-        if status is None:
+    for pid, exit_code in ended.items():  # Of a test that failed.
+        if exit_code is None:
             os.kill(pid, signal.SIGKILL)
 
 

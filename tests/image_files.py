@@ -90,3 +90,8 @@ def write_mnist(folder: Path, counts: Mapping[str, int]) -> dict[str, tuple[np.n
         write_idx(folder / "raw" / f"{prefix}-labels-idx1-ubyte", labels)
         parts[prefix] = images, labels
     return parts
+
+
+def frame_count(image: Image.Image) -> int:
+    """Return the number of frames of an animation; Pillow's type for an opened file has no such attribute."""
+    return int(image.n_frames)  # type: ignore[attr-defined]

@@ -85,8 +85,8 @@ def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
             yield "sign", operand
         case ast.Constant(value=bool()):
             yield "constant", ast.Constant(not node.value)
-        case ast.Constant(value=int() | float()):
-            yield "constant", ast.Constant(node.value + 1)
+        case ast.Constant(value=int() | float() as value):
+            yield "constant", ast.Constant(value + 1)
         case ast.If() | ast.IfExp() | ast.While():
             yield "condition", replaced(node, test=ast.UnaryOp(ast.Not(), node.test))
         case ast.Expr(value=ast.Call()):
@@ -216,8 +216,10 @@ def mutate(tree: Tree, module: str, count: int, seed: int) -> list[dict[str, Any
         )
         added = len(new_lines) - len(old)
         verdict = {0: "survived", None: "timed out"}.get(status, "killed")
-        record = {"module": module, "line": first + 1, "kind": kind, "verdict": verdict, "seconds": round(seconds, 1),
-                  "before": old[first:last], "after": new_lines[first : last + added], "killer": killer}  # fmt: skip
+        record: dict[str, Any] = {
+            "module": module, "line": first + 1, "kind": kind, "verdict": verdict, "seconds": round(seconds, 1),
+            "before": old[first:last], "after": new_lines[first : last + added], "killer": killer,
+        }  # fmt: skip
         found.append(record)
         print(f"  {verdict:9s} {module}:{first + 1} {kind}, {seconds:.0f} s {killer[:90].strip()}", flush=True)
         if verdict == "survived":

@@ -23,7 +23,7 @@ rate, steps = float(train.get("lr") or knobs["train.lr"]), int(train.get("steps"
 notes = Path(os.environ["STUB_NOTES"])
 run_id = os.environ["WANDB_RUN_ID"]
 number = int(run_id.split("-")[-2])
-stop = []
+stop: list[int] = []
 
 
 def note(event: str, **more: object) -> None:

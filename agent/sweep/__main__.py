@@ -31,10 +31,12 @@ class Parser(argparse.ArgumentParser):
     """Reports wrong words in one line, like all other errors."""
 
     def error(self, message: str) -> NoReturn:
+        """Print the message in one line and exit, without the usage that argparse prints."""
         sys.exit(fail(message))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = Parser("python -m agent.sweep", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help="sweep file, such as sweeps/quickstart.yaml")
     parser.add_argument("--count", type=positive, metavar="N", help="run at most N trials now")
@@ -54,6 +56,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
+    """Parse an integer >= 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected an integer >= 1")
     return int(text)
@@ -109,6 +112,7 @@ def online(sweep: SweepFile | None, arguments: argparse.Namespace) -> int:
 
 
 def one_per_gpu() -> int:
+    """Return the default number of processes at once: one per visible GPU, at least one."""
     from diffusion_core.machine.sharing import visible_gpus
 
     return max(1, len(visible_gpus()))

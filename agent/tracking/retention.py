@@ -27,6 +27,7 @@ class Retention:
         self.ttl_days = ttl_days
 
     def __call__(self, artifact: Artifact) -> None:
+        """Release the versions that are older than the newest ``keep``. Prints W&B's errors and does not raise them."""
         import wandb
 
         collection = artifact.name.partition(":")[0]

@@ -46,6 +46,8 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
+    """Knobs of ``data.*``: the data set and how its images are prepared."""
+
     name: Annotated[str, Choice(DATASETS)] = "cifar10"
     """Data set."""
     path: Annotated[str, Field(min_length=1)] | None = None
@@ -72,6 +74,8 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
+    """Knobs of ``model.*``: the architecture of the U-Net."""
+
     channels: Annotated[int, Field(ge=4, le=4096)] = 128
     """Width of the U-Net at full resolution."""
     channel_multipliers: Annotated[list[Positive], Field(min_length=1, max_length=8)] = [1, 2, 2, 2]
@@ -98,6 +102,8 @@ class ModelConfig(Section):
 
 
 class DiffusionConfig(Section):
+    """Knobs of ``diffusion.*``: noise schedule, prediction and loss."""
+
     schedule: Annotated[str, Choice(SCHEDULES)] = "linear"
     """Noise schedule."""
     timesteps: Annotated[int, Field(ge=2, le=100_000)] = 1000
@@ -141,6 +147,8 @@ class DiffusionConfig(Section):
 
 
 class TrainConfig(Section):
+    """Knobs of ``train.*``: optimisation, precision and device."""
+
     steps: Positive = 800_000
     """Optimizer steps."""
     batch_size: Positive | Literal["auto"] = 128
@@ -188,6 +196,8 @@ class TrainConfig(Section):
 
 
 class EmaConfig(Section):
+    """Knobs of ``ema.*``: averages of the weights."""
+
     decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9999
     """Decay per step of the averaged weights, which are what is sampled, validated and published."""
     warmup: bool = True
@@ -202,6 +212,8 @@ class EmaConfig(Section):
 
 
 class SampleConfig(Section):
+    """Knobs of ``sample.*``: how images are generated."""
+
     sampler: Annotated[str, Choice(SAMPLERS)] = "ddim"
     """How images are sampled."""
     steps: Positive = 50
@@ -235,6 +247,8 @@ class SampleConfig(Section):
 
 
 class EvalConfig(Section):
+    """Knobs of ``eval.*``: which figures are measured, when, and on how many images."""
+
     every: Annotated[int, Field(ge=0)] = 5000
     """Optimizer steps between evaluations; 0: only at the end."""
     val_images: Positive = 1000
@@ -279,6 +293,8 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """Knobs of ``checkpoint.*``: when checkpoints are written and which are kept."""
+
     every: Annotated[int, Field(ge=0)] = 5000
     """Optimizer steps between checkpoints; 0: only at the end."""
     keep: Positive = 2
@@ -295,6 +311,8 @@ class CheckpointConfig(Section):
 
 
 class LogConfig(Section):
+    """Knobs of ``log.*``: how often rows are logged and where the run's folder is."""
+
     every: Positive = 50
     """Optimizer steps between rows of train/*."""
     dir: Annotated[str, Field(min_length=1)] | None = None
@@ -304,6 +322,8 @@ class LogConfig(Section):
 
 
 class InitConfig(Section):
+    """Knobs of ``init.*``: the checkpoint to start from."""
+
     checkpoint: Annotated[str, Field(min_length=1)] | None = None
     """Start from the weights of this checkpoint, or of the newest one in a run's folder, of equal model.*; a pruned one
     keeps its widths and masks. None: start from nothing."""
@@ -314,6 +334,8 @@ class InitConfig(Section):
 
 
 class DistillConfig(Section):
+    """Knobs of ``distill.*``: the teacher and the weights of the distillation losses."""
+
     output: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.0
     """Weight, beside the loss, of the squared distance to what the teacher answers."""
     features: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.0

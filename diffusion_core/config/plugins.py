@@ -32,7 +32,7 @@ def plugin_names(value: Any) -> list[str]:
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value)
     if isinstance(value, str):
-        value = [part.strip() for part in value.strip("[]").split(",") if part.strip()]
+        value = [part.strip() for part in value.strip("[]() ").split(",") if part.strip()]
     if not isinstance(value, list | tuple):
         value = [] if value is None else [value]
     for name in value:

@@ -50,9 +50,11 @@ class Images:
         return len(self.labels_N)
 
     def select(self, indices: Tensor) -> Images:
+        """Return the images and labels at these indices, of shape ``(N,)``."""
         return Images(self.images_NCHW.index_select(0, indices), self.labels_N.index_select(0, indices))
 
     def to(self, device: torch.device) -> Images:
+        """Return a copy on another device."""
         return Images(self.images_NCHW.to(device), self.labels_N.to(device))
 
 
@@ -66,11 +68,13 @@ class Dataset:
 
     @property
     def shape_CHW(self) -> tuple[int, int, int]:
+        """Shape of one image: channels, height, width."""
         channels, height, width = self.train.images_NCHW.shape[1:]
         return channels, height, width
 
     @property
     def num_classes(self) -> int:
+        """Number of classes."""
         return len(self.class_names)
 
 

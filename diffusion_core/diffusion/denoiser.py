@@ -107,6 +107,7 @@ class Denoiser:
         return self.record.error_scale(alpha, sigma)
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None) -> Tensor:
+        """Estimate the clean images, float32. Keeps the variance fraction, and the estimate for the next call."""
         output, self.fraction_BCHW = self.predict(x_BCHW, t_B, labels_B, self._remembered(len(x_BCHW)))
         x0_BCHW = self.clean(output, x_BCHW, t_B)
         if self.self_conditioning:

@@ -58,6 +58,7 @@ class NoiseSchedule:
 
     @property
     def timesteps(self) -> int:
+        """Number of timesteps T."""
         return len(self.alphas)
 
     @cached_property
@@ -120,6 +121,7 @@ class NoiseSchedule:
         return torch.equal(self.alphas, other.alphas) and torch.equal(self.sigmas, other.sigmas)
 
     def to(self, device: torch.device) -> NoiseSchedule:
+        """Return a copy on another device."""
         return NoiseSchedule(self.alphas.to(device), self.sigmas.to(device), self.variance_preserving)
 
     def steps(self, count: int, spacing: Spacing = "uniform") -> SamplingSteps:

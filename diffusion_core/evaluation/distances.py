@@ -68,10 +68,12 @@ class Moments:
 
     @classmethod
     def empty(cls, dim: int) -> Moments:
+        """Moments of no features, of dimension dim."""
         return cls(0, torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64))
 
     @classmethod
     def of(cls, features_ND: Tensor) -> Moments:
+        """Moments of features, ``(N, D)``."""
         moments = cls.empty(features_ND.shape[1])
         moments.add(features_ND)
         return moments

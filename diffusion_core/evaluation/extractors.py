@@ -63,6 +63,7 @@ class InceptionExtractor:
 
     @torch.inference_mode()
     def __call__(self, images_BCHW: Tensor) -> Judged:
+        """Map uint8 images, ``(B, C, H, W)``, to features, ``(B, 2048)``, and logits, ``(B, 1008)``, in float32."""
         x_BCHW = with_channels(images_BCHW.to(self.classes_KD.device), 3).float() / 255.0
         x_BCHW = F.interpolate(x_BCHW, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
         x_BCHW = (2.0 * x_BCHW - 1.0).contiguous(memory_format=torch.channels_last)
@@ -164,6 +165,11 @@ class ScriptedExtractor:
 
     @torch.no_grad()
     def __call__(self, images_BCHW: Tensor) -> Judged:
+        """Map uint8 images, ``(B, C, H, W)``, to features, ``(B, D)`` float32.
+
+        Raises:
+            ExtractorError: if the network fails on these images or returns no features.
+        """
         try:
             output = self.network(images_BCHW.to(self.device))
         except Exception as error:  # A network of the user may raise any error.

@@ -32,10 +32,12 @@ class Extractor(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Name of the network, as in the names of figures."""
 
     @property
-    def weights(self) -> str: ...
+    def weights(self) -> str:
+        """Which weights the network has: a hash or a published name."""
 
     def __call__(self, images_BCHW: Tensor) -> Judged:
         """Return features and, if the network has classes, logits of uint8 images; float32, on the network's device."""

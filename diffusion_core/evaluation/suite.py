@@ -41,6 +41,7 @@ class Judgement:
 
 
 def to_stderr(line: str) -> None:
+    """Print a line to stderr."""
     print(line, file=sys.stderr)
 
 

@@ -110,6 +110,7 @@ class ReplayedNetwork:
         self._replayed: dict[Any, Replayed] = {}
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None = None) -> Tensor:
+        """Replay the forward pass, recording it first for a new shape of inputs."""
         key = x_BCHW.shape, x_BCHW.dtype, t_B.dtype, labels_B is None
         replayed = self._replayed.setdefault(key, Replayed(self._forward))
         return replayed(x_BCHW, t_B, labels_B)[0].clone()  # Samplers keep outputs from step to step.

@@ -58,6 +58,7 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x_BCHW: Tensor, embedding_BE: Tensor) -> Tensor:
+        """Map x, ``(B, C_in, H, W)``, and the embedding, ``(B, E)``, to ``(B, C_out, H, W)``."""
         h_BCHW = self.conv1(activated(normalised(self.norm1, x_BCHW)))
         shift_BCHW = self.embed(embedding_BE)[:, :, None, None]
         if self.embed_scale is None:
@@ -83,6 +84,7 @@ class AttentionBlock(nn.Module):
         self.out = nn.Linear(channels, channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Attend over all H * W positions; keeps the shape ``(B, C, H, W)``."""
         height = x_BCHW.shape[2]
         h_BNC = rearrange(normalised(self.norm, x_BCHW), "b c h w -> b (h w) c")
         query, key, value = (
@@ -102,6 +104,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Halve the resolution: ``(B, C, H, W)`` to ``(B, C, H/2, W/2)``."""
         return self.conv(F.pad(x_BCHW, (0, 1, 0, 1)))
 
 
@@ -113,6 +116,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Double the resolution: ``(B, C, H, W)`` to ``(B, C, 2H, 2W)``."""
         return self.conv(doubled(x_BCHW))
 
 

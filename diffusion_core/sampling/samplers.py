@@ -29,6 +29,8 @@ StepCallback = Callable[[int, Tensor, Tensor], None]
 
 
 class Sampler(Protocol):
+    """Signature of all samplers: from noise, ``(B, C, H, W)``, to images in [-1, 1]."""
+
     def __call__(
         self,
         denoiser: DenoiserFunction,
@@ -38,7 +40,8 @@ class Sampler(Protocol):
         *,
         noise: NoiseFunction,
         callback: StepCallback | None = None,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Draw images; see the samplers for their settings."""
 
 
 def ddpm(

@@ -46,6 +46,7 @@ class DrawSamples:
         self.folder = folder
 
     def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
+        """Write the grid and the GIF if they are due, and put their paths into the row."""
         config = self.config.sample
         if not is_due(state.step, config.every, self.config.train.steps):
             return
@@ -92,6 +93,7 @@ class LogHistory:
         log_rows(tracker, folder, kept)
 
     def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
+        """Log the row. Numbers go to ``history.jsonl`` too; pictures only to the tracker."""
         if not row:
             return
         self.tracker.log(row, state.step)
@@ -122,6 +124,7 @@ class WatchQuality:
         self.told = False
 
     def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
+        """Compare the metric in the row, if it is there, with the best value, and update that."""
         value = row.get(self.metric)
         if value is None:
             return

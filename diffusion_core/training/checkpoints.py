@@ -84,6 +84,7 @@ class SaveCheckpoints:
         self.figures: dict[str, float] = dict(resumed.metadata["figures"]) if resumed else {}
 
     def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
+        """Collect the row's finite figures, and save if a checkpoint is due."""
         self.figures.update(
             {key: value for key, value in row.items() if isinstance(value, int | float) and math.isfinite(value)}
         )

@@ -66,6 +66,7 @@ class Evaluate:
         self._said: set[str] = set()
 
     def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
+        """Measure the figures if an evaluation is due, and put them into the row."""
         if not is_due(state.step, self.config.eval.every, self.config.train.steps):
             return
         network = state.ema.network

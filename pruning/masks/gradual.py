@@ -54,6 +54,7 @@ class GradualPruning:
         self.prune = prune
 
     def __call__(self, state: TrainState, _row: dict[str, Any]) -> None:
+        """Prune up to the ramp's share if a pruning is due at this step."""
         if self.ramp.is_due(state.step):
             progress = self.ramp.progress(state.step)
             masks = choose_masks(state.network, held_masks(state), self.config, self.prune, progress=progress)

@@ -28,7 +28,8 @@ COMPILING_S, MEASURING_S = 300.0, 300.0
 
 def measure(options: Options) -> list[Row]:
     """All parts, each in its own process (see :mod:`benchmarks.gpu_parts`). Without a GPU nothing is measured, but for
-    a short run, which tries the code."""
+    a short run, which tries the code.
+    """
     if not torch.cuda.is_available() and not options.short:
         return [Row(SUBJECT, what, None, note="no GPU here") for what in ("floors", "training", "sampling")]
     with tempfile.TemporaryDirectory() as name:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from benchmarks.measurement.networks import cifar_config, lively_network
@@ -34,6 +36,9 @@ def measure(options: Options) -> list[Row]:
         with autocast(device, "bf16" if precision == "bf16" else "fp32"):
             network(images, times_B)
 
+    def say(precision: str, line: str) -> None:
+        options.say(f"{precision}: {line}")
+
     rows = []
     precisions: tuple[Precision, ...] = (pick_precision(config.train, device), "fp32")
     for precision in dict.fromkeys(precisions):
@@ -43,9 +48,7 @@ def measure(options: Options) -> list[Row]:
             "pruned": lambda precision=precision: forward(smaller, precision),
             "dense": lambda precision=precision: forward(dense, precision),
         }
-        times = alternating(
-            works, options.rounds, lambda line, precision=precision: options.say(f"{precision}: {line}")
-        )
+        times = alternating(works, options.rounds, partial(say, precision))
         rows.append(
             Row(
                 SUBJECT,

@@ -252,7 +252,7 @@ def test_words_made_by_wandb_itself_are_understood(form: str) -> None:
 
 def test_configurations_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        TrialConfig().train.lr = 0.1  # type: ignore[misc]
+        TrialConfig().train.lr = 0.1
 
 
 # Any valid configuration, written out and read back

@@ -112,7 +112,7 @@ def damaged_parts(good: Path) -> Iterator[Case]:
     for length in (1, 63, 2**31, 2**40, 2**63, 2**64 - 1):
         yield f"header of {length}", part(header({}, length))
     entry = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
-    for name, content in {
+    contents: dict[str, Any] = {
         "no object": [],
         "null": None,
         "text": "x",
@@ -131,7 +131,8 @@ def damaged_parts(good: Path) -> Iterator[Case]:
         },
         "overlap": {"w": entry, "v": entry},
         "hole": {"w": entry, "v": entry | {"data_offsets": [32, 48]}},
-    }.items():
+    }
+    for name, content in contents.items():
         yield f"header: {name}", part(header(content))
     for protocol in range(6):
         yield f"pickle {protocol}", part(pickle.dumps(Bomb(), protocol))
@@ -221,6 +222,7 @@ def test_artifacts_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "wandb"))
     import wandb
     from wandb.sdk.artifacts.artifact_manifest_entry import ArtifactManifestEntry
+    from wandb.sdk.lib.paths import LogicalPath
 
     file = tmp_path / "file"
     file.write_bytes(b"x")
@@ -238,7 +240,7 @@ def test_artifacts_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         artifact = wandb.Artifact("model-x", "model")
         artifact.add_file(str(file), name="checkpoint.json", policy="immutable", skip_cache=True)
         # Past the client's own check of what it is given here.
-        artifact.manifest.entries[name] = ArtifactManifestEntry(path="x", digest="", size=1)
+        artifact.manifest.entries[name] = ArtifactManifestEntry(path=LogicalPath("x"), digest="", size=1)
         refuse_download(artifact, tmp_path / "into")
     for uri in ("file:///etc/passwd", "http://127.0.0.1:1/x"):
         artifact = wandb.Artifact("model-x", "model")

@@ -36,6 +36,7 @@ from diffusion_core.evaluation.classifier.training import RECIPES
 from diffusion_core.hardware import has_bf16
 from diffusion_core.model import compilation
 from diffusion_core.model.unet import UNet, build_network
+from diffusion_core.registry import Choice
 from diffusion_core.sampling import generation
 from diffusion_core.tracking import MemoryTracker
 from diffusion_core.training import trainer
@@ -187,7 +188,9 @@ TABLE: dict[str, Entry] = {
     "sample.every": Entry(2, ("files", "grids")),
     "sample.per_class": Entry(2, ("grid size",), same=SAMPLING_ONLY),
     "sample.batch_size": Entry(3, ("batches",), same=(*SAMPLING_ONLY, "grid"), why="memory and speed, not the images"),
-    "sample.cuda_graphs": Entry(False, ("replayed",), why="a GPU alone records and replays"),
+    "sample.cuda_graphs": Entry(
+        False, ("replayed",), {"eval.classifier": "auto", "eval.num_images": 4}, why="a GPU alone records and replays"
+    ),
     "sample.compile": Entry(
         "network",
         ("compiled for sampling",),
@@ -265,7 +268,7 @@ def sketch(index: int, label: int, invert: bool) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Folders of images with one sub-folder a class, by the names that the table gives them."""
     paths = {}
     for name, invert in ((FOLDER, False), (OTHER_FOLDER, True)):
@@ -578,7 +581,9 @@ def test_as_many_checkpoints_are_kept_as_was_asked(keep: int, every: int, kept: 
 
 def choices(knob: str) -> list[str]:
     """All that a knob offers."""
-    return list(get_args(dict(list_knobs(TrialConfig))[knob].annotation))
+    field = dict(list_knobs(TrialConfig))[knob]
+    named = [choice.values() for choice in field.metadata if isinstance(choice, Choice)]
+    return named[0] if named else list(get_args(field.annotation))
 
 
 def test_every_schedule_of_the_rate_and_every_choice_is_another_one(seen: Any) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import compare_tickets
 import pytest
 from tiny import TINY
 
 from pruning.lottery.report import Trained
-from scripts import compare_tickets
 
 
 def chain(shift: float) -> list[Trained]:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import evaluate as script
 import numpy as np
 import pytest
 import torch
@@ -117,6 +118,7 @@ def test_an_estimate_comes_before_the_first_evaluation_and_nothing_is_built_befo
 def test_images_that_are_no_numbers_are_refused_in_one_line() -> None:
     config = build_config(TINY)
     network = build_network(config, 10).eval()
+    assert network.conv_out.bias is not None
     with torch.no_grad():
         network.conv_out.bias.fill_(float("nan"))
     with pytest.raises(DataError, match="3 of 3 generated images are not finite"):
@@ -128,11 +130,7 @@ def test_images_that_are_no_numbers_are_refused_in_one_line() -> None:
 
 def call(*words: str, code: int = 0) -> None:
     """The script's main in this process: the imports take longer than the work."""
-    sys.path.insert(0, str(SCRIPT.parent))
-    try:
-        import evaluate as script
-    finally:
-        sys.path.remove(str(SCRIPT.parent))
+    found: Any
     try:
         found = script.main(["--device", "cpu", *words])
     except SystemExit as exit_:

@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import check_formulations
+import compare_formulations
+import compare_pruning
+import compare_tickets
 import pytest
+from check_formulations import Measured
 from tiny import TINY
 
 from agent.config import build_config
 from diffusion_core.config import FORMULATIONS
-from scripts import check_formulations, compare_formulations, compare_pruning, compare_tickets
-from scripts.check_formulations import Measured
 
 SMALL = [f"--{key}={','.join(map(str, value)) if isinstance(value, list) else value}" for key, value in TINY.items()
          if key not in ("train.precision", "log.every", "train.steps", "train.lr", "eval.val_images")]  # fmt: skip

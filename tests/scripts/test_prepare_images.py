@@ -21,6 +21,7 @@ import pytest
 import torch
 from image_files import CIFAR, gradient, random_images, write, write_cifar, write_mnist
 from PIL import Image
+from prepare_images import main
 
 from diffusion_core.config import DataConfig
 from diffusion_core.data.datasets import load_data
@@ -29,7 +30,6 @@ from diffusion_core.data.preparation import image as making
 from diffusion_core.data.preparation.records import Job, Result
 from diffusion_core.data.preparation.target import JOURNAL_FILE, SETTINGS_FILE, still_valid
 from diffusion_core.registries import DATASETS
-from scripts.prepare_images import main
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, str(ROOT / "scripts" / "prepare_images.py")]

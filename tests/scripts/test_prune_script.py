@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import evaluate
+import prune
 import pytest
 import torch
 from tiny import TINY, digits
@@ -20,22 +21,8 @@ from diffusion_core.checkpoint import read_checkpoint
 from diffusion_core.model.cost import count_cost
 from diffusion_core.tracking import MemoryTracker
 from pruning.channels.removal import Removal, remove
-from scripts import evaluate
 
 SCRIPT = ROOT / "scripts" / "prune.py"
-
-
-def load_script() -> Any:
-    spec = importlib.util.spec_from_file_location("prune", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-prune = load_script()
 
 
 @pytest.fixture(scope="module")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import sample_images as script
+from image_files import frame_count
 from PIL import Image
 from tiny import TINY, digits, lively
 
@@ -24,19 +24,6 @@ from diffusion_core.tracking import NullTracker
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "sample_images.py"
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sample_images", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sample_images"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
 
 
 def train(folder: Path, **changes: Any) -> Path:
@@ -123,7 +110,7 @@ def test_denoise_shows_the_noise_and_progressive_what_is_expected(run: Path, tmp
         assert sample(run, tmp_path / mode, *single, "--mode", mode) == 0
         with Image.open(tmp_path / mode / f"{mode}.gif") as animation:
             # The frames of four steps and the image; GIF keeps equal neighbours once.
-            assert (2 if mode == "denoise" else 1) <= animation.n_frames <= 5
+            assert (2 if mode == "denoise" else 1) <= frame_count(animation) <= 5
         strip = np.asarray(Image.open(tmp_path / mode / f"{mode}.png").convert("L"))
         cells = tiles(strip, count=5)
         assert np.array_equal(cells[-1], finished)  # Both end in the image itself.
@@ -191,7 +178,7 @@ def test_interpolation_ends_where_it_should(run: Path, tmp_path: Path) -> None:
     assert np.abs(start - image("s0", "2-0.png")).max() <= 1
     assert np.abs(end - image("s0", "5-0.png")).max() > 1  # The other label, but the first one's noise.
     with Image.open(tmp_path / "labels" / "interpolate.gif") as animation:
-        assert animation.n_frames > 10
+        assert frame_count(animation) > 10
 
 
 def test_a_weaker_model_guides(run: Path, other: Path, tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import train_classifier
 
 from diffusion_core import cache
 from diffusion_core.evaluation.classifier import training
 from diffusion_core.evaluation.classifier.classifier import read_classifier
 from diffusion_core.evaluation.classifier.training import Recipe
-from scripts import train_classifier
 
 
 @pytest.fixture(autouse=True)

@@ -77,7 +77,8 @@ class SweepOperations:
 
     def terminate_early(self, sweep_id: str) -> None:
         """Mark the runs that hyperband ends, as soon as there is new history: it looks at the last band only that a run
-        has reached, and at an agent's next heartbeat a fast run would be beyond all that it could be compared with."""
+        has reached, and at an agent's next heartbeat a fast run would be beyond all that it could be compared with.
+        """
         for run_id in search.to_stop(self.store.sweeps[sweep_id]):
             self.store.runs[run_id].stop_requested = True
 

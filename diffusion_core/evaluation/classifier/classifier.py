@@ -58,10 +58,16 @@ class Classifier:
 
     @property
     def name(self) -> str:
+        """Name for protocols and figures: ``classifier-DATA``."""
         return f"classifier-{self.data}"
 
     @torch.no_grad()
     def __call__(self, images_BCHW: Tensor) -> Judged:
+        """Map uint8 images, ``(N, C, H, W)``, to features, ``(N, D)``, and logits, ``(N, K)``, in float32.
+
+        Raises:
+            ExtractorError: if the images are smaller than the classifier can take.
+        """
         parameter = next(self.network.parameters())
         x_BCHW = to_unit(with_channels(images_BCHW.to(parameter.device), self.network.channels))
         if min(x_BCHW.shape[2:]) < SMALLEST_IMAGE:

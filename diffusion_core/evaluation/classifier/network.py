@@ -33,6 +33,7 @@ class Residual(nn.Module):
         self.blocks = nn.Sequential(block(width, width), block(width, width))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Add the blocks' output to the input, ``(B, C, H, W)``."""
         return x_BCHW + self.blocks(x_BCHW)
 
 
@@ -62,6 +63,7 @@ class ClassifierNetwork(nn.Module):
         self.head = nn.Linear(8 * width, num_classes, bias=False)
 
     def forward(self, x_BCHW: Tensor) -> Judged:
+        """Judge images, ``(B, C, H, W)`` in [-1, 1]: features, ``(B, D)``, and logits, one per class."""
         maps_BDHW = self.layers(x_BCHW)
         # Over whole maps, as adaptive pooling does, whose backward pass has no deterministic algorithm on a GPU.
         features_BD = F.max_pool2d(maps_BDHW, maps_BDHW.shape[2:]).flatten(1)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from tiny import TINY
-from torch import nn
 
 from agent.config import TrialConfig, build_config
 from agent.sweep import estimate
@@ -66,7 +65,7 @@ def trained(config: TrialConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) 
     passed = {True: 0, False: 0}
     forward = UNet.forward
 
-    def count(self: nn.Module, x_BCHW: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+    def count(self: UNet, x_BCHW: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
         if x_BCHW.any():  # All zero are the images whose latency is measured, for as long as there is time.
             passed[torch.is_grad_enabled()] += len(x_BCHW)
         return forward(self, x_BCHW, *arguments, **named)

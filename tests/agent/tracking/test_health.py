@@ -112,7 +112,7 @@ def test_a_run_is_marked_when_a_signal_came_unless_it_was_asked_to_end(ended: bo
 def test_a_server_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffusion_core.training.stopping.VERDICT_WITHIN_S", 0.05)
     stop, hang = StopRequest(), threading.Event()
-    stop.asked_to_end = hang.wait  # type: ignore[assignment]
+    stop.asked_to_end = hang.wait
     with stop.listening():
         signal.raise_signal(signal.SIGTERM)
         assert not check(stop).ended

@@ -5,6 +5,7 @@ Three trials share one outage. The client and its core are W&B's own; what they 
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -72,9 +73,12 @@ def outage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outage]:
             }
             return forks.start(TRIAL, folders[name], variables | env)
 
+        def has_history(name: str) -> bool:
+            return name in server.runs and len(server.runs[name].history) > 0
+
         lasting, ended = start("lasting"), start("ended", WANDB_FINISH_TIMEOUT="3")
         for name, trial in (("lasting", lasting), ("ended", ended)):
-            until(lambda name=name: name in server.runs and len(server.runs[name].history) > 0, trial)
+            until(functools.partial(has_history, name), trial)
         server.pause()
         gone = len(server.runs["lasting"].history)
         begun = start("begun")

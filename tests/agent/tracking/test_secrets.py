@@ -102,7 +102,7 @@ def images(folder: Path) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[WandbServer, dict[str, Fork]]]:
     """A trial online and one offline, with keys in the environment, on the command line and in what they print."""
     with WandbServer() as server, Forks() as forks:
-        server.api_key = WANDB_KEY  # type: ignore[misc]
+        server.api_key = WANDB_KEY
         trials = {}
         for name, mode in (("on", "online"), ("off", "offline")):
             folder = tmp_path_factory.mktemp(name)

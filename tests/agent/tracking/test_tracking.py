@@ -112,6 +112,8 @@ def read_records(path: Path) -> list[Any]:
     """
     from wandb.proto import wandb_internal_pb2
 
+    messages: Any = wandb_internal_pb2  # Its classes are made at run time.
+
     content, position, parts, records = path.read_bytes(), 7, b"", []
     while position + 7 <= len(content):
         if 32768 - position % 32768 < 7:  # No piece begins in the last bytes of a block.
@@ -121,7 +123,7 @@ def read_records(path: Path) -> list[Any]:
         parts += content[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
+            record = messages.Record()
             record.ParseFromString(parts)
             records.append(record)
             parts = b""

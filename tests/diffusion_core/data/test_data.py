@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 def folder_config(path: Path, **changes: Any) -> DataConfig:
-    return DataConfig(**({"name": "folder", "path": str(path), "image_size": 8} | changes))
+    return DataConfig.model_validate({"name": "folder", "path": str(path), "image_size": 8} | changes)
 
 
 def rows(images: Images) -> list[tuple[int, ...]]:

@@ -12,8 +12,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import convert_diffusers
 import huggingface_hub
 import pytest
+import sample_images
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
@@ -28,7 +30,6 @@ from diffusion_core.diffusers_io.names import OLD_ATTENTION
 from diffusion_core.model.structure import resize
 from diffusion_core.model.unet import NO_LABEL, UNet
 from diffusion_core.sampling import generation
-from scripts import convert_diffusers, sample_images
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "scripts" / "convert_diffusers.py"
@@ -648,7 +649,7 @@ def test_class_names_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_own_networks_that_are_not_theirs(
     key: str, value: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = {"model__attention_resolutions": [8, 4]} if key == "model.num_heads" else {}
+    more: dict[str, Any] = {"model__attention_resolutions": [8, 4]} if key == "model.num_heads" else {}
     checkpoint = own(tmp_path / "ours", **{key.replace(".", "__"): value}, **more)
     assert f"{key} = {value!r}: {said}" in refusal(capsys, "export", checkpoint.path, tmp_path)
 
@@ -656,7 +657,7 @@ def test_own_networks_that_are_not_theirs(
 def test_own_checkpoints_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     narrow = {"down.0.blocks.0.conv1": {"in_channels": 8, "out_channels": 4}}
     pruned = write_checkpoint(
-        tmp_path / "pruned", 1, own(tmp_path / "dense").metadata | {"structure": narrow}, {"ema": {}, "model": {}}
+        tmp_path / "pruned", 1, {**own(tmp_path / "dense").metadata, "structure": narrow}, {"ema": {}, "model": {}}
     )
     assert "channels of 1 layers were removed" in refusal(capsys, "export", pruned.path, tmp_path)
     labelled, unlabelled = own(tmp_path / "labelled").path, own(tmp_path / "unlabelled", classes=0).path

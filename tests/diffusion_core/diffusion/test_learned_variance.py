@@ -141,6 +141,9 @@ def test_the_bound_trains_the_variance_alone(prediction: str) -> None:
     plain = TwoHeads(6)
     simple = diffusion_loss(Denoiser(lambda *_: plain.mean, schedule, prediction), x0, noise, t, None, config)
     simple.sum().backward()
+    assert network.mean.grad is not None
+    assert network.between.grad is not None
+    assert plain.mean.grad is not None
     assert torch.equal(network.mean.grad, plain.mean.grad)
     assert network.between.grad.flatten(1).abs().amax(dim=1).min() > 0
 
@@ -165,4 +168,6 @@ def test_the_network_says_the_fraction_by_its_second_half() -> None:
     assert torch.equal(output, raw[:, :1])
     torch.testing.assert_close(fraction, raw[:, 1:] / 2 + 0.5)
     assert denoiser(x, t, labels).shape == x.shape
+    assert denoiser.fraction_BCHW is not None
+    assert fraction is not None
     assert torch.equal(denoiser.fraction_BCHW, fraction)

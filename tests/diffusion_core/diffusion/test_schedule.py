@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ KINDS = ["linear", "cosine", "sigmoid"]
 
 
 def schedule(kind: str = "linear", timesteps: int = 1000, **settings: object) -> NoiseSchedule:
-    return build_schedule(DiffusionConfig(schedule=kind, timesteps=timesteps, **settings))
+    return build_schedule(DiffusionConfig.model_validate({"schedule": kind, "timesteps": timesteps} | settings))
 
 
 @pytest.mark.parametrize(("kind", "theirs"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
@@ -87,7 +88,7 @@ def test_spaced_timesteps_for_every_count_of_small_lengths(spacing: str) -> None
             check_spacing(timesteps, count, spacing)
 
 
-def check_spacing(timesteps: int, count: int, spacing: str) -> None:
+def check_spacing(timesteps: int, count: int, spacing: Any) -> None:
     chosen = spaced_timesteps(timesteps, count, spacing)
     assert len(chosen) == count
     assert all(isinstance(t, int) for t in chosen)
@@ -123,7 +124,7 @@ def test_steps_carry_the_amplitudes_of_their_timesteps_and_end_at_the_image() ->
     steps = made.steps(5)
     assert len(steps) == 5
     assert steps.timesteps == (39, 29, 20, 10, 0)
-    for index, t in enumerate(steps.timesteps):
+    for index, t in enumerate((39, 29, 20, 10, 0)):
         assert steps.alphas[index] == made.alphas[t]
         assert steps.sigmas[index] == made.sigmas[t]
     assert steps.alphas[-1] == 1.0
@@ -311,7 +312,7 @@ def test_positions_beyond_the_ends_are_the_ends(name: str) -> None:
 @pytest.mark.parametrize("spacing", ["uniform", "trailing", "quadratic", "karras"])
 @pytest.mark.parametrize("count", [1, 2, 9, 100])
 def test_steps_go_down_to_the_image_and_their_amplitudes_are_those_of_their_timesteps(
-    name: str, spacing: str, count: int
+    name: str, spacing: Any, count: int
 ) -> None:
     made = ALL[name]
     steps = made.steps(count, spacing)

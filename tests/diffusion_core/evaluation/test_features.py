@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import evaluate
 import numpy as np
 import pytest
 import torch
@@ -25,7 +26,6 @@ from diffusion_core.evaluation.extractors import (
 )
 from diffusion_core.evaluation.features import ExtractorError
 from diffusion_core.evaluation.folders import image_folder
-from scripts import evaluate
 
 CPU = torch.device("cpu")
 COUNT = 7
@@ -41,6 +41,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.8, 1.2)
+            assert module.running_mean is not None
             nn.init.normal_(module.running_mean, std=0.1)
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save(network.state_dict(), path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -41,10 +42,10 @@ def graphs() -> int:
 
 
 def test_flops_of_a_network_are_those_of_its_products() -> None:
-    network = torch.nn.Conv2d(3, 8, 3, padding=1)
-    network.image_size, network.input_channels = 16, 3  # type: ignore[assignment]
-    network.forward = lambda x, t: torch.nn.functional.conv2d(x, network.weight, network.bias, padding=1)  # type: ignore[assignment, method-assign]
-    assert forward_flops(network) == 2 * 8 * 3 * 9 * 16 * 16  # type: ignore[arg-type]
+    network: Any = torch.nn.Conv2d(3, 8, 3, padding=1)
+    network.image_size, network.input_channels = 16, 3
+    network.forward = lambda x, t: torch.nn.functional.conv2d(x, network.weight, network.bias, padding=1)
+    assert forward_flops(network) == 2 * 8 * 3 * 9 * 16 * 16
 
 
 @pytest.mark.parametrize("what", ["training", "sampling"])
@@ -54,15 +55,15 @@ def test_auto_compiles_on_a_gpu_from_the_break_even_on(what: str) -> None:
     if what == "training":
         count = int(break_even_seconds() / (per_image * 16 * (1.0 + BACKWARD_COST)))
 
-        def pick(steps: int, device: torch.device, wanted: str = "auto") -> str:
-            config = TrainConfig.model_validate({"steps": steps, "batch_size": 16, "compile": wanted})
+        def pick(count: int, device: torch.device, wanted: str = "auto") -> str:
+            config = TrainConfig.model_validate({"steps": count, "batch_size": 16, "compile": wanted})
             return pick_compilation(config, network, device)
     else:
         count = int(break_even_seconds() / (per_image * 10))
 
-        def pick(images: int, device: torch.device, wanted: str = "auto") -> str:
+        def pick(count: int, device: torch.device, wanted: str = "auto") -> str:
             config = SampleConfig.model_validate({"steps": 10, "compile": wanted})
-            return pick_sampling_compilation(config, network, device, images)
+            return pick_sampling_compilation(config, network, device, count)
 
     assert pick(count - 1, GPU) == "none"
     assert pick(count + 1, GPU) == "network"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from pruning.channels.removal import prune_channels
 from pruning.config import PruneConfig
 from pruning.masks.strategies import global_magnitude
 
-NETWORKS = {
+NETWORKS: dict[str, dict[str, Any]] = {
     "dense": {},
     "heads": {"model__num_heads": 2, "model__attention_resolutions": [8, 4]},
     "no labels": {"model__class_conditional": False},

@@ -23,9 +23,10 @@ def test_it_is_group_norm_with_its_gradients(groups: int, offset: float) -> None
     ours, theirs = (example(torch.float32, offset).requires_grad_() for _ in range(2))
     source = torch.Generator().manual_seed(1)
     weights = [[torch.randn(24, generator=source.manual_seed(2 + i)).requires_grad_() for i in range(2)] for _ in "ab"]
+    (scale, shift), (their_scale, their_shift) = weights
     upstream = torch.randn(3, 24, 5, 4, generator=source)
-    got = normalise_by_channel(ours, groups, *weights[0], 1e-6)
-    wanted = F.group_norm(theirs, groups, *weights[1], 1e-6)
+    got = normalise_by_channel(ours, groups, scale, shift, 1e-6)
+    wanted = F.group_norm(theirs, groups, their_scale, their_shift, 1e-6)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
     got.backward(upstream)
     wanted.backward(upstream)

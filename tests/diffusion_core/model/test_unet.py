@@ -115,6 +115,7 @@ def test_no_label_and_none_agree_and_have_an_embedding_of_their_own() -> None:
     without = network(x, t, None)
     assert torch.equal(without, network(x, t, torch.full((3,), NO_LABEL)))
     # Every real class is overwritten: an answer without a label must not notice.
+    assert network.label_embedding is not None
     network.label_embedding.weight[:NUM_CLASSES] += 1.0
     assert torch.equal(without, network(x, t))
     network.label_embedding.weight[NUM_CLASSES] += 1.0
@@ -212,6 +213,7 @@ def test_initialisation_is_that_of_the_paper() -> None:
     assert torch.equal(network(x, t), torch.zeros_like(x))  # The last convolution starts at zero.
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
+            assert module.bias is not None
             assert not module.bias.any()
             if name.endswith(("conv2", ".out", "conv_out")):
                 assert not module.weight.any(), name

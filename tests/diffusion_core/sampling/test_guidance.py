@@ -144,6 +144,11 @@ class GaussianNetwork(nn.Module):
         return {"eps": eps, "x0": x0, "v": alpha * eps - sigma * x0}[self.prediction]
 
 
+def gaussian_generator(config: CoreConfig, **more: Any) -> Generator:
+    network: Any = GaussianNetwork(config)
+    return Generator(network, config, "fp32", **more)
+
+
 def clean(y: Tensor, level: Tensor) -> Tensor:
     """The posterior mean, given y = x / alpha."""
     return MEAN + DEVIATION**2 / (DEVIATION**2 + level**2) * (y - MEAN)
@@ -163,7 +168,7 @@ FORMULATIONS: dict[str, dict[str, Any]] = {
 def test_a_model_of_another_schedule_denoises_the_images_of_this_one(own: str, other: str) -> None:
     config, theirs = tiny_config(**FORMULATIONS[own]), tiny_config(**FORMULATIONS[other])
     schedule = build_schedule(config.diffusion)
-    translated = Generator(GaussianNetwork(theirs), theirs, "fp32").at_levels_of(schedule)
+    translated = gaussian_generator(theirs).at_levels_of(schedule)
     # Levels beyond those that it was trained with it takes for the nearest of them.
     lowest = max(0.05, float(build_schedule(theirs.diffusion).levels[0]))
     inside = (schedule.levels > lowest) & (schedule.levels < 20)
@@ -187,7 +192,7 @@ def test_a_model_of_another_schedule_is_shown_pure_noise_as_strong_as_it_knows_i
     noise, t = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((3,), 49)
     for theirs in (tiny_config(**FORMULATIONS["linear eps"]), tiny_config(**FORMULATIONS["karras edm"])):
         own, last = build_schedule(theirs.diffusion), theirs.diffusion.timesteps - 1
-        other = Generator(GaussianNetwork(theirs), theirs, "fp32")
+        other = gaussian_generator(theirs)
         expected = other.denoiser()(noise * own.alphas[-1].hypot(own.sigmas[-1]).float(), torch.full((3,), last), None)
         torch.testing.assert_close(other.at_levels_of(schedule)(noise, t, None), expected, rtol=1e-3, atol=1e-3)
     reference = Generator(tiny_network(tiny_config(), seed=1), tiny_config(), "fp32")
@@ -199,9 +204,9 @@ def test_a_model_of_another_schedule_is_shown_pure_noise_as_strong_as_it_knows_i
 @torch.no_grad()
 def test_a_reference_reaches_the_sampler() -> None:
     config, theirs = tiny_config(**FORMULATIONS["linear eps"]), tiny_config(**FORMULATIONS["karras edm"])
-    same = Generator(GaussianNetwork(theirs), theirs, "fp32")
-    plain = Generator(GaussianNetwork(config), config, "fp32")
-    beside_itself = Generator(GaussianNetwork(config), config, "fp32", reference=same)
+    same = gaussian_generator(theirs)
+    plain = gaussian_generator(config)
+    beside_itself = gaussian_generator(config, reference=same)
     wanted = requests([1], 4)
     settings = SampleConfig(sampler="euler", steps=20, clip_x0=False, spacing="karras")
     expected = plain.batch(wanted, settings, 0)

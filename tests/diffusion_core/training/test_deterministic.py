@@ -118,7 +118,7 @@ def test_judging() -> None:
 def test_the_classifier_pools_as_adaptive_pooling_does(size: int, layout: torch.memory_format) -> None:
     """To the last bit, also where gradients of equal maxima go: classifiers that were trained before stay the same."""
     source = torch.Generator().manual_seed(0)
-    network = ClassifierNetwork(3, 10, 4).to(memory_format=layout)  # type: ignore[call-overload]
+    network = ClassifierNetwork(3, 10, 4).to(memory_format=layout)
     images = torch.randn(5, 3, size, size, generator=source).contiguous(memory_format=layout)
     maps = network.layers(images)
     maps = maps.round()  # Many are equal.
@@ -156,7 +156,8 @@ def test_the_threshold_of_masks_is_an_order_statistic(pruned: int) -> None:
 def test_fp32_means_exact_products_and_other_precisions_may_round() -> None:
     cudnn, products_of_matrices = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, products_of_matrices.allow_tf32
-    for precision, rounds in (("fp32", False), ("tf32", True), ("bf16", True)):
+    cases: list[tuple[Any, bool]] = [("fp32", False), ("tf32", True), ("bf16", True)]
+    for precision, rounds in cases:
         with autocast(torch.device("cpu"), precision):
             assert (cudnn.allow_tf32, products_of_matrices.allow_tf32) == (rounds, rounds)
         with algorithms(tiny_config().train, precision):  # The backward pass runs in here.

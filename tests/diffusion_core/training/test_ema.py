@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_warm_up_averages_over_fewer_steps_at_first() -> None:
 
 
 def test_buffers_are_copied() -> None:
-    source = network()
+    source: Any = network()
     source.register_buffer("seen", torch.tensor(1))
     ema = Ema(source, EmaConfig(decay=0.5, warmup=False))
     source.seen += 6

@@ -320,6 +320,7 @@ def test_a_loss_that_is_no_number_ends_training_and_the_earlier_checkpoint_stays
         if state.step == 2:
             write_checkpoint(tmp_path, state.step, metadata(state), state.parts())
         if state.step == 4:
+            assert state.network.conv_out.bias is not None
             with torch.no_grad():
                 state.network.conv_out.bias.fill_(value)
 

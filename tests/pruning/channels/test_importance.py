@@ -43,7 +43,9 @@ def calibration() -> Calibration:
 
 
 def knobs(importance: str, **changes: float) -> PruneConfig:
-    return PruneConfig(**({"method": "structured", "importance": importance, "calibration_batches": BATCHES} | changes))
+    return PruneConfig.model_validate(
+        {"method": "structured", "importance": importance, "calibration_batches": BATCHES} | changes
+    )
 
 
 def scores(importance: str, seed: int = 0) -> dict[str, Tensor]:

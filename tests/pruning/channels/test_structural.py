@@ -219,6 +219,11 @@ def test_group_norms_take_fewer_groups_and_attention_keeps_its_heads() -> None:
     assert fewer
 
 
+def block(network: UNet, name: str) -> Any:
+    """A block by its name; Any, as its layers' types are known to the block alone."""
+    return network.get_submodule(name)
+
+
 def test_blocks_lose_as_they_were_told_to() -> None:
     network = tiny_network(config())
     names = block_names(network)
@@ -226,7 +231,7 @@ def test_blocks_lose_as_they_were_told_to() -> None:
     smaller = smaller_one(network, 0.7, target="params", block_keep=[1.0, 0.75, 0.5, 0.75, 1.0])
     assert share(smaller, network, "params") == pytest.approx(0.7, rel=0.02)
     kept = {
-        name: smaller.get_submodule(f"{name}.conv1").out_channels / network.get_submodule(f"{name}.conv1").out_channels
+        name: block(smaller, name).conv1.out_channels / block(network, name).conv1.out_channels
         for name in ("down.0.blocks.0", "down.1.blocks.0", "middle.0", "up.0.blocks.0", "up.1.blocks.0")
     }
     assert kept["down.0.blocks.0"] == kept["up.1.blocks.0"] == 1.0
@@ -268,7 +273,7 @@ def test_what_stays_is_a_part_of_what_there_was() -> None:
     network = tiny_network(config())
     smaller, removal = prune_channels(network, knobs(0.4))
     marks = {name: torch.tensor([mark == "1" for mark in text]) for name, text in removal.kept.items()}
-    dense, small = network.down[0].blocks[0], smaller.down[0].blocks[0]
+    dense, small = block(network, "down.0.blocks.0"), block(smaller, "down.0.blocks.0")
     rows, columns = marks["down.0.blocks.0.conv1"], marks["conv_in"]
     assert torch.equal(small.conv1.weight, dense.conv1.weight[rows][:, columns])
     assert torch.equal(small.conv1.bias, dense.conv1.bias[rows])
@@ -276,6 +281,8 @@ def test_what_stays_is_a_part_of_what_there_was() -> None:
     assert torch.equal(small.conv2.weight, dense.conv2.weight[columns][:, rows])
     embedding = marks["time_mlp.2"]
     assert torch.equal(small.embed.weight, dense.embed.weight[rows][:, embedding])
+    assert network.label_embedding is not None
+    assert smaller.label_embedding is not None
     assert torch.equal(smaller.label_embedding.weight, network.label_embedding.weight[:, embedding])
 
 
@@ -304,7 +311,7 @@ def test_every_layer_belongs_to_groups_that_cover_it() -> None:
 def test_channels_of_attention_that_do_nothing_leave_no_trace() -> None:
     """The root of a head's width, which attention divides by, is made up for."""
     network = tiny_network(config(heads=2))
-    attention = network.middle[1]
+    attention = block(network, "middle.1")
     idle = torch.arange(32) % 4 == 3
     with torch.no_grad():
         for layer in (attention.query, attention.key, attention.value):
@@ -313,7 +320,7 @@ def test_channels_of_attention_that_do_nothing_leave_no_trace() -> None:
     groups = channel_groups(network)
     kept = {group.name: "1" * group.width for group in groups} | {"middle.1.query": "1110" * 8}
     smaller = remove(network, Removal(kept))
-    assert smaller.middle[1].query.out_features == 24
+    assert block(smaller, "middle.1").query.out_features == 24
     with torch.no_grad():
         torch.testing.assert_close(smaller(*inputs(network)), network(*inputs(network)))
 
@@ -323,12 +330,12 @@ def test_channels_of_attention_that_do_nothing_leave_no_trace() -> None:
 
 def test_the_weakest_channels_go() -> None:
     network = tiny_network(config(model__norm_groups=1))
-    block = network.middle[0]
+    first = block(network, "middle.0")
     weak = torch.randperm(32, generator=torch.Generator().manual_seed(5)) % 2 == 1
     with torch.no_grad():
-        for tensor in (block.conv1.weight, block.embed.weight):
+        for tensor in (first.conv1.weight, first.embed.weight):
             tensor[weak] *= 1e-3
-        block.conv2.weight[:, weak] *= 1e-3
+        first.conv2.weight[:, weak] *= 1e-3
     for scope in ("layer", "global"):
         _, removal = prune_channels(network, knobs(0.97 if scope == "global" else 0.25, scope=scope))
         stays = torch.tensor([mark == "1" for mark in removal.kept["middle.0.conv1"]])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lottery_ticket
 import pytest
 import torch
 from PIL import Image
@@ -38,7 +39,6 @@ from pruning.lottery.tickets import (
     ticket,
 )
 from pruning.masks.mask import MASKS_PART, WeightMasks, counts, masked
-from scripts import lottery_ticket
 
 ROOT = Path(__file__).parents[3]
 ROUNDS = 3
@@ -94,7 +94,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished chain, and then both of its controls."""
     folder = tmp_path_factory.mktemp("chain")
     for control in ("none", "reinit", "random_mask"):
-        chain(folder, **{"prune.control": control})
+        changes: dict[str, Any] = {"prune.control": control}
+        chain(folder, **changes)
     return folder
 
 
@@ -293,8 +294,9 @@ def test_a_step_that_was_not_kept_is_refused(done: Path, tmp_path: Path) -> None
     folder = tmp_path / "chain"
     shutil.copytree(done, folder, ignore=shutil.ignore_patterns("01", "02", "03*"))
     same = untouched(folder)
+    changes: dict[str, Any] = {"prune.rewind_step": 1}
     with pytest.raises(ConfigError, match=r"prune.rewind_step = 1: the chain in .* did not keep that step") as caught:
-        chain(folder, **{"prune.rewind_step": 1})
+        chain(folder, **changes)
     one_line(caught.value)
     assert same()
 

@@ -206,7 +206,7 @@ def test_the_same_knobs_choose_the_same_masks(method: str) -> None:
 
 
 @pytest.mark.parametrize(("scope", "empty"), [("global", True), ("layer", False)])
-def test_layers_that_start_at_zero_go_whole_unless_each_is_ranked_by_itself(scope: str, empty: bool) -> None:
+def test_layers_that_start_at_zero_go_whole_unless_each_is_ranked_by_itself(scope: Any, empty: bool) -> None:
     from diffusion_core.model.unet import build_network
 
     network = build_network(tiny_config(), 10)
