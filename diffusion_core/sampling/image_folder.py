@@ -35,7 +35,7 @@ def settings(
         "weights": checkpoint.metadata["files"][f"{weights}.safetensors"]["sha256"],
         "guide": guide and guide.metadata["files"]["ema.safetensors"]["sha256"],
         "seed": config.seed,
-        "sample": config.sample.model_dump(exclude={"every", "per_class", "batch_size"}),
+        "sample": config.sample.model_dump(exclude={"every", "per_class", "batch_size", "cuda_graphs"}),
     }
 
 
