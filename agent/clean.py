@@ -1,7 +1,7 @@
-"""``python -m agent.clean``: show what checkpoints and uploads are kept for nothing, and remove it with --yes.
+"""``python -m agent.clean``: list unreferenced checkpoints and uploads; delete them with --yes.
 
-On this machine: checkpoints that are neither the best nor among the newest `checkpoint.keep`, what was left half
-written, and copies of uploads that have arrived. On W&B: versions of models and training states that no alias holds.
+On this machine: checkpoints that are neither the best nor among the newest `checkpoint.keep`, unfinished checkpoints,
+and staged copies of uploads that have arrived. On W&B: versions of models and training states without an alias.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from diffusion_core.training.checkpoints import kept_checkpoints
 
 @dataclass(frozen=True)
 class Leftover:
-    """Something that nothing needs.
+    """An unreferenced checkpoint or upload.
 
     Attributes:
-        name: what it is.
+        name: its path, or its name on W&B.
         size: in bytes.
-        remove: does away with it.
+        remove: deletes it.
     """
 
     name: str
@@ -39,11 +39,11 @@ class Leftover:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 if there is nowhere to look."""
+    """Run the command; return the exit status: 0, or 2 if the folder or project does not exist."""
     parser = argparse.ArgumentParser("python -m agent.clean", description=__doc__, allow_abbrev=False)
-    parser.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="of runs, or of one run (runs)")
-    parser.add_argument("--project", metavar="ENTITY/PROJECT", help="look on W&B instead")
-    parser.add_argument("--yes", action="store_true", help="remove it")
+    parser.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="folder of runs or of one run (runs)")
+    parser.add_argument("--project", metavar="ENTITY/PROJECT", help="search a W&B project instead")
+    parser.add_argument("--yes", action="store_true", help="delete them")
     arguments = parser.parse_args(argv)
     load_environment()
     try:
@@ -53,13 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         folder = arguments.folder or Path("runs")
         if not folder.is_dir():
-            return fail(f"FOLDER = {str(folder)!r}: no such folder")
+            return fail(f"FOLDER = {str(folder)!r}: no such folder; name a folder of runs")
         for run_folder in run_folders(folder):
             try:
-                with locked(run_folder):  # Not under a process that works there.
+                with locked(run_folder):  # A process that trains the run needs its checkpoints.
                     _report(list(on_disk(run_folder)), arguments.yes)
             except ConfigError as error:
-                print(f"passed over: {error}", file=sys.stderr)
+                print(f"skipped: {error}", file=sys.stderr)
     except CheckpointError as error:
         return fail(str(error))
     return 0
@@ -73,7 +73,7 @@ def _report(found: Sequence[Leftover], remove: bool) -> None:
 
 
 def on_disk(folder: Path) -> Iterator[Leftover]:
-    """What a run's folder holds for nothing."""
+    """Yield the unreferenced checkpoints and uploads in a run's folder."""
     checkpoints = folder / CHECKPOINTS
     paths = list_checkpoints(checkpoints)
     if paths:
@@ -94,7 +94,7 @@ def _folder(path: Path) -> Leftover:
 
 
 def on_wandb(project: str) -> Iterator[Leftover]:
-    """Versions of a project's models and training states that have no alias.
+    """Yield the versions of a project's models and training states that have no alias.
 
     Raises:
         CheckpointError: if W&B has no such project, or does not answer.

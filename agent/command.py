@@ -1,4 +1,4 @@
-"""How commands end: one line and a status for unusable input, and exit without teardown."""
+"""End commands: report unusable input in one line, and exit without waiting for interpreter teardown."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import NoReturn
 
 
 def run_and_leave(main: Callable[[], int]) -> NoReturn:
-    """Call ``main``, and end this process with the status that it returns.
+    """Call ``main`` and exit with the status that it returns, without waiting for interpreter teardown.
 
-    The interpreter would take a second to clear away, object by object, what PyTorch's compiler made when it was
-    imported. All exit handlers that were registered while ``main`` ran (W&B's, for one) are called first, output is
-    flushed, and threads are waited for, as ever. What ``main`` raises ends the process as it does everywhere.
+    Teardown takes about a second, because the interpreter frees the objects of PyTorch's compiler one by one. Threads,
+    the exit handlers that ``main`` registered (such as W&B's) and the flush of output still run first. An exception
+    of ``main`` ends the process in the usual way.
     """
     status: int | None = None
 
-    def leave() -> None:  # Handlers are called in reverse order: this one after all of main's.
+    def exit_at_once() -> None:  # Handlers run in reverse order: this one after those of main.
         if status is not None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
 
-    atexit.register(leave)
+    atexit.register(exit_at_once)
     status = main()
     sys.exit(status)
 
 
 def fail(message: str) -> int:
-    """One line for the user on stderr; the exit status of unusable input."""
+    """Print an error in one line on stderr; return 2, the exit status of unusable input."""
     print(f"error: {message}", file=sys.stderr)
     return 2

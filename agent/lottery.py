@@ -31,7 +31,7 @@ from agent.trial import TrialResult, make_accelerator, run_trial, warn_of_empty_
 from diffusion_core.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, step_folder
 from diffusion_core.config import ConfigError, flatten
 from diffusion_core.data.datasets import Dataset
-from diffusion_core.files import write_json, write_text
+from diffusion_core.files import write_json, write_json_lines
 from diffusion_core.model.structure import maskable
 from diffusion_core.model.unet import build_network
 from diffusion_core.run_folder import CHECKPOINTS, HISTORY_FILE, RESULT_FILE
@@ -334,7 +334,7 @@ def run_chain(
             tracker.log({key: value for key, value in (rows[-1] | pictures).items() if key != STEP}, stage.round_number)
     result = replace(trained, run_id=run_id, seconds=time.perf_counter() - started)
     if accelerator.is_main_process:
-        write_text(folder / HISTORY_FILE, "".join(json.dumps(row) + "\n" for row in rows))
+        write_json_lines(folder / HISTORY_FILE, rows)
         tracker.summary({key: value for key, value in trained.figures.items() if key.startswith(("model/", "prune/"))})
         described = asdict(result) | {"best_checkpoint": str(result.best_checkpoint), "config": flatten(config)}
         write_json(folder / RESULT_FILE, described)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import subprocess
 from dataclasses import asdict
@@ -12,10 +11,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from agent.config import TrialConfig
 from diffusion_core.checkpoint import METADATA_FILE, SAMPLING_PARTS
 from diffusion_core.data.datasets import Dataset
+from diffusion_core.files import sha256
 from diffusion_core.hardware import pick_precision
 from diffusion_core.model.cost import LATENCY_BATCH, count_cost, latencies, peak_memory
 from diffusion_core.training.trainer import TrainState
@@ -48,7 +49,7 @@ def describe_data(config: TrialConfig, dataset: Dataset) -> dict[str, Any]:
         "class_names": list(dataset.class_names),
         "train_images": len(dataset.train),
         "val_images": len(dataset.val),
-        "sha256": fingerprint(dataset),
+        "sha256": dataset_sha256(dataset),
     }
 
 
@@ -60,7 +61,7 @@ def system_facts(config: TrialConfig, accelerator: Accelerator, dataset: Dataset
         "system/python": platform.python_version(),
         **{f"system/{package}": version(package) for package in ("torch", "accelerate", "wandb")},
         "system/commit": commit(),
-        "data/sha256": fingerprint(dataset),
+        "data/sha256": dataset_sha256(dataset),
         "system/precision": pick_precision(config.train, accelerator.device),
         "system/processes": accelerator.num_processes,
         "data/train_images": len(dataset.train),
@@ -80,11 +81,9 @@ def commit() -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def fingerprint(dataset: Dataset) -> str:
-    """A SHA-256 over all images, labels and class names: equal for equal data, wherever it was read from."""
-    digest = hashlib.sha256(repr((dataset.shape_CHW, dataset.class_names)).encode())
-    for part in (dataset.train, dataset.val):
-        digest.update(repr(len(part)).encode())
-        for tensor in (part.images_NCHW, part.labels_N):
-            digest.update(tensor.cpu().contiguous().numpy().data)
-    return digest.hexdigest()
+def dataset_sha256(dataset: Dataset) -> str:
+    """Return the SHA-256 of all images, labels and class names: equal for equal data, wherever it was read from."""
+    parts: list[str | Tensor] = [repr((dataset.shape_CHW, dataset.class_names))]
+    for split in (dataset.train, dataset.val):
+        parts += [repr(len(split)), split.images_NCHW, split.labels_N]
+    return sha256(*parts)

@@ -1,7 +1,7 @@
-"""``python -m agent.sync FOLDER``: send what W&B lacks of runs that were recorded while it was out of reach.
+"""``python -m agent.sync FOLDER``: upload what W&B lacks of runs that were recorded while it was unreachable.
 
-`wandb sync` uploads a run that W&B has never seen. Of one that it knows in part it would repeat rows; this compares
-with what is there first, and works from the run's own folder: history, pictures, checkpoints.
+`wandb sync` uploads a run that W&B has never seen, but repeats rows of a run that W&B has in part. This command
+compares with W&B first, and uploads from the run's folder: history, images, checkpoints.
 """
 
 from __future__ import annotations
@@ -34,62 +34,62 @@ from diffusion_core.run_folder import (
 )
 
 SYNCED = ".synced"
-"""What W&B appends to the name of a run's file once it is uploaded: `wandb sync` passes over it."""
+"""Suffix of W&B's marker beside the file of an uploaded run; `wandb sync` skips files with a marker."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 if something did not arrive, 2 if there is nothing to send."""
+    """Run the command; return the exit status: 0, 1 if an upload did not arrive, 2 if there is nothing to upload."""
     parser = argparse.ArgumentParser("python -m agent.sync", description=__doc__, allow_abbrev=False)
-    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="a run's folder, or one with several")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="folder of a run, or of several runs")
     arguments = parser.parse_args(argv)
     load_environment()
     status = 0
-    for given in arguments.folders:
-        folders = run_folders(given)
+    for root in arguments.folders:
+        folders = run_folders(root)
         if not folders:
-            return fail(f"{str(given)!r}: no run here (expected a folder with {RUN_FILE} and {HISTORY_FILE})")
+            return fail(f"FOLDER = {str(root)!r}: no run here; expected {RUN_FILE} and {HISTORY_FILE}")
         for folder in folders:
             try:
                 with locked(folder):
                     sync(folder)
             except (ConfigError, CheckpointError) as error:
                 status = fail(str(error))
-            except TimeoutError as left:
-                print(f"error: {str(folder)!r}: this has not arrived: {left}; try again", file=sys.stderr)
+            except TimeoutError as error:
+                print(f"error: {str(folder)!r}: uploads did not arrive: {error}; try again", file=sys.stderr)
                 status = 1
     return status
 
 
 def sync(folder: Path) -> None:
-    """Bring a run on W&B up to what its folder holds.
+    """Upload what W&B lacks of the run in a folder.
 
     Raises:
-        ConfigError: if W&B cannot be reached, or the folder holds no readable run.
-        TimeoutError: if not everything arrived in time.
+        ConfigError: if W&B does not answer, or the folder holds no readable run.
+        TimeoutError: if an upload did not arrive in time.
     """
     from agent.tracking.artifacts import uploaded_steps
     from diffusion_core.training.callbacks import log_rows
     from diffusion_core.training.checkpoints import log_checkpoint
 
     if not has_key():
-        raise ConfigError("WANDB_API_KEY = None: needed to send a run; set it (see .env.example), or run `wandb login`")
-    known = read_run_file(folder)
-    # The project and the sweep that the run belongs to, wherever this is called.
-    os.environ.update(known.get(ENVIRONMENT, {}) | {"WANDB_RUN_ID": known["id"]})
+        raise ConfigError("WANDB_API_KEY = None: uploads need it; set it (see .env.example) or run `wandb login`")
+    run_file = read_run_file(folder)
+    # Upload to the run's own project and sweep, not to those of this process's environment.
+    os.environ.update(run_file.get(ENVIRONMENT, {}) | {"WANDB_RUN_ID": run_file["id"]})
     forget_environment()
     config = read_yaml(folder / CONFIG_FILE)
     rows = read_history(folder)
-    run = start_wandb(known["id"], folder, config, "online", or_offline=False)
+    run = start_wandb(run_file["id"], folder, config, "online", or_offline=False)
     tracker = WandbTracker(run, first_step=run.starting_step, keep=sys.maxsize)
     log_rows(tracker, folder, rows)
     result = _read_result(folder)
     logged = {key for row in rows for key in row}
     tracker.summary({key: value for key, value in result.get("figures", {}).items() if key not in logged})
-    there = uploaded_steps(run)
+    uploaded = uploaded_steps(run)
     paths = list_checkpoints(folder / CHECKPOINTS) if config.get("checkpoint.upload", True) else []
     best = (read_checkpoint(paths[-1], verify=False).metadata.get("best") or {}) if paths else {}
     for checkpoint in map(read_checkpoint, paths):
-        if checkpoint.step not in there:
+        if checkpoint.step not in uploaded:
             is_best, ttl_days = best.get("step") == checkpoint.step, config.get("checkpoint.ttl_days")
             log_checkpoint(tracker, checkpoint, run.id, is_best=is_best, history=rows, ttl_days=ttl_days)
     tracker.close(0 if result else 1)
@@ -98,7 +98,7 @@ def sync(folder: Path) -> None:
 
 
 def mark_synced(folder: Path) -> None:
-    """Let `wandb sync` pass over the files of a run that is complete on W&B."""
+    """Make `wandb sync` skip the files of a run that is complete on W&B."""
     for file in (folder / "wandb").glob("*run-*/*.wandb"):
         file.with_name(file.name + SYNCED).touch()
 

@@ -12,7 +12,6 @@ The first two files are all that sampling needs.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -28,7 +27,8 @@ from torch import Tensor
 
 from diffusion_core.config import ConfigError, CoreConfig, build, list_knobs
 from diffusion_core.config.plugins import missing_plugins
-from diffusion_core.files import flush_folder, sha256, write_bytes
+from diffusion_core.files import replaced_folder, sha256, sha256_of_file
+from diffusion_core.messages import one_line, reason_of
 from diffusion_core.model.structure import resize
 from diffusion_core.model.unet import UNet
 
@@ -106,7 +106,7 @@ class Checkpoint:
                 network(torch.empty(1, network.input_channels, size, size), torch.empty(1, dtype=torch.long))
             network.load_state_dict({name: tensor.float().clone() for name, tensor in tensors.items()}, assign=True)
         except (ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise CheckpointError(f"{str(self.path)!r}: its weights do not fit its network: {reason}") from None
         return network.eval()
 
@@ -129,27 +129,20 @@ def write_checkpoint(
             if not torch.isfinite(tensor).all():
                 raise CheckpointError(f"step {step}: {part} {name!r} holds values that are not finite; not saved")
     final = folder / step_folder(step)
-    temporary = folder / f".{final.name}.partial"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left_behind in folder.glob(".step-*.partial"):  # By a process that was killed while it wrote.
-            shutil.rmtree(left_behind, ignore_errors=True)
-        temporary.mkdir()
-        files = {}
-        for part, tensors in parts.items():
-            content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-            files[f"{part}.safetensors"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            write_bytes(temporary / f"{part}.safetensors", content)
-        described = {"format": FORMAT, "step": step, **metadata, "files": files}
-        write_bytes(temporary / METADATA_FILE, json.dumps(described, indent=1, allow_nan=False).encode())
-        flush_folder(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        flush_folder(folder)
+        for unfinished in folder.glob(".step-*.partial"):  # A process was killed while it wrote them.
+            shutil.rmtree(unfinished, ignore_errors=True)
+        with replaced_folder(final, overwrite=True) as temporary:
+            files = {}
+            for part, tensors in parts.items():
+                content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+                files[f"{part}.safetensors"] = {"bytes": len(content), "sha256": sha256(content)}
+                (temporary / f"{part}.safetensors").write_bytes(content)
+            described = {"format": FORMAT, "step": step, **metadata, "files": files}
+            content = json.dumps(described, indent=1, allow_nan=False).encode()
+            (temporary / METADATA_FILE).write_bytes(content)
     except (OSError, SafetensorError, ValueError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        raise CheckpointError(f"cannot write checkpoint {str(final)!r}: {reason}") from None
+        raise CheckpointError(f"cannot write checkpoint {str(final)!r}: {reason_of(error)}") from None
     return Checkpoint(final, described)
 
 
@@ -184,15 +177,15 @@ def read_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
     if problem:
         raise CheckpointError(f"{str(path)!r}: {METADATA_FILE}: {problem}")
     present = {}
-    for name, facts in metadata["files"].items():
+    for name, entry in metadata["files"].items():
         file = path / name
         if not file.is_file():
             if name.removesuffix(".safetensors") in SAMPLING_PARTS:
                 raise CheckpointError(f"{str(path)!r}: {name} is missing")
             continue
-        if verify and (file.stat().st_size != facts["bytes"] or sha256(file) != facts["sha256"]):
+        if verify and (file.stat().st_size != entry["bytes"] or sha256_of_file(file) != entry["sha256"]):
             raise CheckpointError(f"{str(path)!r}: {name} is damaged (its size or SHA-256 is not what was written)")
-        present[name] = facts
+        present[name] = entry
     return Checkpoint(path, metadata | {"files": present})
 
 
@@ -230,10 +223,10 @@ def _metadata_problem(metadata: Any) -> str | None:
     for part in SAMPLING_PARTS:
         if f"{part}.safetensors" not in metadata["files"]:
             return f"files does not name {part}.safetensors"
-    for name, facts in metadata["files"].items():
+    for name, entry in metadata["files"].items():
         if not FILE_NAME.fullmatch(name):
             return f"files names {name[:100]!r}, which is not a file of a checkpoint"
-        if not isinstance(facts, dict) or not isinstance(facts.get("bytes"), int) or "sha256" not in facts:
+        if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int) or "sha256" not in entry:
             return f"files has no size and hash for {name!r}"
     return None
 

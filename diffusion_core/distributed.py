@@ -1,4 +1,4 @@
-"""Several processes: they stop after the same step, share out images, and add up figures."""
+"""Work of several processes: stop after the same step, divide images, sum figures, watch for lost processes."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ from torch import Tensor, distributed, nn
 
 WATCH_EVERY_S = 0.5
 LEAVE_AFTER_S = 5.0
-"""How long a process that lost another one may take to notice by itself, in a collective operation that fails."""
+"""Grace period after a process was lost: a collective operation may fail first, with a message of its own."""
 
 PATIENCE = timedelta(days=7)
-"""Processes wait this long for the first one, which alone evaluates, draws and uploads; a dead one is noticed."""
+"""Timeout for the first process, which evaluates, samples and uploads alone. :meth:`Peers.watch` detects a dead one."""
 
 
 @contextmanager
 def first_process_first(processes: Accelerator | PartialState) -> Iterator[None]:
-    """The first process runs what is inside this context, then all others do; these wait for as long as it takes.
+    """Run the body in the first process, then in all others.
 
-    The GPUs' own group would not: a collective operation of theirs fails after ten minutes, and a large download or a
-    large folder takes longer.
+    The others wait up to ``PATIENCE``: NCCL's operations fail after ten minutes, and a large download takes longer.
     """
     if processes.num_processes == 1:
         yield
@@ -45,22 +44,22 @@ def first_process_first(processes: Accelerator | PartialState) -> Iterator[None]
 
 
 class Peers:
-    """The processes of a trial, as one of them sees the others.
+    """The other processes of a trial.
 
     Args:
-        accelerator: as ``accelerate launch`` set it up; one process alone has no peers, and all this costs nothing.
+        accelerator: as ``accelerate launch`` set it up; with one process all methods return at once.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.rank = accelerator.process_index
         self.count = accelerator.num_processes
         self.lost: int | None = None
-        """The rank of a process that ended before the trial did."""
+        """The rank of a process that ended before the trial did, or None."""
         self._over = threading.Event()
         self._group: Any = None
         self._here: dict[int, int] = {}
         if self.count > 1:
-            # On the processor, beside the GPUs' own group: agreeing after every step must not wait for a GPU.
+            # A group on the CPU: agreeing after every step must not wait for a GPU.
             self._group = distributed.new_group(backend="gloo", timeout=PATIENCE)
             everyone: list[Any] = [None] * self.count
             me = (socket.gethostname(), os.getpid())
@@ -68,7 +67,7 @@ class Peers:
             self._here = {rank: pid for rank, (host, pid) in enumerate(everyone) if host == me[0] and rank != self.rank}
 
     def agree(self, number: int) -> int:
-        """The largest of the numbers that the processes give; each calls this equally often."""
+        """Return the largest of all processes' numbers; every process calls this equally often."""
         if self.count == 1:
             return number
         largest = torch.tensor(number)
@@ -76,17 +75,17 @@ class Peers:
         return int(largest)
 
     def wait(self) -> None:
-        """Return once every process is here."""
+        """Return when every process has called this."""
         if self.count > 1:
             distributed.barrier(group=self._group)
 
     def watch(self, on_loss: Callable[[], object]) -> None:
-        """From now on, end this process when another one of this machine ends before :meth:`part`.
+        """Exit this process when another one on this machine ends before :meth:`part`.
 
-        A process that waits for a dead one in a collective operation may wait for ever, out of reach of Python.
+        A collective operation with a dead process may block for ever, and Python cannot interrupt it.
 
         Args:
-            on_loss: called, on another thread, before the process is ended by force.
+            on_loss: called on another thread right before the exit.
         """
         if self._here:
             threading.Thread(target=self._watch, args=(on_loss,), name="peers", daemon=True).start()
@@ -102,22 +101,22 @@ class Peers:
                 return
 
     def are_gone(self) -> bool:
-        """Whether any other process of this machine has ended; :attr:`lost` says which one."""
+        """Return whether another process on this machine has ended; sets :attr:`lost`."""
         if self.lost is None and not self._over.is_set():
             self.lost = next((rank for rank, pid in self._here.items() if not _is_alive(pid)), None)
         return self.lost is not None
 
     def loss(self) -> str:
-        """What happened, if :attr:`lost` says that something did."""
+        """Return the message for a lost process."""
         return f"process {self.lost} of {self.count} ended before the trial did; this one ends too"
 
     def part(self) -> None:
-        """Nobody needs the others any more."""
+        """Stop watching the peers."""
         self._over.set()
 
 
 def _is_alive(pid: int) -> bool:
-    """Whether a process runs: one that ended but was not waited for yet does not."""
+    """Return whether a process runs; a zombie does not."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
             return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
@@ -134,27 +133,26 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def shared_out(total: int) -> list[int]:
-    """The positions, of ``total``, that this process takes: every n-th one.
+def own_positions(total: int) -> list[int]:
+    """Return the positions in ``range(total)`` that this process works on: every n-th one, for n processes.
 
-    All processes take equally many; where that does not come out even, the last ones take positions from ``total`` on,
-    which stand for nothing and are left out in the end.
+    All processes get equally many. Shorter lists are padded with positions >= total, which are dropped after gathering.
     """
     state = PartialState()
     each = -(-total // state.num_processes)
     return [state.process_index + i * state.num_processes for i in range(each)]
 
 
-def add_up(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, on its own device."""
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes, on the tensor's device."""
     state = PartialState()
     if state.num_processes == 1:
         return tensor
     return reduce(tensor.to(state.device), "sum").to(tensor.device)
 
 
-def bring_together(rows: Tensor, total: int) -> Tensor:
-    """All processes' rows in the order of :func:`shared_out`'s positions, ``(total, ...)``, on the rows' device."""
+def gather_in_order(rows: Tensor, total: int) -> Tensor:
+    """Return all processes' rows ordered by :func:`own_positions`, ``(total, ...)``, on the rows' device."""
     state = PartialState()
     if state.num_processes == 1:
         return rows[:total]
@@ -162,8 +160,8 @@ def bring_together(rows: Tensor, total: int) -> Tensor:
     return everyone.transpose(0, 1).flatten(0, 1)[:total].to(rows.device)
 
 
-def agree(network: nn.Module) -> None:
-    """Give every process the first one's weights."""
+def broadcast_weights(network: nn.Module) -> None:
+    """Copy the first process's weights and buffers to all other processes, in place."""
     state = PartialState()
     if state.num_processes > 1:
         with torch.no_grad():

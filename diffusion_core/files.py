@@ -1,39 +1,105 @@
-"""Write files atomically, and hash them."""
+"""Write files and folders atomically; hash files and tensors."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
+import secrets
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file in one piece."""
-    write_text(path, json.dumps(content, indent=1))
+@contextmanager
+def replaced_file(path: Path, *, flush: bool = True, concurrent: bool = False) -> Iterator[Path]:
+    """Yield a temporary path in the same folder, and rename it to ``path`` when the context ends without an error.
+
+    Readers see the old file or the whole new one. After an error the temporary file is deleted.
+
+    Args:
+        path: the file to write; its folder exists.
+        flush: flush the file to the disk before the rename, so that a power failure leaves no empty file.
+        concurrent: other processes may write the same file at the same time; use a random temporary name.
+    """
+    temporary = path.with_name(f".{secrets.token_hex(4)}.partial") if concurrent else temporary_name(path)
+    try:
+        yield temporary
+        if flush:
+            flush_to_disk(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yield a new folder in the same parent; flush it and rename it to ``path`` when the context ends without an error.
+
+    After an error the new folder is deleted.
+
+    Args:
+        path: the folder to make.
+        overwrite: delete what is at ``path`` before the rename; else ``path`` must be missing or an empty folder.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            flush_to_disk(file)
+        flush_to_disk(temporary)
+        if overwrite:
+            shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+        flush_to_disk(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return the path of a file while it is written: hidden, without an image suffix, and short.
+
+    It is always the same for a file, so that the next write replaces what a killed process left. It is short because
+    the file's own name may have the greatest length that the file system allows.
+    """
+    return path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.partial")
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a text file in one piece: under another name, flushed, then renamed."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write a UTF-8 text file atomically and flush it to the disk."""
+    with replaced_file(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file and flush it to the disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file atomically and flush it to the disk."""
+    write_text(path, json.dumps(content, indent=1))
 
 
-def flush_folder(path: Path) -> None:
-    """Flush the entries of a folder to the disk."""
+def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Write a JSON-lines file, one row a line, atomically and flush it to the disk."""
+    write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a CSV file with a header atomically and flush it to the disk; cells that a row lacks stay empty."""
+    with replaced_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -41,7 +107,23 @@ def flush_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file, 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256(*parts: str | bytes | Tensor) -> str:
+    """Return the SHA-256 of texts (as UTF-8), bytes and tensors (their values in memory order), 64 hexadecimal digits.
+
+    The parts are joined without separators: give shapes and lengths as texts where they matter.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, str):
+            digest.update(part.encode())
+        elif isinstance(part, bytes):
+            digest.update(part)
+        else:
+            digest.update(part.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()

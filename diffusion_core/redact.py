@@ -12,11 +12,11 @@ SECRET_NAMES = re.compile(r"(API_?KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)
 """Environment variables whose values are secrets."""
 
 SHORTEST_SECRET = 8
-"""A value shorter than this is a switch (`HF_TOKEN=none`), and would blank out half of what is printed."""
+"""Shorter values are switches (`HF_TOKEN=none`); redacting them would blank out ordinary words."""
 
 KEYS = re.compile(
     r"(?<![0-9A-Za-z])(?:"
-    r"[0-9a-f]{40}"  # W&B, until 2025; a git commit looks the same.
+    r"[0-9a-f]{40}"  # W&B until 2025. Full git commit hashes match too.
     r"|wandb_v1_[0-9A-Za-z_-]{16,}"  # W&B.
     r"|hf_[0-9A-Za-z]{20,}"  # Hugging Face.
     r"|gh[opsu]_[0-9A-Za-z]{20,}|github_pat_\w{20,}"
@@ -27,18 +27,18 @@ KEYS = re.compile(
 
 
 def secrets_here() -> list[str]:
-    """The values of this process's secret environment variables, longest first."""
+    """Return the values of this process's secret environment variables, longest first."""
     values = {value for name, value in os.environ.items() if SECRET_NAMES.search(name)}
     return sorted((value for value in values if len(value) >= SHORTEST_SECRET), key=len, reverse=True)
 
 
 def redact(text: str) -> str:
-    """The text without what is, or looks like, a key."""
+    """Return the text with secrets of the environment, and everything that looks like a key, blanked out."""
     return _redact(text, secrets_here())
 
 
 def redacted(value: Any) -> Any:
-    """A value, or a nested container of values, with keys blanked out in every text."""
+    """Return a value, or a nested container of values, with keys blanked out in every text; tuples become lists."""
     return _redacted(value, secrets_here())
 
 

@@ -1,15 +1,15 @@
-"""The folder of a run: what is in it, and how to read it back.
+"""The folder of a run: its files, and how to read them.
 
 runs/ID/
-    run.json              the W&B run id, where it belongs, and how often the run was preempted
-    data.json             which images: names, counts, a hash
+    run.json              the W&B run id, entity, project and sweep, and the number of preemptions
+    data.json             the data set: name, counts, SHA-256
     lock                  held by the process that works on the run
-    config.yaml           every knob; `--config` reads it
-    history.jsonl         a row of figures per logging interval
+    config.yaml           every knob; --config reads it
+    history.jsonl         one row of figures per logging interval
     protocols.json        how each figure of generated images was measured
     checkpoints/step-*/   see diffusion_core/checkpoint.py
     samples/              grids (PNG) and animations (GIF)
-    result.json           once the run is finished
+    result.json           the result; written when the run finishes
     wandb/                W&B's own files
 """
 
@@ -33,7 +33,7 @@ DATA_FILE = "data.json"
 LOCK_FILE = "lock"
 ENVIRONMENT = "environment"
 BELONGS_BY = ("WANDB_ENTITY", "WANDB_PROJECT", "WANDB_SWEEP_ID", "WANDB_RUN_GROUP")
-"""Variables that say where on W&B a run belongs; `run.json` remembers them. (No address: a key is sent there.)"""
+"""Variables that name a run's place on W&B, kept in `run.json`. The server's address is not: it gets the API key."""
 
 CONFIG_FILE = "config.yaml"
 HISTORY_FILE = "history.jsonl"
@@ -47,26 +47,26 @@ def make_folder(folder: Path) -> None:
     """Make a run's folder.
 
     Raises:
-        ConfigError: if that is impossible.
+        ConfigError: if the file system refuses.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # ValueError: a null byte.
+    except (OSError, ValueError) as error:  # ValueError: the name has a null byte.
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(f"log.dir = {str(folder)!r}: {reason}; choose another folder") from None
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """The folders of runs at a folder and below it."""
+    """Return the folders of runs in a folder, itself included, at any depth."""
     return sorted(found.parent for found in folder.rglob(RUN_FILE) if (found.parent / HISTORY_FILE).is_file())
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Work on a run's folder, alone.
+    """Hold the lock of a run's folder inside this context.
 
     Raises:
-        ConfigError: if another process works on it.
+        ConfigError: if another process holds it.
     """
     with ExitStack() as stack:
         try:
@@ -79,10 +79,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def read_run_file(folder: Path) -> dict[str, Any]:
-    """What ``run.json`` says; empty if there is none.
+    """Return the content of ``run.json``; an empty dictionary if the file is missing.
 
     Raises:
-        ConfigError: if it is damaged.
+        ConfigError: if the file is damaged or cannot be read.
     """
     try:
         if not (folder / RUN_FILE).is_file():
@@ -98,14 +98,14 @@ def read_run_file(folder: Path) -> dict[str, Any]:
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's history; a line that a crash cut short is passed over."""
+    """Return the rows of a run's history; skip damaged lines, which a crash may leave, with a message."""
     file = folder / HISTORY_FILE
     rows: list[dict[str, Any]] = []
     if file.is_file():
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
             row = _parse_row(line)
             if row is None:
-                print(f"{file}: passing over a damaged line", file=sys.stderr)
+                print(f"{file}: skipped a damaged line", file=sys.stderr)
             else:
                 rows.append(row)
     return rows
@@ -122,18 +122,18 @@ def _parse_row(line: str) -> dict[str, Any] | None:
 
 
 def without_step(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of a row of history."""
+    """Return the figures of a row of history, without its step."""
     return {key: value for key, value in row.items() if key != STEP}
 
 
 def picture_files(folder: Path, step: int) -> dict[str, Path]:
-    """The pictures that were drawn at a step, by the names under which they are logged."""
+    """Return the image files of a step, by the names that they are logged under."""
     files = sorted((folder / SAMPLES).glob(f"*-{step:08d}.*"))
     return {file.name.removesuffix(f"-{step:08d}{file.suffix}"): file for file in files}
 
 
 def best_figures(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Of each figure its best value, if it has a goal, else its last."""
+    """Return the best value of each figure that has a goal, and the last value of every other figure."""
     figures: dict[str, float] = {}
     for row in history:
         for key, value in row.items():
@@ -143,12 +143,12 @@ def best_figures(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 class Held(Exception):
-    """Another process holds the lock; the message is its id, or ``unknown``."""
+    """Another process holds the lock; the message is its process id, or ``unknown``."""
 
 
 @contextmanager
 def held(file: Path) -> Iterator[None]:
-    """Hold a lock. It ends with the process, however that ends; what is left of the file means nothing.
+    """Hold the lock of a file inside this context; the system releases it when the process ends in any way.
 
     Raises:
         Held: if another process holds it.

@@ -1,14 +1,14 @@
-"""How many trials of this machine share one memory: said by whoever started them, before torch is imported."""
+"""The number of trials that share one memory; the process that starts them sets it before they import torch."""
 
 from __future__ import annotations
 
 import os
 
 SHARERS = "DIFFUSION_SWEEPS_SHARERS"
-"""Environment variable: how many trials share this one's GPU, or without GPUs the machine's memory."""
+"""Environment variable: the number of trials on this trial's GPU, or on the machine if it has no GPU."""
 
 
 def sharers() -> int:
-    """The number of trials, this one among them; 1 where nothing is said."""
-    said = os.environ.get(SHARERS, "")
-    return max(1, int(said)) if said.isdecimal() else 1
+    """Return the number of trials that share the memory, including this one; 1 if the variable is not set."""
+    count = os.environ.get(SHARERS, "")
+    return max(1, int(count)) if count.isdecimal() else 1

@@ -13,12 +13,11 @@ from torch import Tensor
 from diffusion_core.checkpoint import Checkpoint
 from diffusion_core.config import CoreConfig, SampleConfig, build
 from diffusion_core.evaluation.consistency import consistency_of_images
-from diffusion_core.evaluation.generated import dealt_out
 from diffusion_core.evaluation.protocol import protocol, sampling_protocol
 from diffusion_core.evaluation.suite import Judgement
 from diffusion_core.hardware import pick_precision
 from diffusion_core.model.unet import UNet
-from diffusion_core.sampling.generation import Generator, all_labels
+from diffusion_core.sampling.generation import Generator, all_labels, round_robin
 from diffusion_core.training.trainer import TrainState
 from pruning.pruner import records
 
@@ -82,4 +81,4 @@ def _draw(network: UNet, config: CoreConfig, total: int, sample: SampleConfig, s
     """Images of all classes in turn, by this process alone."""
     device = next(network.parameters()).device
     generator = Generator(network, config, pick_precision(config.train, device))
-    return generator.images(dealt_out(all_labels(network), range(total)), sample, seed)
+    return generator.images(round_robin(all_labels(network), range(total)), sample, seed)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from benchmarks.measurement.machine import machine
 from benchmarks.measurement.options import Options
-from benchmarks.measurement.rows import Row, markdown
+from benchmarks.measurement.rows import HEADER, Row
+
+from diffusion_core.tables import text_table
 
 DESCRIPTION = """\
 Measure speed against peers that do the same work in the same process, in turns; medians. Run it on a quiet machine.
@@ -99,12 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     options = Options(arguments.rounds, arguments.short, plots=arguments.out.parent if arguments.out else None)
     subjects = SUBJECTS if "all" in arguments.subject else dict.fromkeys(arguments.subject)
-    facts = machine()
+    described = machine()
     rows: list[Row] = []
     for subject in subjects:
         print(f"{subject}:", file=sys.stderr, flush=True)
         rows += measure(subject, options)
-        report = {"machine": facts, "short": options.short, "rounds": options.rounds,
+        report = {"machine": described, "short": options.short, "rounds": options.rounds,
                   "rows": [asdict(row) | {"holds": row.holds} for row in rows]}  # fmt: skip
         if arguments.out:  # After each subject: what was measured stays, whatever happens to the next.
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -112,10 +114,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps(report, indent=1))
     else:
-        print(", ".join(f"{key}: {value}" for key, value in facts.items() if key != "versions"))
+        print(", ".join(f"{key}: {value}" for key, value in described.items() if key != "versions"))
         if options.short:
             print("SHORT: these figures say that the benchmark runs, and nothing else")
-        print(markdown(rows))
+        print(text_table(HEADER, [row.cells() for row in rows]))
     return 0
 
 

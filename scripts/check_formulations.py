@@ -1,13 +1,13 @@
-"""Train every formulation for a few steps in fp32 and bf16, and check that its loss falls and never is NaN.
+"""Train every formulation for a few steps in fp32 and bf16, and check that its loss falls and is never NaN.
 
   python scripts/check_formulations.py --data.name=folder --data.path=DIR
   python scripts/check_formulations.py --preset=digits --train.steps=100 --formulations 'eps;v' --out runs/check
 
-A formulation is a schedule, a prediction, a weighting and a loss (see diffusion_core/config/presets.py); the network is
-the preset's with 32 channels and one residual block a resolution, and any knob of `python -m agent` can be given
-besides. A loss falls if its mean over the last tenth of the steps is below that over the first tenth. Writes
-results.json and table.md. Stop it and run it again: what is done is kept. Exit status: 0, 1 if a formulation fails, 2
-if something asked for cannot be had.
+A formulation is a schedule, a prediction, a weighting and a loss (see diffusion_core/config/presets.py). The network is
+that of the preset with 32 channels and one residual block per resolution; every knob of `python -m agent` can be set. A
+loss falls if its mean over the last tenth of the steps is below that over the first tenth. Writes results.json and
+table.md. Stop it and run it again: finished trainings are kept. Exit status: 0; 1 if a formulation fails; 2 if an
+argument is unusable.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from agent.command import fail
+from studies.command import parser_of, some_of, status_of
+from studies.table import write_table
+
 from agent.config import TrialConfig, build_config
 from agent.trial import run_trial
 from diffusion_core.config import FORMULATIONS, ConfigError, split_argv
-from diffusion_core.data.datasets import DataError, Dataset, load_data
+from diffusion_core.data.datasets import Dataset, load_data
 from diffusion_core.files import write_json
 from diffusion_core.run_folder import read_history
+from diffusion_core.tables import markdown_table
 from diffusion_core.tracking import NullTracker
 from diffusion_core.training.trainer import TrainingDiverged
 
@@ -50,18 +53,17 @@ STARTING_POINT: dict[str, Any] = {
     "checkpoint.best_metric": "val/loss",
     "checkpoint.upload": False,
 }
-PARTS = 10
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one training came to.
+    """The outcome of a training.
 
     Attributes:
         first: mean loss over the first tenth of the steps.
         last: mean loss over the last tenth.
-        diverged: what stopped it; empty if nothing did.
-        seconds: wall time, pictures and validation included.
+        diverged: message of the error that stopped it; empty without one.
+        seconds: wall time, including images and validation.
     """
 
     first: float
@@ -76,46 +78,24 @@ class Measured:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        usage="%(prog)s [--formulations A;B] [--out DIR] [--key=value ...]",
-    )
+    parser = parser_of(__doc__, "runs/check", "%(prog)s [--formulations A;B] [--out DIR] [--key=value ...]")
     parser.add_argument("--formulations", metavar="A;B", help=f"all, or some of {'; '.join(FORMULATIONS)} (all)")
-    parser.add_argument("--out", type=Path, default=Path("runs/check"), metavar="DIR", help="where it all goes")
     arguments, words = parser.parse_known_args(argv)
-    try:
-        names = pick_formulations(arguments.formulations)
-        results = check(names, split_argv(words), arguments.out)
-    except (ConfigError, DataError) as error:
-        return fail(str(error))
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from here ({arguments.out})", file=sys.stderr)
-        return 130
-    return 0 if all(result.verdict == "falls" for result in results.values()) else 1
+    return status_of(lambda: check(arguments, words), arguments.out)
 
 
-def pick_formulations(text: str | None) -> list[str]:
-    """The formulations that ``--formulations`` names."""
-    names = list(FORMULATIONS) if text in (None, "all") else [word.strip() for word in str(text).split(";")]
-    for name in names:
-        if name not in FORMULATIONS:
-            raise ConfigError(f"--formulations = {name!r}: expected all, or some of {'; '.join(FORMULATIONS)}")
-    return names
-
-
-def check(names: Sequence[str], given: Mapping[str, str], folder: Path) -> dict[str, Measured]:
-    """Train what is not trained yet, and write the table.
+def check(arguments: argparse.Namespace, words: list[str]) -> int:
+    """Train what is missing, write the table, and return the exit status.
 
     Raises:
         ConfigError: if a knob is wrong, or the folder holds results of other knobs.
     """
+    given, folder = split_argv(words), arguments.out
     runs = {
         f"{name}, {precision}": build_config(
             STARTING_POINT, FORMULATIONS[name], given, {"train.precision": precision, "log.every": 1}
         )
-        for name in names
+        for name in some_of("--formulations", arguments.formulations, list(FORMULATIONS))
         for precision in PRECISIONS
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,14 +108,13 @@ def check(names: Sequence[str], given: Mapping[str, str], folder: Path) -> dict[
             done = {name: asdict(result) for name, result in results.items()}
             write_json(folder / "results.json", {"given": given, "results": done})
     wanted = {key: results[key] for key in runs}
-    table = markdown(wanted)
-    (folder / "table.md").write_text(table, encoding="utf-8")
-    print(table)
-    return wanted
+    columns = [column for precision in PRECISIONS for column in (f"{precision}, first tenth", "last tenth", "loss")]
+    write_table(folder / "table.md", markdown_table(["formulation", *columns], table_rows(wanted)))
+    return 0 if all(result.verdict == "falls" for result in wanted.values()) else 1
 
 
 def read_results(file: Path, given: Mapping[str, str]) -> dict[str, Measured]:
-    """What earlier calls with the same knobs measured."""
+    """Return the results of earlier calls with the same knobs."""
     if not file.is_file():
         return {}
     content = json.loads(file.read_text(encoding="utf-8"))
@@ -152,20 +131,20 @@ def measure(config: TrialConfig, dataset: Dataset, folder: Path) -> Measured:
     except TrainingDiverged as error:
         diverged = str(error)
     losses = [row["train/loss"] for row in read_history(folder) if "train/loss" in row]
-    tenth = max(1, len(losses) // PARTS)
+    tenth = max(1, len(losses) // 10)
     first, last = (sum(part) / max(1, len(part)) for part in (losses[:tenth], losses[-tenth:]))
     return Measured(first, last, diverged, time.perf_counter() - started)
 
 
-def markdown(results: Mapping[str, Measured]) -> str:
-    """The table: a row a formulation, the losses at both ends in each precision."""
-    head = " | ".join(f"{precision}, first tenth | last tenth | loss" for precision in PRECISIONS)
-    lines = [f"| formulation | {head} |", "|---|" + "---|" * (3 * len(PRECISIONS))]
+def table_rows(results: Mapping[str, Measured]) -> list[list[str]]:
+    """Return a row per formulation: its first and last loss and the verdict, in each precision."""
+    rows = []
     for name in dict.fromkeys(key.rpartition(", ")[0] for key in results):
-        pair = [results[f"{name}, {precision}"] for precision in PRECISIONS]
-        cells = [f"{one.first:.3f} | {one.last:.3f} | {one.verdict}" for one in pair]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        measured = [results[f"{name}, {precision}"] for precision in PRECISIONS]
+        rows.append(
+            [name, *(cell for one in measured for cell in (f"{one.first:.3f}", f"{one.last:.3f}", one.verdict))]
+        )
+    return rows
 
 
 if __name__ == "__main__":

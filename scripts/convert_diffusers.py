@@ -1,25 +1,25 @@
-"""Models to and from Diffusers. Needs it installed:  pip install "diffusion-sweeps[diffusers]"
+"""Convert models to and from Diffusers. Needs:  pip install "diffusion-sweeps[diffusers]"
 
   python scripts/convert_diffusers.py import google/ddpm-cifar10-32 runs/ddpm-cifar10-32
   python scripts/sample_images.py --checkpoint runs/ddpm-cifar10-32 --sampler ddim --steps 50
   python scripts/convert_diffusers.py export runs/abc123 exported
 
-import  reads a DDPMPipeline (a folder, or its name on the Hugging Face hub) or the folder of a UNet2DModel alone, and
-        writes a checkpoint. A network or noise schedule that ours cannot be is refused, with the key that is to blame.
-export  writes a folder that DDPMPipeline.from_pretrained reads. Weights pass bit for bit, zeros of pruning masks among
-        them; a network whose channels were removed cannot be a UNet2DModel and is refused.
+import  reads a DDPMPipeline (a folder, or its name on the Hugging Face hub) or the folder of a UNet2DModel, and writes
+        a checkpoint. If our network or noise schedule cannot represent the model, the error names the key.
+export  writes a folder for DDPMPipeline.from_pretrained. Weights stay equal bit for bit, including the zeros of pruning
+        masks; a network with removed channels cannot be a UNet2DModel.
 
-Either way, both networks are run on the same noise and compared before anything is written.
+Both directions run the two networks on the same noise and compare them before anything is written.
 
-A DDPMPipeline passes no labels, so that of a class-conditional model loads, but samples only if it is given some:
+A DDPMPipeline passes no labels, so a class-conditional one loads, but samples only with labels added:
 
   pipeline = DDPMPipeline.from_pretrained("exported")
   pipeline.unet.forward = functools.partial(pipeline.unet.forward, class_labels=torch.tensor([0, 1, 2]))
   images = pipeline(batch_size=3).images
 
-The last class stands for "no class" (classes.json lists the others), unless train.label_dropout was 0 and it was never
-trained. For a pipeline that needs no labels, export a single class, or none, with --label: its embedding moves into
-the bias of the time embedding, which changes nothing but rounding. Guidance is not part of a DDPMPipeline.
+The last class stands for "no class" (classes.json lists the others), unless the model was trained with
+train.label_dropout=0. For a pipeline that needs no labels, export a single class, or none, with --label: its embedding
+is added to the bias of the time embedding, which changes only rounding. A DDPMPipeline has no guidance.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,9 +37,9 @@ from safetensors import SafetensorError
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError
 from diffusion_core.config.plugins import add_plugins_flag
-from diffusion_core.diffusers_io.exporter import export_model
-from diffusion_core.diffusers_io.importer import import_model
-from diffusion_core.diffusers_io.names import CLASSES_FILE
+from diffusion_core.diffusers_io import CLASSES_FILE, export_model, import_model
+from diffusion_core.files import replaced_folder
+from diffusion_core.messages import one_line, reason_of
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -48,23 +47,25 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     directions = parser.add_subparsers(dest="direction", required=True)
-    reading = directions.add_parser("import", help="a Diffusers model becomes a checkpoint", allow_abbrev=False)
+    reading = directions.add_parser("import", help="convert a Diffusers model to a checkpoint", allow_abbrev=False)
     reading.add_argument("source", metavar="SOURCE", help="folder of a DDPMPipeline or UNet2DModel, or a hub name")
     reading.add_argument("target", type=Path, metavar="TARGET", help="folder of the checkpoint; must not exist")
     reading.add_argument("--null-class", action="store_true", help='the last class stands for "no class"; needed only '
-                         f"where no {CLASSES_FILE} says so")  # fmt: skip
-    writing = directions.add_parser("export", help="a checkpoint becomes a DDPMPipeline", allow_abbrev=False)
-    writing.add_argument("source", type=Path, metavar="SOURCE", help="a checkpoint, or a run's folder (its newest)")
+                         f"without {CLASSES_FILE}")  # fmt: skip
+    writing = directions.add_parser("export", help="convert a checkpoint to a DDPMPipeline", allow_abbrev=False)
+    writing.add_argument("source", type=Path, metavar="SOURCE", help="a checkpoint, or a run folder (its newest one)")
     writing.add_argument("target", type=Path, metavar="TARGET", help="folder of the pipeline; must not exist")
-    writing.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged weights, or as trained")
-    writing.add_argument("--label", metavar="CLASS", help="of a class-conditional model: this class alone, by number "
-                         "or name, or none; the pipeline then needs no labels")  # fmt: skip
+    writing.add_argument(
+        "--weights", choices=("ema", "model"), default="ema", help="averaged weights (default), or as trained"
+    )
+    writing.add_argument("--label", metavar="CLASS", help="export only this class, by number or name, or none; "
+                         "the pipeline then needs no labels")  # fmt: skip
     add_plugins_flag(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 if something cannot be converted."""
+    """Returns the exit status: 0, or 2 if the model cannot be converted."""
     arguments = parse_arguments(argv)
     try:
         need_diffusers()
@@ -84,15 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def need_diffusers() -> None:
-    """Make Diffusers available, and quiet: what it would warn of is looked at here.
+    """Check that Diffusers is installed, and silence its warnings: this script checks the same things.
 
     Raises:
-        ConfigError: if it is not installed.
+        ConfigError: if Diffusers is missing.
     """
     try:
         import diffusers
     except ImportError as error:
-        reason = "" if error.name == "diffusers" else f" ({' '.join(str(error).split())[:200]})"
+        reason = "" if error.name == "diffusers" else f" ({one_line(error)})"
         raise ConfigError(f'Diffusers is needed{reason}: pip install "diffusion-sweeps[diffusers]"') from None
     diffusers.utils.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -100,25 +101,20 @@ def need_diffusers() -> None:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder beside ``target`` that takes its place if all goes well, and is gone if not.
+    """Yield a new folder that becomes ``target`` on success and is deleted on failure.
 
     Raises:
-        ConfigError: if there is something at ``target``, or the disk takes no more.
+        ConfigError: if ``target`` exists and is not an empty folder, or cannot be written.
     """
     final = Path(os.path.abspath(target))
-    temporary = final.parent / f".{final.name}.partial"
     try:
         if final.is_symlink() or (final.exists() and not (final.is_dir() and not any(final.iterdir()))):
-            raise ConfigError(f"TARGET = {str(target)!r}: is there already; choose another folder")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.replace(final)
+            raise ConfigError(f"TARGET = {str(target)!r}: exists already; choose another folder")
+        with replaced_folder(final, overwrite=False) as temporary:
+            yield temporary
     except (OSError, SafetensorError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())[:300]
+        reason = reason_of(error)
         raise ConfigError(f"TARGET = {str(target)!r}: {reason}; choose another folder") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How good a model or a set of images is: a table of figures, JSON, and W&B.
+"""Evaluate a model or a set of images: print figures as a table, and write them as JSON and to W&B.
 
   python scripts/evaluate.py --checkpoint runs/ID --num-images 5000           a model, against its training images
   python scripts/evaluate.py --artifact model-ID:best --wandb                 a model on W&B; figures go there too
@@ -9,8 +9,9 @@
   python scripts/evaluate.py --checkpoint runs/A --against runs/B             two models, image by image
   accelerate launch --num_processes 8 scripts/evaluate.py --checkpoint runs/ID --num-images 50000
 
-FID needs pytorch-fid's Inception weights: downloaded once, or --inception-weights FILE. Below 2,048 images no figure is
-called FID. In other feature spaces (--extractor classifier, or a file) figures are named for the space.
+FID needs pytorch-fid's Inception weights, which are downloaded once; or give --inception-weights FILE. With fewer than
+2,048 images, no figure is called FID. In other feature spaces (--extractor classifier, or a file), names of figures
+contain the name of the space.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from accelerate import PartialState
 
 from agent.command import fail
 from agent.leaderboard import EVALUATION_FILE
-from agent.sweep.results import best_of_sweep, table_of
+from agent.sweep.results import best_of_sweep
 from agent.tracking.artifacts import download_model
 from agent.tracking.registry import publish
 from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
@@ -36,7 +37,7 @@ from diffusion_core.config import ConfigError, CoreConfig, DataConfig, EvalConfi
 from diffusion_core.config.metrics import INCEPTION
 from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.data.datasets import DataError, load_data
-from diffusion_core.distributed import first_process_first, shared_out
+from diffusion_core.distributed import first_process_first, own_positions
 from diffusion_core.evaluation.consistency import consistency_of_models
 from diffusion_core.evaluation.extractors import download_inception, read_extractor, read_inception
 from diffusion_core.evaluation.features import Extractor, ExtractorError, with_channels
@@ -47,9 +48,11 @@ from diffusion_core.evaluation.protocol import protocol, protocols, sampling_pro
 from diffusion_core.evaluation.reference import write_statistics
 from diffusion_core.evaluation.suite import Judgement, Suite
 from diffusion_core.hardware import pick_precision
+from diffusion_core.messages import reason_of
 from diffusion_core.registries import DATASETS
 from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs
 from diffusion_core.sampling.generation import Generator
+from diffusion_core.tables import text_table
 
 DEFAULT_FIGURES = ("frechet", "kernel", "score", "precision_recall", "density_coverage")
 OF_IMAGES = tuple(figure for figure in get_args(Figure) if figure != "loss_by_timestep")
@@ -59,30 +62,34 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("path", type=Path, nargs="*", help="a folder of images, or two (or .npz statistics)")
+    parser.add_argument("path", type=Path, nargs="*", help="one or two folders of images, or .npz statistics")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--artifact", metavar="NAME:ALIAS", help="a `model` artifact on W&B, such as model-abc123:best")
     source.add_argument("--checkpoint", type=Path, metavar="PATH", help="a checkpoint, or a run's folder")
     source.add_argument("--sweep", type=Path, metavar="DIR", help="an offline sweep's folder: its best trial")
-    parser.add_argument("--against", type=Path, metavar="PATH", help="another model: how alike are the images?")
+    parser.add_argument("--against", type=Path, metavar="PATH", help="another model, to compare images with")
     known = [name for name, record in DATASETS.items() if record.path != "required"]
     parser.add_argument("--data", choices=known, metavar="NAME",
-                        help="data set that a folder of images is compared to")  # fmt: skip
-    parser.add_argument("--data-path", metavar="DIR", help="where the data set's images are (default: as configured)")
+                        help="data set to compare a folder of images with")  # fmt: skip
+    parser.add_argument("--data-path", metavar="DIR", help="folder of the data set's images (default: as configured)")
     parser.add_argument("--save-stats", action="store_true", help="write the statistics of PATH1 to PATH2 (.npz)")
     parser.add_argument("--num-images", type=int, default=500, metavar="N", help="images to generate (500)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the images (1)")
     parser.add_argument("--figures", default=",".join(DEFAULT_FIGURES), metavar="A,B,...",
-                        help=f"what to measure (of {', '.join(OF_IMAGES)})")  # fmt: skip
+                        help=f"figures to measure, some of: {', '.join(OF_IMAGES)}")  # fmt: skip
     parser.add_argument("--extractor", action="append", metavar="WHAT", help="feature network: inception, classifier, "
                         "or a file (TorchScript, or a classifier); may be repeated")  # fmt: skip
     parser.add_argument("--inception-weights", metavar="FILE", help="Inception-v3 weights in pytorch-fid's format")
-    parser.add_argument("--reference", choices=("train", "val"), default="train", help="real images to compare to")
-    parser.add_argument("--batch-size", type=int, default=50, metavar="N", help="images of a folder at once (50)")
+    parser.add_argument(
+        "--reference", choices=("train", "val"), default="train", help="real images to compare with (train)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=50, metavar="N", help="batch size for images of a folder (50)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and protocols there (default for a "
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and protocols to it (default for a "
                         "model: evaluation.json beside the checkpoint)")  # fmt: skip
-    parser.add_argument("--wandb", action="store_true", help="into the artifact's metadata and its run's summary")
+    parser.add_argument("--wandb", action="store_true", help="write to the artifact's metadata and its run's summary")
     add_sampling_flags(parser)
     add_plugins_flag(parser)
     arguments = parser.parse_args(argv)
@@ -93,7 +100,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def problem_of(arguments: argparse.Namespace) -> str | None:
-    """What is wrong with the arguments, or None."""
+    """Return the error in the arguments, or None."""
     is_model = bool(arguments.artifact or arguments.checkpoint or arguments.sweep)
     if is_model == bool(arguments.path) or len(arguments.path) > 2:
         return "expected one of --artifact, --checkpoint, --sweep, PATH, or PATH1 PATH2"
@@ -102,7 +109,7 @@ def problem_of(arguments: argparse.Namespace) -> str | None:
     if len(arguments.path) == 1 and not arguments.data:
         return f"{arguments.path[0]}: expected --data NAME, or a second PATH, to compare it to"
     if arguments.against and not is_model:
-        return "--against: expected a model to compare with, by --checkpoint or --artifact"
+        return "--against: expected a first model, by --checkpoint, --artifact or --sweep"
     if arguments.wandb and not arguments.artifact:
         return "--wandb: expected --artifact, whose metadata and run are updated"
     for flag in ("num_images", "batch_size"):
@@ -115,7 +122,7 @@ def problem_of(arguments: argparse.Namespace) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 if something asked for cannot be had."""
+    """Run the command; return the exit status: 0, or 2 for unusable input."""
     arguments = parse_arguments(argv)
     if arguments.device not in ("auto", "cpu", "cuda") and not arguments.device.startswith("cuda:"):
         return fail(f"--device = {arguments.device!r}: expected auto, cpu or cuda")
@@ -145,8 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(found: Judgement, file: Path | None) -> None:
-    """Figures as a table, with how they were measured below it; and as JSON."""
-    print(table_of([["figure", "value"], *([name, f"{value:.6g}"] for name, value in found.figures.items())]))
+    """Print figures as a table and protocols below it; write both as JSON if a file is given."""
+    print(text_table(["figure", "value"], [[name, f"{value:.6g}"] for name, value in found.figures.items()]))
     for line in dict.fromkeys(found.protocols.values()):
         names = [name for name, other in found.protocols.items() if other == line]
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -155,7 +162,7 @@ def report(found: Judgement, file: Path | None) -> None:
         try:
             file.write_text(json.dumps({"figures": found.figures, "protocols": found.protocols}, indent=1))
         except OSError as error:
-            raise DataError(f"--json = {str(file)!r}: {error.strerror}") from None
+            raise DataError(f"--json = {str(file)!r}: {reason_of(error)}; choose another file") from None
         print(f"\nwritten to {file}")
 
 
@@ -164,16 +171,16 @@ def wanted_figures(arguments: argparse.Namespace) -> list[str]:
 
 
 def of_two_paths(arguments: argparse.Namespace, processes: PartialState) -> Judgement | None:
-    """Two sets of images, as pytorch-fid compares them; or the statistics of one."""
+    """Compare two sets of images, as pytorch-fid does; or write the statistics of one."""
     one, two = arguments.path
     figures = wanted_figures(arguments)
     keep = bool(KEPT_FIGURES & set(figures)) and not (arguments.save_stats or is_statistics(one) or is_statistics(two))
     for path in (one,) if arguments.save_stats else (one, two):
         if not is_statistics(path):
-            image_folder(path)  # Says what is wrong with it before anything takes long.
+            image_folder(path)  # Report errors before long work starts.
     if arguments.save_stats:
         if two.exists():
-            raise DataError(f"{str(two)!r}: is there already; choose another file for the statistics")
+            raise DataError(f"{str(two)!r}: exists already; choose another file for the statistics")
         (network,) = extractors_of(arguments, processes.device)
         seen = see(one, network, arguments.batch_size, keep=False)
         if processes.is_main_process:
@@ -197,11 +204,11 @@ def protocol_of(extractor: Extractor) -> str:
 
 
 def extractors_of(arguments: argparse.Namespace, device: torch.device) -> list[Extractor]:
-    """The feature networks that were asked for, where there is no data set that one could be trained on."""
+    """Return the feature networks of --extractor, without a data set to train a classifier on."""
     found: list[Extractor] = []
     for wanted in arguments.extractor or [INCEPTION]:
         if wanted == "classifier":
-            raise ExtractorError("--extractor = 'classifier': of which data set? Expected the classifier's file")
+            raise ExtractorError("--extractor = 'classifier': no data set to train it on; name a classifier's file")
         if wanted == INCEPTION:
             file = arguments.inception_weights
             found.append(read_inception(Path(file) if file else download_inception(), device))
@@ -213,7 +220,7 @@ def extractors_of(arguments: argparse.Namespace, device: torch.device) -> list[E
 def suite_of(
     arguments: argparse.Namespace, data: DataConfig, device: torch.device, *, count: int, conditional: bool
 ) -> Suite:
-    """What images of a data set are judged by: Inception by default, and for digits their classifier."""
+    """Return the evaluation for images of a data set, by default with Inception, or with a classifier for digits."""
     default = "classifier" if DATASETS[data.name].quick_classifier and not arguments.inception_weights else INCEPTION
     extractors = arguments.extractor or [default]
     settings = {
@@ -235,20 +242,20 @@ def suite_of(
 
 
 def of_folder(arguments: argparse.Namespace, processes: PartialState) -> Judgement:
-    """A folder of images against a data set."""
+    """Compare a folder of images with a data set."""
     folder = image_folder(arguments.path[0])
     data = build(DataConfig, {"name": arguments.data, "path": arguments.data_path})
     suite = suite_of(arguments, data, processes.device, count=len(folder), conditional=folder.labels is not None)
     channels, _, _ = suite.dataset.shape_CHW
     batches = (
         (with_channels(images_BCHW, channels), labels_B)
-        for images_BCHW, labels_B in folder.batches(shared_out(len(folder)), arguments.batch_size)
+        for images_BCHW, labels_B in folder.batches(own_positions(len(folder)), arguments.batch_size)
     )
     return suite.judge(batches, len(folder), str(folder.path))
 
 
 def of_model(arguments: argparse.Namespace, checkpoint: Checkpoint, processes: PartialState) -> Judgement:
-    """Images of a model, against the images that it was trained on or against another model's."""
+    """Compare generated images of a model with its training images, or with another model's images."""
     more = {"data.path": arguments.data_path} if arguments.data_path else {}
     config = build(CoreConfig, flatten(checkpoint.config()), sampling_knobs(arguments), more)
     generator = Generator(
@@ -267,20 +274,20 @@ def of_model(arguments: argparse.Namespace, checkpoint: Checkpoint, processes: P
     found = suite.judge(batches, total, sampling_protocol(sample, arguments.seed))
     found.figures["eval/seconds_per_image"] = (time.perf_counter() - started) / total
     if suite.classifier is not None and processes.is_main_process:
-        print(f"classifier: {suite.classifier.accuracy:.2%} of the real held-out images right")
+        print(f"classifier: {suite.classifier.accuracy:.2%} accuracy on the real held-out images")
     return found
 
 
 def of_two_models(
     arguments: argparse.Namespace, one: Generator, other: Checkpoint, processes: PartialState
 ) -> Judgement:
-    """How alike the images of two models are, for equal seeds and labels."""
+    """Measure how similar the images of two models are, for equal seeds and labels."""
     config = other.config()
     two = Generator(other.network().to(processes.device), config, pick_precision(config.train, processes.device))
     if (one.shape_CHW, one.network.num_classes) != (two.shape_CHW, two.network.num_classes):
         raise CheckpointError(
-            f"--against = {str(arguments.against)!r}: images of {two.shape_CHW} and {two.network.num_classes} classes, "
-            f"the other model's of {one.shape_CHW} and {one.network.num_classes}; expected equal ones"
+            f"--against = {str(arguments.against)!r}: images of {two.shape_CHW}, {two.network.num_classes} classes; "
+            f"expected {one.shape_CHW}, {one.network.num_classes} classes, as of the first model"
         )
     total, sample = arguments.num_images, one.config.sample
     alike = consistency_of_models(one, two, total, sample, arguments.seed, progress=processes.is_main_process)

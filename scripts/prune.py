@@ -40,6 +40,7 @@ from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.registries import DATASETS
 from diffusion_core.run_folder import make_folder
 from diffusion_core.sampling.generation import Generator
+from diffusion_core.tables import text_table
 from diffusion_core.training.checkpoints import describe, model_files
 from diffusion_core.training.trainer import TrainState
 from pruning.calibration import Calibration
@@ -56,8 +57,8 @@ NUM_IMAGES = 16
 
 
 @dataclass(frozen=True)
-class Job:
-    """What was asked for, checked."""
+class PruningTask:
+    """The checked arguments of a call."""
 
     config: TrialConfig
     source: Source | None
@@ -132,7 +133,7 @@ def as_typed(error: ConfigError, target: str, words: Sequence[str]) -> str:
     return "; ".join(problems)
 
 
-def prepare(arguments: argparse.Namespace, words: Sequence[str]) -> Job:
+def prepare(arguments: argparse.Namespace, words: Sequence[str]) -> PruningTask:
     """Check everything before anything is computed.
 
     Raises:
@@ -179,10 +180,10 @@ def prepare(arguments: argparse.Namespace, words: Sequence[str]) -> Job:
     config = build_config(stored, asked, split_argv(list(words)))
     if problems := list(unheard(config.prune)):
         raise ConfigError(*problems)
-    return Job(config, source, arguments.out, arguments.upload, num_images)
+    return PruningTask(config, source, arguments.out, arguments.upload, num_images)
 
 
-def run(job: Job, batch: int) -> dict[str, Any]:
+def run(job: PruningTask, batch: int) -> dict[str, Any]:
     """Prune, measure, and write the checkpoint; returns what came of it, as plain JSON."""
     config, device = job.config, pick_device(job.config.train)
     dataset = load_data(config.data, progress=config.log.progress) if config.prune.needs_images else None
@@ -256,15 +257,14 @@ def costs(networks: list[UNet], batch: int) -> list[dict[str, Any]]:
 
 
 def shown(result: dict[str, Any]) -> str:
-    """The result as a table."""
+    """Return the result as a table and notes."""
     before, after = result["before"], result["after"]
-    lines = [f"{'':24}{'before':>16}{'after':>16}{'stays':>9}"]
+    rows = []
     for name in (key for key in before if key != "latency_batch"):
         cells = [f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" for value in (before[name], after[name])]
         label = {"latency": f"ms for {before['latency_batch']} images", "latency_single": "ms for one image"}.get(name)
-        lines.append(
-            f"{label or name.replace('_', ' '):24}{cells[0]:>16}{cells[1]:>16}{after[name] / before[name]:>9.1%}"
-        )
+        rows.append([label or name.replace("_", " "), *cells, f"{after[name] / before[name]:.1%}"])
+    lines = [text_table(["", "before", "after", "remains"], rows, right=True)]
     if alike := result["consistency"]:
         lines.append(
             f"images before and after: SSIM {alike['ssim']:.4f}, mean squared difference {alike['mse']:.4f} "

@@ -35,7 +35,7 @@ from diffusion_core.hardware import pick_device, pick_precision
 from diffusion_core.model.unet import NO_LABEL, UNet
 from diffusion_core.sampling import media
 from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs
-from diffusion_core.sampling.generation import Generator, Request, requests
+from diffusion_core.sampling.generation import Generator, Request, requests, round_robin
 from diffusion_core.sampling.image_folder import check_folder, file_name, read_png, save_png, settings
 
 MODES = ("sample", "denoise", "progressive", "interpolate")
@@ -85,13 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 if something asked for cannot be had."""
     arguments = parse_arguments(argv)
     try:
-        job = prepare(arguments)
+        task = prepare(arguments)
         if arguments.mode == "sample":
-            sample(job, arguments.gif)
+            sample(task, arguments.gif)
         elif arguments.mode == "interpolate":
-            interpolate(job, arguments.seeds)
+            interpolate(task, arguments.seeds)
         else:
-            show_steps(job, arguments.mode)
+            show_steps(task, arguments.mode)
     except (CheckpointError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -102,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What was asked for, checked."""
+class SamplingTask:
+    """The checked arguments of a call."""
 
     checkpoint: Checkpoint
     config: CoreConfig
@@ -118,11 +118,11 @@ class Job:
         return ["" if label == NO_LABEL else self.checkpoint.class_names[label] for label in labels]
 
     def wanted(self) -> list[Request]:
-        """The images, dealt out to the labels in turn."""
-        return [Request(self.labels[i % len(self.labels)], i // len(self.labels)) for i in range(self.count)]
+        """Return the images to sample; labels take turns."""
+        return round_robin(self.labels, range(self.count))
 
 
-def prepare(arguments: argparse.Namespace) -> Job:
+def prepare(arguments: argparse.Namespace) -> SamplingTask:
     """Check everything, and load the model, before anything is written.
 
     Raises:
@@ -152,7 +152,7 @@ def prepare(arguments: argparse.Namespace) -> Job:
     count = pick_count(arguments.num_images, 1 if one_row else len(labels) * each)
     with first_process_first(processes):
         check_folder(arguments.out, settings(arguments.mode, checkpoint, guide, config, arguments.weights))
-    return Job(checkpoint, config, generator, labels, count, arguments.out, processes)
+    return SamplingTask(checkpoint, config, generator, labels, count, arguments.out, processes)
 
 
 def load_generator(
@@ -191,70 +191,70 @@ def check_guide(guide: Generator, network: UNet) -> None:
         )
 
 
-def sample(job: Job, gif: bool) -> None:
+def sample(task: SamplingTask, gif: bool) -> None:
     """Single images and a grid; images that are there from an earlier, equal call are kept."""
-    wanted = job.wanted()
-    missing = [request for request in wanted if not (job.folder / file_name(request)).is_file()]
-    job.processes.wait_for_everyone()  # All have seen the same folder before anyone writes.
-    own = missing[job.processes.process_index :: job.processes.num_processes]
-    progress = job.processes.is_main_process
-    for batch, images in job.generator.batches(own, job.config.sample, job.config.seed, progress=progress):
+    wanted = task.wanted()
+    missing = [request for request in wanted if not (task.folder / file_name(request)).is_file()]
+    task.processes.wait_for_everyone()  # All have seen the same folder before anyone writes.
+    own = missing[task.processes.process_index :: task.processes.num_processes]
+    progress = task.processes.is_main_process
+    for batch, images in task.generator.batches(own, task.config.sample, task.config.seed, progress=progress):
         for request, pixels_CHW in zip(batch, images, strict=True):
-            save_png(pixels_CHW, job.folder / file_name(request))
-    job.processes.wait_for_everyone()
-    if not job.processes.is_main_process:
+            save_png(pixels_CHW, task.folder / file_name(request))
+    task.processes.wait_for_everyone()
+    if not task.processes.is_main_process:
         return
-    rows = [label for label in job.labels[:GRID_ROWS] if Request(label, 0) in wanted]
-    columns = max(1, min(GRID_COLUMNS, job.count // len(job.labels)))
-    tiles = [read_png(job.folder / file_name(request)) for request in requests(rows, columns)]
-    media.grid(torch.stack(tiles), columns, job.names(rows)).save(job.folder / "grid.png")
+    rows = [label for label in task.labels[:GRID_ROWS] if Request(label, 0) in wanted]
+    columns = max(1, min(GRID_COLUMNS, task.count // len(task.labels)))
+    tiles = [read_png(task.folder / file_name(request)) for request in requests(rows, columns)]
+    media.grid(torch.stack(tiles), columns, task.names(rows)).save(task.folder / "grid.png")
     if gif:
         columns = min(media.GIF_COLUMNS, columns)
         shown = requests(rows[: media.GIF_ROWS], columns)
-        keep = media.spread(job.config.sample.steps)
-        frames = job.generator.trajectory(shown, job.config.sample, job.config.seed, keep)
-        names = job.names(rows[: media.GIF_ROWS])
-        media.save_gif([media.grid(frame, columns, names) for frame in frames], job.folder / "diffusion.gif")
-    print(f"{job.count} images ({len(missing)} new), grid.png{' and diffusion.gif' if gif else ''} in {job.folder}/")
+        keep = media.spread(task.config.sample.steps)
+        frames = task.generator.trajectory(shown, task.config.sample, task.config.seed, keep)
+        names = task.names(rows[: media.GIF_ROWS])
+        media.save_gif([media.grid(frame, columns, names) for frame in frames], task.folder / "diffusion.gif")
+    print(f"{task.count} images ({len(missing)} new), grid.png{' and diffusion.gif' if gif else ''} in {task.folder}/")
 
 
-def show_steps(job: Job, mode: str) -> None:
+def show_steps(task: SamplingTask, mode: str) -> None:
     """How images come about: a strip with a row an image, and an animation."""
-    if not job.processes.is_main_process:
+    if not task.processes.is_main_process:
         return
-    wanted = job.wanted()
-    keep = media.spread(job.config.sample.steps)
-    frames = job.generator.trajectory(wanted, job.config.sample, job.config.seed, keep, clean=mode == "progressive")
+    wanted = task.wanted()
+    keep = media.spread(task.config.sample.steps)
+    frames = task.generator.trajectory(wanted, task.config.sample, task.config.seed, keep, clean=mode == "progressive")
     chosen = [frames[i] for i in sorted(media.spread(len(frames), STRIP_COLUMNS))]
-    names = job.names([request.label for request in wanted])
+    names = task.names([request.label for request in wanted])
     strip = torch.stack(chosen, dim=1).flatten(0, 1)
-    media.grid(strip, len(chosen), names).save(job.folder / f"{mode}.png")
-    media.save_gif([media.grid(frame, 1, names) for frame in frames], job.folder / f"{mode}.gif")
-    print(f"{mode}.png and {mode}.gif in {job.folder}/")
+    media.grid(strip, len(chosen), names).save(task.folder / f"{mode}.png")
+    media.save_gif([media.grid(frame, 1, names) for frame in frames], task.folder / f"{mode}.gif")
+    print(f"{mode}.png and {mode}.gif in {task.folder}/")
 
 
-def interpolate(job: Job, seeds: str | None) -> None:
+def interpolate(task: SamplingTask, seeds: str | None) -> None:
     """From one label or seed to another: a strip with a row an image, and an animation there and back."""
     weights = torch.linspace(0.0, 1.0, STRIP_COLUMNS).tolist()
     if seeds is not None:
         ends = pick_seeds(seeds)
-        rows = [job.generator.between_seeds(request, job.config.sample, ends, weights) for request in job.wanted()]
-        names = job.names([request.label for request in job.wanted()])
+        rows = [task.generator.between_seeds(request, task.config.sample, ends, weights) for request in task.wanted()]
+        names = task.names([request.label for request in task.wanted()])
     else:
-        if len(job.labels) != 2:
-            raise ConfigError(f"--labels: interpolate needs two labels, or --seeds A,B; got {len(job.labels)} labels")
-        first, second = job.labels
+        if len(task.labels) != 2:
+            raise ConfigError(f"--labels: interpolate needs two labels, or --seeds A,B; got {len(task.labels)} labels")
+        first, second = task.labels
         rows = [
-            job.generator.between_labels(index, job.config.sample, job.config.seed, (first, second), weights)
-            for index in range(job.count)
+            task.generator.between_labels(index, task.config.sample, task.config.seed, (first, second), weights)
+            for index in range(task.count)
         ]
-        names = [" to ".join(job.names(job.labels))] * job.count
-    if not job.processes.is_main_process:
+        names = [" to ".join(task.names(task.labels))] * task.count
+    if not task.processes.is_main_process:
         return
-    media.grid(torch.cat(rows), len(weights), names).save(job.folder / "interpolate.png")
+    media.grid(torch.cat(rows), len(weights), names).save(task.folder / "interpolate.png")
     frames = [media.grid(torch.stack(frame), 1, names) for frame in zip(*rows, strict=True)]
-    media.save_gif([*frames, *frames[-2::-1]], job.folder / "interpolate.gif")
-    print(f"interpolate.png and interpolate.gif in {job.folder}/")
+    media.save_gif([*frames, *frames[-2::-1]], task.folder / "interpolate.gif")
+    print(f"interpolate.png and interpolate.gif in {task.folder}/")
 
 
 def pick_labels(text: str, checkpoint: Checkpoint) -> list[int]:

@@ -17,10 +17,11 @@ PACKAGES = ("diffusion_core", "pruning", "agent")
 SOURCE = (*PACKAGES, "scripts")
 
 CORE_LAYERS = (
+    {"files", "messages", "redact", "signals", "tables"},
     {"registry"},
     {"registries"},
     {"config"},
-    {"files", "redact", "cache", "randomness", "hardware", "sharing", "tracking", "run_folder", "distributed"},
+    {"cache", "randomness", "hardware", "sharing", "tracking", "run_folder", "distributed"},
     {"data"},
     {"model"},
     {"diffusion"},

@@ -1,4 +1,4 @@
-"""What a sweep will cost, said before it starts: disk and uploads of its checkpoints, and time."""
+"""Estimate the cost of a sweep before it starts: disk and uploads of its checkpoints, and time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from agent.config import TrialConfig, build_config
 from agent.sweep import engine
 from agent.sweep.devices import threads_each, visible_gpus
 from agent.sweep.file import SweepFile
-from agent.sweep.results import choice, duration
+from agent.sweep.results import duration, parameters_line
 from diffusion_core.diffusion.schedule import build_schedule
 from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.registries import DATASETS
@@ -27,31 +27,31 @@ from diffusion_core.sampling.samplers import evaluations
 from diffusion_core.training.ema import profiles
 
 SAMPLED_TRIALS = 10
-"""Trials that are looked at; the rest is taken to be like them on average."""
+"""Number of trials in the estimate; the others are assumed to be like them on average."""
 FLOAT_BYTES = 4
 USUAL_CLASSES = 10
 """Taken where the number of classes is known only once the data is read; each moves the size by an embedding row."""
 TRIED_IMAGES = 16
-"""Images of the batch that speed is measured with."""
+"""Batch size of the speed measurement."""
 TRIED_TIMES = 5
-"""Of so many passes the fastest counts: on a busy machine, the others tell of the machine."""
+"""Number of passes, of which the fastest counts: other load only makes passes slower."""
 MAX_TRIED_PARAMS = 5_000_000
-"""Larger networks are not tried: that alone would take long, and they are not meant for processors."""
+"""The speed of larger networks is not measured: it takes long, and they are meant for GPUs."""
 BACKWARD_COST = 2.0
 """A backward pass in units of the forward pass."""
 STARTUP_SECONDS = 8.0
-"""A trial's own cost beside the network's: imports, data, W&B, checkpoints."""
+"""Time of a trial outside the network: imports, data, W&B, checkpoints."""
 
 
 @dataclass(frozen=True)
 class TrialEstimate:
-    """What one trial will cost.
+    """The estimated cost of one trial.
 
     Attributes:
         params: parameters of its network, before pruning.
-        disk_bytes: what its checkpoints take up in the end. (What waits for an upload are hard links to them.)
-        upload_bytes: what goes to W&B as artifacts while it runs.
-        seconds: its wall time, or None if that is unknown.
+        disk_bytes: size of its checkpoints at the end. (Staged uploads are hard links to them.)
+        upload_bytes: size of the artifacts that it uploads to W&B.
+        seconds: its wall time, or None if it is unknown.
     """
 
     params: int
@@ -61,12 +61,12 @@ class TrialEstimate:
 
 
 class Estimator:
-    """Estimates trials of one sweep; networks of one kind are built and timed once.
+    """Estimates trials of one sweep; builds and times each network once.
 
     Args:
-        offline: whether nothing is uploaded while trials run.
-        threads: processor threads of a trial; None: all.
-        past_seconds: wall times of trials of this sweep that have ended, which are a better guide than any measurement.
+        offline: whether trials run without uploads.
+        threads: CPU threads of a trial; None: all.
+        past_seconds: wall times of finished trials of this sweep; they replace the measurement.
     """
 
     def __init__(self, *, offline: bool, threads: int | None = None, past_seconds: Sequence[float] = ()) -> None:
@@ -77,7 +77,7 @@ class Estimator:
         self._image_seconds: dict[str, float | None] = {}
 
     def trial(self, config: TrialConfig) -> TrialEstimate:
-        """What a trial of this configuration will cost."""
+        """Return the estimated cost of a trial with this configuration."""
         kind = repr((config.model, config.data))
         if kind not in self._params:
             self._params[kind] = count_params(config)
@@ -95,7 +95,7 @@ class Estimator:
             return statistics.mean(self.past_seconds)
         if kind not in self._image_seconds:
             on_cpu = config.train.device == "cpu" or not visible_gpus()
-            # How large a batch that is `auto` will be is not known yet.
+            # With train.batch_size=auto, the batch size is not known yet.
             measured = on_cpu and params <= MAX_TRIED_PARAMS and config.train.batch_size != "auto"
             self._image_seconds[kind] = measure_image_seconds(config, self.threads) if measured else None
         each = self._image_seconds[kind]
@@ -108,7 +108,7 @@ def classes_of(config: TrialConfig) -> int:
 
 
 def count_params(config: TrialConfig) -> int:
-    """Parameters of the network that a configuration asks for; it is not given any memory."""
+    """Return the number of parameters of a configuration's network, without allocating them."""
     channels, size, _ = config.data.image_shape
     with torch.device("meta"):
         network = UNet(config.model, size, channels, classes_of(config) if config.model.class_conditional else 0)
@@ -116,9 +116,9 @@ def count_params(config: TrialConfig) -> int:
 
 
 def checkpoint_bytes(config: TrialConfig, params: int) -> int:
-    """Size of a checkpoint: weights as trained, two moments of AdamW, each average, and a byte a weight for masks.
+    """Return the bytes of a checkpoint: weights, two moments of AdamW, each average, and a byte per weight for masks.
 
-    Structured pruning makes later ones smaller, which is not counted.
+    Structured pruning makes later checkpoints smaller; that is not counted.
     """
     copies = 3 + len(profiles(config.ema))
     masks = 0 if config.prune.method in ("none", "structured") else params
@@ -126,18 +126,18 @@ def checkpoint_bytes(config: TrialConfig, params: int) -> int:
 
 
 def trainings(config: TrialConfig) -> int:
-    """How often a trial trains: a chain of lottery tickets once a round, and the dense network first."""
+    """Return the number of trainings in a trial: the dense network and one per round of lottery tickets, else one."""
     return 1 + config.prune.rounds if config.prune.method == "lottery" else 1
 
 
 def checkpoints_saved(config: TrialConfig) -> int:
-    """How many checkpoints a trial writes."""
+    """Return the number of checkpoints that a training writes."""
     every = config.checkpoint.every
     return math.ceil(config.train.steps / every) if every else 1
 
 
 def forward_passes(config: TrialConfig) -> float:
-    """Images that pass forward through the network in a trial; one that passes backward too counts more."""
+    """Return the forward passes of single images in a training; a backward pass counts ``BACKWARD_COST``."""
     sample, evaluation, steps = config.sample, config.eval, config.train.steps
     guided = 2 if sample.guidance != 1.0 else 1
     image = evaluations(sample, build_schedule(config.diffusion)) * guided
@@ -161,7 +161,7 @@ def forward_passes(config: TrialConfig) -> float:
 
 
 def measure_image_seconds(config: TrialConfig, threads: int) -> float:
-    """Seconds in which an image passes forward through the network on this processor."""
+    """Return the seconds of a forward pass of one image on this CPU."""
     network = build_network(config, classes_of(config)).eval()
     images = torch.zeros(TRIED_IMAGES, network.input_channels, network.image_size, network.image_size)
     times = torch.zeros(TRIED_IMAGES, dtype=torch.long)
@@ -180,7 +180,7 @@ def measure_image_seconds(config: TrialConfig, threads: int) -> float:
 
 
 def first_trials(sweep: SweepFile) -> Iterator[dict[str, Any]]:
-    """What the search engine suggests first, while no trial has ended."""
+    """Yield the first suggestions of the search engine, while no trial has ended."""
     runs: list[Any] = []
     while sweep.total is None or len(runs) < sweep.total:
         parameters = engine.suggest(sweep.engine_config(), runs)
@@ -191,7 +191,7 @@ def first_trials(sweep: SweepFile) -> Iterator[dict[str, Any]]:
 
 
 def size_in_words(number: float) -> str:
-    """Bytes in words: ``12 MB``, ``3.4 GB``."""
+    """Return a number of bytes as text: ``12 MB``, ``3.4 GB``."""
     for unit in ("kB", "MB", "GB"):
         number /= 1000
         if number < 1000:
@@ -202,12 +202,12 @@ def size_in_words(number: float) -> str:
 def describe_sweep(
     sweep: SweepFile, estimator: Estimator, *, jobs: int, trials: int | None, folder: Path | None = None
 ) -> str:
-    """A line on what a sweep will cost, and another one if the disk has not that much left.
+    """Return a line with the estimated cost of a sweep, and a warning if the disk has too little space.
 
     Args:
-        jobs: trials at once.
-        trials: how many will be run; None if there is no end to them.
-        folder: where they go, if on this disk.
+        jobs: number of trials that run at the same time.
+        trials: number of trials to run; None: unlimited.
+        folder: the folder of an offline sweep, whose disk is checked.
     """
     found = [estimator.trial(build_config(chosen)) for chosen in islice(first_trials(sweep), SAMPLED_TRIALS)]
     disk = statistics.mean(trial.disk_bytes for trial in found)
@@ -236,12 +236,12 @@ def describe_sweep(
 
 
 def list_trials(sweep: SweepFile, estimator: Estimator, count: int) -> str:
-    """The first trials with what each will cost, two lines a trial."""
+    """Return the first trials with the estimated cost of each, two lines per trial."""
     lines = []
     for number, parameters in enumerate(islice(first_trials(sweep), count), start=1):
         estimate = estimator.trial(build_config(parameters))
         seconds = "time unknown" if estimate.seconds is None else f"about {duration(estimate.seconds)}"
-        lines.append(f"[{number}] {choice(parameters, sweep.varied)}")
+        lines.append(f"[{number}] {parameters_line(parameters, sweep.varied)}")
         lines.append(
             f"    {estimate.params:,} parameters, {size_in_words(estimate.disk_bytes)} of checkpoints, {seconds}"
         )

@@ -1,4 +1,4 @@
-"""A sweep's results as a picture: the metric of each trial, and against each parameter that varied."""
+"""Plot the results of a sweep: the metric by trial, and against each parameter that varied."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 PLOT_FILE = "results.png"
 COLUMNS = 3
 MAX_PARAMETERS = 8
-"""Parameters that get a panel; with the panel of trials, three rows."""
+"""Greatest number of parameters with a panel; with the panel of trials, they fill three rows."""
 MAX_LABEL = 14
-"""Characters of a value on an axis."""
+"""Greatest number of characters of a value on an axis."""
 COLOURS = {"finished": "tab:blue", "stopped": "tab:orange", "failed": "tab:red"}
 
 
 def plot_results(path: Path, sweep: SweepFile, trials: Sequence[TrialRecord]) -> None:
-    """Draw the trials that have a value of the sweep's metric; without any, there is no picture.
+    """Plot the trials that have a finite value of the sweep's metric; write no file if there are none.
 
     Args:
-        path: where the PNG goes.
-        trials: in the order in which they were asked for.
+        path: the PNG file to write.
+        trials: in the order of their creation.
     """
     metric = sweep.metric
     if metric is None:
@@ -43,21 +43,21 @@ def plot_results(path: Path, sweep: SweepFile, trials: Sequence[TrialRecord]) ->
         return
     from matplotlib.figure import Figure  # Slow to import.
 
-    shown = sweep.varied[:MAX_PARAMETERS]
-    columns = min(COLUMNS, 1 + len(shown))
-    rows = math.ceil((1 + len(shown)) / columns)
+    plotted_keys = sweep.varied[:MAX_PARAMETERS]
+    columns = min(COLUMNS, 1 + len(plotted_keys))
+    rows = math.ceil((1 + len(plotted_keys)) / columns)
     figure = Figure(figsize=(4.2 * columns, 3.4 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     values = [trial.figures[metric] for trial in measured]
     _by_trial(axes[0], numbers, measured, values, metric)
-    for panel, key in zip(axes[1:], shown, strict=False):
+    for panel, key in zip(axes[1:], plotted_keys, strict=False):
         _by_parameter(panel, measured, values, key, sweep.parameters[key])
-    for panel in axes[: 1 + len(shown)]:
+    for panel in axes[: 1 + len(plotted_keys)]:
         panel.set_ylabel(metric)
         panel.grid(alpha=0.3)
         if min(values) > 0 and max(values) > 20 * min(values):
             panel.set_yscale("log")
-    for panel in axes[1 + len(shown) :]:
+    for panel in axes[1 + len(plotted_keys) :]:
         panel.remove()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.suptitle(f"{sweep.name}: {len(measured)} trials")
@@ -67,7 +67,7 @@ def plot_results(path: Path, sweep: SweepFile, trials: Sequence[TrialRecord]) ->
 def _by_trial(
     panel: Axes, numbers: Sequence[int], trials: Sequence[TrialRecord], values: Sequence[float], metric: str
 ) -> None:
-    """The metric in the order of the trials, coloured by how they ended, and the best so far."""
+    """Plot the metric in the order of the trials, coloured by their state, and the best so far."""
     from matplotlib.ticker import MaxNLocator
 
     for state in dict.fromkeys(trial.state for trial in trials):
@@ -84,17 +84,19 @@ def _by_trial(
 def _by_parameter(
     panel: Axes, trials: Sequence[TrialRecord], values: Sequence[float], key: str, spec: dict[str, Any]
 ) -> None:
-    """The metric against a parameter: on its scale if it is a range, else one column a value."""
-    chosen: list[Any] = [trial.parameters.get(key) for trial in trials]
+    """Plot the metric against a parameter: on its scale if it is a range, else in one column per value."""
+    x_values: list[Any] = [trial.parameters.get(key) for trial in trials]
     if "values" in spec:
-        offered = spec["values"]
-        panel.set_xticks(range(len(offered)), map(_label, offered), rotation=30 if len(offered) > 3 else 0)
-        panel.set_xlim(-0.5, len(offered) - 0.5)
-        chosen = [offered.index(value) for value in chosen]
+        values_of_key = spec["values"]
+        panel.set_xticks(
+            range(len(values_of_key)), map(_label, values_of_key), rotation=30 if len(values_of_key) > 3 else 0
+        )
+        panel.set_xlim(-0.5, len(values_of_key) - 0.5)
+        x_values = [values_of_key.index(value) for value in x_values]
     elif "log" in spec.get("distribution", ""):
         panel.set_xscale("log")
     panel.set_xlabel(key)
-    panel.scatter(chosen, values, c=[_colour(trial.state) for trial in trials], alpha=0.8)
+    panel.scatter(x_values, values, c=[_colour(trial.state) for trial in trials], alpha=0.8)
 
 
 def _colour(state: str) -> str:

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from diffusion_core.signals import signal_handler
+
 LOCK_FILE = ".process"
 """In a trial's folder: locked for as long as a process of the trial lives, and holds that process's id."""
 
@@ -139,24 +141,20 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def forward_signals(processes: Callable[[], Iterable[subprocess.Popen[bytes]]]) -> Iterator[list[int]]:
-    """While this lasts, SIGINT, SIGTERM and SIGHUP go to other processes.
+    """Forward SIGINT, SIGTERM and SIGHUP to other processes inside this context.
 
     Args:
-        processes: says which ones, whenever a signal comes.
+        processes: returns the processes; called whenever a signal arrives.
 
     Yields:
-        The signals that came.
+        The numbers of the signals that arrived.
     """
-    came: list[int] = []
+    received: list[int] = []
 
-    def forward(number: int, _frame: Any) -> None:
-        came.append(number)
+    def forward(number: int) -> None:
+        received.append(number)
         for process in processes():
             process.send_signal(number)
 
-    old = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield came
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    with signal_handler((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), forward):
+        yield received

@@ -1,4 +1,4 @@
-"""Lines on a running sweep: what starts, how it ended, how it ranks, and how long the rest will take."""
+"""Print the progress of a sweep: starts and ends of trials, their ranks, and the remaining time."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agent.sweep.file import SweepFile
-from agent.sweep.results import choice, duration
+from agent.sweep.results import duration, parameters_line
 from agent.sweep.state import DONE, FAILED, FINISHED, STOPPED, SweepState, Trial
 from agent.sweep.trials import TrialReader
 
 
 class SweepProgress:
-    """Prints a line for each start and each end of a trial.
+    """Prints one line for each start and end of a trial.
 
     Args:
-        jobs: trials at once.
+        jobs: number of trials that run at the same time.
     """
 
     def __init__(self, sweep: SweepFile, state: SweepState, reader: TrialReader, jobs: int) -> None:
@@ -25,31 +25,31 @@ class SweepProgress:
         self.jobs = jobs
 
     def started(self, trial: Trial) -> None:
-        """Report that a trial starts, or resumes if it ran before."""
-        begins = "goes on" if trial.seconds else "starts"
-        print(f"{self._name(trial)} {begins}: {choice(trial.parameters, self.sweep.varied)}", flush=True)
+        """Report the start of a trial's process."""
+        verb = "continues" if trial.seconds else "starts"
+        print(f"{self._name(trial)} {verb}: {parameters_line(trial.parameters, self.sweep.varied)}", flush=True)
 
     def ended(self, trial: Trial, code: int, under_way: Sequence[float], log: Path | None) -> None:
-        """A process of a trial has ended.
+        """Report the end of a trial's process.
 
         Args:
-            code: its exit status.
-            under_way: seconds that each of the running trials has run.
-            log: where its output went, if not to the screen.
+            code: exit status of the process.
+            under_way: seconds that each of the other running trials has run.
+            log: file of the process's output; None: the terminal.
         """
-        said = [self._outcome(trial, code)]
+        parts = [self._outcome(trial, code)]
         if trial.state in (FINISHED, STOPPED):
-            said += self._rank(trial)
+            parts += self._rank(trial)
         elif trial.failures and log is not None:
-            said.append(f"see {log}")
-        said.append(duration(trial.seconds))
+            parts.append(f"see {log}")
+        parts.append(duration(trial.seconds))
         left = self.seconds_left(under_way)
         if left and trial.state in DONE:
-            said.append(f"about {duration(left)} left")
-        print(f"{self._name(trial)} {', '.join(said)}", flush=True)
+            parts.append(f"about {duration(left)} left")
+        print(f"{self._name(trial)} {', '.join(parts)}", flush=True)
 
     def seconds_left(self, under_way: Sequence[float]) -> float | None:
-        """Wall time until the end, going by the trials that have ended; None if that is unknown."""
+        """Return the expected wall time until the sweep ends, from the finished trials; None if it is unknown."""
         ended = [trial.seconds for trial in self.state.trials if trial.state in DONE]
         if self.sweep.total is None or not ended:
             return None
@@ -69,7 +69,7 @@ class SweepProgress:
             return f"failed again with status {code}"
         if trial.state == FINISHED:
             return "finished"
-        return f"failed with status {code} and is tried once more" if trial.failures else "interrupted"
+        return f"failed with status {code} and runs once more" if trial.failures else "interrupted"
 
     def _rank(self, trial: Trial) -> list[str]:
         metric = self.sweep.metric

@@ -1,4 +1,4 @@
-"""What the trials of an offline sweep have written so far, as the search engine and the results take it."""
+"""Read the trials of an offline sweep, for the search engine and the results."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ ENGINE_STATES = {WAITING: "running", RUNNING: "running", STOPPING: "running", FI
 
 
 class TrialReader:
-    """Reads the folders of trials, of those that have ended only once.
+    """Reads the folders of trials; reads each ended trial only once.
 
     Args:
-        state: the sweep.
-        metric: what trials are ordered by, or None.
+        state: state of the sweep.
+        metric: the figure that trials are sorted by, or None.
     """
 
     def __init__(self, state: SweepState, metric: str | None) -> None:
@@ -30,16 +30,16 @@ class TrialReader:
         self._ended_records: dict[str, TrialRecord] = {}
 
     def has_result(self, trial: Trial) -> bool:
-        """Whether a trial has got to its end."""
+        """Return whether a trial has finished."""
         return (self.state.trial_folder(trial) / RESULT_FILE).is_file()
 
     def history_bytes(self, trial: Trial) -> int:
-        """Size of a trial's history, which tells whether there is more of it."""
+        """Return the size of a trial's history, which grows with each row."""
         file = self.state.trial_folder(trial) / HISTORY_FILE
         return file.stat().st_size if file.is_file() else 0
 
     def engine_runs(self) -> list[Any]:
-        """All trials as the search engine knows them."""
+        """Return all trials as runs of the search engine."""
         return [self._engine_run(trial) for trial in self.state.trials]
 
     def _engine_run(self, trial: Trial) -> Any:
@@ -52,15 +52,15 @@ class TrialReader:
         return run
 
     def records(self) -> list[TrialRecord]:
-        """All trials for the results, in the order in which they were asked for."""
+        """Return the results of all trials, in the order of their creation."""
         return [self.record(trial) for trial in self.state.trials]
 
     def ranked(self) -> list[TrialRecord]:
-        """All trials for the results, best first."""
+        """Return the results of all trials, best first."""
         return best_first(self.records(), self.metric)
 
     def record(self, trial: Trial) -> TrialRecord:
-        """A trial for the results."""
+        """Return the results of a trial."""
         if trial.id in self._ended_records:
             return self._ended_records[trial.id]
         folder = self.state.trial_folder(trial)
@@ -81,7 +81,7 @@ class TrialReader:
         return record
 
     def copy_pictures(self, trial: Trial) -> None:
-        """Put the newest pictures of a trial beside the results."""
+        """Copy the newest images of a trial beside the results."""
         samples = self.state.trial_folder(trial) / SAMPLES
         for kind, suffix in (("samples", "png"), ("diffusion", "gif")):
             newest = max(samples.glob(f"{kind}-*.{suffix}"), default=None)

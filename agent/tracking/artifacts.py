@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from diffusion_core.checkpoint import (
     read_checkpoint,
     step_folder,
 )
+from diffusion_core.files import replaced_folder
+from diffusion_core.messages import one_line
 from diffusion_core.run_folder import HISTORY_FILE
 from diffusion_core.tracking import MODEL, STATE
 from diffusion_core.training.resume import NEEDED
@@ -83,7 +84,7 @@ def download_model(name: str, option: str = "--artifact", instead: str = "--chec
     except (wandb.errors.Error, ValueError, OSError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{option} = {name!r}: {' '.join(str(error).split())[:300]}") from None
+        raise CheckpointError(f"{option} = {name!r}: {one_line(error)}") from None
 
 
 def download_files(artifact: Artifact, folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
@@ -145,7 +146,7 @@ def fetch_checkpoint(
             except CheckpointError as error:
                 print(f"W&B: passing over the checkpoint of step {step}: {error}", file=sys.stderr)
     except (wandb.errors.Error, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         print(f"W&B: no checkpoint of this run could be downloaded ({reason})", file=sys.stderr)
     return None
 
@@ -168,7 +169,7 @@ def fetch_best(run: Run, folder: Path) -> None:
         if best["step"] in models:
             _download([models[best["step"]]], folder, best["step"], ())
     except (CheckpointError, wandb.errors.Error, ValueError, KeyError, TypeError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         print(f"W&B: the best checkpoint of this run could not be downloaded ({reason})", file=sys.stderr)
 
 
@@ -195,17 +196,11 @@ def uploaded_versions(run: Run, run_id: str) -> tuple[dict[int, Artifact], dict[
 
 
 def _download(artifacts: list[Artifact], folder: Path, step: int, without: Collection[str]) -> Checkpoint:
-    partial = folder / f".{step_folder(step)}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    final = folder / step_folder(step)
+    with replaced_folder(final, overwrite=True) as temporary:
         for artifact in artifacts:
-            download_files(artifact, partial, lambda name: name.removesuffix(".safetensors") not in without)
-        checkpoint = read_checkpoint(partial)
+            download_files(artifact, temporary, lambda name: name.removesuffix(".safetensors") not in without)
+        checkpoint = read_checkpoint(temporary)
         if checkpoint.step != step:
-            raise CheckpointError(f"it says that it is of step {checkpoint.step}")
-        final = folder / step_folder(step)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        return Checkpoint(final, checkpoint.metadata)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(f"its metadata names step {checkpoint.step}")
+    return Checkpoint(final, checkpoint.metadata)

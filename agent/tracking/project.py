@@ -9,6 +9,7 @@ from agent.tracking.environment import load_environment
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError
 from diffusion_core.config.metrics import goal_of
+from diffusion_core.messages import one_line
 from diffusion_core.tracking import MODEL, STATE
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def finished_runs(name: str) -> list[tuple[str, dict[str, Any]]]:
             for run in wandb.Api().runs(name, filters={"state": "finished"})
         ]
     except (wandb.errors.Error, ValueError, OSError) as error:
-        raise ConfigError(f"--project = {name!r}: {' '.join(str(error).split())[:300]}") from None
+        raise ConfigError(f"--project = {name!r}: {one_line(error)}") from None
 
 
 def log_table(project: str, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -67,5 +68,5 @@ def versions_without_alias(project: str) -> Iterator[Artifact]:
                     if not version.aliases and not version.linked_artifacts:
                         yield version
     except (wandb.errors.Error, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise CheckpointError(f"--project = {project!r}: {reason}") from None

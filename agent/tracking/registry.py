@@ -11,6 +11,7 @@ from agent.tracking.sweeps import flat_summary
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config.metrics import GOALS, goal_of, is_better
 from diffusion_core.evaluation.protocol import PREFIX
+from diffusion_core.messages import one_line
 from diffusion_core.tracking import BEST, MODEL
 
 
@@ -30,7 +31,7 @@ def best_model(sweep: str) -> str:
         metric = found.config.get("metric", {}).get("name")
         runs = list(found.runs)
     except (wandb.errors.Error, ValueError, TypeError) as error:
-        raise CheckpointError(f"--sweep = {sweep!r}: {_one_line(error)}") from None
+        raise CheckpointError(f"--sweep = {sweep!r}: {one_line(error)}") from None
     if metric is None or goal_of(metric) is None:
         raise CheckpointError(f"--sweep = {sweep!r}: its metric is {metric!r}; expected one of {', '.join(GOALS)}")
     best, value = None, None
@@ -63,7 +64,7 @@ def promote(name: str, registry: str, collection: str, aliases: Sequence[str]) -
         api = wandb.Api()
         artifact = api.artifact(full_name(name, api.default_entity), type=MODEL)
     except (wandb.errors.Error, ValueError) as error:
-        raise CheckpointError(f"--artifact = {name!r}: {_one_line(error)}") from None
+        raise CheckpointError(f"--artifact = {name!r}: {one_line(error)}") from None
     try:
         artifact.link(target, aliases=list(aliases))
     except (wandb.errors.Error, ValueError) as error:
@@ -72,12 +73,8 @@ def promote(name: str, registry: str, collection: str, aliases: Sequence[str]) -
                 f"--registry = {registry!r}: {artifact.entity!r} is a personal entity without a registry; registries "
                 f"belong to organizations: log the sweep to a team (WANDB_ENTITY), or give --registry ORG/{registry}"
             ) from None
-        raise CheckpointError(f"--registry = {registry!r}: {_one_line(error)}") from None
+        raise CheckpointError(f"--registry = {registry!r}: {one_line(error)}") from None
     return target
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def publish(artifact_name: str, figures: Mapping[str, float], protocols: Mapping[str, str]) -> str:
@@ -103,4 +100,4 @@ def publish(artifact_name: str, figures: Mapping[str, float], protocols: Mapping
             run.summary.update({**figures, **{f"{PREFIX}{name}": line for name, line in protocols.items()}})
         return str(artifact.qualified_name)
     except (wandb.errors.Error, ValueError, OSError) as error:
-        raise CheckpointError(f"--wandb: {' '.join(str(error).split())[:300]}") from None
+        raise CheckpointError(f"--wandb: {one_line(error)}") from None

@@ -6,6 +6,8 @@ import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from diffusion_core.messages import one_line
+
 if TYPE_CHECKING:
     from wandb import Artifact
 
@@ -38,7 +40,7 @@ class Retention:
                 if version.aliases and all(alias.startswith(STEP_ALIAS) for alias in version.aliases):
                     self._release(version)
         except Exception as error:  # Tidying up ends no upload.
-            print(f"W&B: old versions of {collection} stay: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+            print(f"W&B: old versions of {collection} stay: {one_line(error)}", file=sys.stderr)
 
     def _release(self, version: Artifact) -> None:
         version.aliases = []

@@ -17,6 +17,7 @@ from agent.tracking.run import may_fetch, start_wandb, wandb_tracker
 from diffusion_core.checkpoint import list_checkpoints, step_folder
 from diffusion_core.config import ConfigError, flatten
 from diffusion_core.files import write_json
+from diffusion_core.messages import one_line
 from diffusion_core.run_folder import CHECKPOINTS, HISTORY_FILE, RESULT_FILE, best_figures, read_history
 from diffusion_core.tracking import NullTracker, Tracker
 from diffusion_core.training.resume import check_same_run
@@ -68,7 +69,7 @@ class UploadedRounds:
         except ConfigError:
             raise
         except (wandb.errors.Error, ValueError, KeyError, TypeError, OSError) as error:
-            print(f"W&B: nothing of round {run_id} ({' '.join(str(error).split())[:200]})", file=sys.stderr)
+            print(f"W&B: nothing of round {run_id} ({one_line(error)})", file=sys.stderr)
             return False
         costs = {key: value for key, value in summary.items() if key.startswith(COSTS) and type(value) in (int, float)}
         described = {

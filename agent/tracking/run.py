@@ -14,6 +14,7 @@ from agent.tracking.environment import DEFAULT_PROJECT, is_offline
 from agent.tracking.retention import Retention
 from agent.tracking.tracker import PATIENCE_S, WandbTracker
 from diffusion_core.config import ConfigError
+from diffusion_core.messages import one_line
 from diffusion_core.redact import redact, redacted
 from diffusion_core.run_folder import read_history
 from diffusion_core.tracking import STEP
@@ -93,11 +94,11 @@ def start_wandb(
     try:
         return start(mode)
     except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
-        raise ConfigError(f"W&B: {redact(' '.join(str(error).split())[:300])}") from None
+        raise ConfigError(f"W&B: {redact(one_line(error))}") from None
     except (wandb.errors.Error, TimeoutError) as error:
         if mode != "online":
             raise
-        reason = redact(" ".join(str(error).split())[:200])
+        reason = redact(one_line(error))
         if not or_offline:
             raise ConfigError(f"W&B: the server does not answer ({reason})") from None
         print(f"W&B: the server does not answer, so this run is recorded offline ({reason})", file=sys.stderr)

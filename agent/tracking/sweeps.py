@@ -10,6 +10,7 @@ from typing import Any
 
 from agent.tracking.environment import DEFAULT_PROJECT
 from diffusion_core.config import ConfigError
+from diffusion_core.messages import one_line
 
 
 @contextmanager
@@ -21,7 +22,7 @@ def wandb_errors(what: str) -> Iterator[None]:
     try:
         yield
     except (wandb.errors.Error, WandbApiFailedError, ValueError, OSError) as error:
-        raise ConfigError(f"{what}: {' '.join(str(error).split())[:300]}") from None
+        raise ConfigError(f"{what}: {one_line(error)}") from None
 
 
 def flat_summary(summary: Mapping[str, Any]) -> dict[str, float]:

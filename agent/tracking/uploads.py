@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from diffusion_core.messages import one_line
 from diffusion_core.tracking import BEST
 
 
@@ -137,7 +138,7 @@ class UploadQueue:
             try:
                 item.work() if isinstance(item, Errand) else self._send(item)
             except Exception as error:  # Training does not end for an upload; the checkpoint is on the disk.
-                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                reason = one_line(error)
                 print(f"W&B: {item.name} was not uploaded: {reason}", file=sys.stderr)
             else:
                 if self._discard and isinstance(item, Upload):

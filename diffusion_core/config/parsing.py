@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from diffusion_core.messages import one_line
 from diffusion_core.registry import Choice
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -287,7 +288,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise ConfigError(f"--config = {str(path)!r}: {reason}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01.
-        raise ConfigError(f"--config = {str(path)!r}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"--config = {str(path)!r}: not valid YAML: {one_line(error)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

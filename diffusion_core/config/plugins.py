@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusion_core.config.parsing import ConfigError
+from diffusion_core.messages import one_line
 
 KEY = "plugins"
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -51,7 +52,7 @@ def import_plugins(*layers: Mapping[str, Any]) -> None:
         try:
             importlib.import_module(name)
         except Exception as error:  # A plugin is foreign code: whatever it raises, the remedy is the user's.
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = one_line(error)
             raise ConfigError(
                 f"{KEY} = {name!r}: cannot import it ({reason}); install it, or add its folder to PYTHONPATH"
             ) from None

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from diffusion_core.config import DataConfig
 from diffusion_core.data.image_files import IMAGE_SUFFIXES, ImageFileError, read_rgb, square
+from diffusion_core.messages import one_line, reason_of
 from diffusion_core.randomness import Purpose, generator
 from diffusion_core.registries import DATASETS
 
@@ -159,7 +160,7 @@ def _load_torchvision(name: str, config: DataConfig, _progress: bool) -> Dataset
     try:
         parts = [loader(str(root), train=train, download=True) for train in (True, False)]
     except Exception as error:  # Whatever a download raises (URLError, RuntimeError, OSError), the remedy is the same.
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)
         raise DataError(
             f"data.name = {config.name!r}: could not download or read it below {str(root)!r} ({reason}); put "
             f"torchvision's files there, or use data.name=digits (built in) or data.name=folder data.path=DIR"
@@ -227,7 +228,7 @@ def read_image(path: Path, size: int) -> np.ndarray:
     try:
         return np.asarray(square(read_rgb(path), size))
     except (ImageFileError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = reason_of(error)
         raise DataError(f"{str(path)!r}: not a readable image ({reason}); remove it") from None
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from diffusion_core.messages import one_line
+
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"})
 
 
@@ -34,13 +36,13 @@ def read_rgb(path: Path) -> Image.Image:
     except (ImageFileError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise ImageTooLarge(_one_line(error)) from None
+        raise ImageTooLarge(one_line(error)) from None
     except UnidentifiedImageError:
         raise ImageFileError("no known image format") from None
     except Exception as error:  # Decoders meet damaged files with whatever their code happens to raise.
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise ImageFileError(_one_line(error)) from None
+        raise ImageFileError(one_line(error)) from None
     rgb.info.clear()  # Colour profiles, comments and places would be written along with the pixels.
     return rgb
 
@@ -73,7 +75,3 @@ def _on_white(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     rgba = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,1 +1,9 @@
 """Convert models to and from Diffusers."""
+
+from diffusion_core.diffusers_io.exporter import export_model
+from diffusion_core.diffusers_io.importer import import_model
+from diffusion_core.diffusers_io.names import diffusers_name
+from diffusion_core.diffusers_io.source import CLASSES_FILE
+from diffusion_core.diffusers_io.unet import unet_config
+
+__all__ = ["CLASSES_FILE", "diffusers_name", "export_model", "import_model", "unet_config"]

@@ -1,4 +1,4 @@
-"""A checkpoint becomes a Diffusers pipeline."""
+"""Convert a checkpoint to a Diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -9,26 +9,28 @@ from typing import Any
 
 from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from diffusion_core.config import ConfigError
-from diffusion_core.diffusers_io.names import CLASSES_FILE, EXTRA, diffusers_name, unet_config
+from diffusion_core.diffusers_io.names import diffusers_name
 from diffusion_core.diffusers_io.networks import compare, compare_schedules, describe, diffusers_network
-from diffusion_core.diffusers_io.scheduler import fewer_steps, scheduler_config
+from diffusion_core.diffusers_io.scheduler import EXTRA, fewer_steps, scheduler_config
+from diffusion_core.diffusers_io.source import CLASSES_FILE
+from diffusion_core.diffusers_io.unet import unet_config
 from diffusion_core.model.unet import NO_LABEL
 
 PIPELINE_STEPS = 1000
 
 
 def export_model(path: Path, folder: Path, *, weights: str = "ema", label: str | None = None) -> Iterator[str]:
-    """Write the DDPMPipeline of a checkpoint into ``folder``; yields what is to be told, the network first.
+    """Write the DDPMPipeline of a checkpoint into ``folder``; yields a description of the network, then notes.
 
     Args:
-        path: a checkpoint, or a run's folder (its newest).
+        path: a checkpoint, or a run folder (its newest checkpoint).
         folder: an empty folder.
-        weights: which part of the checkpoint.
-        label: of a class-conditional model: this class alone, by number or name, or ``none``; None exports them all.
+        weights: part of the checkpoint to export, ``ema`` or ``model``.
+        label: class of a class-conditional model to export, by number or name, or ``none``; None exports all.
 
     Raises:
-        CheckpointError: if the checkpoint cannot be read, or its network is no UNet2DModel.
-        ConfigError: if it has a knob that Diffusers does not know, or not that label.
+        CheckpointError: if the checkpoint cannot be read, or its network cannot be a UNet2DModel.
+        ConfigError: if Diffusers cannot represent a knob, or the model has no such label.
     """
     from diffusers import DDPMPipeline, DDPMScheduler
 
@@ -37,8 +39,8 @@ def export_model(path: Path, folder: Path, *, weights: str = "ema", label: str |
         raise CheckpointError(f"--weights = {weights!r}: {str(checkpoint.path)!r} does not hold them")
     if checkpoint.metadata["structure"]:
         raise CheckpointError(
-            f"{str(checkpoint.path)!r}: channels of {len(checkpoint.metadata['structure'])} layers were removed, and a "
-            "UNet2DModel has one width a resolution; expected a dense network, or one pruned by masks"
+            f"{str(checkpoint.path)!r}: channels of {len(checkpoint.metadata['structure'])} layers were removed, but a "
+            "UNet2DModel has one width per resolution; expected a dense network, or one pruned by masks"
         )
     config, network = checkpoint.config(), checkpoint.network(weights)
     has_null_class = network.num_classes > 0 and config.train.label_dropout > 0
@@ -54,7 +56,7 @@ def export_model(path: Path, folder: Path, *, weights: str = "ema", label: str |
             settings["num_class_embeds"] = len(embeddings_CE)
         else:
             labels = [only]
-            tensors["time_mlp.2.bias"] = tensors["time_mlp.2.bias"] + embeddings_CE[only]  # NO_LABEL: the last one.
+            tensors["time_mlp.2.bias"] = tensors["time_mlp.2.bias"] + embeddings_CE[only]  # NO_LABEL is the last.
     unet, _ = diffusers_network(settings, {diffusers_name(name): tensor for name, tensor in tensors.items()})
     difference = compare(network, unet, labels)
     kept = checkpoint.metadata["extra"].get(EXTRA)
@@ -68,27 +70,26 @@ def export_model(path: Path, folder: Path, *, weights: str = "ema", label: str |
         content = json.dumps({"classes": names, "null_class": has_null_class}, indent=1)
         (folder / CLASSES_FILE).write_text(content, encoding="utf-8")
     yield f"{describe(network)}; differs from the checkpoint by at most {difference:.1e}"
-    if config.diffusion.timesteps < PIPELINE_STEPS:
-        timesteps = config.diffusion.timesteps
-        yield f"note: DDPMPipeline takes {PIPELINE_STEPS} steps unless told: pipeline(num_inference_steps={timesteps})"
+    if (steps := config.diffusion.timesteps) < PIPELINE_STEPS:
+        yield f"note: DDPMPipeline takes {PIPELINE_STEPS} steps by default; use pipeline(num_inference_steps={steps})"
     if network.num_classes and only is None:
         null = f' ({network.num_classes} is "no class")' if has_null_class else ""
         yield (
-            f"note: DDPMPipeline passes no labels, so pipeline() fails until unet.forward is given class_labels of 0 "
-            f"to {len(labels) - 1}{null}: --help shows how; or export a single class with --label"
+            f"note: DDPMPipeline passes no labels, so pipeline() fails unless unet.forward gets class_labels of 0 to "
+            f"{len(labels) - 1}{null}: see --help; or export a single class with --label"
         )
 
 
 def pick_label(text: str | None, checkpoint: Checkpoint, has_null_class: bool) -> int | None:
-    """The class that ``--label`` names, by number or name; None for all of them."""
+    """Return the class that ``--label`` names, by number or name; None for all classes."""
     if text is None:
         return None
     number = checkpoint.metadata["num_classes"]
     if not number:
-        raise ConfigError(f"--label = {text!r}: the model knows no labels; leave it out")
+        raise ConfigError(f"--label = {text!r}: the model has no classes; leave it out")
     if text == "none":
         if not has_null_class:
-            raise ConfigError("--label = 'none': the model never saw an image without label (train.label_dropout = 0)")
+            raise ConfigError("--label = 'none': the model was trained with train.label_dropout = 0; name a class")
         return NO_LABEL
     names = {name: label for label, name in enumerate(checkpoint.class_names)}
     label = int(text) if text.isdecimal() else names.get(text, number)

@@ -1,4 +1,4 @@
-"""Our network and Diffusers' with the same weights, run on the same noise. Diffusers is imported when it is needed."""
+"""Build both networks with the same weights, and compare their outputs and noise schedules."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_core.config import ConfigError, CoreConfig
-from diffusion_core.diffusers_io.names import UNET_DEFAULTS, UNET_FILE, diffusers_name
+from diffusion_core.diffusers_io.names import diffusers_name
+from diffusion_core.diffusers_io.values import defaults
 from diffusion_core.diffusion.schedule import build_schedule
 from diffusion_core.model.unet import UNet
 
 TOLERANCE = 1e-4
-"""Largest difference of outputs, relative to the largest output or 1: rounding is at 1e-6, another network at 1e-1."""
+"""Largest difference of outputs, relative to max(1, largest output): rounding gives 1e-6, another network 1e-1."""
 SCHEDULE_TOLERANCE = 1e-5
 
 
 def diffusers_network(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[nn.Module, list[str]]:
-    """Diffusers' network with some weights, and the names among these that it does not know.
+    """Return Diffusers' network with these weights, and the names of the weights that it does not have.
 
     Raises:
-        ConfigError: if weights are missing, or of other shapes.
+        ConfigError: if weights are missing or have other shapes.
     """
     from diffusers import UNet2DModel
 
-    known = {key: value for key, value in config.items() if key in UNET_DEFAULTS}
-    with torch.device("meta"):  # Without memory until the shapes are known to be those of the weights.
-        network: Any = UNet2DModel(**known)
+    known = defaults(UNet2DModel)
+    with torch.device("meta"):  # Allocates no memory before the shapes are checked.
+        network: Any = UNet2DModel(**{key: value for key, value in config.items() if key in known})
     expected = network.state_dict()
     missing = sorted(set(expected) - set(tensors))
     if missing:
@@ -36,7 +37,7 @@ def diffusers_network(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     for name, tensor in expected.items():
         if tensors[name].shape != tensor.shape:
             raise ConfigError(
-                f"{name!r}: has the shape {list(tensors[name].shape)}; expected {list(tensor.shape)} by {UNET_FILE}"
+                f"{name!r}: has the shape {list(tensors[name].shape)}; expected {list(tensor.shape)} by config.json"
             )
     network.load_state_dict({name: tensors[name] for name in expected}, assign=True)
     return network.eval(), sorted(set(tensors) - set(expected))
@@ -45,7 +46,7 @@ def diffusers_network(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
 def our_network(
     config: CoreConfig, num_classes: int, their_tensors: Mapping[str, Tensor], *, has_null_class: bool
 ) -> UNet:
-    """Our network with Diffusers' weights; an embedding for "no class" that it does not have is zero."""
+    """Return our network with Diffusers' weights; a missing embedding of "no class" becomes zero."""
     channels, size, _ = config.data.image_shape
     with torch.device("meta"):
         network = UNet(config.model, size, channels, num_classes)
@@ -58,7 +59,7 @@ def our_network(
 
 
 def describe(network: UNet) -> str:
-    """Describe a network in one line: weights, classes and image size."""
+    """Return the size of a network, its classes and its images in one line."""
     weights = sum(parameter.numel() for parameter in network.parameters())
     classes = f"{network.num_classes} classes" if network.num_classes else "no classes"
     return f"{weights:,} weights, {classes}, images of {network.in_channels} x {network.image_size}^2"
@@ -66,15 +67,15 @@ def describe(network: UNet) -> str:
 
 @torch.no_grad()
 def compare(ours: UNet, theirs: Any, labels: Sequence[int]) -> float:
-    """The largest difference of two networks' outputs, on noise and timesteps that never change.
+    """Return the largest difference of the outputs of two networks for fixed noise and timesteps.
 
     Args:
         ours: our network.
-        theirs: Diffusers' network, whose class embeddings, if any, are ours in their order, "no class" last.
-        labels: classes to look at: the first and last of them.
+        theirs: Diffusers' network; its class embeddings, if any, are ours in the same order, "no class" last.
+        labels: the labels in use; the first and the last are compared.
 
     Raises:
-        ConfigError: if it is more than rounding.
+        ConfigError: if the difference is larger than rounding.
     """
     source = torch.Generator().manual_seed(0)
     x_BCHW = torch.randn(2, ours.in_channels, ours.image_size, ours.image_size, generator=source)
@@ -87,26 +88,18 @@ def compare(ours: UNet, theirs: Any, labels: Sequence[int]) -> float:
     difference = (expected - found).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
         raise ConfigError(
-            f"the two networks disagree by {difference:.1e} on the same noise: this network is something else in "
-            "Diffusers, or its weights are not finite"
+            f"the two networks disagree by {difference:.1e} on the same noise: Diffusers computes something else with "
+            "this configuration, or the weights are not finite"
         )
     return difference
 
 
 def compare_schedules(config: CoreConfig, scheduler: Mapping[str, Any]) -> None:
-    """Raises ConfigError if Diffusers' noise schedule is another one."""
+    """Raise ConfigError if Diffusers' noise schedule differs from ours."""
     from diffusers import DDPMScheduler
 
-    known = (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "rescale_betas_zero_snr",
-    )
-    theirs: Any = DDPMScheduler(**{key: scheduler[key] for key in known if key in scheduler})
+    theirs: Any = DDPMScheduler(**{key: scheduler[key] for key in scheduler if key in defaults(DDPMScheduler)})
     ours = build_schedule(config.diffusion).alphas.square()
     difference = (theirs.alphas_cumprod.double() - ours).abs().max().item()
     if not difference <= SCHEDULE_TOLERANCE:
-        raise ConfigError(f"the two noise schedules disagree by {difference:.1e} in their share of signal")
+        raise ConfigError(f"the two noise schedules disagree by {difference:.1e} in alpha squared")

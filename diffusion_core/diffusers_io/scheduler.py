@@ -8,56 +8,44 @@ from typing import Any
 import torch
 
 from diffusion_core.config import ConfigError, CoreConfig, DiffusionConfig
-from diffusion_core.diffusers_io.values import fixed_problems, is_count, is_list, is_number
+from diffusion_core.diffusers_io.values import defaults, fixed_problems, is_count, is_list, is_number, problem
 from diffusion_core.diffusion.schedule import MAX_BETA, NoiseSchedule, build_schedule, cosine_betas, zero_terminal_snr
 
-SCHEDULER_FILE = "scheduler_config.json"
-
-SCHEDULER_DEFAULTS: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "variance_type": "fixed_small",
-    "clip_sample": True,
-    "prediction_type": "epsilon",
-    "thresholding": False,
-    "dynamic_thresholding_ratio": 0.995,
-    "clip_sample_range": 1.0,
-    "sample_max_value": 1.0,
-    "timestep_spacing": "leading",
-    "steps_offset": 0,
-    "rescale_betas_zero_snr": False,
-    "set_alpha_to_one": True,  # DDIMScheduler's only.
-}
+EXTRA = "diffusers"
+"""Key in the `extra` of a checkpoint: values of the source that have no knob and are exported again."""
 SCHEDULER_ALLOWED: dict[str, tuple[Any, ...]] = {
     "thresholding": (False,),
     "rescale_betas_zero_snr": (False, True),
     "set_alpha_to_one": (True,),
-    "predict_epsilon": (True,),  # Old; now prediction_type.
+    "predict_epsilon": (True,),  # Old name of prediction_type.
 }
 VARIANCES = {"fixed_small": "fixed_small", "fixed_small_log": "fixed_small", "fixed_large": "fixed_large"}
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 SAMPLERS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}
 DDIM_STEPS = 50
-"""Steps of Diffusers' DDIMPipeline; its DDPMPipeline takes all timesteps."""
+"""Default steps of Diffusers' DDIMPipeline; its DDPMPipeline uses all timesteps."""
 
 SPACINGS = {"linspace": "uniform", "trailing": "trailing"}
-"""How fewer steps than there are timesteps are spaced, where both sides have a name for it."""
+"""Spacings of steps that both sides have, by their name in Diffusers."""
 
 BETA_TOLERANCE = 1e-6
 
 
+def scheduler_defaults() -> dict[str, Any]:
+    """Return the arguments of `DDPMScheduler` and `DDIMScheduler` and their defaults."""
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    return defaults(DDPMScheduler, DDIMScheduler)
+
+
 def scheduler_knobs(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Our knobs for the noise schedule and for sampling, from a scheduler_config.json.
+    """Return our knobs of the noise schedule and of sampling for a scheduler_config.json.
 
     Raises:
-        ConfigError: with everything in it that we do not have.
+        ConfigError: with all values that we cannot represent.
     """
-    given = SCHEDULER_DEFAULTS | dict(config)
-    problems = list(_scheduler_problems(given))
-    if problems:
+    given = scheduler_defaults() | dict(config)
+    if problems := list(_scheduler_problems(given)):
         raise ConfigError(*problems)
     timesteps = given["num_train_timesteps"] if given["trained_betas"] is None else len(given["trained_betas"])
     sampler = SAMPLERS[given["_class_name"]]
@@ -77,41 +65,36 @@ def scheduler_knobs(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scheduler_problems(given: Mapping[str, Any]) -> Iterator[str]:
-    def problem(key: str, expected: str) -> str:
-        return f"{key} = {given.get(key)!r}: expected {expected}"
-
-    def one_of(names: Sequence[str]) -> str:
-        return f"one of {', '.join(names)}"
-
-    if given.get("_class_name") not in list(SAMPLERS):
-        yield problem("_class_name", one_of(list(SAMPLERS)))
+    """Yield a message for each value that we cannot represent."""
+    choices: list[tuple[str, Sequence[str]]] = [("_class_name", list(SAMPLERS)), ("prediction_type", list(PREDICTIONS))]
+    if given.get("_class_name") != "DDIMScheduler":
+        choices.append(("variance_type", list(VARIANCES)))
+    if given["trained_betas"] is None:
+        choices.append(("beta_schedule", ["linear", "squaredcos_cap_v2"]))
+    for key, names in choices:
+        if given.get(key) not in names:
+            yield problem(given, key, f"one of {', '.join(names)}")
     yield from fixed_problems(given, SCHEDULER_ALLOWED)
     if not is_count(given["num_train_timesteps"]) or given["num_train_timesteps"] < 2:
-        yield problem("num_train_timesteps", "an integer >= 2")
+        yield problem(given, "num_train_timesteps", "an integer >= 2")
     if given["trained_betas"] is None:
-        if given["beta_schedule"] not in ("linear", "squaredcos_cap_v2"):
-            yield problem("beta_schedule", one_of(["linear", "squaredcos_cap_v2"]))
-        elif given["beta_schedule"] == "linear":
+        if given["beta_schedule"] == "linear":
             for key in ("beta_start", "beta_end"):
                 if not (is_number(given[key]) and 0 < given[key] <= MAX_BETA):
-                    yield problem(key, f"a number > 0 and <= {MAX_BETA}")
+                    yield problem(given, key, f"a number > 0 and <= {MAX_BETA}")
     elif not (is_list(given["trained_betas"]) and all(map(is_number, given["trained_betas"]))):
         yield "trained_betas: expected a list of numbers"
     elif len(given["trained_betas"]) < 2 or not _named_schedule(given["trained_betas"]):
         shown = ", ".join(map(str, given["trained_betas"][:3]))
         yield f"trained_betas = [{shown}, ..]: expected those of a linear or cosine schedule"
-    if given.get("_class_name") != "DDIMScheduler" and given["variance_type"] not in list(VARIANCES):
-        yield problem("variance_type", one_of(list(VARIANCES)))
     if given["clip_sample"] not in (True, False):
-        yield problem("clip_sample", "true or false")
+        yield problem(given, "clip_sample", "true or false")
     if given["clip_sample"] and given["clip_sample_range"] != 1:
-        yield problem("clip_sample_range", "1.0")
-    if given["prediction_type"] not in list(PREDICTIONS):
-        yield problem("prediction_type", one_of(list(PREDICTIONS)))
+        yield problem(given, "clip_sample_range", "1.0")
 
 
 def _named_schedule(betas: Sequence[float]) -> str | None:
-    """Which of our schedules some variances are, if any."""
+    """Return the name of our schedule that has these variances, if any."""
     theirs = torch.tensor(betas, dtype=torch.float64)
     straight = torch.linspace(betas[0], betas[-1], len(betas), dtype=torch.float64)
     if betas[0] > 0 and max(betas) <= MAX_BETA and torch.allclose(theirs, straight, rtol=0, atol=BETA_TOLERANCE):
@@ -120,11 +103,11 @@ def _named_schedule(betas: Sequence[float]) -> str | None:
 
 
 def _schedule_knobs(given: Mapping[str, Any], timesteps: int) -> dict[str, Any]:
+    """Return our knobs of the schedule; its two ends are defined for 1,000 timesteps."""
     betas = given["trained_betas"]
     if given["beta_schedule"] == "squaredcos_cap_v2" if betas is None else _named_schedule(betas) == "cosine":
         return {"diffusion.schedule": "cosine"}
     start, end = (given["beta_start"], given["beta_end"]) if betas is None else (betas[0], betas[-1])
-    # Our two ends are stated for 1,000 timesteps.
     scale = timesteps / 1000
     if scale * end >= 1:
         key = "beta_end" if betas is None else "trained_betas"
@@ -137,20 +120,20 @@ def _schedule_knobs(given: Mapping[str, Any], timesteps: int) -> dict[str, Any]:
 
 
 def fewer_steps(scheduler: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a scheduler decides which timesteps are visited by fewer steps than all, and is no knob of ours."""
+    """Return the values without a knob that decide which timesteps a shorter sampling visits."""
     kept = {"timestep_spacing": "leading"} if scheduler.get("timestep_spacing") == "leading" else {}
     offset = scheduler.get("steps_offset")
     return kept | ({"steps_offset": offset} if is_count(offset) else {})
 
 
 def scheduler_config(config: CoreConfig) -> dict[str, Any]:
-    """`DDPMScheduler`'s configuration for a noise schedule of ours; one that has no name there is listed in full.
+    """Return the configuration of `DDPMScheduler`; a schedule without a name in Diffusers is listed in full.
 
-    Takes the schedule and the prediction from ``config`` and, of sampling, the variance, the spacing of steps, and
-    whether images are clipped.
+    Uses the schedule and the prediction of ``config``, and the variance, the spacing of steps and the clipping of its
+    sampling.
 
     Raises:
-        ConfigError: if it has none.
+        ConfigError: if Diffusers has no such prediction.
     """
     diffusion, sample = config.diffusion, config.sample
     predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
@@ -172,7 +155,7 @@ def scheduler_config(config: CoreConfig) -> dict[str, Any]:
 
 
 def _betas(diffusion: DiffusionConfig) -> dict[str, Any]:
-    """The schedule by name if it has one there, or else its variances."""
+    """Return the schedule by its name in Diffusers, or else its variances."""
     signal = build_schedule(diffusion).alphas.square()
     scale = 1000.0 / diffusion.timesteps
     start, end = scale * diffusion.beta_start, scale * diffusion.beta_end

@@ -1,33 +1,40 @@
-"""Checks of single values in Diffusers' configurations."""
+"""Read and check single values of Diffusers' configurations."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 
+def defaults(*classes: type) -> dict[str, Any]:
+    """Return the arguments of Diffusers' classes and the values that they take where a configuration omits them."""
+    parameters = [parameter for kind in classes for parameter in inspect.signature(kind).parameters.values()]
+    return {parameter.name: parameter.default for parameter in parameters}
+
+
+def problem(given: Mapping[str, Any], key: str, expected: str) -> str:
+    """Return the message about the value of a key."""
+    return f"{key} = {given.get(key)!r}: expected {expected}"
+
+
 def fixed_problems(given: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> Iterator[str]:
-    """Report the keys whose value is none of those allowed. A missing key is fine."""
+    """Yield a message for each key whose value is not one of those allowed."""
     for key, values in allowed.items():
         if key in given and given[key] not in values:
-            yield f"{key} = {given[key]!r}: expected {' or '.join(map(repr, values))}"
+            yield problem(given, key, " or ".join(map(repr, values)))
 
 
 def is_list(value: Any) -> bool:
-    """Whether a value is a list or a tuple."""
+    """Return whether a value is a list or a tuple."""
     return isinstance(value, list | tuple)
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value is an integer >= 1."""
+    """Return whether a value is an integer >= 1."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is an integer or a float; booleans are not."""
+    """Return whether a value is a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def unknown_keys(config: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
-    """The keys of a Diffusers configuration that its class does not know, and passes over."""
-    return [key for key in config if key not in known and not key.startswith("_")]

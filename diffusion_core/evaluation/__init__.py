@@ -1,8 +1,8 @@
-"""Figures that say how good a model is. Each is named for what it measures, and none is called FID that is not.
+"""Figures of a model's quality. Only a Fréchet distance in published Inception features is called FID.
 
-From images to figures: ``folders`` and ``generated`` hand out uint8 images; ``extractors`` and ``classifier`` turn them
-into ``features``; ``measure`` takes one pass over them; ``distances`` compares features to those of a ``reference``;
-``suite`` is all of it, as a configuration asks for it.
+``folders`` and ``generated`` yield uint8 images. ``extractors`` and ``classifier`` compute their ``features``.
+``measure`` makes one pass over the images. ``distances`` compares features with those of a ``reference``. ``suite``
+combines these as a configuration asks.
 """
 
 from diffusion_core.evaluation.distances import frechet_distance

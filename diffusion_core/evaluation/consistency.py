@@ -1,4 +1,4 @@
-"""How alike the images of two models are, image by image: structural similarity and mean squared difference.
+"""Similarity of the images of two models, image by image: structural similarity and mean squared difference.
 
 Axes: N images, B batch, C channels, H height, W width.
 """
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from diffusion_core.config import SampleConfig
 from diffusion_core.config.metrics import count_name
-from diffusion_core.distributed import add_up, shared_out
+from diffusion_core.distributed import own_positions, sum_over_processes
 from diffusion_core.evaluation.generated import generated
 from diffusion_core.sampling.generation import Generator
 
 WINDOW, SIGMA = 11, 1.5
-"""Size and width of the Gaussian window of Wang et al. 2004; on images smaller than it, it is cut to their size."""
+"""Size and standard deviation of the Gaussian window (Wang et al. 2004), in pixels; cut to the size of small images."""
 
 K1, K2 = 0.01, 0.03
 RANGE = 255.0
@@ -26,13 +26,13 @@ RANGE = 255.0
 
 @dataclass(frozen=True)
 class Consistency:
-    """How alike two models' images from the same seeds and labels are, on average.
+    """Mean similarity of two models' images from the same seeds and labels.
 
     Attributes:
-        ssim: structural similarity; 1: equal.
-        mse: mean squared difference, on the scale [-1, 1]; 0: equal.
-        num_images: of each model.
-        seed: of the images.
+        ssim: structural similarity, in [-1, 1]; 1 for equal images.
+        mse: mean squared difference of images scaled to [-1, 1]; 0 for equal images.
+        num_images: number of images of each model.
+        seed: seed of the images.
     """
 
     ssim: float
@@ -41,13 +41,13 @@ class Consistency:
     seed: int
 
     def figures(self, section: str) -> dict[str, float]:
-        """By the names under which they are logged: ``SECTION/consistency_ssim_16`` and so on."""
+        """Return the figures by the names that they are logged under, such as ``SECTION/consistency_ssim_16``."""
         count = count_name(self.num_images)
         return {f"{section}/consistency_ssim_{count}": self.ssim, f"{section}/consistency_mse_{count}": self.mse}
 
 
 def consistency_of_images(one_NCHW: Tensor, two_NCHW: Tensor, seed: int) -> Consistency:
-    """How alike images are that were drawn from one seed; uint8, in the same order."""
+    """Return the similarity of uint8 images from one seed, in the same order."""
     ssim, mse = _measures(one_NCHW, two_NCHW).mean(0).tolist()
     return Consistency(ssim, mse, len(one_NCHW), seed)
 
@@ -55,8 +55,8 @@ def consistency_of_images(one_NCHW: Tensor, two_NCHW: Tensor, seed: int) -> Cons
 def consistency_of_models(
     one: Generator, two: Generator, total: int, config: SampleConfig, seed: int, *, progress: bool = False
 ) -> Consistency:
-    """How alike the images of two models are, of which every process draws a share; all come to the same figures."""
-    sums_2, done, own = torch.zeros(2, dtype=torch.float64), 0, shared_out(total)
+    """Return the similarity of two models' images. Every process samples a share; all return the same figures."""
+    sums_2, done, own = torch.zeros(2, dtype=torch.float64), 0, own_positions(total)
     pairs = zip(
         generated(one, total, config, seed, progress=progress), generated(two, total, config, seed), strict=True
     )
@@ -64,17 +64,17 @@ def consistency_of_models(
         counted = sum(position < total for position in own[done : done + len(ours_BCHW)])
         done += len(ours_BCHW)
         sums_2 += _measures(ours_BCHW[:counted], theirs_BCHW[:counted]).sum(0)
-    ssim, mse = (add_up(sums_2) / total).tolist()
+    ssim, mse = (sum_over_processes(sums_2) / total).tolist()
     return Consistency(ssim, mse, total, seed)
 
 
 def _measures(one_BCHW: Tensor, two_BCHW: Tensor) -> Tensor:
-    """Both measures of each pair of images, ``(B, 2)``."""
+    """Return both measures of each pair of images, ``(B, 2)``."""
     return torch.stack([structural_similarity(one_BCHW, two_BCHW), mean_squared_difference(one_BCHW, two_BCHW)], dim=1)
 
 
 def structural_similarity(one_BCHW: Tensor, two_BCHW: Tensor) -> Tensor:
-    """Mean structural similarity (Wang et al. 2004, eq. 13), averaged over channels, ``(B,)`` in [-1, 1]; 1: equal.
+    """Return structural similarity (Wang et al. 2004, eq. 13), averaged over channels, ``(B,)`` in [-1, 1]; 1: equal.
 
     Args:
         one_BCHW, two_BCHW: uint8 images of equal shape.
@@ -97,7 +97,7 @@ def structural_similarity(one_BCHW: Tensor, two_BCHW: Tensor) -> Tensor:
 
 
 def mean_squared_difference(one_BCHW: Tensor, two_BCHW: Tensor) -> Tensor:
-    """Mean squared difference of uint8 images, on the scale [-1, 1] of the core, ``(B,)``."""
+    """Return the mean squared difference of uint8 images scaled to [-1, 1], ``(B,)``."""
     _check(one_BCHW, two_BCHW)
     difference = (one_BCHW.double() - two_BCHW.double()) / (RANGE / 2.0)
     return difference.square().mean((1, 2, 3))
@@ -112,7 +112,7 @@ def _check(one_BCHW: Tensor, two_BCHW: Tensor) -> None:
 
 
 def _gaussian(length: int) -> Tensor:
-    size = min(WINDOW, length - (length + 1) % 2)  # Odd, so that it has a middle.
+    size = min(WINDOW, length - (length + 1) % 2)  # Odd, for a symmetric window.
     offset = torch.arange(size, dtype=torch.float64) - size // 2
     weights = torch.exp(-0.5 * (offset / SIGMA) ** 2)
     return weights / weights.sum()

@@ -18,7 +18,7 @@ Array = np.ndarray | Tensor
 SUBSETS = 100
 SUBSET_SIZE = 1000
 KERNEL_SEED = 2020
-"""As in torch-fidelity, whose subsets are drawn here too, so that figures are equal."""
+"""Defaults of torch-fidelity; the subsets are the same, so that figures are equal."""
 
 PRECISION_NEIGHBOURS = 3
 """k of precision and recall (Kynkaanniemi et al. 2019)."""
@@ -30,7 +30,7 @@ ROWS_AT_ONCE = 1000
 
 SPLITS = 10
 SCORE_SEED = 2020
-"""As in torch-fidelity, so that figures are equal."""
+"""Defaults of torch-fidelity, so that figures are equal."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Statistics:
     """Mean and covariance of features, in float64.
 
     Attributes:
-        count: samples that they are of, or None where that is not known.
-        mean_D: their mean.
-        covariance_DD: their covariance.
+        count: number of samples, or None if it is unknown.
+        mean_D: mean.
+        covariance_DD: covariance.
     """
 
     count: int | None
@@ -48,7 +48,7 @@ class Statistics:
     covariance_DD: Tensor
 
     def distance(self, other: Statistics) -> float:
-        """Fréchet distance of the normal distributions with these moments."""
+        """Return the squared Fréchet distance of the normal distributions with these moments."""
         return frechet_distance(self.mean_D, self.covariance_DD, other.mean_D, other.covariance_DD)
 
 
@@ -79,25 +79,25 @@ class Moments:
         return moments
 
     def add(self, features_ND: Tensor) -> None:
-        """Take in more samples, ``(N, D)``."""
+        """Add more samples, ``(N, D)``."""
         features_ND = features_ND.detach().to(self.sum_D.device, torch.float64)
         self.count += len(features_ND)
         self.sum_D += features_ND.sum(0)
         self.outer_DD.addmm_(features_ND.T, features_ND)
 
     def statistics(self) -> Statistics:
-        """Mean and unbiased covariance, as ``numpy.cov`` gives it; that of a single sample is zero."""
+        """Return mean and unbiased covariance, as ``numpy.cov``; the covariance of a single sample is zero."""
         mean_D = self.sum_D / self.count
         centred_DD = self.outer_DD - self.count * torch.outer(mean_D, mean_D)
         return Statistics(self.count, mean_D, (centred_DD + centred_DD.T) / (2.0 * max(1, self.count - 1)))
 
 
 def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:
-    """Squared Fréchet (2-Wasserstein) distance of two normal distributions (Dowson & Landau 1982; Heusel et al. 2017).
+    """Return the squared Fréchet distance of two normal distributions (Dowson & Landau 1982; Heusel et al. 2017).
 
     ``|mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))``, in float64. With ``S1 = F F^T`` the last trace is the sum
-    of the square roots of the eigenvalues of ``F^T S2 F``, which is symmetric: there is no square root of a matrix to
-    take, and nothing that can turn complex. Singular covariances are as good as any.
+    of the square roots of the eigenvalues of ``F^T S2 F``, which is symmetric. This needs no square root of a
+    matrix and yields no complex numbers, and covariances may be singular.
 
     Args:
         mu1, mu2: means, ``(D,)``; arrays or tensors.
@@ -147,18 +147,18 @@ def kernel_distance(
     size: int = SUBSET_SIZE,
     seed: int = KERNEL_SEED,
 ) -> float:
-    """Mean over random subsets of the unbiased estimate of ``MMD^2`` with ``k(x, y) = (x y / D + 1)^3``.
+    """Return the mean over random subsets of the unbiased estimate of ``MMD^2`` with ``k(x, y) = (x y / D + 1)^3``.
 
     Args:
-        features_ND: of generated images.
-        reference_ND: of real images; the numbers of images may differ.
-        subsets: subsets drawn, without replacement each.
-        size: images a subset; where there are fewer, all of them.
-        seed: of the subsets.
+        features_ND: features of generated images.
+        reference_ND: features of real images; the numbers of images may differ.
+        subsets: number of subsets, each drawn without replacement.
+        size: images per subset; all images if there are fewer.
+        seed: seed of the subsets.
     """
     size = min(size, len(features_ND), len(reference_ND))
     source = np.random.RandomState(seed)
-    # Subtracting what all share costs digits: float64.
+    # float64: the difference of large sums loses digits.
     one_ND, two_ND = features_ND.double(), reference_ND.double()
     total = 0.0
     for _ in range(subsets):
@@ -181,9 +181,10 @@ def _squared_discrepancy(one_MD: Tensor, two_MD: Tensor) -> float:
 def precision_recall(
     features_ND: Tensor, reference_MD: Tensor, *, neighbours: int = PRECISION_NEIGHBOURS
 ) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1 and 2), in [0, 1].
+    """Return improved precision and recall (Kynkaanniemi et al. 2019, eq. 1 and 2), in [0, 1].
 
-    Precision: share of the generated images inside the ball of some real one. Recall: the same, the other way round.
+    Precision: share of generated images inside the ball of a real one. Recall: share of real images inside the ball of
+    a generated one. The radius of a ball is the distance to the k-th nearest neighbour.
     """
     radius_M = _radii(reference_MD, neighbours)
     radius_N = _radii(features_ND, neighbours)
@@ -198,10 +199,10 @@ def precision_recall(
 def density_coverage(
     features_ND: Tensor, reference_MD: Tensor, *, neighbours: int = DENSITY_NEIGHBOURS
 ) -> tuple[float, float]:
-    """Density and coverage (Naeem et al. 2020, eq. 4 and 5).
+    """Return density and coverage (Naeem et al. 2020, eq. 4 and 5).
 
-    Density: in how many balls of real images a generated one lies, relative to k (it may exceed 1). Coverage: share of
-    the real images whose ball holds a generated one.
+    Density: mean number of balls of real images around a generated one, divided by k; >= 0 and may exceed 1. Coverage:
+    share of real images whose ball contains a generated one, in [0, 1].
     """
     neighbours = min(neighbours, len(reference_MD) - 1)
     radius_M = _radii(reference_MD, neighbours)
@@ -215,20 +216,20 @@ def density_coverage(
 
 
 def _radii(features_MD: Tensor, neighbours: int) -> Tensor:
-    """Distance of each image to its k-th nearest neighbour (of so few images, to the farthest), ``(M,)``."""
-    nearest = min(neighbours + 1, len(features_MD))  # An image is its own nearest one.
-    # The largest of the nearest ones; kthvalue has no deterministic algorithm on a GPU.
+    """Return the distance of each image to its k-th nearest neighbour, or to the farthest of fewer images, ``(M,)``."""
+    nearest = min(neighbours + 1, len(features_MD))  # The nearest one is the image itself.
+    # kthvalue has no deterministic algorithm on a GPU.
     distances = (torch.cdist(rows_MD, features_MD) for rows_MD in features_MD.split(ROWS_AT_ONCE))
     return torch.cat([each.topk(nearest, dim=1, largest=False, sorted=False).values.amax(1) for each in distances])
 
 
 def inception_score(logits_NK: Tensor, *, splits: int = SPLITS, seed: int = SCORE_SEED) -> float:
-    """Mean over parts of ``exp(E[KL(p(y|x) | p(y))])``, between 1 and the number of classes.
+    """Return the mean over parts of ``exp(E[KL(p(y|x) | p(y))])``, between 1 and the number of classes.
 
     Args:
-        logits_NK: of the images.
-        splits: parts that the images, in random order, are dealt out to.
-        seed: of that order.
+        logits_NK: class logits of the images.
+        splits: number of parts that the images are split into, in random order.
+        seed: seed of that order.
     """
     total = len(logits_NK)
     splits = min(splits, total)

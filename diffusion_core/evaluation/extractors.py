@@ -1,7 +1,7 @@
 """Feature networks: pytorch-fid's Inception-v3, and networks in files of the user.
 
-With the published weights Inception is called ``inception``, and figures in its features FID and KID; with others it is
-named for their hash.
+Only with the published weights is Inception named ``inception``, and are its figures called FID and KID; with other
+weights, its name contains their hash.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from diffusion_core.evaluation.features import (
     ExtractorError,
     Judged,
     check_finite,
-    file_hash,
+    weights_file_hash,
     with_channels,
 )
+from diffusion_core.messages import one_line
 
 if TYPE_CHECKING:
     from torchvision.models import Inception3
 
 PUBLISHED_HASH = "6726825d"
-"""The first digits of the SHA-256 of the published weights, as their file name says."""
+"""The first digits of the SHA-256 of the published weights, from their file name."""
 
 FILE_NAME = f"pt_inception-2015-12-05-{PUBLISHED_HASH}.pth"
 CLASSES = 1008
@@ -42,9 +43,9 @@ TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
 
 
 class InceptionExtractor:
-    """Images to the 2048 features of pytorch-fid, and to logits without their bias, as the Inception score takes them.
+    """pytorch-fid's network: 2048 features, and logits without bias, which the Inception score uses.
 
-    Batch norms are folded into convolutions and memory is laid out channels last: the same function, faster.
+    Batch norms are folded into convolutions, and the memory format is channels last, which is faster.
 
     Args:
         network: what :func:`build_inception` returned, on its device.
@@ -71,11 +72,11 @@ class InceptionExtractor:
 
 
 SKIPPED = ("AuxLogits", "dropout", "fc")
-"""Layers that no feature passes through."""
+"""Layers that the features do not pass through."""
 
 
 def build_inception() -> Inception3:
-    """pytorch-fid's network without weights, which its own constructor would download."""
+    """Return pytorch-fid's network without weights; its own constructor would download them."""
     from pytorch_fid import inception as parts  # Slow to import: torchvision comes along.
     from torchvision.models import Inception3
 
@@ -103,19 +104,19 @@ def _fold(module: nn.Module) -> None:
 
 
 def read_inception(path: Path, device: torch.device) -> InceptionExtractor:
-    """pytorch-fid's network with the weights of a file in its format; nothing in the file is run.
+    """Return pytorch-fid's network with weights from a file, without running code from the file.
 
     Raises:
         ExtractorError: if the file is missing, damaged, or not of that network.
     """
-    digest = file_hash(path)
+    digest = weights_file_hash(path)
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         with torch.device("meta"):
             network = build_inception()
         network.load_state_dict(weights, assign=True)
-    except Exception as error:  # torch.load meets damaged files with whatever its code happens to raise.
-        reason = " ".join(str(error).split())[:160]
+    except Exception as error:  # torch.load raises errors of many types on damaged files.
+        reason = one_line(error)
         raise ExtractorError(f"{str(path)!r}: no Inception weights in pytorch-fid's format ({reason})") from None
     network = network.float().to(device).eval().requires_grad_(False)
     extractor = InceptionExtractor(network, digest)
@@ -124,10 +125,10 @@ def read_inception(path: Path, device: torch.device) -> InceptionExtractor:
 
 
 def download_inception() -> Path:
-    """The published weights: from the cache, or else downloaded from where pytorch-fid has them (about 90 MB).
+    """Return the published weights from the cache; download them from pytorch-fid's address if missing (about 90 MB).
 
     Raises:
-        ExtractorError: if they are not to be had.
+        ExtractorError: if the download fails.
     """
     path = cache_path("inception", FILE_NAME)
     if path.is_file():
@@ -141,14 +142,14 @@ def download_inception() -> Path:
                 FID_WEIGHTS_URL, str(to), hash_prefix=PUBLISHED_HASH, progress=False
             ),
         )
-    except Exception as error:  # Whatever a download raises, the remedy is the same.
-        kept, reason = False, " ".join(str(error).split())[:160]
+    except Exception as error:  # Downloads raise errors of many types; the remedy is the same.
+        kept, reason = False, one_line(error)
     else:
         reason = "see above"
     if not kept:
         raise ExtractorError(
-            f"Inception weights: cannot download {FID_WEIGHTS_URL} ({reason}); save it from another machine and name "
-            f"it: --inception-weights FILE, or the knob eval.inception_weights"
+            f"Inception weights: cannot download {FID_WEIGHTS_URL} ({reason}); copy the file from another machine "
+            f"and set --inception-weights FILE, or the knob eval.inception_weights"
         )
     return path
 
@@ -171,8 +172,8 @@ class ScriptedExtractor:
         """
         try:
             output = self.network(images_BCHW.to(self.device))
-        except Exception as error:  # Whatever a stranger's network raises.
-            reason = " ".join(str(error).split())[-200:]
+        except Exception as error:  # A network of the user may raise any error.
+            reason = one_line(str(error)[-200:])  # TorchScript says last what went wrong.
             raise ExtractorError(f"{self.name}: cannot take images of {tuple(images_BCHW.shape)} ({reason})") from None
         if not isinstance(output, Tensor) or output.ndim < 2 or len(output) != len(images_BCHW):
             raise ExtractorError(f"{self.name}: expected features of shape (images, features), a tensor")
@@ -180,12 +181,12 @@ class ScriptedExtractor:
 
 
 def read_extractor(path: Path, device: torch.device) -> Extractor:
-    """The feature network in a file: TorchScript (``.pt``), or a classifier (``.safetensors``).
+    """Return the feature network in a file: TorchScript (``.pt``), or a classifier (``.safetensors``).
 
     Raises:
-        ExtractorError: if there is none.
+        ExtractorError: if the file is missing, damaged or of another format.
     """
-    digest = file_hash(path)[:HASH_DIGITS]
+    digest = weights_file_hash(path)[:HASH_DIGITS]
     if path.suffix == ".safetensors":
         return read_classifier(path, device)
     if path.suffix not in TORCHSCRIPT_SUFFIXES:
@@ -194,6 +195,6 @@ def read_extractor(path: Path, device: torch.device) -> Extractor:
     try:
         network = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ExtractorError(f"{str(path)!r}: no TorchScript ({reason})") from None
     return ScriptedExtractor(network, space_name(path.stem), digest, device)

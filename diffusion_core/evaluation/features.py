@@ -1,11 +1,10 @@
-"""Feature spaces: what images are compared in.
+"""Feature networks, and checks of images and features.
 
 Axes: B batch, C channels, H height, W width.
 """
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -13,21 +12,22 @@ import torch
 from torch import Tensor
 
 from diffusion_core.data.datasets import Images
+from diffusion_core.files import sha256, sha256_of_file
 
 HASH_DIGITS = 16
-"""Hexadecimal digits of a SHA-256 that names and protocols show."""
+"""Number of hexadecimal digits of a SHA-256 in names and protocols."""
 
 
 class ExtractorError(ValueError):
-    """A feature network that cannot be had or used; the message is one line meant for the user."""
+    """A feature network cannot be loaded or used; the message is one line for the user."""
 
 
 class Extractor(Protocol):
-    """A network that images are compared in.
+    """A feature network.
 
     Attributes:
-        name: what figures in its features are called; ``inception`` is pytorch-fid's network with its published
-            weights, and nothing else.
+        name: part of the names of its figures; ``inception`` is reserved for pytorch-fid's network with its published
+            weights.
         weights: the first digits of the SHA-256 of its weights.
     """
 
@@ -40,48 +40,44 @@ class Extractor(Protocol):
         """Which weights the network has: a hash or a published name."""
 
     def __call__(self, images_BCHW: Tensor) -> Judged:
-        """uint8 images to features and, where the network knows classes, logits; float32, on the network's device."""
+        """Return features and, if the network has classes, logits of uint8 images; float32, on the network's device."""
 
 
-def fingerprint(images: Images) -> str:
-    """The first digits of the SHA-256 of images and labels."""
-    total = hashlib.sha256(repr(tuple(images.images_NCHW.shape)).encode())
-    total.update(images.images_NCHW.cpu().contiguous().numpy().data)
-    total.update(images.labels_N.cpu().contiguous().numpy().data)
-    return total.hexdigest()[:HASH_DIGITS]
+def images_hash(images: Images) -> str:
+    """Return the first ``HASH_DIGITS`` digits of the SHA-256 of images and labels."""
+    return sha256(repr(tuple(images.images_NCHW.shape)), images.images_NCHW, images.labels_N)[:HASH_DIGITS]
 
 
-def file_hash(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal.
+def weights_file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file of weights, 64 hexadecimal digits.
 
     Raises:
-        ExtractorError: if it cannot be read.
+        ExtractorError: if the file cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of_file(path)
     except OSError as error:
         raise ExtractorError(f"{str(path)!r}: {error.strerror}; expected a file of weights") from None
 
 
 def with_channels(images_BCHW: Tensor, channels: int) -> Tensor:
-    """uint8 images of so many channels: grey ones are repeated, those in colour averaged (grey ones stay the same).
+    """Return uint8 images with another number of channels: repeat the channel of grey images, average three channels.
 
     Raises:
-        ExtractorError: between numbers of channels other than 1 and 3.
+        ExtractorError: if a number of channels is not 1 or 3.
     """
-    given = images_BCHW.shape[1]
-    if given == channels:
+    present = images_BCHW.shape[1]
+    if present == channels:
         return images_BCHW
-    if {given, channels} != {1, 3}:
-        raise ExtractorError(f"images of {given} channels for a network of {channels}")
-    if given == 1:
+    if {present, channels} != {1, 3}:
+        raise ExtractorError(f"images of {present} channels for a network of {channels}")
+    if present == 1:
         return images_BCHW.expand(-1, 3, -1, -1)
     return images_BCHW.float().mean(1, keepdim=True).round().to(torch.uint8)
 
 
 def check_finite(features_BD: Tensor, what: str) -> None:
-    """Features must be numbers.
+    """Check that features are finite.
 
     Raises:
         ExtractorError: if one is not.
@@ -91,7 +87,7 @@ def check_finite(features_BD: Tensor, what: str) -> None:
 
 
 class Judged(NamedTuple):
-    """What a network makes of images: features ``(B, D)`` and, where it knows classes, logits ``(B, K)``."""
+    """Output of a feature network: features ``(B, D)`` and class logits ``(B, K)``, or None without classes."""
 
     features_BD: Tensor
     logits_BK: Tensor | None

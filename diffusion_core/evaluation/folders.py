@@ -1,4 +1,4 @@
-"""Folders of images and files of statistics to judge or to compare to."""
+"""Read folders of images and files of statistics for evaluation."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from torch import Tensor
 from diffusion_core.config.metrics import space_name
 from diffusion_core.data.datasets import DataError
 from diffusion_core.data.image_files import IMAGE_SUFFIXES, ImageFileError, read_rgb
-from diffusion_core.distributed import shared_out
+from diffusion_core.distributed import own_positions
 from diffusion_core.evaluation.features import Extractor
 from diffusion_core.evaluation.measure import FEWEST, Reference, Seen, look
 from diffusion_core.evaluation.reference import read_statistics
+from diffusion_core.messages import reason_of
 
 SAMPLE_NAME = re.compile(r"(\d+)-\d+\.png")
-"""``{label}-{index}.png``, as scripts/sample_images.py names its files."""
+"""``{label}-{index}.png``: file names of scripts/sample_images.py."""
 
 NOT_IMAGES = frozenset({"grid.png", "diffusion.gif"})
-"""What scripts/sample_images.py writes beside them."""
+"""Other files of scripts/sample_images.py."""
 
 STATISTICS_SUFFIX = ".npz"
 STATISTICS_SPACE = "statistics"
-"""The feature space of two files of statistics, which do not say what theirs is."""
+"""Name of the feature space of two files of statistics, which do not record it."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class ImageFolder:
 
     Attributes:
         path: the folder.
-        files: in order.
-        labels: classes of the images where all file names tell, else None.
+        files: the image files, sorted.
+        labels: classes of the images if all file names contain them, else None.
     """
 
     path: Path
@@ -50,10 +51,10 @@ class ImageFolder:
         return len(self.files)
 
     def batches(self, positions: Sequence[int], batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The images at some positions (beyond the end, the last one): uint8 ``(B, 3, H, W)``, and labels.
+        """Yield images by position, uint8 ``(B, 3, H, W)``, and labels; positions past the end yield the last image.
 
         Raises:
-            DataError: if an image cannot be read, or has another size than the first.
+            DataError: if an image cannot be read, or its size differs from the first image's.
         """
         last = len(self.files) - 1
         first_HW = self._read(0).shape[:2]
@@ -75,12 +76,12 @@ class ImageFolder:
         try:
             return np.asarray(read_rgb(self.files[position]))
         except (ImageFileError, OSError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
+            reason = reason_of(error)
             raise DataError(f"{str(self.files[position])!r}: not a readable image ({reason}); remove it") from None
 
 
 def image_folder(path: Path) -> ImageFolder:
-    """The images in a folder; where it holds none itself, those in its sub-folders.
+    """Return the images in a folder; if it contains none, those in its sub-folders.
 
     Raises:
         DataError: if there is no such folder, or no image in it.
@@ -89,7 +90,7 @@ def image_folder(path: Path) -> ImageFolder:
         raise DataError(f"{str(path)!r}: no such folder")
     files = _images(path.iterdir()) or _images(path.rglob("*"))
     if not files:
-        raise DataError(f"{str(path)!r}: no images in it (expected {', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise DataError(f"{str(path)!r}: no images in it; expected {', '.join(sorted(IMAGE_SUFFIXES))}")
     matches = [SAMPLE_NAME.fullmatch(file.name) for file in files]
     labels = tuple(int(match[1]) for match in matches if match)
     return ImageFolder(path, tuple(files), labels if len(labels) == len(files) else None)
@@ -100,12 +101,12 @@ def _images(paths: Iterator[Path]) -> list[Path]:
 
 
 def is_statistics(path: Path) -> bool:
-    """Whether a path names a file of statistics, rather than a folder of images."""
+    """Return whether a path names a file of statistics, not a folder of images."""
     return path.suffix == STATISTICS_SUFFIX
 
 
 def see(path: Path, extractor: Extractor | None, batch_size: int, *, keep: bool) -> Seen:
-    """What a folder of images, or a file of statistics, is in a feature space.
+    """Compute the statistics of a folder of images in a feature space, or read a file of statistics.
 
     Raises:
         DataError: if it is missing, empty, damaged, or holds a single image.
@@ -116,12 +117,12 @@ def see(path: Path, extractor: Extractor | None, batch_size: int, *, keep: bool)
     folder = image_folder(path)
     if len(folder) < FEWEST:
         raise DataError(f"{str(path)!r}: holds a single image; expected at least {FEWEST} to compare")
-    batches = folder.batches(shared_out(len(folder)), batch_size)
+    batches = folder.batches(own_positions(len(folder)), batch_size)
     (seen,) = look([extractor], batches, len(folder), keep=keep)
     return seen
 
 
 def as_reference(path: Path, seen: Seen) -> Reference:
-    """A set of images as what others are compared to, named for its path."""
+    """Return images as the reference of a comparison, named for their path."""
     count = "statistics" if seen.statistics.count is None else f"{seen.statistics.count:,} images"
     return Reference(space_name(path.stem), f"{path} ({count})", seen.statistics, seen.features_ND, seen.labels_N)

@@ -1,4 +1,4 @@
-"""Images of a model to be judged, and how long it will take."""
+"""Generate images of a model for evaluation, and estimate how long that takes."""
 
 from __future__ import annotations
 
@@ -14,38 +14,33 @@ from tqdm import tqdm
 
 from diffusion_core.config import SampleConfig
 from diffusion_core.data.datasets import DataError, to_uint8
-from diffusion_core.distributed import add_up, shared_out
+from diffusion_core.distributed import own_positions, sum_over_processes
 from diffusion_core.evaluation.features import Extractor
-from diffusion_core.sampling.generation import Generator, Request, all_labels
+from diffusion_core.sampling.generation import Generator, Request, all_labels, round_robin
 from diffusion_core.sampling.samplers import evaluations
 
 T = TypeVar("T")
 
-SOON_S = 10.0
-"""Of what takes less, nobody needs to know it more exactly."""
-
-
-def dealt_out(labels: Sequence[int], positions: Sequence[int]) -> list[Request]:
-    """The images at some positions, where labels take turns."""
-    return [Request(labels[position % len(labels)], position // len(labels)) for position in positions]
+PRECISE_BELOW_S = 10.0
+"""Below this, one timing is precise enough."""
 
 
 def generated(
     generator: Generator, total: int, config: SampleConfig, seed: int, *, progress: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's share of ``total`` images of all classes in turn: uint8 ``(B, C, H, W)`` on the CPU, and labels.
+    """Yield this process's share of ``total`` images, uint8 ``(B, C, H, W)`` on the CPU, and labels, which alternate.
 
     Raises:
-        DataError: in all processes, after the last image, if one of them is not finite.
+        DataError: in all processes, after the last image, if an image is not finite.
     """
-    wanted = dealt_out(all_labels(generator.network), shared_out(total))
+    wanted = round_robin(all_labels(generator.network), own_positions(total))
     not_finite = 0
     with tqdm(total=len(wanted), desc="sampling", unit="image", disable=not progress) as bar:
         for batch, x_BCHW in generator.unrounded_batches(wanted, config, seed):
             not_finite += int((~torch.isfinite(x_BCHW)).flatten(1).any(1).sum())
             yield to_uint8(x_BCHW.nan_to_num()).cpu(), torch.tensor([image.label for image in batch])
             bar.update(len(batch))
-    broken = int(add_up(torch.tensor(float(not_finite))))
+    broken = int(sum_over_processes(torch.tensor(float(not_finite))))
     if broken:
         raise DataError(
             f"{broken} of {total} generated images are not finite; lower sample.guidance, or sample in fp32 "
@@ -55,11 +50,11 @@ def generated(
 
 @torch.no_grad()
 def estimate_seconds(generator: Generator, total: int, config: SampleConfig, extractors: Sequence[Extractor]) -> float:
-    """About how long it takes to sample and look at this process's share of ``total`` images.
+    """Return about how many seconds it takes to sample and evaluate this process's share of ``total`` images.
 
-    Times one step and one look at one batch; where that says it takes long, once more, as a first call takes longer.
+    Times one step and the feature networks on one batch; twice if the estimate is long, because a first call is slow.
     """
-    share = len(shared_out(total))
+    share = len(own_positions(total))
     batch = min(share, config.batch_size)
     schedule = generator.denoiser().schedule
     once = config.model_copy(update={"steps": 1})
@@ -81,12 +76,12 @@ def _features_of(extractor: Extractor, images_BCHW: Tensor) -> float:
 
 
 def _timed(work: Callable[[], T], times: float) -> tuple[T, float]:
-    """What ``work`` returns, and about how many seconds it takes to do it so many times."""
+    """Return the result of ``work``, and about how many seconds ``times`` calls take."""
     seconds = math.inf
     for _ in range(2):
         started = time.perf_counter()
         result = work()
         seconds = min(seconds, (time.perf_counter() - started) * times)
-        if seconds < SOON_S:
+        if seconds < PRECISE_BELOW_S:
             break
     return result, seconds

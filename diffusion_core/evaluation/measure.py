@@ -1,4 +1,4 @@
-"""From features to figures: one pass over the images, whatever is asked for.
+"""Compute figures from features, in one pass over the images.
 
 Axes: N images, B batch, C channels, H height, W width, D features, K classes.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion_core.config.metrics import space_figure
 from diffusion_core.data.datasets import DataError
-from diffusion_core.distributed import add_up, bring_together, shared_out
+from diffusion_core.distributed import gather_in_order, own_positions, sum_over_processes
 from diffusion_core.evaluation.distances import (
     Moments,
     Statistics,
@@ -25,22 +25,22 @@ from diffusion_core.evaluation.distances import (
 from diffusion_core.evaluation.features import Extractor, check_finite
 
 KEPT_FIGURES = frozenset({"kernel", "score", "precision_recall", "density_coverage", "per_class"})
-"""Figures that need the features (or logits) of every image; for the others the moments do."""
+"""Figures that need the features (or logits) of every image; the others need only mean and covariance."""
 
 FEWEST = 2
-"""Images that a covariance takes."""
+"""Number of images that a covariance needs."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a pass over images leaves, in one feature space.
+    """The result of a pass over images, in one feature space.
 
     Attributes:
-        space: its name.
-        statistics: mean and covariance of all images.
-        features_ND: of every image, or None where only moments were wanted.
-        logits_NK: of every image, or None where the network knows no classes.
-        labels_N: classes of the images, or None where they have none.
+        space: name of the feature space.
+        statistics: mean and covariance of the features of all images.
+        features_ND: features of every image, or None if only moments were computed.
+        logits_NK: class logits of every image, or None if the network has no classes.
+        labels_N: classes of the images, or None if they have none.
     """
 
     space: str
@@ -52,13 +52,13 @@ class Seen:
 
 @dataclass(frozen=True)
 class Reference:
-    """The real images that generated ones are compared to, in one feature space.
+    """The real images that generated ones are compared with, in one feature space.
 
     Attributes:
-        name: what figures call it, such as ``train``.
-        source: what protocols call it: data set, number of images, hash.
-        statistics: mean and covariance.
-        features_ND: of every image, or None.
+        name: its name in figures, such as ``train``.
+        source: its name in protocols: data set, number of images, hash.
+        statistics: mean and covariance of the features.
+        features_ND: features of every image, or None.
         labels_N: classes of the images, or None.
     """
 
@@ -73,16 +73,16 @@ class Pass:
     """One pass over this process's share of the images, in several feature spaces at once.
 
     Args:
-        extractors: the feature spaces.
-        total: images over all processes; batches come in the order of ``shared_out(total)``.
-        keep: keep features, or moments alone.
+        extractors: the feature networks.
+        total: number of images of all processes; batches come in the order of ``own_positions(total)``.
+        keep: keep the features of every image, not only moments.
     """
 
     def __init__(self, extractors: Sequence[Extractor], total: int, *, keep: bool) -> None:
         self.extractors = extractors
         self.total = total
         self.keep = keep
-        self.positions = shared_out(total)
+        self.positions = own_positions(total)
         self.done = 0
         self.moments: list[Moments] = []
         self.features: list[list[Tensor]] = [[] for _ in extractors]
@@ -90,9 +90,9 @@ class Pass:
         self.labels: list[Tensor] = []
 
     def add(self, images_BCHW: Tensor, labels_B: Tensor | None = None) -> None:
-        """Take in the next images, uint8."""
+        """Add the next uint8 images and their labels."""
         positions = self.positions[self.done : self.done + len(images_BCHW)]
-        counted = sum(position < self.total for position in positions)  # Those that stand for nothing come last.
+        counted = sum(position < self.total for position in positions)  # Padding comes last.
         self.done += len(images_BCHW)
         if labels_B is not None:
             self.labels.append(labels_B)
@@ -109,17 +109,17 @@ class Pass:
                 self.logits[index].append(judged.logits_BK.float().cpu())
 
     def finish(self) -> list[Seen]:
-        """What all processes saw together, by feature space."""
-        labels_N = bring_together(torch.cat(self.labels), self.total) if self.labels else None
+        """Return the results over all processes, one per feature space."""
+        labels_N = gather_in_order(torch.cat(self.labels), self.total) if self.labels else None
         seen = []
         for index, extractor in enumerate(self.extractors):
             moments = self.moments[index]
-            count, sum_D, outer_DD = add_up(
+            count, sum_D, outer_DD = sum_over_processes(
                 torch.cat([torch.tensor([float(moments.count)]).double(), moments.sum_D, moments.outer_DD.flatten()])
             ).split([1, len(moments.sum_D), moments.outer_DD.numel()])
             moments = Moments(int(count), sum_D, outer_DD.view_as(moments.outer_DD))
-            features_ND = bring_together(torch.cat(self.features[index]), self.total) if self.keep else None
-            logits_NK = bring_together(torch.cat(self.logits[index]), self.total) if self.logits[index] else None
+            features_ND = gather_in_order(torch.cat(self.features[index]), self.total) if self.keep else None
+            logits_NK = gather_in_order(torch.cat(self.logits[index]), self.total) if self.logits[index] else None
             seen.append(Seen(extractor.name, moments.statistics(), features_ND, logits_NK, labels_N))
         return seen
 
@@ -131,15 +131,15 @@ def look(
     *,
     keep: bool,
 ) -> list[Seen]:
-    """One pass over batches of uint8 images and their labels, this process's share, in several feature spaces."""
+    """Make one pass over this process's share of uint8 images and labels, in several feature spaces."""
     view = Pass(extractors, total, keep=keep)
     for images_BCHW, labels_B in batches:
         view.add(images_BCHW, labels_B)
     return view.finish()
 
 
-def agreement(seen: Seen) -> float:
-    """Share of images, in [0, 1], in which a classifier sees the label that was asked for."""
+def class_agreement(seen: Seen) -> float:
+    """Return the share of images, in [0, 1], that are classified as the label they were sampled for."""
     assert seen.logits_NK is not None
     assert seen.labels_N is not None
     return float((seen.logits_NK.argmax(1) == seen.labels_N).double().mean())
@@ -148,17 +148,17 @@ def agreement(seen: Seen) -> float:
 def compare(
     figures: Iterable[str], seen: Seen, reference: Reference, class_names: Sequence[str] = ()
 ) -> dict[str, float]:
-    """Figures of images in one feature space, by their full names.
+    """Return figures of images in one feature space, by their full names.
 
     Args:
-        figures: ``frechet``, ``kernel``, ``score``, ``precision_recall``, ``density_coverage``, ``per_class``; what a
-            space or a reference does not have (a network without classes has no score) is left out.
+        figures: some of ``frechet``, ``kernel``, ``score``, ``precision_recall``, ``density_coverage``, ``per_class``;
+            figures that the space or the reference does not support are omitted (no classes, no score).
         seen: the images.
-        reference: what they are compared to.
+        reference: the images that they are compared with.
         class_names: by label, for ``per_class``.
 
     Raises:
-        DataError: if there are too few images for a covariance, or the spaces are not the same.
+        DataError: if there are too few images for a covariance, or the feature spaces differ.
     """
     wanted = frozenset(figures)
     space, count, known = seen.space, seen.statistics.count, reference.statistics.count
@@ -193,7 +193,7 @@ def compare(
 
 
 def _per_class(seen: Seen, reference: Reference, class_names: Sequence[str]) -> dict[str, float]:
-    """The Fréchet distance of each class's images to the real ones of that class."""
+    """Return the Fréchet distance between generated and real images of each class."""
     found = {}
     assert seen.features_ND is not None
     assert reference.features_ND is not None

@@ -1,4 +1,4 @@
-"""How a figure came about, in one line that stands beside it."""
+"""Protocols: how a figure was measured, in one line that is logged beside it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from diffusion_core.config import SampleConfig
 from diffusion_core.evaluation.features import Extractor
 
 PREFIX = "protocol/"
-"""What the name of a figure's protocol begins with, before the figure's own name."""
+"""Prefix of the name of a figure's protocol; the figure's name follows."""
 
 
 def sampling_protocol(config: SampleConfig, seed: int) -> str:
-    """How images were sampled."""
+    """Return how images were sampled."""
     parts = [f"sampler={config.sampler}", f"steps={config.steps}", f"spacing={config.spacing}"]
     if config.eta:
         parts.append(f"eta={config.eta:g}")
@@ -26,13 +26,13 @@ def sampling_protocol(config: SampleConfig, seed: int) -> str:
 
 
 def protocol(count: int | None, images: str, extractor: Extractor | None = None, reference: str | None = None) -> str:
-    """How a figure was measured.
+    """Return how a figure was measured.
 
     Args:
-        count: images judged, if known.
-        images: where they are from: what :func:`sampling_protocol` says, or a folder.
-        extractor: the network that judged them.
-        reference: what they were compared to.
+        count: number of images, or None if it is unknown.
+        images: their source: the result of :func:`sampling_protocol`, or a folder.
+        extractor: the feature network, if there is one.
+        reference: the images that they were compared with, if there are any.
     """
     parts = [f"reference={reference}"] if reference else []
     parts += [f"n={'unknown' if count is None else count}", images]
@@ -44,5 +44,5 @@ def protocol(count: int | None, images: str, extractor: Extractor | None = None,
 def protocols(
     figures: Iterable[str], count: int | None, images: str, extractor: Extractor | None, reference: str
 ) -> dict[str, str]:
-    """How figures in one feature space were measured, by name; a score is compared to nothing."""
+    """Return the protocols of figures in one feature space, by name; a score has no reference."""
     return {name: protocol(count, images, extractor, None if "score" in name else reference) for name in figures}

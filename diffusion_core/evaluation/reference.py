@@ -1,8 +1,7 @@
-"""The real images that generated ones are compared to: their statistics and features, the cache, and ``.npz`` files."""
+"""Statistics and features of real images: computed, cached, and read from and written to ``.npz`` files."""
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import zipfile
 import zlib
@@ -18,41 +17,43 @@ from torch import Tensor
 
 from diffusion_core.cache import cache_path, keep
 from diffusion_core.data.datasets import DataError, Images
-from diffusion_core.distributed import add_up, shared_out
+from diffusion_core.distributed import own_positions, sum_over_processes
 from diffusion_core.evaluation.distances import Statistics
-from diffusion_core.evaluation.features import HASH_DIGITS, Extractor, fingerprint
+from diffusion_core.evaluation.features import HASH_DIGITS, Extractor, images_hash
 from diffusion_core.evaluation.measure import Reference, look
+from diffusion_core.files import sha256
+from diffusion_core.messages import one_line, reason_of
 
 BATCH = 64
 
 Share = Callable[[str, str, Path], None]
-"""Told of statistics that were computed anew: name, source, file."""
+"""Called with statistics that were computed: name, source, file."""
 
 COUNT = "count"
-"""An entry that we add, and pytorch-fid does not mind: the number of images."""
+"""An additional entry for the number of images; pytorch-fid ignores it."""
 
 
 def reference_for(
     images: Images, data: str, split: str, extractor: Extractor, *, keep_features: bool, share: Share | None = None
 ) -> Reference:
-    """The reference that a split of a data set is, from the cache, or else computed by all processes together.
+    """Return the reference of a split of a data set: from the cache, or computed by all processes together.
 
     Args:
         images: the split.
         data: the data set's name.
         split: ``train`` or ``val``.
-        extractor: the feature space.
-        keep_features: whether more than the moments are needed.
-        share: told of the file of statistics where they were computed anew.
+        extractor: the feature network.
+        keep_features: keep the features of every image, not only moments.
+        share: called with the file of statistics if they were computed.
     """
-    digest = fingerprint(images)
+    digest = images_hash(images)
     source = f"{data}/{split} ({len(images):,} images, {digest})"
-    key = hashlib.sha256(f"{digest} {extractor.name} {extractor.weights}".encode()).hexdigest()[:HASH_DIGITS]
+    key = sha256(f"{digest} {extractor.name} {extractor.weights}")[:HASH_DIGITS]
     name = f"{data}-{split}-{extractor.name}-{key}"
     statistics_file = cache_path("references", f"{name}.npz")
     features_file = cache_path("references", f"{name}.safetensors")
     found = _kept(statistics_file, features_file if keep_features else None)
-    if int(add_up(torch.tensor(float(found is None)))) == 0:  # All processes have it, or all compute.
+    if int(sum_over_processes(torch.tensor(float(found is None)))) == 0:  # Compute unless every process found it.
         assert found is not None
         statistics, features_ND = found
     else:
@@ -67,24 +68,24 @@ def reference_for(
 
 
 def _batches(images: Images) -> Iterator[tuple[Tensor, None]]:
-    for chunk in torch.tensor(shared_out(len(images))).clamp(max=len(images) - 1).split(BATCH):
+    for chunk in torch.tensor(own_positions(len(images))).clamp(max=len(images) - 1).split(BATCH):
         yield images.images_NCHW[chunk.to(images.images_NCHW.device)], None
 
 
 def _kept(statistics_file: Path, features_file: Path | None) -> tuple[Statistics, Tensor | None] | None:
-    """What the cache holds, or None; a damaged file is made anew."""
+    """Return the cached statistics and features; None if they are missing or damaged."""
     if not statistics_file.is_file() or not (features_file is None or features_file.is_file()):
         return None
     try:
         features_ND = None if features_file is None else load_file(features_file)["features"]
         return read_statistics(statistics_file), features_ND
     except (DataError, SafetensorError, OSError, KeyError) as error:
-        print(f"computing {statistics_file.stem} anew ({error})", file=sys.stderr)
+        print(f"computing {statistics_file.stem} again: {error}", file=sys.stderr)
         return None
 
 
 def read_statistics(path: Path) -> Statistics:
-    """Read statistics that pytorch-fid, or :func:`write_statistics`, has written; nothing in the file is run.
+    """Read statistics that pytorch-fid or :func:`write_statistics` wrote, without running code from the file.
 
     Raises:
         DataError: if the file is missing, damaged, or something else.
@@ -95,10 +96,10 @@ def read_statistics(path: Path) -> Statistics:
             covariance_DD = torch.from_numpy(np.atleast_2d(file["sigma"]).astype(np.float64))
             count = int(file[COUNT]) if COUNT in file else None
     except OSError as error:
-        raise DataError(f"{str(path)!r}: {error.strerror or error}; expected statistics (.npz)") from None
+        raise DataError(f"{str(path)!r}: {reason_of(error)}; expected statistics (.npz)") from None
     except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{str(path)!r}: no statistics of pytorch-fid's format ({reason})") from None
+        reason = one_line(error)
+        raise DataError(f"{str(path)!r}: not statistics in pytorch-fid's format ({reason})") from None
     if mean_D.ndim != 1 or covariance_DD.shape != (len(mean_D), len(mean_D)):
         raise DataError(
             f"{str(path)!r}: mu of {tuple(mean_D.shape)} and sigma of {tuple(covariance_DD.shape)} do not go together"

@@ -1,4 +1,4 @@
-"""All that images of a data set are judged by: feature spaces, their references, a classifier. Built when first needed.
+"""The evaluation of images of a data set: feature networks, their references and a classifier.
 
 Axes: B batch, C channels, H height, W width, N images.
 """
@@ -16,17 +16,17 @@ from torch import Tensor
 from diffusion_core.config import DataConfig, EvalConfig
 from diffusion_core.config.metrics import FID_FROM, INCEPTION, count_name
 from diffusion_core.data.datasets import Dataset, Images
-from diffusion_core.distributed import agree, bring_together
+from diffusion_core.distributed import broadcast_weights, gather_in_order
 from diffusion_core.evaluation.classifier.classifier import Classifier, classifier_for
 from diffusion_core.evaluation.classifier.training import RECIPES, accuracy, recipe_for, train_classifier
 from diffusion_core.evaluation.extractors import download_inception, read_extractor, read_inception
 from diffusion_core.evaluation.features import Extractor, ExtractorError
-from diffusion_core.evaluation.measure import KEPT_FIGURES, Reference, agreement, compare, look
+from diffusion_core.evaluation.measure import KEPT_FIGURES, Reference, class_agreement, compare, look
 from diffusion_core.evaluation.protocol import protocol, protocols
 from diffusion_core.evaluation.reference import Share, reference_for
 
 Say = Callable[[str], None]
-"""Takes one line for the user."""
+"""Receives one line for the user."""
 
 AGREEMENT = "eval/class_agreement"
 SYNTHETIC = "eval/synthetic_accuracy"
@@ -34,7 +34,7 @@ SYNTHETIC = "eval/synthetic_accuracy"
 
 @dataclass(frozen=True)
 class Judgement:
-    """Figures by name, and how each was measured."""
+    """Figures by name, and their protocols."""
 
     figures: dict[str, float] = field(default_factory=dict)
     protocols: dict[str, str] = field(default_factory=dict)
@@ -46,19 +46,22 @@ def to_stderr(line: str) -> None:
 
 
 class Suite:
-    """What a configuration wants images judged by.
+    """Evaluates images with the figures and feature spaces of a configuration.
 
-    Feature networks that are not to be had are named once, in one line, and figures in their features left out.
+    Missing feature networks are reported in one line each, and their figures are omitted.
 
     Args:
         data: the data set's knobs.
-        config: which figures, in which feature spaces, compared to what.
-        dataset: the images.
-        with_classifier: whether class agreement is wanted.
-        device: where networks compute.
-        say: told what is missing, and what to be wary of.
-        share: told of reference statistics that were computed anew.
-        must_have: raise where a feature network is not to be had, instead of going on without.
+        config: figures, feature spaces and reference.
+        dataset: the real images.
+        with_classifier: measure class agreement.
+        device: device of the networks.
+        say: receives warnings, such as a missing network.
+        share: called with reference statistics that were computed, not read from the cache.
+        must_have: raise an error if a feature network is missing.
+
+    Raises:
+        ExtractorError: with ``must_have``, if a feature network is missing.
     """
 
     def __init__(
@@ -85,11 +88,11 @@ class Suite:
             except ExtractorError as error:
                 if must_have:
                     raise
-                say(f"without figures in the features of {wanted}: {error}")
+                say(f"no figures in features of {wanted}: {error}")
         if self.extractors and {"frechet", "per_class"} & set(config.figures) and config.num_images < FID_FROM:
             say(
-                f"{config.num_images} images are few for a Fréchet distance, which depends on their number: none is "
-                f"called FID below {FID_FROM:,} (eval.num_images)"
+                f"eval.num_images = {config.num_images}: the Fréchet distance depends on the number of images and is "
+                f"not called FID below {FID_FROM:,}"
             )
 
     def _extractor(self, wanted: str) -> Extractor:
@@ -102,12 +105,12 @@ class Suite:
 
     def _train_classifier(self) -> Classifier:
         classifier = classifier_for(self.dataset, self.data.name, mirrored=self.data.flips, device=self.device)
-        agree(classifier.network)
+        broadcast_weights(classifier.network)
         return classifier
 
     @property
     def networks(self) -> list[Extractor]:
-        """All networks that look at the images, each once."""
+        """All networks that evaluate the images, each once."""
         judges = [] if self.classifier is None else [self.classifier]
         return list({id(network): network for network in [*self.extractors, *judges]}.values())
 
@@ -120,12 +123,12 @@ class Suite:
         return self.references[extractor.name]
 
     def judge(self, batches: Iterable[tuple[Tensor, Tensor | None]], total: int, images: str) -> Judgement:
-        """Judge images, by all processes together.
+        """Return the figures of images; all processes call this together.
 
         Args:
-            batches: this process's share (``processes.shared_out``) of the images, uint8, and their labels.
-            total: how many they are over all processes.
-            images: how protocols describe them.
+            batches: this process's share (``own_positions``) of the uint8 images, and their labels.
+            total: number of images of all processes.
+            images: their source, for protocols.
         """
         found = Judgement()
         synthetic = "synthetic_accuracy" in self.config.figures
@@ -135,7 +138,7 @@ class Suite:
         seen = look(self.networks, _noting(batches, kept if synthetic else None), total, keep=self.keeps)
         for extractor, view in zip(self.networks, seen, strict=True):
             if extractor is self.classifier and view.labels_N is not None and bool((view.labels_N >= 0).all()):
-                found.figures[AGREEMENT] = agreement(view)
+                found.figures[AGREEMENT] = class_agreement(view)
                 found.protocols[AGREEMENT] = protocol(total, images, extractor)
             if any(extractor is own for own in self.extractors):
                 reference = self._reference(extractor)
@@ -149,9 +152,9 @@ class Suite:
         return found
 
     def _synthetic_accuracy(self, kept: list[tuple[Tensor, Tensor | None]], total: int) -> float:
-        """Accuracy, on real held-out images, of a classifier that was trained on generated ones alone."""
-        images_NCHW = bring_together(torch.cat([images for images, _ in kept]), total)
-        labels_N = bring_together(torch.cat([labels for _, labels in kept if labels is not None]), total)
+        """Return the accuracy, on real held-out images, of a classifier trained only on generated images."""
+        images_NCHW = gather_in_order(torch.cat([images for images, _ in kept]), total)
+        labels_N = gather_in_order(torch.cat([labels for _, labels in kept if labels is not None]), total)
         recipe = RECIPES[recipe_for(self.dataset.shape_CHW, self.device.type == "cuda")]
         network = train_classifier(
             Images(images_NCHW, labels_N),
@@ -160,7 +163,7 @@ class Suite:
             mirrored=self.data.flips,
             device=self.device,
         )
-        agree(network)
+        broadcast_weights(network)
         return accuracy(network, self.dataset.val)
 
 

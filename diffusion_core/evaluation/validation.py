@@ -1,4 +1,4 @@
-"""The loss on held-out images, with noise that is always the same; also by timestep.
+"""The loss on held-out images with fixed noise, in total and by timestep.
 
 Axes: N images, B batch, C channels, H height, W width.
 """
@@ -13,21 +13,21 @@ from diffusion_core.config.metrics import LOSS_BUCKETS
 from diffusion_core.data.datasets import Images, to_unit
 from diffusion_core.diffusion.denoiser import Denoiser
 from diffusion_core.diffusion.losses import diffusion_loss
-from diffusion_core.distributed import add_up, shared_out
+from diffusion_core.distributed import own_positions, sum_over_processes
 from diffusion_core.hardware import Precision, autocast
 from diffusion_core.model.unet import UNet
 from diffusion_core.randomness import Purpose, generator
 
 VALIDATION_SEED = 0
-"""Validation noise does not follow the run's seed: runs with different seeds are compared on the same noise."""
+"""Seed of validation noise, the same for all runs, so that runs with different seeds are comparable."""
 
 VALIDATION_BATCH = 256
 
 
 def validation_loss(network: UNet, images: Images, config: CoreConfig, precision: Precision) -> float:
-    """The training loss on held-out images, with labels, with noise and timesteps that are always the same.
+    """Return the training loss on held-out images, with their labels and with fixed noise and timesteps.
 
-    Timesteps are spread evenly over 0..T-1. Comparable between runs of equal schedule, loss and prediction only.
+    Timesteps are spread evenly over 0..T-1. Only runs with equal schedule, loss and prediction are comparable.
 
     Args:
         network: in evaluation mode.
@@ -41,7 +41,7 @@ def validation_loss(network: UNet, images: Images, config: CoreConfig, precision
 
 @torch.no_grad()
 def validation_losses(network: UNet, images: Images, config: CoreConfig, precision: Precision) -> tuple[Tensor, Tensor]:
-    """The loss of each held-out image (float64) and its timestep, both ``(N,)``; all processes compute a share."""
+    """Return the loss (float64) and timestep of each held-out image, both ``(N,)``; every process computes a share."""
     device = next(network.parameters()).device
     denoiser = Denoiser.from_config(network, config, device)
     source = generator(VALIDATION_SEED, Purpose.VALIDATION)
@@ -50,9 +50,9 @@ def validation_losses(network: UNet, images: Images, config: CoreConfig, precisi
     t_N = (position_N * config.diffusion.timesteps).long()
     loss_N = torch.zeros(len(order), dtype=torch.float64)
     places = torch.arange(len(order)).split(VALIDATION_BATCH)
-    own = set(shared_out(len(places)))
+    own = set(own_positions(len(places)))
     for number, place_B in enumerate(places):
-        # Every process draws all noise, and computes with its own.
+        # Draw the noise of all images, so that each image gets the same noise for any number of processes.
         noise_BCHW = torch.randn((len(place_B), *images.images_NCHW.shape[1:]), generator=source).to(device)
         if number not in own:
             continue
@@ -61,10 +61,10 @@ def validation_losses(network: UNet, images: Images, config: CoreConfig, precisi
         with autocast(device, precision):
             loss_B = diffusion_loss(denoiser, x0_BCHW, noise_BCHW, t_B, batch.labels_N, config.diffusion)
         loss_N[place_B] = loss_B.double().cpu()
-    return add_up(loss_N), t_N
+    return sum_over_processes(loss_N), t_N
 
 
 def by_timestep(loss_N: Tensor, t_N: Tensor, timesteps: int) -> dict[str, float]:
-    """The mean loss in each of ten equal parts of the timesteps (those in which there is an image), by name."""
+    """Return the mean loss in ten equal ranges of timesteps, by name; ranges without an image are omitted."""
     bucket_N = t_N * LOSS_BUCKETS // timesteps
     return {f"val/loss_t{part}": float(loss_N[bucket_N == part].mean()) for part in bucket_N.unique().tolist()}

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_core.messages import one_line
+
 WARM_UP = 3
 """Ordinary calls before a recording: libraries choose algorithms and the compiler compiles in them, and neither may
 happen during the recording."""
@@ -88,7 +90,7 @@ class Replayed:
                 self._outputs = self.function(*self._inputs)
         except RuntimeError as error:
             raise RuntimeError(
-                f"could not record a CUDA graph ({' '.join(str(error).split())[:200]}); set train.cuda_graphs=false "
+                f"could not record a CUDA graph ({one_line(error)}); set train.cuda_graphs=false "
                 f"or sample.cuda_graphs=false"
             ) from error
         finally:

@@ -6,7 +6,7 @@ The image of a (seed, label, index) is the same whatever else is drawn beside it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,11 @@ class Request:
 def requests(labels: Sequence[int], per_label: int) -> list[Request]:
     """``per_label`` images of each label, label by label."""
     return [Request(label, index) for label in labels for index in range(per_label)]
+
+
+def round_robin(labels: Sequence[int], positions: Iterable[int]) -> list[Request]:
+    """Return the images at some positions of an endless list in which the labels take turns."""
+    return [Request(labels[position % len(labels)], position // len(labels)) for position in positions]
 
 
 def all_labels(network: UNet) -> list[int]:

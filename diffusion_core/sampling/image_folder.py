@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion_core.checkpoint import Checkpoint
 from diffusion_core.config import ConfigError, CoreConfig
-from diffusion_core.files import write_json
+from diffusion_core.files import replaced_file, write_json
 from diffusion_core.model.unet import NO_LABEL
 from diffusion_core.sampling import media
 from diffusion_core.sampling.generation import Request
@@ -61,10 +61,9 @@ def check_folder(folder: Path, wanted: dict[str, Any]) -> None:
 
 
 def save_png(pixels_CHW: Tensor, path: Path) -> None:
-    """Write an image in one piece, so that what is there is whole."""
-    temporary = path.with_name(f".{path.name}.partial")
-    media.image(pixels_CHW).save(temporary, format="PNG")
-    temporary.replace(path)
+    """Write an image atomically: an existing file is always a whole image."""
+    with replaced_file(path, flush=False) as temporary:
+        media.image(pixels_CHW).save(temporary, format="PNG")
 
 
 def read_png(path: Path) -> Tensor:

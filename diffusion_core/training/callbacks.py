@@ -14,7 +14,7 @@ from diffusion_core.checkpoint import Checkpoint
 from diffusion_core.config import CoreConfig
 from diffusion_core.config.metrics import goal_of
 from diffusion_core.data.datasets import Dataset
-from diffusion_core.files import write_text
+from diffusion_core.files import write_json_lines
 from diffusion_core.hardware import pick_precision
 from diffusion_core.run_folder import HISTORY_FILE, picture_files, read_history, without_step
 from diffusion_core.sampling import media
@@ -83,7 +83,7 @@ class LogHistory:
             step, rows = resumed.step, {row[STEP]: row for row in read_history(resumed.path)}
         rows |= {row[STEP]: row for row in read_history(folder)}
         kept = [rows[at] for at in sorted(rows) if at <= step]
-        write_text(self.file, "".join(json.dumps(row) + "\n" for row in kept))
+        write_json_lines(self.file, kept)
         log_rows(tracker, folder, kept)
 
     def __call__(self, state: TrainState, row: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from diffusion_core.checkpoint import (
 from diffusion_core.config import CoreConfig, flatten
 from diffusion_core.config.metrics import is_better
 from diffusion_core.data.datasets import Dataset
-from diffusion_core.files import write_text
+from diffusion_core.files import write_json_lines
 from diffusion_core.model.structure import structure
 from diffusion_core.redact import redacted
 from diffusion_core.run_folder import HISTORY_FILE, read_history
@@ -185,7 +184,7 @@ def log_checkpoint(
         **checkpoint.metadata["extra"],
     }
     rows = checkpoint.path / HISTORY_FILE
-    write_text(rows, "".join(json.dumps(row) + "\n" for row in history if row[STEP] <= checkpoint.step))
+    write_json_lines(rows, (row for row in history if row[STEP] <= checkpoint.step))
     metadata = checkpoint.path / METADATA_FILE
     training = [checkpoint.path / f"{part}.safetensors" for part in checkpoint.parts if part not in SAMPLING_PARTS]
     tracker.artifact(f"{MODEL}-{run_id}", MODEL, model_files(checkpoint), aliases, described)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from diffusion_core.signals import signal_handler
 from diffusion_core.training.trainer import TrainState
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -55,7 +56,7 @@ class StopRequest:
         self._judged = threading.Event()
         self._wake: int | None = None
 
-    def _handle(self, number: int, _frame: Any) -> None:
+    def _handle(self, number: int) -> None:
         if self.number and time.monotonic() - self._came_at > SAME_REQUEST_S:
             raise KeyboardInterrupt  # Whoever asks again does not wait for the step.
         self.ask(number)
@@ -93,11 +94,9 @@ class StopRequest:
         woken, self._wake = os.pipe()
         judge = threading.Thread(target=self._judge, args=(woken,), name="stop-cause", daemon=True)
         judge.start()
-        old = {number: signal.signal(number, self._handle) for number in SIGNALS}
         try:
-            yield self
+            with signal_handler(SIGNALS, self._handle):
+                yield self
         finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
             os.close(self._wake)
             self._wake = None

@@ -7,6 +7,7 @@ import torch
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError, DistillConfig, ModelConfig, TrainConfig
 from diffusion_core.hardware import memory_format, pick_precision
+from diffusion_core.messages import one_line
 from diffusion_core.model.structure import resize, structure
 from diffusion_core.model.unet import UNet
 from diffusion_core.training.distillation import Distillation
@@ -41,7 +42,7 @@ def distillation_of(
         tensors = {name: tensor.clone() for name, tensor in state.extra_parts[TEACHER].items()}
         teacher.load_state_dict(tensors, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise CheckpointError(f"the teacher's weights do not fit its network: {reason}") from None
     try:
         device = next(network.parameters()).device

@@ -19,6 +19,7 @@ from torch import Tensor
 from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from diffusion_core.files import write_json, write_text
 from diffusion_core.run_folder import CHECKPOINTS, RESULT_FILE
+from diffusion_core.tables import markdown_table
 from pruning.lottery.tickets import chance_overlap, overlap
 from pruning.masks.mask import MASKS_PART, WeightMasks, block_sparsity
 from pruning.pruner import RECORD_KEY
@@ -106,15 +107,14 @@ def table(stages: Sequence[Trained]) -> str:
     """A row a stage, in Markdown."""
     keys = [key for key in LABELS if any(key in stage.figures for stage in stages)]
     blocks = list(dict.fromkeys(block for stage in stages for block in stage.blocks))
-    lines = [
-        "| " + " | ".join(["round", "trained", "remaining", *(LABELS[key] for key in keys), *blocks]) + " |",
-        "|---" * (3 + len(keys) + len(blocks)) + "|",
-    ]
+    columns = ["round", "trained", "remaining", *(LABELS[key] for key in keys), *blocks]
+    rows = []
     for stage in stages:
         cells = [str(stage.round_number), stage.kind if stage.round_number else "dense", f"{stage.remaining:.2%}"]
         cells += [f"{stage.figures[key]:.4f}" if key in stage.figures else "" for key in keys]
         cells += [f"{stage.blocks.get(block, 0.0):.1%}" for block in blocks]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
+    lines = markdown_table(columns, rows)
     if blocks:
         lines += ["", "The last columns are the share of each block's weights that is pruned."]
     return "\n".join(lines) + "\n"

@@ -1,1 +1,1 @@
-"""What ``scripts/benchmark.py`` measures, a module a subject."""
+"""The subjects of ``scripts/benchmark.py``, one module each."""

@@ -1,4 +1,4 @@
-"""That speed changes no result: bf16 against float32, and the same training twice, on digits."""
+"""Check that fast modes do not change results: bf16 against float32, and the same training twice, on digits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from diffusion_core.data.datasets import Dataset, load_data
 from diffusion_core.evaluation.classifier.classifier import classifier_for
 from diffusion_core.hardware import Precision, pick_device
 from diffusion_core.run_folder import read_history
-from diffusion_core.sampling.generation import Generator, Request
+from diffusion_core.sampling.generation import Generator, round_robin
 from diffusion_core.tracking import NullTracker
 
 SUBJECT = "accuracy"
@@ -29,26 +29,26 @@ QUIET = {"preset": "digits", "sample.every": 0, "eval.every": 0, "eval.classifie
 
 
 def trained(config: TrialConfig, dataset: Dataset, folder: Path) -> tuple[Checkpoint, list[float]]:
-    """The last checkpoint of a training, and its losses, each the mean over a logging interval."""
+    """Return the last checkpoint of a training, and its losses, each the mean over a logging interval."""
     result = run_trial(config, NullTracker(), dataset=dataset, folder=folder, run_id=folder.name)
     losses = [row["train/loss"] for row in read_history(folder) if "train/loss" in row]
     return read_checkpoint(result.best_checkpoint), losses
 
 
 def same_weights(one: Checkpoint, two: Checkpoint) -> bool:
-    """Whether two checkpoints hold the same weights, bit for bit."""
+    """Return whether two checkpoints have bit-identical weights."""
     ours, theirs = one.tensors("model"), two.tensors("model")
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def measure(options: Options) -> list[Row]:
-    """Loss curves of both precisions and compiled, agreement of samples, and determinism."""
+    """Measure loss curves in both precisions and compiled, class agreement of samples, and determinism."""
     steps, count = (SHORT_STEPS, SHORT_IMAGES) if options.short else (STEPS, IMAGES)
     base = build_config(QUIET | {"train.steps": steps, "train.precision": "fp32", "train.deterministic": True})
     dataset = load_data(base.data)
     device = pick_device(base.train)
     variants = {"fp32": {}, "fp32 again": {}, "bf16": {"train.precision": "bf16"}}
-    if device.type == "cuda" or shutil.which("g++"):  # A processor's code is compiled by C++.
+    if device.type == "cuda" or shutil.which("g++"):  # On CPUs, torch.compile needs a C++ compiler.
         variants["compiled"] = {"train.compile": "network"}
     checkpoints, losses = {}, {}
     with tempfile.TemporaryDirectory() as name:
@@ -58,13 +58,13 @@ def measure(options: Options) -> list[Row]:
             checkpoints[variant], losses[variant] = trained(config, dataset, Path(name) / variant.replace(" ", "-"))
         classifier = classifier_for(dataset, "digits", mirrored=False, device=device)
         network = checkpoints["fp32"].network().to(device)
-        wanted = [Request(index % 10, index // 10) for index in range(count)]
+        wanted = round_robin(range(10), range(count))
         agreement = {}
         precisions: tuple[Precision, Precision] = ("fp32", "bf16")
         for precision in precisions:
             options.say(f"sampling: {precision}")
             images = Generator(network, base, precision).images(wanted, base.sample, 1)
-            agreement[precision] = 100.0 * classifier.agreement(images, [request.label for request in wanted])
+            agreement[precision] = 100.0 * classifier.class_agreement(images, [request.label for request in wanted])
         identical = same_weights(checkpoints["fp32"], checkpoints["fp32 again"])
     rows = [
         Row(
@@ -80,7 +80,7 @@ def measure(options: Options) -> list[Row]:
         Row(SUBJECT, f"{steps} steps twice, train.deterministic: weights identical", float(identical), "", 1.0),
     ]
     for variant in ("bf16", *(["compiled"] if "compiled" in losses else [])):
-        # The first interval is left out: there losses fall by the step.
+        # Skip the first interval, in which losses fall at every step.
         pairs = list(zip(losses["fp32"], losses[variant], strict=True))[1:]
         worst = max(abs(other - exact) / exact for exact, other in pairs)
         what = f"loss curve over {steps} steps, {variant} against fp32: largest relative difference of 25-step means"

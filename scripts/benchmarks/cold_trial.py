@@ -1,4 +1,4 @@
-"""What a trial costs beyond training: a cold trial of one step on digits, in a process of its own."""
+"""Measure the cost of a trial outside training: a trial of one step on digits, in a new process."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def first_step(folder: Path) -> float:
-    """Seconds from the start of the process to its first row of history, right after the first step."""
+    """Return the seconds from the start of the process to its first row of history, right after the first step."""
     history = folder / "run" / HISTORY_FILE
-    # Of many steps, so that nothing is evaluated, drawn or saved before the first row is written.
+    # Many steps, so that no evaluation, sampling or checkpoint comes before the first row.
     words = [*WORDS, "--train.steps=1000", f"--log.dir={folder / 'run'}"]
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "agent", *words], cwd=folder, env=environment(folder),
@@ -45,7 +45,7 @@ def first_step(folder: Path) -> float:
 
 
 def whole_trial(folder: Path) -> float:
-    """Seconds of a trial of one step: imports, data, step, evaluation, pictures, checkpoint, W&B."""
+    """Return the seconds of a trial of one step: imports, data, step, evaluation, images, checkpoint, W&B."""
     words = [*WORDS, "--train.steps=1", "--sample.every=0", "--eval.every=0", f"--log.dir={folder / 'run'}"]
     started = time.perf_counter()
     subprocess.run([sys.executable, "-m", "agent", *words], cwd=folder, env=environment(folder), check=True,
@@ -54,7 +54,7 @@ def whole_trial(folder: Path) -> float:
 
 
 def measure(options: Options) -> list[Row]:
-    """Both, in a fresh folder each time."""
+    """Measure both, in a new folder each time."""
     rows = []
     for what, work, target in (
         ("from the start of the process to the first step, digits", first_step, FIRST_STEP_TARGET_S),

@@ -1,4 +1,4 @@
-"""The update of the averaged weights, against ema-pytorch."""
+"""Measure the update of averaged weights, against ema-pytorch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UPDATES = 20
 
 
 def measure(options: Options) -> list[Row]:
-    """Twenty updates of one exponential average."""
+    """Measure twenty updates of one exponential average."""
     from ema_pytorch import EMA
 
     config = cifar_config(options.short)
@@ -43,7 +43,7 @@ def measure(options: Options) -> list[Row]:
 
     works = {"ours": update_ours, "ema-pytorch": update_theirs, "copy": copy}
     times = alternating(works, options.rounds, options.say)
-    # Bytes a second: an update reads two numbers and writes one where a copy reads one and writes one.
+    # Bytes per second: per weight, an update reads two numbers and writes one; a copy reads one and writes one.
     rates = {name: moves * weights_N.nbytes * UPDATES / times[name] / 1e9 for name, moves in (("ours", 3), ("copy", 2))}
     return [
         Row(

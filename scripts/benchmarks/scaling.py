@@ -119,16 +119,16 @@ def measure_axis(axis: str, options: Options, accelerator: Accelerator) -> list[
     values = values[:2] if options.short else values
     small = {"model.channels": 16} if options.short and key != "model.channels" else {}
     works: dict[str, Callable[[], object]] = {}
-    facts: dict[int, Sequence[Any]] = {}
+    counted: dict[int, Sequence[Any]] = {}
     for value in values:
         config = build(CoreConfig, BASE, small, {key: value}, _attention(key, value))
         if axis == "sampling steps":
             works[str(value)], work = samples_of(config, accelerator)
-            facts[value] = (work, None, None)
+            counted[value] = (work, None, None)
         else:
-            works[str(value)], *facts[value] = step_of(config, accelerator)
+            works[str(value)], *counted[value] = step_of(config, accelerator)
     times = alternating(works, options.rounds, lambda line: options.say(f"{axis}: {line}"))
-    return [Point(axis, value, times[str(value)], *facts[value]) for value in values]
+    return [Point(axis, value, times[str(value)], *counted[value]) for value in values]
 
 
 def _attention(key: str, value: int) -> dict[str, Any]:

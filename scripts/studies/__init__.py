@@ -1,1 +1,1 @@
-"""Studies that take many trainings: the tables of scripts/compare_pruning.py, and what they share."""
+"""Shared parts of the scripts that compare many trainings, and the tables of scripts/compare_pruning.py."""

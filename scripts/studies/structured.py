@@ -1,4 +1,4 @@
-"""Structured pruning to shares of the multiply-accumulates, by each importance, as it is and fine-tuned."""
+"""Prune channels to shares of the multiply-accumulates by each importance, with and without fine-tuning."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from diffusion_core.tables import markdown_table
 from pruning.calibration import Calibration
 from pruning.channels.removal import prune_channels
 from pruning.config import PruneConfig
 from pruning.registries import IMPORTANCES
-from studies.study import Results, Study, mean_and_range, plot, write_table
+from studies.study import Results, Study
+from studies.table import mean_and_range, plot, write_table
 
 BATCHES = 20
 DENSE = "dense"
@@ -24,8 +26,8 @@ class Variant:
     """The dense network, or a pruning of it.
 
     Attributes:
-        importance: by which channels are chosen, or ``dense``.
-        keep: share of the multiply-accumulates that stays.
+        importance: how channels are ranked, or ``dense``.
+        keep: kept share of the multiply-accumulates.
     """
 
     importance: str
@@ -33,12 +35,12 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """In results, and in folders."""
+        """Name in results and folders."""
         return DENSE if self.prune is None else f"{self.importance}-{self.keep:g}"
 
     @property
     def prune(self) -> PruneConfig | None:
-        """The pruning; None for the dense network."""
+        """Configuration of the pruning; None for the dense network."""
         if self.importance == DENSE:
             return None
         knobs = {"importance": self.importance, "keep": self.keep, "calibration_batches": BATCHES}
@@ -46,12 +48,12 @@ class Variant:
 
 
 def variants(study: Study) -> list[Variant]:
-    """The rows of the table."""
+    """Return the rows of the table."""
     return [Variant(DENSE), *(Variant(importance, keep) for keep in study.keeps for importance in IMPORTANCES)]
 
 
 def compare(study: Study) -> None:
-    """Measure what is not measured yet, and write the table and its plots."""
+    """Measure what is missing, and write the table and its plots."""
     results = Results(study.folder / f"structured-{study.steps}-{study.tune_steps}.json")
     for seed in study.seeds:
         measure_seed(study, results, seed)
@@ -71,13 +73,13 @@ def compare(study: Study) -> None:
         f"averaged weights (the dense ones likewise), gradients from {BATCHES} batches, seeds "
         f"{', '.join(map(str, study.seeds))} (mean, and range in brackets), {study.images} images a model; the "
         f"classifier is right on {study.classifier.accuracy:.2%} of the real held-out digits. SSIM and mean squared "
-        f"difference (MSE) compare each image with the one that the dense model draws from the same seed and label."
+        f"difference (MSE) compare each image with that of the dense model for the same seed and label."
     )
     columns = ["importance", "MACs"]
     columns += [
         f"{figure}, {words}" for figure in ("class agreement", "val/loss", "SSIM", "MSE") for words in STAGES.values()
     ]
-    write_table(results.file.with_suffix(".md"), heading, columns, rows)
+    write_table(results.file.with_suffix(".md"), [heading, "", *markdown_table(columns, rows)])
     for figure, ending, words in (("agreement", ".png", "class agreement"), ("ssim", "-ssim.png", "SSIM with dense")):
         points: dict[str, list[tuple[float, list[float]]]] = {}
         for variant in variants(study):
@@ -90,7 +92,7 @@ def compare(study: Study) -> None:
 
 
 def measure_seed(study: Study, results: Results, seed: int) -> None:
-    """Everything of one seed: the dense model, and its prunings, as they are and fine-tuned."""
+    """Measure the dense model of a seed and its prunings, with and without fine-tuning."""
     dense = study.dense(seed)
 
     @cache

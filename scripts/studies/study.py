@@ -1,9 +1,9 @@
-"""What the tables of the comparison share: runs that are made once, quality on equal terms, tables and plots."""
+"""Train models once, measure their quality under equal conditions, and store the measurements."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,18 +19,17 @@ from diffusion_core.data.datasets import Dataset, load_data
 from diffusion_core.evaluation import validation_loss
 from diffusion_core.evaluation.classifier.classifier import Classifier, classifier_for
 from diffusion_core.evaluation.consistency import consistency_of_images
-from diffusion_core.evaluation.generated import dealt_out
-from diffusion_core.files import write_json, write_text
+from diffusion_core.files import write_json
 from diffusion_core.hardware import Precision, pick_precision
 from diffusion_core.model.cost import count_cost
 from diffusion_core.model.unet import UNet
 from diffusion_core.run_folder import RESULT_FILE
-from diffusion_core.sampling.generation import Generator, Request
+from diffusion_core.sampling.generation import Generator, Request, round_robin
 from diffusion_core.tracking import NullTracker
 
 SAMPLING_SEED = 1
 FIGURES = frozenset({"agreement", "loss", "ssim", "mse", "params", "macs"})
-"""What is measured of every network."""
+"""Names of the measurements of a network."""
 QUIET = {
     "sample.every": 0,
     "eval.every": 0,
@@ -47,12 +46,12 @@ class Study:
     """A comparison on digits.
 
     Attributes:
-        folder: where everything goes.
-        seeds: every model is trained with each.
-        keeps: shares that stay.
+        folder: folder of all results.
+        seeds: training seeds.
+        keeps: kept shares of the MACs.
         steps: optimizer steps of a dense model.
-        tune_steps: optimizer steps of a fine-tuning.
-        images: how many images are judged of a model.
+        tune_steps: optimizer steps of fine-tuning.
+        images: number of generated images per model.
     """
 
     folder: Path
@@ -71,12 +70,12 @@ class Study:
         return classifier_for(self.dataset, "digits", mirrored=False, device=torch.device("cpu"))
 
     def config(self, **changes: Any) -> TrialConfig:
-        """The digits preset with this study's settings; a dot is written as two underscores."""
+        """Return the digits preset with the settings of this study; write a dot of a key as two underscores."""
         fixed = {"preset": "digits", "train.steps": self.steps, "train.device": "cpu"}
         return build_config(fixed | QUIET | {key.replace("__", "."): value for key, value in changes.items()})
 
     def run(self, name: str, config: TrialConfig) -> Checkpoint:
-        """The last checkpoint of a run, which is made unless its result is there, or gone on with."""
+        """Return the last checkpoint of a run; start or continue the run unless it has a result."""
         folder = self.folder / "runs" / name
         if not (folder / RESULT_FILE).is_file():
             print(f"run {name}", flush=True)
@@ -84,36 +83,35 @@ class Study:
         return read_checkpoint(folder)
 
     def dense(self, seed: int) -> Checkpoint:
-        """The dense model of a seed."""
+        """Return the dense model of a seed."""
         return self.run(f"dense-{self.steps}-seed{seed}", self.config(seed=seed))
 
     def wanted(self) -> list[Request]:
-        """Which images are drawn: classes take turns."""
-        return dealt_out(range(self.dataset.num_classes), range(self.images))
+        """Return the images to generate; the classes take turns."""
+        return round_robin(range(self.dataset.num_classes), range(self.images))
 
     def draw(self, network: UNet, config: TrialConfig) -> Tensor:
-        """A network's images: ``(N, C, H, W)`` uint8, from the same noise and labels for all networks."""
+        """Return the images of a network, ``(N, C, H, W)`` uint8, with the same noise and labels for all networks."""
         generator = Generator(network.eval(), config, self.precision(network, config))
         return generator.images(self.wanted(), config.sample, SAMPLING_SEED)
 
     def precision(self, network: UNet, config: TrialConfig) -> Precision:
-        """The arithmetic of a network."""
+        """Return the precision of a network's arithmetic."""
         return pick_precision(config.train, next(network.parameters()).device)
 
     def measure(self, network: UNet, config: TrialConfig, dense_NCHW: Tensor) -> dict[str, float]:
-        """What a table tells of a network (``FIGURES``): its quality, how alike its images are to the dense network's,
-        and its cost.
+        """Return the figures of a network: quality, similarity to the dense network's images, and cost (``FIGURES``).
 
         Args:
-            network: trained.
-            config: what it was trained with.
-            dense_NCHW: what :meth:`draw` gave of the dense network that it came from.
+            network: a trained network.
+            config: configuration of its training.
+            dense_NCHW: images of the dense network before pruning, by :meth:`draw`.
         """
         images = self.draw(network, config)
         alike = consistency_of_images(images, dense_NCHW, SAMPLING_SEED)
         cost = count_cost(network)
         return {
-            "agreement": self.classifier.agreement(images, [request.label for request in self.wanted()]),
+            "agreement": self.classifier.class_agreement(images, [request.label for request in self.wanted()]),
             "loss": validation_loss(network, self.dataset.val, config, self.precision(network, config)),
             "ssim": alike.ssim,
             "mse": alike.mse,
@@ -123,68 +121,27 @@ class Study:
 
 
 class Results:
-    """Measurements of a table, by row and seed, kept in a JSON file as they come.
+    """Measurements by row and seed, stored in a JSON file as they arrive.
 
     Args:
-        file: where they are kept; what is there stays as it is.
+        file: the file; measurements that it holds are kept.
+        figures: names of the measurements that a complete entry has.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, figures: Collection[str] = FIGURES) -> None:
+        self.file, self.figures = file, figures
         file.parent.mkdir(parents=True, exist_ok=True)
         self.values: dict[str, dict[str, float]] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
     def __contains__(self, key: str) -> bool:
-        """Whether a measurement is there with all its figures: an older file may lack some."""
-        return self.values.get(key, {}).keys() >= FIGURES
+        """Whether an entry is complete; older files may lack some figures."""
+        return self.values.get(key, {}).keys() >= set(self.figures)
 
     def add(self, key: str, measured: Mapping[str, float]) -> None:
-        """Keep of a measurement what is not there yet."""
+        """Store the figures that an entry does not have yet."""
         self.values[key] = dict(measured) | self.values.get(key, {})
         write_json(self.file, self.values)
 
     def over_seeds(self, row: str, seeds: Sequence[int], figure: str) -> list[float]:
-        """A figure of a row, for each seed."""
+        """Return a figure of a row for each seed."""
         return [self.values[f"{row}, seed {seed}"][figure] for seed in seeds]
-
-
-def mean_and_range(values: Sequence[float], form: str) -> str:
-    """``0.98 (0.97 to 0.99)``; without a range where there is one value."""
-    spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):{form}}{spread}"
-
-
-def write_table(file: Path, heading: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write a table as Markdown, and print it."""
-    lines = [heading, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    text = "\n".join(lines) + "\n"
-    write_text(file, text)
-    print(text)
-
-
-def plot(file: Path, points: Mapping[str, Sequence[tuple[float, Sequence[float]]]], x: str, y: str) -> None:
-    """Quality against cost: a colour for each way of pruning; mean and range over the seeds, side by side at each cost.
-
-    Args:
-        file: a picture.
-        points: cost and qualities, by name.
-        x: label of the costs.
-        y: label of the qualities.
-    """
-    from matplotlib.figure import Figure  # Slow to import, and needs no display this way.
-
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    costs = [cost for places in points.values() for cost, _ in places]
-    apart = 0.006 * (max(costs) - min(costs)) or 0.01
-    for index, (name, places) in enumerate(points.items()):
-        means = [sum(values) / len(values) for _, values in places]
-        ranges = [(mean - min(values), max(values) - mean) for mean, (_, values) in zip(means, places, strict=True)]
-        shifted = [cost + (index - (len(points) - 1) / 2.0) * apart for cost, _ in places]
-        axes.errorbar(shifted, means, list(zip(*ranges, strict=True)), fmt="o", markersize=4, capsize=2, label=name)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="lower right")
-    figure.savefig(file, dpi=120)

@@ -27,7 +27,7 @@ from agent.sweep.file import load_sweep
 from agent.tracking.artifacts import download_files
 from diffusion_core.checkpoint import METADATA_FILE, CheckpointError, read_checkpoint, write_checkpoint
 from diffusion_core.config import ConfigError
-from diffusion_core.files import sha256
+from diffusion_core.files import sha256_of_file
 from diffusion_core.run_folder import HISTORY_FILE, RUN_FILE, read_history, read_run_file
 from diffusion_core.training.trainer import TrainState
 
@@ -69,7 +69,7 @@ def part(content: bytes, name: str = "ema") -> Callable[[Path], None]:
         file = path / f"{name}.safetensors"
         file.write_bytes(content)
         described = json.loads((path / METADATA_FILE).read_text())
-        described["files"][file.name] = {"bytes": len(content), "sha256": sha256(file)}
+        described["files"][file.name] = {"bytes": len(content), "sha256": sha256_of_file(file)}
         (path / METADATA_FILE).write_text(json.dumps(described))
 
     return put

@@ -38,7 +38,7 @@ from diffusion_core.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from diffusion_core.files import sha256
+from diffusion_core.files import sha256_of_file
 from diffusion_core.model.structure import structure
 from diffusion_core.model.unet import UNet
 from diffusion_core.training.trainer import TrainState, train
@@ -72,7 +72,7 @@ def replace_part(path: Path, tensors: dict[str, Tensor], part: str = "ema") -> N
     """Put other tensors in a part's place, with size and hash to match."""
     file = path / f"{part}.safetensors"
     save_file(tensors, file)
-    facts = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    facts = {"bytes": file.stat().st_size, "sha256": sha256_of_file(file)}
     edit(path, lambda content: content["files"].update({file.name: facts}))
 
 
@@ -361,7 +361,7 @@ def test_a_file_outside_is_never_read(tmp_path: Path) -> None:
     """Even with the right size and hash."""
     path = save(tmp_path / "run").path
     outside = Path(shutil.copy(path / "ema.safetensors", tmp_path / "ema.safetensors"))
-    facts = {"bytes": outside.stat().st_size, "sha256": sha256(outside)}
+    facts = {"bytes": outside.stat().st_size, "sha256": sha256_of_file(outside)}
     edit(path, lambda content: content["files"].update({"../../ema.safetensors": facts}))
     assert "not a file of a checkpoint" in refused(path)
 
@@ -376,11 +376,11 @@ def test_a_pickle_under_the_name_of_safetensors_is_refused(tmp_path: Path, monke
     path = save(tmp_path / "run").path
     file = path / "ema.safetensors"
     file.write_bytes(pickle.dumps(Bomb()))
-    facts = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    facts = {"bytes": file.stat().st_size, "sha256": sha256_of_file(file)}
     edit(path, lambda content: content["files"].update({file.name: facts}))
     refused(path, use=True)
     torch.save({"weight": torch.zeros(3)}, file)
-    facts = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    facts = {"bytes": file.stat().st_size, "sha256": sha256_of_file(file)}
     edit(path, lambda content: content["files"].update({file.name: facts}))
     refused(path, use=True)
     assert not (tmp_path / "exploded").exists()

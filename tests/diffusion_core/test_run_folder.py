@@ -98,7 +98,7 @@ def test_clean_leaves_a_run_alone_that_is_worked_on(run: Path, capsys: pytest.Ca
     with locked(run):
         assert clean.main([str(run.parent), "--yes"]) == 0
     assert steps(run) == [1, 2, 3, 4, 5]
-    assert "passed over" in capsys.readouterr().err
+    assert "skipped" in capsys.readouterr().err
     assert clean.main([str(run / "nowhere")]) == 2
 
 

@@ -9,7 +9,8 @@ import compare_pruning
 import pytest
 import torch
 from studies import structured
-from studies.study import FIGURES, SAMPLING_SEED, Results, mean_and_range
+from studies.study import FIGURES, SAMPLING_SEED, Results
+from studies.table import mean_and_range
 
 from diffusion_core.checkpoint import read_checkpoint
 from diffusion_core.evaluation.consistency import consistency_of_models

@@ -91,7 +91,7 @@ def test_without_inception_weights_training_goes_on_and_says_so_once(
     run_trial(config, tracker, dataset=digits(), folder=tmp_path / "run", run_id="x")
     said = [line for line in capsys.readouterr().err.splitlines() if "no.pth" in line]
     assert len(said) == 1
-    assert "without figures in the features of inception" in said[0]
+    assert "no figures in features of inception" in said[0]
     assert all(0.0 <= row["eval/class_agreement"] <= 1.0 for row in tracker.rows if "val/loss" in row)
 
 
@@ -194,7 +194,7 @@ def test_two_folders_and_statistics_of_pytorch_fids_format(
     assert value == pytest.approx(expected, rel=1e-5)
     capsys.readouterr()
     call("--save-stats", noise, statistics, *space, code=2)  # Nothing is overwritten.
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_what_cannot_be_judged_is_refused_in_one_line(
@@ -217,7 +217,7 @@ def test_what_cannot_be_judged_is_refused_in_one_line(
         ([str(tmp_path / "damaged"), str(tmp_path / "damaged")], "not a readable image"),
         ([real, real, "--inception-weights", str(tmp_path / "none.pth")], "none.pth"),
         ([real, real, "--inception-weights", str(tmp_path / "w.pth")], "no Inception weights"),
-        ([real, real, "--extractor", "classifier"], "of which data set"),
+        ([real, real, "--extractor", "classifier"], "no data set to train it on"),
         ([real, str(tmp_path / "no.npz"), *extractor], "no.npz"),
         (["--checkpoint", str(tmp_path / "empty")], "no checkpoint here"),
         (["--checkpoint", checkpoint, "--num-images", "1"], "at least 2"),

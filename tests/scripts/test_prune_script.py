@@ -118,7 +118,7 @@ def test_it_prunes_an_untrained_preset_and_prints_a_table(tmp_path: Path, capsys
     words = ["--preset", "digits", "--model.channels=16", "--target", "channels=0.75", "--out", "small", "--batch", "2"]
     assert prune.main(words) == 0
     out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines()[1:4]] == ["channels", "params", "nonzero"]
+    assert [line.split()[0] for line in out.splitlines()[2:5]] == ["channels", "params", "nonzero"]
     assert "ms for 2 images" in out
     assert "SSIM" not in out
     assert read_checkpoint(tmp_path / "small").metadata["extra"]["pruning"][0]["method"] == "structured"

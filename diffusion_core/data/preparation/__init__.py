@@ -1,10 +1,29 @@
-"""Making a folder of images ready for training: one size, one format, without the damaged and the too small ones.
+"""Prepare a folder of images for training: decode, check, scale, and write every image in one size and format.
 
-records.py    what is asked for, an image to make, what became of it
-sources.py    which images there are: in a folder, in a data set
-making.py     one image: read, check, scale, write
-workers.py    many of them, in several processes that can be stopped
-target.py     the folder that is made: the journal, what of it is still valid, what has to go
-report.py     what was kept and dropped, and why
-prepare.py    all of it, in order
+records.py    settings, jobs, results
+sources.py    find the images of a folder or of a data set
+image.py      prepare one image
+workers.py    prepare many images in several processes
+target.py     the target folder and its journal
+prepare.py    run all steps in order
+report.py     report which images were kept and dropped, and why
 """
+
+from diffusion_core.data.preparation.prepare import prepare
+from diffusion_core.data.preparation.records import DATA_SETS, InputError, Settings
+from diffusion_core.data.preparation.report import describe, ignored_line
+from diffusion_core.data.preparation.sources import SUFFIXES, find_images
+from diffusion_core.data.preparation.target import REPORT_FILE, check_target
+
+__all__ = [
+    "DATA_SETS",
+    "REPORT_FILE",
+    "SUFFIXES",
+    "InputError",
+    "Settings",
+    "check_target",
+    "describe",
+    "find_images",
+    "ignored_line",
+    "prepare",
+]

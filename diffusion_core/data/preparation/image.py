@@ -10,15 +10,15 @@ from PIL import Image
 
 from diffusion_core.data.image_files import ImageFileError, ImageTooLarge, read_rgb, square
 from diffusion_core.data.preparation.records import UNREADABLE, Job, Result, Settings
-from diffusion_core.data.preparation.target import temporary_name
+from diffusion_core.files import replaced_file
 
 JPEG_OPTIONS = {"quality": 95, "subsampling": 0}
 LONGEST_SIDE = 65_500
-"""Pixels; JPEG can hold no more. Uncropped, a picture of few rows could grow to any length."""
+"""Pixels; the limit of JPEG. Without cropping, the long side of a very flat image has no other limit."""
 
 
 def make_image(job: Job, *, settings: Settings, target: Path, write: bool) -> Result:
-    """Read, check, scale and write an image; depends on the job and the settings alone."""
+    """Prepare an image. The result depends on the job and the settings only."""
     result = Result(job.source, job.target, job.stamp)
     if job.pixels is not None:
         image = Image.fromarray(job.pixels)
@@ -42,18 +42,16 @@ def make_image(job: Job, *, settings: Settings, target: Path, write: bool) -> Re
         if settings.crop == "center":
             image = square(image, settings.size)
         else:
-            scaled = [round(side * settings.size / min(image.size)) for side in image.size]
-            if max(scaled) > LONGEST_SIDE:
-                return replace(result, dropped="too long", detail=f"{shape} would become {scaled[0]}x{scaled[1]}")
-            image = image.resize((scaled[0], scaled[1]), Image.Resampling.LANCZOS)
+            width, height = (round(side * settings.size / min(image.size)) for side in image.size)
+            if max(width, height) > LONGEST_SIDE:
+                return replace(result, dropped="too long", detail=f"{shape} would become {width}x{height}")
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
     return replace(result, bytes=save(image, target / job.target, settings.format)) if write else result
 
 
 def save(image: Image.Image, path: Path, kind: str) -> int:
-    """Write an image in one piece, so that what is there is whole; returns its size in bytes."""
+    """Write an image atomically; returns the size of the file in bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
-    image.save(temporary, format=kind, **(JPEG_OPTIONS if kind == "jpeg" else {}))
-    size = temporary.stat().st_size
-    temporary.replace(path)
-    return size
+    with replaced_file(path, flush=False) as temporary:
+        image.save(temporary, format=kind, **(JPEG_OPTIONS if kind == "jpeg" else {}))
+        return temporary.stat().st_size

@@ -1,9 +1,9 @@
-"""What is asked for, an image to make, and what became of it."""
+"""Records of image preparation: settings, jobs, results."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,12 +12,12 @@ UNREADABLE = "unreadable"
 
 
 class InputError(ValueError):
-    """Something asked for that cannot be had; the message is one line meant for the user."""
+    """An unusable argument; the message is one line for the user."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides how TARGET looks; the options that have no meaning for a data set are None there."""
+    """All options that change the content of TARGET; those that do not apply to a data set are None for one."""
 
     source: str
     size: int | None = None
@@ -28,28 +28,45 @@ class Settings:
 
 
 class Job(NamedTuple):
-    """An image to make."""
+    """An image to prepare."""
 
     source: str
-    """Path below SOURCE, or split and number in a data set."""
+    """Path below SOURCE; for a data set, split and index."""
     target: str
     """Path below TARGET."""
     stamp: str
-    """Changes when the source does."""
+    """Changes whenever the source image changes."""
     pixels: np.ndarray | None = None
-    """The image itself where it comes from a data set: ``(H, W)`` or ``(H, W, 3)``, uint8."""
+    """The image itself if it comes from a data set: ``(H, W)`` or ``(H, W, 3)``, uint8."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a job."""
+    """The outcome of a job."""
 
     source: str
     target: str
     stamp: str
     bytes: int = 0
     pixels: str = ""
-    """Hash of the decoded pixels, where duplicates are looked for."""
+    """Hash of the decoded pixels if duplicates are dropped."""
     dropped: str = ""
-    """Kind of reason; empty: the image was made."""
+    """Why the image was dropped; empty if it was written."""
     detail: str = ""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The outcome of a call.
+
+    Attributes:
+        results: one per image, in the order of the jobs.
+        report: content of the report file.
+        done_before: number of results that come from an earlier call.
+        removed: number of deleted images of an earlier call, because their sources changed or are gone.
+    """
+
+    results: list[Result]
+    report: dict[str, Any]
+    done_before: int
+    removed: int

@@ -1,4 +1,4 @@
-"""Which images there are: the files below a folder, or those of a data set that torchvision knows."""
+"""Find the images to prepare: the files below a folder, or the images of a data set of torchvision."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from diffusion_core.data.preparation.records import DATA_SETS, InputError, Job, 
 SUFFIXES = {"png": ".png", "jpeg": ".jpg"}
 
 
-def all_jobs(settings: Settings, root: str | None = None) -> tuple[list[Job], Counter[str]]:
-    """A job for every image that settings name, sorted; and how many files were ignored, by kind.
+def find_images(settings: Settings, root: str | None = None) -> tuple[list[Job], Counter[str]]:
+    """Return a job for every image, sorted, and the number of ignored files by kind.
 
     Args:
-        settings: name a folder, or a data set.
-        root: of a data set, where torchvision's files are; None: where torchvision keeps them here.
+        settings: their source is a folder or the name of a data set.
+        root: folder of torchvision's files, for a data set; None: torchvision's cache.
 
     Raises:
-        InputError: if the images cannot be had.
+        InputError: if the images cannot be read or downloaded.
     """
     if settings.source in DATA_SETS:
         return data_set_jobs(settings.source, root), Counter()
-    return find_jobs(Path(settings.source), SUFFIXES[settings.format])
+    return folder_jobs(Path(settings.source), SUFFIXES[settings.format])
 
 
-def find_jobs(root: Path, suffix: str) -> tuple[list[Job], Counter[str]]:
-    """A job for every image file below a folder, sorted; and how many files were ignored, by kind."""
+def folder_jobs(root: Path, suffix: str) -> tuple[list[Job], Counter[str]]:
+    """Return a job for every image file below a folder, sorted, and the number of ignored files by kind."""
     stamps: dict[str, str] = {}
     ignored: Counter[str] = Counter()
     folders = [root]
@@ -40,14 +40,16 @@ def find_jobs(root: Path, suffix: str) -> tuple[list[Job], Counter[str]]:
         try:
             entries = list(os.scandir(folder))
         except OSError as error:
-            raise InputError(f"SOURCE = {str(root)!r}: cannot read {str(folder)!r} ({error.strerror}); make it "
-                             "readable or move it away") from None  # fmt: skip
+            raise InputError(
+                f"SOURCE = {str(root)!r}: cannot read {str(folder)!r} ({error.strerror}); make it readable or move it "
+                "away"
+            ) from None
         for entry in entries:
             kind = Path(entry.name).suffix.lower()
             if entry.name.startswith("."):
                 ignored["hidden"] += 1
             elif entry.is_dir():
-                if entry.is_symlink():  # It might lead anywhere: in a circle, or to all the disk.
+                if entry.is_symlink():  # The link may form a cycle or leave SOURCE.
                     ignored["link to a folder"] += 1
                 else:
                     folders.append(Path(entry.path))
@@ -60,18 +62,18 @@ def find_jobs(root: Path, suffix: str) -> tuple[list[Job], Counter[str]]:
 
 
 def stamp(entry: os.DirEntry[str]) -> str:
-    """Size and modification time of a file, which show whether it changed; empty if it cannot be read."""
+    """Return the size and the time of a file; empty for a broken link, which the worker reports."""
     try:
         status = entry.stat()
-    except OSError:  # A link that leads nowhere, which the worker will report.
+    except OSError:
         return ""
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
 def output_names(names: Sequence[str], suffix: str) -> dict[str, str]:
-    """The path of every image's output: another suffix, and where that is taken twice, a longer name for both.
+    """Return the output path of every image: its path with another suffix, or a longer name if that is not unique.
 
-    Compared without case, as some file systems do.
+    Names that differ only in case count as equal, as on some file systems.
     """
     plain = {name: str(Path(name).with_suffix(suffix)) for name in names}
     folders = {str(folder).casefold() for name in names for folder in Path(name).parents}
@@ -86,12 +88,12 @@ def output_names(names: Sequence[str], suffix: str) -> dict[str, str]:
 
 
 def data_set_jobs(name: str, root: str | None) -> list[Job]:
-    """A job for every image of a data set that torchvision knows; downloads what is not there.
+    """Return a job for every image of a data set of torchvision; downloads missing files.
 
     Raises:
-        InputError: if it can be neither read nor downloaded.
+        InputError: if the data set can be neither read nor downloaded.
     """
-    from diffusion_core.config import DataConfig  # These two bring along PyTorch, and folders do without it.
+    from diffusion_core.config import DataConfig  # Import PyTorch, which folders do not need.
     from diffusion_core.data.datasets import DataError, load_data
 
     if root == "":
@@ -100,7 +102,7 @@ def data_set_jobs(name: str, root: str | None) -> list[Job]:
         data = load_data(DataConfig.model_validate({"name": name, "path": root}))
     except DataError as error:
         raise InputError(f"SOURCE = {name!r}, --root = {root!r}: {error}") from None
-    folders = [name.replace("/", "-") for name in data.class_names]  # One is called T-shirt/top.
+    folders = [name.replace("/", "-") for name in data.class_names]  # A class is called T-shirt/top.
     jobs = []
     for split, images in (("train", data.train), ("test", data.val)):
         arrays_NHWC = images.images_NCHW.permute(0, 2, 3, 1).contiguous().numpy()

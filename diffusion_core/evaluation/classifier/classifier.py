@@ -6,7 +6,6 @@ JSON. It is trained once for each data set and recipe, and kept in the cache.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,10 +24,12 @@ from diffusion_core.evaluation.features import (
     HASH_DIGITS,
     ExtractorError,
     Judged,
-    file_hash,
-    fingerprint,
+    images_hash,
+    weights_file_hash,
     with_channels,
 )
+from diffusion_core.files import sha256
+from diffusion_core.messages import one_line
 
 HEADER = "classifier"
 """The entry of the file's metadata that holds the JSON."""
@@ -74,8 +75,8 @@ class Classifier:
         features_BD, logits_BK = self.network(x_BCHW)
         return Judged(features_BD.float(), logits_BK.float())
 
-    def agreement(self, images_NCHW: Tensor, labels: list[int]) -> float:
-        """Share of uint8 images, in [0, 1], in which the classifier sees the label that was asked for."""
+    def class_agreement(self, images_NCHW: Tensor, labels: list[int]) -> float:
+        """Return the share of uint8 images, in [0, 1], that are classified as the label they were sampled for."""
         seen = torch.cat([self(part).logits_BK.argmax(1).cpu() for part in images_NCHW.split(512)])  # type: ignore[union-attr]
         return float((seen == torch.tensor(labels)).float().mean())
 
@@ -93,13 +94,9 @@ class Classifier:
         save_file(tensors, path, metadata={HEADER: json.dumps(described)})
 
 
-def hash_of(network: torch.nn.Module) -> str:
-    """The first digits of the SHA-256 of a network's weights."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        total.update(name.encode())
-        total.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return total.hexdigest()[:HASH_DIGITS]
+def weights_hash(network: torch.nn.Module) -> str:
+    """Return the first ``HASH_DIGITS`` digits of the SHA-256 of a network's weights and their names."""
+    return sha256(*(part for entry in sorted(network.state_dict().items()) for part in entry))[:HASH_DIGITS]
 
 
 def read_classifier(path: Path, device: torch.device) -> Classifier:
@@ -108,7 +105,7 @@ def read_classifier(path: Path, device: torch.device) -> Classifier:
     Raises:
         ExtractorError: if it is missing, damaged, or something else.
     """
-    file_hash(path)  # Says in words what is wrong with the path.
+    weights_file_hash(path)  # Says in words what is wrong with the path.
     try:
         with safe_open(path, framework="pt") as file:
             described = json.loads((file.metadata() or {})[HEADER])
@@ -123,10 +120,10 @@ def read_classifier(path: Path, device: torch.device) -> Classifier:
         recipe = Recipe(**described["recipe"])
         data, share = str(described["data"]), float(described["accuracy"])
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ExtractorError(f"{str(path)!r}: no classifier of scripts/train_classifier.py ({reason})") from None
     network = network.to(device).eval()
-    return Classifier(network, data, share, hash_of(network), recipe)
+    return Classifier(network, data, share, weights_hash(network), recipe)
 
 
 def make_classifier(
@@ -142,7 +139,7 @@ def make_classifier(
     network = train_classifier(
         dataset.train, dataset.num_classes, recipe, mirrored=mirrored, device=device, progress=progress
     )
-    return Classifier(network, data, accuracy(network, dataset.val), hash_of(network), recipe)
+    return Classifier(network, data, accuracy(network, dataset.val), weights_hash(network), recipe)
 
 
 def classifier_for(
@@ -166,8 +163,8 @@ def classifier_for(
     """
     recipe = recipe or recipe_for(dataset.shape_CHW, device.type == "cuda")
     settings: dict[str, Any] = asdict(RECIPES[recipe]) | {"mirrored": mirrored}
-    made_from = f"{fingerprint(dataset.train)} {fingerprint(dataset.val)} {json.dumps(settings, sort_keys=True)}"
-    key = hashlib.sha256(made_from.encode()).hexdigest()[:HASH_DIGITS]
+    made_from = f"{images_hash(dataset.train)} {images_hash(dataset.val)} {json.dumps(settings, sort_keys=True)}"
+    key = sha256(made_from)[:HASH_DIGITS]
     path = cache_path("classifiers", f"{data}-{recipe}-{key}.safetensors")
     if path.is_file():
         try:

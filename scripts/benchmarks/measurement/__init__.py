@@ -1,1 +1,1 @@
-"""What all benchmarks share: options, rows of results, timing, networks, the machine."""
+"""Shared parts of the benchmarks: options, rows of results, timing, networks, the machine."""

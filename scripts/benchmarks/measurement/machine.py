@@ -1,4 +1,4 @@
-"""On what, and with what, a benchmark ran."""
+"""Describe the machine and the software of a benchmark."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
+from agent.summary import commit
+
 PACKAGES = ("torch", "diffusers", "accelerate", "wandb", "torch-pruning", "ema-pytorch", "denoising-diffusion-pytorch",
             "pytorch-fid", "torch-fidelity", "numpy", "scipy")  # fmt: skip
 CAPABILITIES = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16")
 
 
 def machine() -> dict[str, Any]:
-    """Processor, GPU, versions, commit and date, as plain values."""
+    """Return processor, GPU, versions, commit and date, as plain values."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -31,7 +33,7 @@ def machine() -> dict[str, Any]:
         "driver": _driver(),
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -44,7 +46,7 @@ def _processor() -> str:
 
 
 def _driver() -> str | None:
-    """Version of the GPU's driver; None without one."""
+    """Return the version of the GPU's driver, or None without a GPU."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
@@ -57,14 +59,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _commit() -> str | None:
-    """The commit of this checkout, with a plus sign if files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parents[3]
-    try:
-        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True)
-        changed = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True)
-    except OSError:
-        return None
-    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "") if commit.returncode == 0 else None

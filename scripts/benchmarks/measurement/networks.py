@@ -1,4 +1,4 @@
-"""The 35.7 M parameter network of Ho et al. 2020, ours and Diffusers' with the same weights."""
+"""The network of Ho et al. 2020 with 35.7 M parameters: ours, and Diffusers' with the same weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from diffusion_core.config import PRESETS, CoreConfig, build
-from diffusion_core.diffusers_io.names import diffusers_name, unet_config
+from diffusion_core.diffusers_io import diffusers_name, unet_config
 from diffusion_core.model.unet import UNet, build_network
 
 SMALL: dict[str, Any] = {"model.channels": 32, "model.channel_multipliers": [1, 2], "model.num_res_blocks": 1}
@@ -16,14 +16,14 @@ SMALL: dict[str, Any] = {"model.channels": 32, "model.channel_multipliers": [1, 
 
 
 def cifar_config(short: bool, **changes: Any) -> CoreConfig:
-    """The CIFAR-10 preset without labels, as published; a dot in a knob's name is written as two underscores."""
+    """Return the CIFAR-10 preset without labels, as published; in keyword names, two underscores stand for a dot."""
     knobs = {key.replace("__", "."): value for key, value in changes.items()}
     fixed = {"model.class_conditional": False, "log.progress": False, **(SMALL if short else {})}
     return build(CoreConfig, PRESETS["cifar10"], fixed, knobs)
 
 
 def lively_network(config: CoreConfig, device: torch.device, num_classes: int = 0) -> UNet:
-    """The network with weights that do something: as it is initialised, the last layer of every branch is zero."""
+    """Return the network with random weights where its initialisation is zero: the last layer of every branch."""
     network = build_network(config, num_classes)
     source = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -34,7 +34,7 @@ def lively_network(config: CoreConfig, device: torch.device, num_classes: int = 
 
 
 def twin(network: UNet, config: CoreConfig) -> nn.Module:
-    """Diffusers' UNet2DModel of the same architecture, with the same weights, on the same device."""
+    """Return Diffusers' UNet2DModel with the same architecture, weights and device."""
     from diffusers import UNet2DModel  # Slow to import, and an optional extra.
 
     theirs = UNet2DModel(**unet_config(network, config.model))

@@ -1,4 +1,4 @@
-"""What every benchmark is told."""
+"""Options of all benchmarks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Options:
-    """How much to measure.
+    """How much to measure, and where to report it.
 
     Attributes:
-        rounds: repetitions of which the median counts.
-        short: less work a repetition, to see that a benchmark runs; its figures are not to be published.
+        rounds: number of repetitions; the median counts.
+        short: less work per repetition, to check that a benchmark runs; do not publish its figures.
         plots: folder for plots; None draws none.
-        quiet: no lines on stderr while it measures.
+        quiet: print no progress on stderr.
     """
 
     rounds: int = 5
@@ -24,5 +24,6 @@ class Options:
     quiet: bool = False
 
     def say(self, line: str) -> None:
+        """Print a line of progress."""
         if not self.quiet:
             print(f"  {line}", file=sys.stderr, flush=True)

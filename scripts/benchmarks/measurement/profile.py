@@ -1,4 +1,4 @@
-"""What a GPU spends its time on, by kind of kernel."""
+"""Profile GPU time by kind of kernel."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ KINDS = {
     "norms": r"norm|welford",
     "copies and fills": r"copy|memcpy|memset|fill",
 }
-"""Kinds of kernels and a pattern of their names; the first that fits counts."""
+"""Kinds of kernels and a pattern of their names; the first match counts."""
 
 
 def kind_of(kernel: str) -> str:
-    """The kind of a kernel by its name."""
+    """Return the kind of a kernel, by its name."""
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel, re.IGNORECASE)), "other")
 
 
 def by_kind(work: Callable[[], object], times: int) -> dict[str, float]:
-    """Milliseconds of GPU time by kind of kernel, per unit of work, largest first.
+    """Return milliseconds of GPU time by kind of kernel, per unit of work, largest first.
 
     Args:
-        work: what is profiled, called once.
-        times: units of work in a call.
+        work: the function to profile; called once.
+        times: units of work per call.
     """
     from torch.profiler import ProfilerActivity, profile  # Slow to import, and only this needs it.
 

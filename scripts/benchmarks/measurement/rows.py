@@ -1,8 +1,8 @@
-"""One measurement beside its target, and a table of them."""
+"""Measurements and their targets, as rows of a table."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,16 +15,16 @@ class Row:
 
     Attributes:
         subject: name of the benchmark.
-        what: the work, and what it is compared with.
-        value: the figure that has the target: a ratio (how many times better than the peer), or a figure of its own;
-            None if it could not be measured here.
-        unit: of ``value``; a ratio is so many ``times``.
-        target: what the value should reach, or None.
-        at_least: whether the target is a lower bound, else an upper one.
-        ours: our own figure, with its unit.
-        peer: the peer's, with its unit.
-        note: why it was not measured, or what explains it.
-        details: all single figures, for the JSON.
+        what: the work, and the peer that it is compared with.
+        value: the measured figure: a ratio (how many times better than the peer) or another figure; None if it could
+            not be measured here.
+        unit: unit of ``value``; ``times`` for a ratio.
+        target: the bound that the value should meet, or None.
+        at_least: the target is a lower bound; else an upper bound.
+        ours: our figure, with its unit.
+        peer: the peer's figure, with its unit.
+        note: an explanation, such as why there is no value.
+        details: all single figures, for JSON.
     """
 
     subject: str
@@ -40,13 +40,13 @@ class Row:
 
     @property
     def holds(self) -> bool | None:
-        """Whether the target is met; None without a target or a measurement."""
+        """Whether the value meets the target; None without a target or a value."""
         if self.value is None or self.target is None:
             return None
         return self.value >= self.target if self.at_least else self.value <= self.target
 
     def cells(self) -> tuple[str, ...]:
-        """The row's cells as text, in the order of ``HEADER``."""
+        """Return the row's cells, in the order of ``HEADER``."""
         value = "not measured" if self.value is None else f"{self.value:.3g} {self.unit}".strip()
         bound = "at least" if self.at_least else "at most"
         target = "-" if self.target is None else f"{bound} {self.target:g} {self.unit}".strip()
@@ -58,7 +58,7 @@ class Row:
 def against_diffusers(
     subject: str, times: Mapping[str, float], precision: str, work: str, default_target: float, equal_target: float
 ) -> list[Row]:
-    """Rows that say how many times faster we are than Diffusers in float32, by default and at equal precision.
+    """Return rows with the speed relative to Diffusers in float32, by default and at equal precision.
 
     Args:
         subject: name of the benchmark.
@@ -86,12 +86,6 @@ def against_diffusers(
     ]
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table."""
-    lines = [HEADER, tuple("---" for _ in HEADER), *(row.cells() for row in rows)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 def seconds(value: float) -> str:
-    """A time as text: ``1.93 s``, ``8.4 ms``."""
+    """Return a time as text: ``1.93 s``, ``8.4 ms``."""
     return f"{value:.3g} s" if value >= 1.0 else f"{1000.0 * value:.3g} ms"

@@ -1,4 +1,4 @@
-"""Timing alternatives side by side: in turns, so that what else the machine does falls on all of them alike."""
+"""Time alternatives in turns, so that other load on the machine affects all of them equally."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Work = Callable[[], object]
 
 
 def synchronize() -> None:
-    """Wait for the GPU, if there is one."""
+    """Wait until the GPU is idle, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def timed(work: Work) -> float:
-    """Seconds that one call takes, the GPU's work included."""
+    """Return the seconds of one call, including its work on the GPU."""
     synchronize()
     started = time.perf_counter()
     work()
@@ -27,12 +27,12 @@ def timed(work: Work) -> float:
 
 
 def alternating(works: Mapping[str, Work], rounds: int, progress: Callable[[str], None] = print) -> dict[str, float]:
-    """The median seconds of each alternative, after one call of each that is not counted.
+    """Return the median seconds of each alternative, after one uncounted call of each.
 
     Args:
-        works: the alternatives by name.
-        rounds: calls of each.
-        progress: told what is being timed.
+        works: the alternatives, by name.
+        rounds: number of calls of each.
+        progress: receives a line per call.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
     for index in range(rounds + 1):

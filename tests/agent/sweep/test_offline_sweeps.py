@@ -327,7 +327,7 @@ def test_a_trial_that_fails_is_tried_once_more_and_the_sweep_goes_on(
     assert [[event["event"] for event in trial].count("fail") for trial in events] == [1, 2, 0]
     out = capsys.readouterr().out
     first, second, third = (trial.id for trial in coordinator.state.trials)
-    assert f"[1/3] {first} failed with status 1 and is tried once more, see " in out
+    assert f"[1/3] {first} failed with status 1 and runs once more, see " in out
     assert f"[2/3] {second} failed again with status 1, see " in out
     assert (
         "stub: this one fails"

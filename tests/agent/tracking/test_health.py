@@ -56,9 +56,9 @@ def test_a_regression_is_told_once() -> None:
 
 def test_equal_data_have_equal_fingerprints() -> None:
     data = digits()
-    fingerprint = summary.fingerprint(data)
+    fingerprint = summary.dataset_sha256(data)
     assert re.fullmatch("[0-9a-f]{64}", fingerprint)
-    assert summary.fingerprint(replace(data)) == fingerprint
+    assert summary.dataset_sha256(replace(data)) == fingerprint
     images = data.train.images_NCHW.clone()
     images[0, 0, 0, 0] += 1
     others: list[Dataset] = [
@@ -67,7 +67,7 @@ def test_equal_data_have_equal_fingerprints() -> None:
         replace(data, class_names=tuple(reversed(data.class_names))),
         replace(data, train=data.train.select(torch.arange(1, len(data.train)))),
     ]
-    assert len({fingerprint, *map(summary.fingerprint, others)}) == 5
+    assert len({fingerprint, *map(summary.dataset_sha256, others)}) == 5
     digest = hashlib.sha256(repr((data.shape_CHW, data.class_names)).encode())
     for part in (data.train, data.val):
         digest.update(str(len(part)).encode() + part.images_NCHW.numpy().tobytes() + part.labels_N.numpy().tobytes())

@@ -37,17 +37,17 @@ def test_it_is_accurate_on_real_digits_it_has_not_seen(classifier: Classifier) -
 
 def test_agreement_on_the_real_held_out_images_is_the_accuracy(classifier: Classifier) -> None:
     val = digits().val
-    assert classifier.agreement(val.images_NCHW, val.labels_N.tolist()) == pytest.approx(classifier.accuracy)
+    assert classifier.class_agreement(val.images_NCHW, val.labels_N.tolist()) == pytest.approx(classifier.accuracy)
 
 
 def test_agreement_of_noise_of_shuffled_and_of_wrong_labels(classifier: Classifier) -> None:
     val, train = digits().val, digits().train
-    assert classifier.agreement(val.images_NCHW, ((val.labels_N + 1) % 10).tolist()) < 0.02
+    assert classifier.class_agreement(val.images_NCHW, ((val.labels_N + 1) % 10).tolist()) < 0.02
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    share = classifier.agreement(train.images_NCHW, train.labels_N[order].tolist())
+    share = classifier.class_agreement(train.images_NCHW, train.labels_N[order].tolist())
     assert share == pytest.approx(0.1, abs=4 * math.sqrt(0.09 / len(train)))
     noise = torch.randint(0, 256, (1000, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    assert classifier.agreement(noise, [i % 10 for i in range(1000)]) < 0.15
+    assert classifier.class_agreement(noise, [i % 10 for i in range(1000)]) < 0.15
 
 
 def test_it_learns_from_the_training_images_alone() -> None:
@@ -132,7 +132,7 @@ def test_a_cache_that_takes_nothing_is_no_error(
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "file"))
     monkeypatch.setitem(RECIPES, "tiny", QUICK)
     classifier_for(small(), "digits", mirrored=False, device=CPU)
-    assert "cannot keep" in capsys.readouterr().err
+    assert "cannot write" in capsys.readouterr().err
 
 
 def test_recipes_suit_the_images() -> None:

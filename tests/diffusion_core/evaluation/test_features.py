@@ -157,7 +157,7 @@ def test_the_download_is_kept_if_its_hash_is_right(tmp_path: Path, monkeypatch: 
     from pytorch_fid import inception as peer
 
     from diffusion_core.evaluation import extractors
-    from diffusion_core.evaluation.features import file_hash
+    from diffusion_core.evaluation.features import weights_file_hash
 
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
     source = tmp_path / "there.pth"
@@ -169,7 +169,7 @@ def test_the_download_is_kept_if_its_hash_is_right(tmp_path: Path, monkeypatch: 
             download_inception()
         assert "--inception-weights" in one_line(refusal.value)
     assert not list((tmp_path / "cache").rglob("*.pth"))
-    monkeypatch.setattr(extractors, "PUBLISHED_HASH", file_hash(source)[:8])
+    monkeypatch.setattr(extractors, "PUBLISHED_HASH", weights_file_hash(source)[:8])
     kept = download_inception()
     source.unlink()
     assert download_inception() == kept

@@ -15,7 +15,7 @@ from diffusion_core.config.metrics import goal_of
 from diffusion_core.data.datasets import Images
 from diffusion_core.evaluation.classifier.classifier import Classifier, classifier_for
 from diffusion_core.evaluation.consistency import mean_squared_difference, structural_similarity
-from diffusion_core.evaluation.measure import Reference, agreement, compare, look
+from diffusion_core.evaluation.measure import Reference, class_agreement, compare, look
 
 FIGURES = ("frechet", "kernel", "score", "precision_recall", "density_coverage", "per_class")
 NOISE = (0.0, 30.0, 60.0, 120.0)
@@ -49,7 +49,7 @@ def figures_of(images: Images) -> dict[str, float]:
     found = compare(FIGURES, seen, reference(), digits().class_names)
     short = {name.split("_")[0]: value for name, value in found.items() if "/" not in name.removeprefix("eval/")}
     per_class = [value for name, value in found.items() if "/" in name.removeprefix("eval/")]
-    return short | {"per class": sum(per_class) / len(per_class), "eval/class_agreement": agreement(seen)}
+    return short | {"per class": sum(per_class) / len(per_class), "eval/class_agreement": class_agreement(seen)}
 
 
 def noisy(images_NCHW: Tensor, level: float) -> Tensor:
