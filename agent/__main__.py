@@ -1,4 +1,4 @@
-"""``python -m agent``: one trial, from the command line or from ``wandb agent``."""
+"""``python -m agent``: run one trial, from the command line or for ``wandb agent``."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from pruning.config import unheard
 USAGE = """\
 usage: python -m agent [--config FILE.yaml] [--key=value ...] [--print-config | --dry-run]
 
-Trains one class-conditional diffusion model, prunes it if asked to, and logs losses, sample grids, a GIF, figures and
-checkpoints to Weights & Biases (offline where there is no API key). This is what a sweep runs for each trial.
+Train one class-conditional diffusion model, prune it if a method is set, and log losses, sample grids, a GIF, figures
+and checkpoints to Weights & Biases (offline if there is no API key). Sweeps run this command for each trial.
 
   python -m agent --preset=digits                        built-in real digits, half a minute on two cores
   python -m agent --preset=cifar10 --train.steps=100000  CIFAR-10, downloaded once
-  python -m agent --data.name=folder --data.path=DIR     your own images, one sub-folder a class
+  python -m agent --data.name=folder --data.path=DIR     your own images, one sub-folder per class
   python -m agent --log.dir=runs/abc ...                 continue the run in that folder
 
-  --config FILE.yaml   values from a file (keys dotted or nested); the command line overrides them
+  --config FILE.yaml   read values from a file (keys dotted or nested); the command line overrides them
   --print-config       print all values as YAML, which --config reads, and stop
   --dry-run            check everything, print the size and cost of the model, and stop
-  --help               this text
+  --help               print this text
 
-Every knob, its default, what it does, and [what it accepts]:"""
+All knobs, with default, purpose and [accepted values]:"""
 
 
 def main(argv: Sequence[str] | None = None, usage: str = USAGE, defaults: Sequence[str] = ()) -> int:
-    """Run one trial; returns the exit status.
+    """Run one trial. Return the exit status.
 
     Args:
-        argv: command-line words; None takes this process's.
-        usage: what --help prints above the knobs.
-        defaults: words that come before ``argv`` and are overridden by it.
+        argv: command-line words; None: those of this process.
+        usage: text that --help prints above the knobs.
+        defaults: words before ``argv``, which overrides them.
     """
     words = [*defaults, *(sys.argv[1:] if argv is None else argv)]
     if "--help" in words or "-h" in words:
@@ -55,19 +55,19 @@ def main(argv: Sequence[str] | None = None, usage: str = USAGE, defaults: Sequen
         return 0
     if "--dry-run" in words:
         return dry_run(config)
-    from agent.session import run_session  # Slow to import, and a refusal does without it.
+    from agent.session import run_session  # Slow to import, and not needed for the commands above.
 
     return run_session(config)
 
 
 def dry_run(config: TrialConfig) -> int:
-    """Print what would be trained, without reading data or starting a run."""
+    """Print what a trial would train, without reading data or starting a run."""
     from diffusion_core.model.cost import count_cost
     from diffusion_core.model.unet import build_network
     from diffusion_core.registries import DATASETS
 
     channels, size, _ = config.data.image_shape
-    # The number of classes of a folder is known once it is read; it moves the count by an embedding row each.
+    # The number of classes in a folder is unknown before reading it. Each adds one row to an embedding.
     network = build_network(config, DATASETS[config.data.name].num_classes or 10)
     cost = count_cost(network)
     checkpoint_bytes = 4 * 4 * cost.params

@@ -1,4 +1,4 @@
-"""End commands: report unusable input in one line, and exit without waiting for interpreter teardown."""
+"""How commands end: one line and a status for unusable input, and a fast exit."""
 
 from __future__ import annotations
 
@@ -8,28 +8,31 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+UNUSABLE = 2
+"""Exit status of a command that cannot use its input."""
+
 
 def run_and_leave(main: Callable[[], int]) -> NoReturn:
     """Call ``main`` and exit with the status that it returns, without waiting for interpreter teardown.
 
-    Teardown takes about a second, because the interpreter frees the objects of PyTorch's compiler one by one. Threads,
-    the exit handlers that ``main`` registered (such as W&B's) and the flush of output still run first. An exception
-    of ``main`` ends the process in the usual way.
+    Teardown takes a second: it frees, object by object, what PyTorch's compiler made when it was imported. Exit
+    handlers registered by ``main`` (such as W&B's) run first, output is flushed, and threads are joined. An exception
+    from ``main`` ends the process as usual.
     """
     status: int | None = None
 
-    def exit_at_once() -> None:  # Handlers run in reverse order: this one after those of main.
+    def leave() -> None:  # Handlers run in reverse order: this one after all of main's.
         if status is not None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
 
-    atexit.register(exit_at_once)
+    atexit.register(leave)
     status = main()
     sys.exit(status)
 
 
 def fail(message: str) -> int:
-    """Print an error in one line on stderr; return 2, the exit status of unusable input."""
+    """Print one line for the user on stderr. Return the exit status of unusable input."""
     print(f"error: {message}", file=sys.stderr)
-    return 2
+    return UNUSABLE

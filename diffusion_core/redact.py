@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 BLANK = "[redacted]"
 SECRET_NAMES = re.compile(r"(API_?KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
@@ -56,3 +58,46 @@ def _redacted(value: Any, secrets: Sequence[str]) -> Any:
     if isinstance(value, list | tuple):
         return [_redacted(entry, secrets) for entry in value]
     return value
+
+
+@contextmanager
+def redacted_arguments() -> Iterator[None]:
+    """Redact ``sys.argv``, which W&B records, inside this context."""
+    arguments = sys.argv
+    sys.argv = redacted(arguments)
+    try:
+        yield
+    finally:
+        sys.argv = arguments
+
+
+class Tee:
+    """A stream that also passes each finished line, redacted, to a sink. Of a progress bar it passes the last state."""
+
+    def __init__(self, stream: TextIO, sink: Callable[[str], None]) -> None:
+        self._stream = stream
+        self._sink = sink
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        """Write to the stream, and pass each finished line to the sink with its keys redacted."""
+        written = self._stream.write(text)
+        *lines, rest = (self._line + text).split("\n")
+        for line in lines:
+            self._sink(redact(line.rstrip("\r").rpartition("\r")[2]))
+        self._line = rest[rest.rfind("\r", 0, -1) + 1 :]
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def recorded_console(sink: Callable[[str], None]) -> Iterator[None]:
+    """Pass every printed line to ``sink``, without keys, inside this context."""
+    out, err = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Tee(out, sink), Tee(err, sink)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = out, err

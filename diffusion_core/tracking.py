@@ -1,106 +1,82 @@
-"""Where figures, pictures and checkpoints go: the protocol, a tracker that keeps nothing, and one in memory."""
+"""Where figures, pictures and checkpoints go: a tracker's interface, one that ignores everything, and one in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 STEP = "step"
-"""The key that every row carries, and the x axis of every plot: optimizer steps done."""
+"""The key of every row for the number of optimizer steps done; the x axis of every plot."""
 
 BEST = "best"
-"""The alias that a superseded upload may still be needed for."""
+"""The alias of an artifact's best version. An upload with it is sent even if newer ones wait."""
 
 MODEL = "model"
-"""Type of the artifacts that sampling needs; the name is ``model-RUN_ID``."""
+"""Type of the artifacts with what sampling needs; they are named ``model-RUN_ID``."""
 
 STATE = "training-state"
-"""Type of the artifacts that hold what resuming needs besides; the name is ``training-state-RUN_ID``."""
+"""Type of the artifacts with what resuming needs as well; they are named ``training-state-RUN_ID``."""
 
 
-class Tracker(Protocol):
-    """What a trial tells the world.
+@dataclass(frozen=True)
+class Upload:
+    """A version of an artifact: a set of files with a name.
+
+    Attributes:
+        name: the artifact's name.
+        kind: the artifact's type.
+        files: the files of this version.
+        aliases: names of this version. An alias moves here from older versions.
+        metadata: facts about this version, as JSON.
+        ttl_days: days until the server may delete it. None keeps it.
+    """
+
+    name: str
+    kind: str
+    files: Sequence[Path]
+    aliases: Sequence[str] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    ttl_days: int | None = None
+
+
+class Tracker:
+    """Receives what a trial records. This base class ignores all of it.
 
     A row maps names to numbers, or to paths of pictures (``.png``) and animations (``.gif``).
 
     Attributes:
-        live: whether artifacts reach others while training goes on; else it is enough to log them at the end.
+        live: whether uploads reach other machines while training runs. If not, log them once at the end.
     """
-
-    live: bool
-
-    def log(self, row: Mapping[str, float | Path], step: int) -> None:
-        """One row of history; called once a logging interval."""
-
-    def summary(self, figures: Mapping[str, Any]) -> None:
-        """Figures of the run as a whole."""
-
-    def artifact(
-        self,
-        name: str,
-        kind: str,
-        files: Sequence[Path],
-        aliases: Sequence[str],
-        metadata: Mapping[str, Any],
-        ttl_days: int | None = None,
-    ) -> None:
-        """A versioned set of files; the files may be deleted once this returns, but not written to.
-
-        Args:
-            name: of which this is a version.
-            kind: what it is.
-            files: what it holds.
-            aliases: what this version is called; an alias moves here from older versions.
-            metadata: facts about it.
-            ttl_days: after how many days the server may forget it; None: never.
-        """
-
-    def alert(self, title: str, text: str) -> None:
-        """Something that somebody should look at."""
-
-    def use(self, name: str, kind: str = "model", files: Sequence[Path] = ()) -> None:
-        """An artifact that the run builds on, which lineage shows: one that there is, or one of these files."""
-
-    def close(self, exit_code: int = 0) -> None:
-        """Send what is left; afterwards nothing more may be logged."""
-
-
-class NullTracker:
-    """Keeps nothing: for trials without tracking, and for all processes but the first."""
 
     live = False
 
     def log(self, row: Mapping[str, float | Path], step: int) -> None:
-        """Do nothing."""
+        """Record one row of history; called once per logging interval."""
 
     def summary(self, figures: Mapping[str, Any]) -> None:
-        """Do nothing."""
+        """Record figures of the run as a whole."""
 
-    def artifact(
-        self,
-        name: str,
-        kind: str,
-        files: Sequence[Path],
-        aliases: Sequence[str],
-        metadata: Mapping[str, Any],
-        ttl_days: int | None = None,
-    ) -> None:
-        """Do nothing."""
+    def artifact(self, upload: Upload) -> None:
+        """Record a version of an artifact. The caller may then delete its files, but not change them."""
 
-    def use(self, name: str, kind: str = "model", files: Sequence[Path] = ()) -> None:
-        """Do nothing."""
+    def use(self, name: str, kind: str = MODEL, files: Sequence[Path] = ()) -> None:
+        """Record that the run uses an artifact: an existing one, or one that consists of ``files``."""
 
     def alert(self, title: str, text: str) -> None:
-        """Do nothing."""
+        """Notify the user."""
 
     def close(self, exit_code: int = 0) -> None:
-        """Do nothing."""
+        """Send what is left. Nothing may be recorded afterwards."""
+
+
+class NullTracker(Tracker):
+    """Records nothing: for trials without tracking, and for all processes but the first."""
 
 
 @dataclass
-class MemoryTracker:
+class MemoryTracker(Tracker):
     """Keeps everything in memory: for tests and notebooks."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -119,28 +95,20 @@ class MemoryTracker:
         """Update the figures."""
         self.figures.update(figures)
 
-    def artifact(
-        self,
-        name: str,
-        kind: str,
-        files: Sequence[Path],
-        aliases: Sequence[str],
-        metadata: Mapping[str, Any],
-        ttl_days: int | None = None,
-    ) -> None:
-        """Keep name, type, aliases and metadata, and a copy of the files' contents."""
+    def artifact(self, upload: Upload) -> None:
+        """Upload a version of an artifact, or keep what would be uploaded."""
         self.artifacts.append(
             {
-                "name": name,
-                "type": kind,
-                "aliases": list(aliases),
-                "metadata": dict(metadata),
-                "ttl_days": ttl_days,
-                "files": {path.name: path.stat().st_size for path in files},
+                "name": upload.name,
+                "type": upload.kind,
+                "aliases": list(upload.aliases),
+                "metadata": dict(upload.metadata),
+                "ttl_days": upload.ttl_days,
+                "files": {path.name: path.stat().st_size for path in upload.files},
             }
         )
 
-    def use(self, name: str, kind: str = "model", files: Sequence[Path] = ()) -> None:
+    def use(self, name: str, kind: str = MODEL, files: Sequence[Path] = ()) -> None:
         """Append (type, name)."""
         self.used.append((kind, name))
 

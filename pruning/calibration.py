@@ -1,4 +1,4 @@
-"""Training images with noise, on which a pruner measures gradients."""
+"""Training images with noise, on which pruning measures gradients."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from diffusion_core.randomness import Purpose, stream_seed
 
 @dataclass(frozen=True)
 class Calibration:
-    """Batches of training images, drawn as in training but from streams of their own.
+    """Batches of training images, drawn as in training but from random streams of their own.
 
     Attributes:
-        batches: the images; batch n is the same whenever it is asked for.
-        config: the run's configuration, with the seed of these streams.
-        progress: whether to show a bar.
+        batches: the images. Batch n is the same at every call.
+        config: configuration of the run, with the seed of these streams.
+        progress: whether to show a progress bar.
     """
 
     batches: Batches
@@ -35,7 +35,7 @@ class Calibration:
 
     @classmethod
     def of(cls, images: Images, config: CoreConfig, device: torch.device, progress: bool = False) -> Calibration:
-        """Batches of ``train.batch_size`` training images."""
+        """Return batches of ``train.batch_size`` training images."""
         config = config.model_copy(update={"seed": stream_seed(config.seed, Purpose.CALIBRATION)})
         batches = Batches(
             images,
@@ -47,16 +47,16 @@ class Calibration:
         return cls(batches, config, progress)
 
     def indices(self, count: int) -> Iterable[int]:
-        """The numbers of the first batches, with a bar."""
+        """Return the numbers of the first ``count`` batches, with a progress bar."""
         return tqdm(range(count), desc="gradients", unit="batch", leave=False, disable=not self.progress)
 
     def draws(self, index: int, network: UNet, t: int | None = None) -> Draws:
-        """Batch ``index`` with its noise; at timestep ``t`` throughout, or as they are drawn in training."""
+        """Return batch ``index`` with its noise, at timestep ``t``, or at timesteps drawn as in training (None)."""
         drawn = draw(index, self.batches, self.config, self._denoiser(network).schedule)
         return drawn if t is None else replace(drawn, t_B=torch.full_like(drawn.t_B, t))
 
     def loss(self, network: UNet, drawn: Draws) -> Tensor:
-        """The training loss of each image, ``(B,)``, in float32, with a graph to differentiate."""
+        """Return the training loss of each image, ``(B,)``, float32, with its graph."""
         return diffusion_loss(
             self._denoiser(network),
             drawn.x0_BCHW,
@@ -68,11 +68,13 @@ class Calibration:
         )
 
     def gradients(self, network: UNet, count: int) -> Iterator[dict[str, Tensor]]:
-        """Of each of the first batches the gradient of its mean loss, by parameter."""
+        """Yield the gradient of the mean loss of each of the first ``count`` batches, by parameter."""
         parameters = dict(network.named_parameters())
         for index in self.indices(count):
             loss = self.loss(network, self.draws(index, network)).mean()
             yield dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
 
     def _denoiser(self, network: UNet) -> Denoiser:
-        return Denoiser.from_config(network, self.config, next(network.parameters()).device)
+        return Denoiser.from_config(
+            network, self.config.diffusion, self.config.model, next(network.parameters()).device
+        )

@@ -88,6 +88,20 @@ class PruneConfig(Section):
         """Whether the method prunes in many small steps."""
         return self.method in MASK_STRATEGIES and bool(MASK_STRATEGIES[self.method].gradual)
 
+    def start(self, train_steps: int) -> int:
+        """Return the optimizer steps before pruning, or before its start (gradual), in ``train_steps`` steps."""
+        if self.step is not None:
+            return self.step
+        if self.at_start:
+            return 0
+        return max(1, train_steps // (4 if self.is_gradual else 2))
+
+    def end(self, train_steps: int) -> int:
+        """Return the optimizer steps before pruning is complete. Only gradual pruning ends later than it starts."""
+        if not self.is_gradual:
+            return self.start(train_steps)
+        return self.until if self.until is not None else max(1, 3 * train_steps // 4)
+
 
 _CHAIN = frozenset({"rounds", "per_round", "rewind_step", "control"})
 _MASKS_ONLY = frozenset({"profile", "until", "interval", "pattern"})

@@ -1,7 +1,7 @@
-"""How alike the images of a pruned network and of the dense one are, from the same seeds and labels.
+"""Compare the images of a pruned network with those of the dense one, from the same seeds and labels.
 
-What the dense network draws is kept in the run's own checkpoints: a run that goes on elsewhere, when the dense weights
-are long gone, still has it; and so has a run that starts from a pruned checkpoint.
+The dense network's images are stored in the run's checkpoints. So they are available to a run that resumes elsewhere
+without the dense weights, and to a run that starts from a pruned checkpoint.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from diffusion_core.training.trainer import TrainState
 from pruning.pruner import records
 
 DENSE_IMAGES = "dense_images"
-"""The part of a checkpoint that holds them, and where its metadata says how they were drawn."""
+"""The checkpoint's part with the images, and the key of their sampling settings in the metadata."""
 
 
 class KeepDenseImages:
-    """A training callback that keeps what the network draws before it is pruned; it comes before all that prune.
+    """A training callback that stores images of the network before pruning. It must precede all that prune.
 
     Args:
         config: every knob of the core.
-        step: optimizer steps before the pruning.
-        from_parent: whether training began with the weights of another run, which are worth drawing from at step 0.
+        step: optimizer steps before pruning.
+        from_parent: whether training started from another run's weights. Otherwise images at step 0 are noise.
     """
 
     def __init__(self, config: CoreConfig, step: int, *, from_parent: bool) -> None:
@@ -46,7 +46,7 @@ class KeepDenseImages:
 
 
 def keep_dense_images(state: TrainState, network: UNet, config: CoreConfig) -> None:
-    """Put what a network draws into a state, unless ``eval.consistency_images`` is 0 or something is there already."""
+    """Store images of a network in a state, unless it has some or ``eval.consistency_images`` is 0."""
     if config.eval.consistency_images and DENSE_IMAGES not in state.extra_parts:
         images = _draw(network, config, config.eval.consistency_images, config.sample, config.seed)
         state.extra_parts[DENSE_IMAGES] = {"images": images}
@@ -54,17 +54,17 @@ def keep_dense_images(state: TrainState, network: UNet, config: CoreConfig) -> N
 
 
 def inherit_dense_images(state: TrainState, checkpoint: Checkpoint) -> None:
-    """Take over the dense network's images from the checkpoint that a state was made from, if it holds any."""
+    """Copy the dense network's images, if any, from the checkpoint that a state was made from."""
     if DENSE_IMAGES in checkpoint.parts:
         state.extra_parts[DENSE_IMAGES] = checkpoint.tensors(DENSE_IMAGES)
         state.extra_metadata[DENSE_IMAGES] = checkpoint.metadata["extra"][DENSE_IMAGES]
 
 
 def dense_consistency(state: TrainState, config: CoreConfig) -> Judgement:
-    """How alike the images of a state's averaged network and of the dense one are (``prune/consistency_*``).
+    """Compare images of a state's averaged network with those of the dense one (``prune/consistency_*``).
 
-    Nothing where the network was not pruned, the dense one's images are not there, or none are wanted. They are drawn
-    as those were, whatever ``sample.*`` says by now.
+    Both are sampled with the settings stored with the dense network's images, whatever ``sample.*`` is now. The result
+    is empty if the network was not pruned, images of the dense one are missing, or ``eval.consistency_images`` is 0.
     """
     if not (config.eval.consistency_images and records(state) and DENSE_IMAGES in state.extra_parts):
         return Judgement()
@@ -78,7 +78,7 @@ def dense_consistency(state: TrainState, config: CoreConfig) -> Judgement:
 
 
 def _draw(network: UNet, config: CoreConfig, total: int, sample: SampleConfig, seed: int) -> Tensor:
-    """Images of all classes in turn, by this process alone."""
+    """Sample images with labels in turn, in this process only."""
     device = next(network.parameters()).device
     generator = Generator(network, config, pick_precision(config.train, device))
     return generator.images(round_robin(all_labels(network), range(total)), sample, seed)

@@ -1,4 +1,4 @@
-"""Prune a training state as a configuration asks, and keep it pruned when it is resumed."""
+"""Prune a training state with the configured method, and keep it pruned after resuming."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from pruning.masks.build import choose_masks
 from pruning.masks.mask import MASKS_PART, WeightMasks, agreed, empty_layers, held_masks, hold_masks, sparsity
 
 RECORD_KEY = "pruning"
-"""Where checkpoints keep the records of the prunings, oldest first."""
+"""Key of a checkpoint's metadata for the records of its prunings, oldest first."""
 
 INHERITED_KEY = "inherited_prunings"
-"""Where they keep how many of those the run found in what it was started from."""
+"""Key of a checkpoint's metadata for the number of records from before its run."""
 
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What a pruning did; plain values, kept in every later checkpoint.
+    """A record of a pruning: plain values, stored in every later checkpoint.
 
     Attributes:
         method: ``prune.method``.
         step: optimizer steps before it.
-        knobs: those of ``prune.*`` that the method listens to.
-        seed: what was random followed from it.
-        sparsity: share of the maskable weights (masks) or of all parameters (structured) that went.
-        before: cost of the network as it was.
-        after: cost of the pruned one.
-        details: what the method needs besides to be done again, as plain JSON.
+        knobs: the knobs ``prune.*`` that the method uses.
+        seed: seed of all random choices.
+        sparsity: removed share of the maskable weights (masks) or of all parameters (structured), in [0, 1].
+        before: cost of the network before it.
+        after: cost of the network after it.
+        details: what else repeating it needs, as JSON.
     """
 
     method: str
@@ -56,18 +56,18 @@ class PruneReport:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What a pruner hands back: how much went (see :class:`PruneReport`), and what doing it again needs."""
+    """The result of a pruner. For the attributes, see :class:`PruneReport`."""
 
     sparsity: float
     details: dict[str, Any] = field(default_factory=dict)
 
 
 Pruner = Callable[[TrainState, CoreConfig, PruneConfig, Calibration | None], Pruned]
-"""Prunes a training state in place. What it draws follows from ``config.seed``; gradients come from calibration."""
+"""Prunes a training state in place. ``config.seed`` decides what is random; calibration provides gradients."""
 
 
 def prune_weights(state: TrainState, config: CoreConfig, prune: PruneConfig, calibration: Calibration | None) -> Pruned:
-    """Mask weights; those that are pruned stay zero in the network, its averages and the optimizer."""
+    """Mask weights. Pruned weights stay zero in the network, its averages and the optimizer."""
     masks = agreed(choose_masks(state.network, held_masks(state), config, prune, calibration))
     hold_masks(state, masks)
     return Pruned(sparsity(masks), {"empty_layers": empty_layers(masks)})
@@ -76,16 +76,16 @@ def prune_weights(state: TrainState, config: CoreConfig, prune: PruneConfig, cal
 def prune_structure(
     state: TrainState, config: CoreConfig, prune: PruneConfig, calibration: Calibration | None
 ) -> Pruned:
-    """Put a smaller network in place of the network, with fresh averages and a fresh optimizer.
+    """Replace the network by a smaller one, with new averages and a new optimizer.
 
-    Weights that are masked already stay so, where they stay at all.
+    Masked weights that remain stay masked.
     """
     params = count_cost(state.network).params
     network, removal = prune_channels(state.network, prune, config.seed, calibration, config.log.progress)
     masks = held_masks(state)
     if masks is not None:
         masks = smaller_masks(state.network, masks, removal)
-    smaller = TrainState.start(network, config)
+    smaller = TrainState.start(network, config.train, config.ema)
     state.network, state.ema, state.optimizer = smaller.network, smaller.ema, smaller.optimizer
     if masks is not None:
         hold_masks(state, masks)
@@ -93,7 +93,7 @@ def prune_structure(
 
 
 def smaller_masks(network: UNet, masks: WeightMasks, removal: Removal) -> WeightMasks:
-    """What is left of masks once channels are removed: the masks go through it in place of the weights."""
+    """Return masks without the removed channels, by removing them from a network whose weights are the masks."""
     carrier = copy.deepcopy(network)
     carrier.load_state_dict({name: mask.to(torch.float32) for name, mask in masks.items()}, strict=False)
     return {name: weight != 0 for name, weight in maskable(remove(carrier, replace(removal, redrawn=None))).items()}
@@ -102,7 +102,7 @@ def smaller_masks(network: UNet, masks: WeightMasks, removal: Removal) -> Weight
 def prune_state(
     state: TrainState, config: CoreConfig, prune: PruneConfig, calibration: Calibration | None = None
 ) -> PruneReport:
-    """Prune a training state, in place, and add a record of it to the state's."""
+    """Prune a training state in place, and add a record of it."""
     before = count_cost(state.network)
     pruner = prune_structure if prune.method == "structured" else prune_weights
     pruned = pruner(state, config, prune, calibration)
@@ -121,33 +121,33 @@ def prune_state(
 
 
 def heard_knobs(prune: PruneConfig) -> dict[str, Any]:
-    """The knobs that the method listens to, as JSON."""
+    """Return the knobs that the method uses, as JSON."""
     heard = listens_to(prune.method)
     return {name: value for name, value in prune.model_dump(mode="json").items() if name in heard}
 
 
 def keep_record(state: TrainState, report: PruneReport) -> None:
-    """Add what a pruning did to the records that every later checkpoint holds."""
+    """Add a record of a pruning, which every later checkpoint stores."""
     state.extra_metadata[RECORD_KEY] = [*records(state), asdict(report)]
 
 
 def records(state: TrainState) -> list[dict[str, Any]]:
-    """What was done to a state by earlier prunings, oldest first."""
+    """Return the records of a state's prunings, oldest first."""
     return list(state.extra_metadata.get(RECORD_KEY, []))
 
 
 def is_pruned(state: TrainState) -> bool:
-    """Whether a state was pruned since it was started, from nothing or from a checkpoint."""
+    """Return whether a state was pruned in this run. Prunings of the checkpoint that it started from do not count."""
     return len(records(state)) > state.extra_metadata.get(INHERITED_KEY, 0)
 
 
 def inherit(state: TrainState, earlier: Sequence[Mapping[str, Any]], masks: Mapping[str, Tensor] | None) -> None:
-    """Go on from a pruned network: with its records, and with the weights that are masked in it at zero for good.
+    """Continue from a pruned network: take over its records, and keep its masked weights at zero.
 
     Args:
         state: started from the weights of a checkpoint.
         earlier: the checkpoint's records.
-        masks: its masks, or None where it has none or they are not at hand: then the zeros among the weights tell.
+        masks: the checkpoint's masks; None: derive them from the zeros among the weights.
 
     Raises:
         ValueError: if the masks are not those of the network.
@@ -162,7 +162,7 @@ def inherit(state: TrainState, earlier: Sequence[Mapping[str, Any]], masks: Mapp
 
 
 def resume_pruning(state: TrainState) -> None:
-    """After a restore: hold pruned weights at zero again, if the state was pruned by masks.
+    """Keep pruned weights at zero after a restore, if the state was pruned by masks.
 
     Raises:
         CheckpointError: if the masks are not those of the network.

@@ -25,7 +25,7 @@ from typing import Any, get_args
 
 from agent.command import fail
 from agent.config import TrialConfig, build_config
-from agent.start import Source, open_source, start_from
+from agent.tracking.artifacts import open_source
 from agent.tracking.environment import has_key, load_environment
 from agent.tracking.run import start_wandb
 from agent.tracking.tracker import WandbTracker
@@ -41,6 +41,7 @@ from diffusion_core.registries import DATASETS
 from diffusion_core.run_folder import make_folder
 from diffusion_core.sampling.generation import Generator
 from diffusion_core.tables import text_table
+from diffusion_core.tracking import MODEL, Upload
 from diffusion_core.training.checkpoints import describe, model_files
 from diffusion_core.training.trainer import TrainState
 from pruning.calibration import Calibration
@@ -48,6 +49,7 @@ from pruning.config import PruneConfig, unheard
 from pruning.consistency import keep_dense_images
 from pruning.pruner import prune_state
 from pruning.registries import IMPORTANCES
+from pruning.start import Source, start_from
 
 TARGETS = get_args(PruneConfig.model_fields["target"].annotation)
 NOT_TAKEN_OVER = ("prune.", "init.", "distill.", "log.", "train.device")
@@ -190,11 +192,11 @@ def run(job: PruningTask, batch: int) -> dict[str, Any]:
     if job.source is None:
         num_classes = dataset.num_classes if dataset else DATASETS[config.data.name].num_classes or 0
         class_names = dataset.class_names if dataset else [str(label) for label in range(num_classes)]
-        state = TrainState.start(build_network(config, num_classes).to(device), config)
+        state = TrainState.start(build_network(config, num_classes).to(device), config.train, config.ema)
     else:
         checkpoint = job.source.checkpoint
         class_names = checkpoint.class_names
-        state = start_from(job.source, config, len(class_names), "ema", device, "--")
+        state = start_from(job.source, config, len(class_names), "ema", device)
         state.step = checkpoint.step
     calibration = Calibration.of(dataset.train, config, device, config.log.progress) if dataset else None
     dense = state.network
@@ -234,7 +236,7 @@ def run(job: PruningTask, batch: int) -> dict[str, Any]:
             tracker.use(job.source.artifact)
         tracker.summary({f"model/{name}": value for name, value in after.items()} | same_seeds)
         described = {key: result[key] for key in ("importance", "target", "keep", "kept", "parent")}
-        tracker.artifact(f"model-{run_id}", "model", model_files(written), ["latest", "pruned"], described)
+        tracker.artifact(Upload(f"model-{run_id}", MODEL, model_files(written), ["latest", "pruned"], described))
         tracker.close(0)
         result["artifact"] = f"model-{run_id}:pruned"
     return result

@@ -6,10 +6,13 @@ import hashlib
 import os
 import pickle
 import struct
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torchvision
 from PIL import Image
 
 CIFAR = {
@@ -54,6 +57,39 @@ def write_pickle(path: Path, content: dict[str, Any]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(pickle.dumps(content))
     return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def write_cifar(
+    name: str, root: Path, class_names: Sequence[str], labels: Callable[[int], list[int]], patch: pytest.MonkeyPatch
+) -> list[np.ndarray]:
+    """Write four images per file in the format of the CIFAR archives; returns the files' images, test images last.
+
+    Rows of 3072 bytes: all red ones first, then green, then blue. ``labels`` gives those of the file of a number.
+    torchvision knows the checksums of the real files, and is patched to accept those of these.
+    """
+    loader_name, base, label_key, names_key, train_files, test_file, meta_file = CIFAR[name]
+    loader = getattr(torchvision.datasets, loader_name)
+    images, sums = [], {}
+    for i, file in enumerate([*train_files, test_file]):
+        images.append(random_images(4, 3, 32, 32, seed=i))
+        content = {"data": images[-1].reshape(4, 3072), label_key: labels(i), "batch_label": "x"}
+        sums[file] = write_pickle(root / base / file, content)
+    patch.setattr(loader, "train_list", [[file, sums[file]] for file in train_files])
+    patch.setattr(loader, "test_list", [[test_file, sums[test_file]]])
+    meta_sum = write_pickle(root / base / meta_file, {names_key: list(class_names)})
+    patch.setattr(loader, "meta", loader.meta | {"md5": meta_sum})
+    return images
+
+
+def write_mnist(folder: Path, counts: Mapping[str, int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Write random images in MNIST's format; returns images and labels by file prefix, ``train`` or ``t10k``."""
+    parts = {}
+    for i, (prefix, count) in enumerate(counts.items()):
+        images, labels = random_images(count, 28, 28, seed=i), np.arange(i, count + i, dtype=np.uint8) % 10
+        write_idx(folder / "raw" / f"{prefix}-images-idx3-ubyte", images)
+        write_idx(folder / "raw" / f"{prefix}-labels-idx1-ubyte", labels)
+        parts[prefix] = images, labels
+    return parts
 
 
 def frame_count(image: Image.Image) -> int:

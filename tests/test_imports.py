@@ -17,11 +17,10 @@ PACKAGES = ("diffusion_core", "pruning", "agent")
 SOURCE = (*PACKAGES, "scripts")
 
 CORE_LAYERS = (
-    {"files", "messages", "redact", "signals", "tables"},
-    {"registry"},
+    {"files", "messages", "redact", "registry", "signals", "tables"},
     {"registries"},
     {"config"},
-    {"cache", "randomness", "hardware", "sharing", "tracking", "run_folder", "distributed"},
+    {"cache", "randomness", "hardware", "machine", "tracking", "run_folder", "distributed"},
     {"data"},
     {"model"},
     {"diffusion"},

@@ -27,7 +27,7 @@ ONE_OF_EACH = {
 ONE_TEXT = {
     "errors in one line: messages.one_line": (r"\.join\(\s*str\(error\)", "diffusion_core/messages.py"),
     "temporary names: files.replaced_file": (r"\.partial\"", "diffusion_core/files.py"),
-    "git's description of the code: summary.commit": (r"\"git\",", "agent/summary.py"),
+    "git's description of the code: summary.commit": (r"\"git\",", "diffusion_core/training/summary.py"),
     "labels in turn: generation.round_robin": (r"Request\([^()]*%", "diffusion_core/sampling/generation.py"),
     "Markdown tables: tables.markdown_table": (r"\"\| |\|---", "diffusion_core/tables.py"),
     "mean and range: table.mean_and_range": (r" to \{.*max\(", "scripts/studies/table.py"),

@@ -79,7 +79,7 @@ def tiny_batches(config: CoreConfig, images: Images | None = None, **changes: An
 
 def tiny_state(config: CoreConfig) -> TrainState:
     """A training state on the CPU whose network is the configuration's, freshly drawn."""
-    return TrainState.start(build_network(config, NUM_CLASSES), config)
+    return TrainState.start(build_network(config, NUM_CLASSES), config.train, config.ema)
 
 
 @cache
@@ -110,7 +110,7 @@ CONFIG = tiny_config()
 def metadata(network: UNet, config: CoreConfig = CONFIG) -> dict[str, Any]:
     return {
         "config": flatten(config),
-        "image_shape": [1, 8, 8],
+        "image_shape": [network.in_channels, network.image_size, network.image_size],
         "num_classes": network.num_classes,
         "class_names": [str(i) for i in range(10)],
         "structure": structure(network, config.model),

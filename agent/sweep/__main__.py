@@ -1,4 +1,4 @@
-"""``python -m agent.sweep FILE.yaml``: check a sweep, then run it, online through W&B or offline on this machine."""
+"""``python -m agent.sweep FILE.yaml``: check a sweep, then run it online through W&B, or offline on this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from agent.command import fail
+from agent.command import UNUSABLE, fail
 from agent.sweep.file import SweepError, SweepFile, load_sweep
 from agent.tracking.environment import load_environment, wandb_mode
 from diffusion_core.config import ConfigError
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from agent.sweep.offline import OfflineSweep
 
 DESCRIPTION = """\
-Check every parameter of a W&B sweep file, then run its trials: online (the sweep is created on W&B, and W&B's agents
-run it here, one for each GPU), or offline, with W&B's own search engine and no account. Stopped, an offline sweep goes
-on with the same command, an online one with --attach."""
+Check every parameter of a W&B sweep file, then run its trials: online (create the sweep on W&B, and run W&B's agents
+here, one per GPU), or offline, with W&B's own search engine and no account. To resume a stopped sweep, repeat the
+command offline, or use --attach online."""
 
 SHOWN_TRIALS = 5
-"""Trials that --dry-run lists."""
+"""Number of trials that --dry-run lists."""
 MANY_TRIALS = 1000
-"""A grid of more is mentioned: it was perhaps not meant."""
+"""A warning is printed for more trials: a large grid may be a mistake."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses words in one line, as everything else is refused."""
+    """Reports wrong words in one line, like all other errors."""
 
     def error(self, message: str) -> NoReturn:
         """Print the message in one line and exit, without the usage that argparse prints."""
@@ -43,12 +43,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="list the first trials and what they cost, and stop")
     parser.add_argument("--name", help="name of the sweep and its folder (default: from the file)")
     online = parser.add_argument_group("online")
-    online.add_argument("--agents", type=positive, metavar="N", help="agents at once (one for each GPU, or one)")
+    online.add_argument("--agents", type=positive, metavar="N", help="agents at once (one per GPU, or one)")
     online.add_argument("--attach", metavar="[[ENTITY/]PROJECT/]ID", help="join a sweep that is on W&B already")
     offline = parser.add_argument_group("offline")
-    offline.add_argument("--offline", action="store_true", help="no server; the default where there is no API key")
-    offline.add_argument("--jobs", type=positive, metavar="N", help="trials at once (one for each GPU, or one)")
-    offline.add_argument("--out", type=Path, metavar="DIR", help="where NAME/ goes (runs/sweeps)")
+    offline.add_argument("--offline", action="store_true", help="use no server; the default if there is no API key")
+    offline.add_argument("--jobs", type=positive, metavar="N", help="trials at once (one per GPU, or one)")
+    offline.add_argument("--out", type=Path, metavar="DIR", help="parent of the sweep's folder (runs/sweeps)")
     arguments = parser.parse_args(argv)
     if arguments.file is None and arguments.attach is None:
         parser.error("FILE: a sweep file is needed, such as sweeps/quickstart.yaml (or --attach ID)")
@@ -63,7 +63,7 @@ def positive(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 if a trial failed, 2 if the sweep cannot be run, 130 if it was stopped."""
+    """Return the exit status: 0, 1 if a trial failed, 2 if the sweep cannot be run, 130 if it was stopped."""
     arguments = parse_arguments(argv)
     load_environment()
     try:
@@ -75,12 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return online(sweep, arguments)
     except ConfigError as error:
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return 2
+            fail(line)
+        return UNUSABLE
 
 
 def offline(sweep: SweepFile | None, arguments: argparse.Namespace) -> int:
-    """Run a sweep on this machine alone."""
+    """Run a sweep on this machine without a server."""
     if sweep is None or arguments.attach or arguments.agents:
         raise SweepError("--attach, --agents: for sweeps on W&B; leave --offline out (offline there is --jobs)")
     from agent.sweep.offline import OfflineSweep, run_offline
@@ -92,7 +92,7 @@ def offline(sweep: SweepFile | None, arguments: argparse.Namespace) -> int:
 
 
 def online(sweep: SweepFile | None, arguments: argparse.Namespace) -> int:
-    """Create a sweep on W&B, or join one, and run agents here."""
+    """Create a sweep on W&B, or join one, and run agents on this machine."""
     if arguments.jobs or arguments.out:
         raise SweepError("--jobs, --out: for sweeps without a server; add --offline, or use --agents")
     if wandb_mode() != "online":
@@ -104,7 +104,7 @@ def online(sweep: SweepFile | None, arguments: argparse.Namespace) -> int:
         path, sweep = find_sweep(arguments.attach, sweep)
     assert sweep is not None
     agents = arguments.agents or one_per_gpu()
-    if path is None or arguments.dry_run:  # Of one on W&B, some trials may be done.
+    if path is None or arguments.dry_run:  # Some trials of an existing sweep may be done.
         tell_cost(sweep, arguments, agents)
     if arguments.dry_run:
         return 0
@@ -112,21 +112,24 @@ def online(sweep: SweepFile | None, arguments: argparse.Namespace) -> int:
 
 
 def one_per_gpu() -> int:
-    """Number of processes to run at once by default: one for each visible GPU, at least one."""
-    from agent.sweep.devices import visible_gpus
+    """Return the number of visible GPUs, at least one."""
+    from diffusion_core.machine.sharing import visible_gpus
 
     return max(1, len(visible_gpus()))
 
 
 def tell_cost(sweep: SweepFile, arguments: argparse.Namespace, jobs: int, begun: OfflineSweep | None = None) -> None:
-    """Print what the sweep will cost; with --dry-run also its first trials.
+    """Print what the sweep will cost, and with --dry-run its first trials.
 
     Args:
+        sweep: the sweep.
+        arguments: the command's options.
         jobs: trials at once.
         begun: the offline sweep, some of whose trials may have ended.
     """
-    from agent.sweep.devices import threads_each
-    from agent.sweep.estimate import Estimator, describe_sweep, list_trials
+    from agent.sweep.estimate import describe_sweep, list_trials
+    from diffusion_core.machine.sharing import threads_each
+    from pruning.estimate import Estimator
 
     ended = [] if begun is None else begun.ended_trials()
     limits = [arguments.count, None if sweep.total is None else max(0, sweep.total - len(ended))]

@@ -1,4 +1,6 @@
-"""A sweep without a server: W&B's own search engine suggests, trials run here, several at a time, nothing is lost.
+"""Run a sweep without a server: W&B's search engine suggests trials, and several run at once on this machine.
+
+The sweep survives a kill at any moment. Its folder:
 
 runs/sweeps/NAME/
     sweep.json                   the sweep and the state of its trials
@@ -21,29 +23,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.sweep import engine
-from agent.sweep.devices import shares
 from agent.sweep.file import SweepError, SweepFile
+from agent.sweep.macros import expand_command
 from agent.sweep.plot import PLOT_FILE, plot_results
-from agent.sweep.process import LOG_FILE, end_orphan, expand_command, forward_signals, kill_group, start_process
 from agent.sweep.progress import SweepProgress
 from agent.sweep.results import TrialRecord, table, write_results
 from agent.sweep.state import DONE, FAILED, FINISHED, RUNNING, STOPPED, STOPPING, WAITING, SweepState, Trial
 from agent.sweep.trials import TrialReader
 from agent.tracking.environment import OFFLINE_SWEEP
+from diffusion_core.machine.processes import end_orphan, forward_signals, kill_group, start_process
+from diffusion_core.machine.sharing import shares
+
+LOG_FILE = "console.log"
+"""File in a trial's folder with its output, if several trials run at once."""
 
 POLL_SECONDS = 0.1
 ATTEMPTS = 2
-"""How often a trial may fail: the first failure may be the machine's."""
+"""Number of times that a trial is tried: the machine may have caused the first failure."""
 FAILURES_AT_START = 5
-"""Trials that may fail for good before one has come to its end; after that it is not the trials that are wrong."""
+"""Number of failed trials after which the sweep stops if no trial has finished."""
 STOP_GRACE_SECONDS = 120.0
-"""How long a trial that early termination gave up may take to end before it is killed."""
+"""Seconds that a trial has to end after early termination stopped it. Then it is killed."""
 ID_LENGTH = 40
-"""Characters of a sweep's name in the ids of its trials; W&B takes 64 in all."""
+"""Characters of a sweep's name in its trials' ids. W&B allows 64 in all."""
 
 
 class NothingWorks(RuntimeError):
-    """One trial after the other failed."""
+    """Several trials failed, and none finished."""
 
 
 @dataclass
@@ -51,10 +57,12 @@ class Running:
     """A trial that has a process.
 
     Attributes:
-        slot: which share of the machine it has.
-        started_at: on the monotonic clock.
-        kill_at: when it is killed, if it was told to end.
-        history_bytes: size of its history when early termination last looked at it.
+        trial: the trial.
+        process: its process.
+        slot: index of its share of the machine.
+        started_at: start of the process on the monotonic clock, in seconds.
+        kill_at: when to kill it, if it was told to end.
+        history_bytes: size of its history when early termination last checked it.
     """
 
     trial: Trial
@@ -66,20 +74,20 @@ class Running:
 
     @property
     def seconds(self) -> float:
-        """Seconds since this process of the trial started."""
+        """Seconds since the process started."""
         return time.monotonic() - self.started_at
 
 
 class OfflineSweep:
-    """Drives the trials of a sweep on this machine.
+    """Runs the trials of a sweep on this machine.
 
     Args:
         sweep: a checked sweep file.
-        folder: where everything goes; a sweep that is there already goes on.
-        jobs: trials at once.
+        folder: the sweep's folder. A sweep in it is resumed.
+        jobs: number of trials at once.
 
     Raises:
-        SweepError: if the folder holds a sweep of another content, or a damaged one.
+        SweepError: if the folder holds a sweep with another content, or a damaged one.
     """
 
     def __init__(self, sweep: SweepFile, folder: Path, jobs: int = 1) -> None:
@@ -93,49 +101,49 @@ class OfflineSweep:
         self.exhausted = False
 
     def ended_trials(self) -> list[Trial]:
-        """The trials that will not run again."""
+        """Return the trials that will not run again."""
         return [trial for trial in self.state.trials if trial.state in DONE]
 
     def run(self, count: int | None = None) -> list[TrialRecord]:
-        """Run trials until the search is exhausted, ``run_cap`` is reached, or ``count`` of them have been run.
+        """Run trials until the search is exhausted, ``run_cap`` is reached, or ``count`` of them were run.
 
         Returns:
             All trials of the sweep, best first.
 
         Raises:
             SweepError: if another process runs this sweep, or its command cannot be started.
-            KeyboardInterrupt: if this process was told to stop; the trials have then written their checkpoints.
-            NothingWorks: if one trial after the other has failed, and none has come to its end.
+            KeyboardInterrupt: if this process was told to stop. The trials have written their checkpoints.
+            NothingWorks: if several trials failed, and none finished.
         """
         begun: set[str] = set()
         ended: list[str] = []
         with self.state.locked():
             self._take_over()
-            with forward_signals(lambda: [running.process for running in self.running]) as came:
+            with forward_signals(lambda: [running.process for running in self.running]) as received:
                 while True:
-                    while not came and not hopeless(ended) and len(self.running) < len(self.shares):
+                    while not received and not hopeless(ended) and len(self.running) < len(self.shares):
                         trial = self._next_trial(begun, may_begin=count is None or len(begun) < count)
                         if trial is None:
                             break
                         begun.add(trial.id)
                         process = self._start(trial)
-                        if came:  # While it was being started, and could not yet be told.
-                            process.send_signal(came[-1])
+                        if received:  # The signal came during the start, before the process could be told.
+                            process.send_signal(received[-1])
                     if not self.running:
                         break
                     time.sleep(POLL_SECONDS)
-                    ended += self._end_trials(interrupted=bool(came))
-                    self._give_up_trials()
+                    ended += self._end_trials(interrupted=bool(received))
+                    self._stop_bad_trials()
             write_results(self.folder, self.reader.ranked())
             plot_results(self.folder / PLOT_FILE, self.sweep, self.reader.records())
-        if came:
+        if received:
             raise KeyboardInterrupt
         if hopeless(ended):
             raise NothingWorks(f"{len(ended)} trials failed and none came to its end; nothing more is started")
         return self.reader.ranked()
 
     def _take_over(self) -> None:
-        """See to the trials of a process that was killed: nothing of them runs on, and what is done stays done."""
+        """Wait for the trials of a sweep process that was killed, and update their states."""
         for trial in self.state.trials:
             if trial.state in (RUNNING, STOPPING):
                 end_orphan(self.state.trial_folder(trial))
@@ -146,11 +154,11 @@ class OfflineSweep:
         self.state.write()
 
     def _next_trial(self, begun: set[str], may_begin: bool) -> Trial | None:
-        """A trial that waits, or else a new one; None if there is none.
+        """Return a waiting trial, or else a new one; None if there is none.
 
         Args:
             begun: ids of the trials that this process has run.
-            may_begin: whether it may be another one; else one of them is tried again.
+            may_begin: whether to return others than these.
         """
         trials = self.state.trials
         waiting = [trial for trial in trials if trial.state == WAITING and (may_begin or trial.id in begun)]
@@ -168,6 +176,7 @@ class OfflineSweep:
         return trial
 
     def _start(self, trial: Trial) -> subprocess.Popen[bytes]:
+        """Start the process of a trial."""
         slot = min(set(range(len(self.shares))) - {running.slot for running in self.running})
         folder = self.state.trial_folder(trial)
         arguments = [f"--{key}={value}" for key, value in trial.parameters.items()] + [f"--log.dir={folder}"]
@@ -184,10 +193,10 @@ class OfflineSweep:
             }
         )
         command = expand_command(self.sweep.config["command"], arguments, self.sweep.config.get("program"))
-        # Before there is a process: whoever finds this trial later must know that it may have one.
+        # Write the state first: after a kill, the next sweep process must know that the trial may have a process.
         trial.state = RUNNING
         self.state.write()
-        end_orphan(folder)  # Something that the trial left behind when it failed.
+        end_orphan(folder)  # A failed attempt may have left a process.
         try:
             process = start_process(command, environment, folder, self._log(trial))
         except OSError as error:
@@ -199,11 +208,11 @@ class OfflineSweep:
         return process
 
     def _log(self, trial: Trial) -> Path | None:
-        """Where a trial's output goes: to the screen (None) if no other trial is there."""
+        """Return the file of a trial's output, or None for the terminal if no other trial uses that."""
         return self.state.trial_folder(trial) / LOG_FILE if len(self.shares) > 1 else None
 
     def _end_trials(self, interrupted: bool) -> list[str]:
-        """Note which processes have ended; returns the states of the trials that are over."""
+        """Update the trials whose processes have ended. Return the states of those that are done."""
         states = []
         for running in list(self.running):
             code = running.process.poll()
@@ -212,19 +221,11 @@ class OfflineSweep:
                     kill_group(running.process)
                 continue
             if code:
-                kill_group(running.process)  # What it started must not hold on to the GPUs.
+                kill_group(running.process)  # Processes that it started must release the GPUs.
             self.running.remove(running)
             trial = running.trial
             trial.seconds += running.seconds
-            if trial.state == STOPPING:
-                trial.state = FINISHED if code == 0 and self.reader.has_result(trial) else STOPPED
-            elif code == 0:
-                trial.state = FINISHED
-            elif interrupted:
-                trial.state = WAITING
-            else:
-                trial.failures += 1
-                trial.state = FAILED if trial.failures >= ATTEMPTS else WAITING
+            self._set_ended_state(trial, code, interrupted)
             self.state.write()
             self.reader.copy_pictures(trial)
             self.progress.ended(trial, code, [other.seconds for other in self.running], self._log(trial))
@@ -232,19 +233,28 @@ class OfflineSweep:
                 states.append(trial.state)
         return states
 
-    def _give_up_trials(self) -> None:
-        """Tell those trials to end that early termination gives up."""
+    def _set_ended_state(self, trial: Trial, code: int, interrupted: bool) -> None:
+        """Set the state of a trial whose process ended with an exit status."""
+        if trial.state == STOPPING:
+            trial.state = FINISHED if code == 0 and self.reader.has_result(trial) else STOPPED
+        elif code == 0:
+            trial.state = FINISHED
+        elif interrupted:
+            trial.state = WAITING
+        else:
+            trial.failures += 1
+            trial.state = FAILED if trial.failures >= ATTEMPTS else WAITING
+
+    def _stop_bad_trials(self) -> None:
+        """Send SIGTERM to the trials that early termination stops, if any history has grown."""
         if "early_terminate" not in self.sweep.config:
             return
-        news = False
-        for running in self.running:
-            size = self.reader.history_bytes(running.trial)
-            news |= size != running.history_bytes
-            running.history_bytes = size
-        if not news:
+        sizes = [self.reader.history_bytes(running.trial) for running in self.running]
+        if sizes == [running.history_bytes for running in self.running]:
             return
         doomed = engine.doomed(self.sweep.engine_config(), self.reader.engine_runs())
-        for running in self.running:
+        for running, size in zip(self.running, sizes, strict=True):
+            running.history_bytes = size
             if running.trial.id in doomed and running.trial.state == RUNNING:
                 running.trial.state = STOPPING
                 running.kill_at = time.monotonic() + STOP_GRACE_SECONDS
@@ -253,12 +263,12 @@ class OfflineSweep:
 
 
 def hopeless(ended: Sequence[str]) -> bool:
-    """Whether trials have ended in such a way that no further one need be tried."""
+    """Return whether so many trials failed, and none finished, that no further one should start."""
     return len(ended) >= FAILURES_AT_START and set(ended) == {FAILED}
 
 
 def run_offline(coordinator: OfflineSweep, count: int | None) -> int:
-    """Run an offline sweep and print its table; returns the exit status."""
+    """Run an offline sweep and print its table. Return the exit status."""
     sweep, folder = coordinator.sweep, coordinator.folder
     try:
         records = coordinator.run(count)

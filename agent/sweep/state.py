@@ -1,4 +1,4 @@
-"""What an offline sweep remembers of its trials, in one file, and that only one process at a time goes on with it."""
+"""The state of an offline sweep: its trials, in one file, and a lock so that one process at a time runs it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STATE_FILE = "sweep.json"
 LOCK_FILE = ".lock"
 TRIALS = "trials"
 FREE_TO_CHANGE = frozenset({"run_cap", "description"})
-"""Settings that may differ when a sweep goes on; all others decide what its trials are, or which of them is best."""
+"""Settings that may change when a sweep resumes. All others decide what its trials are, or which of them is best."""
 
 WAITING = "waiting"
 RUNNING = "running"
@@ -31,14 +31,14 @@ DONE = frozenset({FINISHED, STOPPED, FAILED})
 
 @dataclass
 class Trial:
-    """A trial that the search engine asked for.
+    """A trial that the search engine suggested.
 
     Attributes:
-        id: its run's id.
+        id: its run id.
         parameters: what the engine suggested.
-        state: ``waiting`` (to be started, gone on with, or tried again), ``running``, ``stopping`` (early termination
-            has told it to end), ``finished``, ``stopped`` or ``failed``.
-        failures: how often it has failed.
+        state: ``waiting`` (to start, resume or retry), ``running``, ``stopping`` (early termination told it to end),
+            ``finished``, ``stopped`` or ``failed``.
+        failures: number of failures.
         seconds: wall time of its processes.
     """
 
@@ -50,14 +50,14 @@ class Trial:
 
 
 class SweepState:
-    """The trials of an offline sweep, in the order in which they were suggested.
+    """The trials of an offline sweep, in the order of their suggestion.
 
     Args:
         sweep: a checked sweep file.
-        folder: the sweep's folder; one that is there already is gone on with.
+        folder: the sweep's folder. A sweep in it is resumed.
 
     Raises:
-        SweepError: if the folder holds a sweep of another content, or a damaged one.
+        SweepError: if the folder holds a sweep with another content, or a damaged one.
     """
 
     def __init__(self, sweep: SweepFile, folder: Path) -> None:
@@ -67,7 +67,7 @@ class SweepState:
         self.read()
 
     def read(self) -> None:
-        """Read the file, if there is one."""
+        """Read the file, if it exists."""
         try:
             stored = json.loads((self.folder / STATE_FILE).read_text(encoding="utf-8"))
             content = stored["sweep"]
@@ -85,18 +85,17 @@ class SweepState:
         self.trials = trials
 
     def write(self) -> None:
-        """Write the file, in one piece."""
-        write_json(
-            self.folder / STATE_FILE, {"sweep": self.content, "trials": [asdict(trial) for trial in self.trials]}
-        )
+        """Write the file atomically."""
+        trials = [asdict(trial) for trial in self.trials]
+        write_json(self.folder / STATE_FILE, {"sweep": self.content, "trials": trials})
 
     def trial_folder(self, trial: Trial) -> Path:
-        """Folder of one trial."""
+        """Return the folder of a trial."""
         return self.folder / TRIALS / trial.id
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the sweep; what another process did before is read first.
+        """Hold the sweep's lock inside this context, after reading what other processes wrote.
 
         Raises:
             SweepError: if another process holds it, or the folder cannot be written.

@@ -1,1 +1,1 @@
-"""Everything that talks to Weights & Biases; nothing else imports its client."""
+"""All communication with Weights & Biases. No other folder imports its client."""

@@ -1,4 +1,4 @@
-"""Download checkpoints from W&B: only files that a checkpoint has, and nothing in them is run."""
+"""Download checkpoints from W&B. Only files that belong to a checkpoint are written, and none is executed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agent.tracking.environment import DEFAULT_PROJECT, has_key, load_environment
+from agent.tracking.api import api_errors, entity_name, failures, full_name
+from agent.tracking.environment import has_key, load_environment
 from diffusion_core.checkpoint import (
     FILE_NAME,
     METADATA_FILE,
@@ -24,19 +25,11 @@ from diffusion_core.messages import one_line
 from diffusion_core.run_folder import HISTORY_FILE
 from diffusion_core.tracking import MODEL, STATE
 from diffusion_core.training.resume import NEEDED
+from pruning.start import Source
 
 if TYPE_CHECKING:
     from wandb import Artifact
     from wandb.sdk.wandb_run import Run
-
-
-def full_name(name: str, entity: str | None) -> str:
-    """``ENTITY/PROJECT/NAME:ALIAS`` from any shorter form; without an alias, ``latest``."""
-    if ":" not in name:
-        name = f"{name}:latest"
-    if name.count("/") == 0:
-        name = f"{os.environ.get('WANDB_PROJECT') or DEFAULT_PROJECT}/{name}"
-    return f"{entity}/{name}" if name.count("/") == 1 and entity else name
 
 
 @dataclass(frozen=True)
@@ -44,7 +37,7 @@ class Model:
     """A `model` artifact on disk.
 
     Attributes:
-        path: the folder that holds the checkpoint.
+        path: folder of the checkpoint.
         name: ``ENTITY/PROJECT/NAME:VERSION``.
     """
 
@@ -53,15 +46,15 @@ class Model:
 
 
 def download_model(name: str, option: str = "--artifact", instead: str = "--checkpoint") -> Model:
-    """Download a `model` artifact (what W&B has cached is not fetched again).
+    """Download a `model` artifact, unless W&B has cached it.
 
     Args:
-        name: ``NAME:ALIAS``, optionally with ``PROJECT/`` or ``ENTITY/PROJECT/`` in front.
-        option: where the name was given, for messages.
-        instead: what takes a checkpoint on disk.
+        name: ``NAME:ALIAS``, optionally preceded by ``PROJECT/`` or ``ENTITY/PROJECT/``.
+        option: the option that gave the name, for messages.
+        instead: the option that takes a checkpoint on disk, for messages.
 
     Raises:
-        CheckpointError: if there is no such artifact, it is no checkpoint, or W&B cannot be reached.
+        CheckpointError: if the artifact does not exist, is no checkpoint, or W&B cannot be reached.
     """
     load_environment()
     if not has_key():
@@ -69,35 +62,47 @@ def download_model(name: str, option: str = "--artifact", instead: str = "--chec
             f"{option} = {name!r}: no W&B API key; set WANDB_API_KEY (see .env.example), run `wandb login`, or use "
             f"{instead}"
         )
-    import wandb  # Slow to import, and --checkpoint does without it.
+    import wandb  # Slow to import, and not needed with --checkpoint.
 
-    try:
-        api = wandb.Api()
-        wanted = full_name(name, os.environ.get("WANDB_ENTITY") or api.default_entity)
-        artifact = api.artifact(wanted)
-        if artifact.type != "model":
+    with api_errors(f"{option} = {name!r}", CheckpointError):
+        wanted = full_name(name, entity_name())
+        artifact = wandb.Api().artifact(wanted)
+        if artifact.type != MODEL:
             raise CheckpointError(f"{option} = {wanted!r}: its type is {artifact.type!r}; expected 'model'")
         folder = Path(os.environ.get("WANDB_ARTIFACT_DIR", "artifacts")) / artifact.name.replace(":", "-")
         download_files(artifact, folder)
-        bare = artifact.name.partition(":")[0]  # Its own name may end in the alias, which moves.
+        bare = artifact.name.partition(":")[0]  # Drop the alias, which may move to another version.
         return Model(folder, f"{artifact.entity}/{artifact.project}/{bare}:{artifact.version}")
-    except (wandb.errors.Error, ValueError, OSError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{option} = {name!r}: {one_line(error)}") from None
+
+
+def open_source(checkpoint: str | None, artifact: str | None, option: str) -> Source | None:
+    """Read the checkpoint that is given by its path or its artifact. None if neither is given.
+
+    Args:
+        checkpoint: its path.
+        artifact: its artifact.
+        option: prefix of both options: ``init.``, ``distill.`` or ``--``. For messages.
+
+    Raises:
+        CheckpointError: if it cannot be read or downloaded.
+    """
+    if artifact is not None:
+        model = download_model(artifact, f"{option}artifact", f"{option}checkpoint")
+        return Source(read_checkpoint(model.path), model.name, option)
+    return Source(read_checkpoint(Path(checkpoint)), None, option) if checkpoint is not None else None
 
 
 def download_files(artifact: Artifact, folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
-    """Download an artifact that holds a part of a checkpoint into a folder. W&B's own hashes are verified on the way.
+    """Download files of an artifact that holds a part of a checkpoint. W&B verifies its own hashes.
 
     Args:
-        artifact: from W&B.
-        folder: where to.
-        wanted: which of its files, by name.
+        artifact: the artifact on W&B.
+        folder: destination.
+        wanted: selects files by name.
 
     Raises:
-        CheckpointError: if it names anything that is not a file of a checkpoint, such as a path out of the folder or
-            an address elsewhere; nothing is written then.
+        CheckpointError: if the artifact names a file that no checkpoint has, such as a path outside the folder, or
+            refers to a file elsewhere. Nothing is written then.
     """
     entries = artifact.manifest.entries
     for name, entry in entries.items():
@@ -111,55 +116,49 @@ def download_files(artifact: Artifact, folder: Path, wanted: Callable[[str], boo
 
 
 def check_name(name: str) -> bool:
-    """Whether a file may be in a checkpoint's folder."""
+    """Return whether a checkpoint's folder may hold a file of this name."""
     return name in (METADATA_FILE, HISTORY_FILE) or FILE_NAME.fullmatch(name) is not None
 
 
 def fetch_checkpoint(
     run: Run, folder: Path, *, run_id: str | None = None, without: Collection[str] = ()
 ) -> Checkpoint | None:
-    """Download the newest checkpoint of a W&B run, if it is newer than those on this disk.
+    """Download the newest checkpoint of a W&B run if it is newer than those on this disk.
 
     Args:
-        run: the run that goes on here.
-        folder: of its checkpoints.
-        run_id: of another run of the same project, whose checkpoint it is.
-        without: parts that are not needed.
+        run: the run of this process.
+        folder: folder of the checkpoints.
+        run_id: the run that logged the checkpoint; None: ``run``. It is in the same project.
+        without: parts to leave out.
 
     Returns:
-        What was downloaded, verified; None if W&B has nothing newer that is whole, or does not answer.
+        The verified checkpoint; None if W&B has no newer intact one, or does not answer.
     """
-    import wandb
-
     try:
         here = newest_checkpoint(folder, NEEDED)
     except CheckpointError:  # All of them are damaged.
         here = None
-    newest_step = here.step if here else -1
     try:
         models, states = uploaded_versions(run, run_id or run.id)
         for step in sorted(models.keys() & states.keys(), reverse=True):
-            if step <= newest_step:
+            if here is not None and step <= here.step:
                 return None
             try:
                 return _download([models[step], states[step]], folder, step, without)
             except CheckpointError as error:
-                print(f"W&B: passing over the checkpoint of step {step}: {error}", file=sys.stderr)
-    except (wandb.errors.Error, ValueError, OSError) as error:
-        reason = one_line(error)
-        print(f"W&B: no checkpoint of this run could be downloaded ({reason})", file=sys.stderr)
+                print(f"W&B: skipped the checkpoint of step {step}: {error}", file=sys.stderr)
+    except failures() as error:
+        print(f"W&B: could not download a checkpoint of this run ({one_line(error)})", file=sys.stderr)
     return None
 
 
 def fetch_best(run: Run, folder: Path) -> None:
-    """Download the best checkpoint of a W&B run, as far as sampling needs it, if it is not on this disk.
+    """Download the best checkpoint of a W&B run without its training state, unless it is on this disk.
 
     Args:
-        run: the run that goes on here.
-        folder: of its checkpoints; the newest one says which is the best.
+        run: the run of this process.
+        folder: folder of the checkpoints. The newest one names the best step.
     """
-    import wandb
-
     try:
         newest = newest_checkpoint(folder, NEEDED)
         best = newest.metadata.get("best") if newest else None
@@ -168,19 +167,18 @@ def fetch_best(run: Run, folder: Path) -> None:
         models, _ = uploaded_versions(run, run.id)
         if best["step"] in models:
             _download([models[best["step"]]], folder, best["step"], ())
-    except (CheckpointError, wandb.errors.Error, ValueError, KeyError, TypeError, OSError) as error:
-        reason = one_line(error)
-        print(f"W&B: the best checkpoint of this run could not be downloaded ({reason})", file=sys.stderr)
+    except failures() as error:
+        print(f"W&B: could not download the best checkpoint of this run ({one_line(error)})", file=sys.stderr)
 
 
 def uploaded_steps(run: Run) -> set[int]:
-    """The steps of which W&B has a whole checkpoint of a run."""
+    """Return the steps of a run for which W&B has a whole checkpoint."""
     models, states = uploaded_versions(run, run.id)
     return models.keys() & states.keys()
 
 
 def uploaded_versions(run: Run, run_id: str) -> tuple[dict[int, Artifact], dict[int, Artifact]]:
-    """The versions of a run's `model` and `training-state` artifacts, by step; it is of the same project as ``run``."""
+    """Return the versions, by step, of the `model` and the `training-state` artifact of a run in ``run``'s project."""
     import wandb
 
     api = wandb.Api()

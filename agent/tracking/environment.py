@@ -1,4 +1,4 @@
-"""W&B settings from the environment and ``.env``: which mode, which run id, which folder."""
+"""Read W&B settings from the environment and ``.env``: the mode, the run's id, the run's folder."""
 
 from __future__ import annotations
 
@@ -17,19 +17,17 @@ from diffusion_core.run_folder import BELONGS_BY, read_run_file
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
 
-
-DEFAULT_PROJECT = "diffusion-sweeps"
 OFFLINE_SWEEP = "DIFFUSION_SWEEPS_OFFLINE"
-"""The variable that an offline sweep sets for its trials, to its name."""
+"""Environment variable that an offline sweep sets for its trials, to the sweep's name."""
 
 MODES = {"online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline",
          "disabled": "disabled"}  # fmt: skip
 
 
 def load_environment() -> None:
-    """Read ``.env`` from the working directory or the nearest one above it; what is set already wins.
+    """Read ``.env`` from the working directory or the nearest parent. Variables that are set already win.
 
-    Variables of W&B that are set to nothing (``WANDB_ENTITY=``) count as not set; W&B itself would fail on some.
+    Remove empty W&B variables (``WANDB_ENTITY=``), some of which make W&B fail.
     """
     load_dotenv(find_dotenv(usecwd=True))
     for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
@@ -37,29 +35,27 @@ def load_environment() -> None:
 
 
 def in_sweep() -> bool:
-    """Whether this process runs a trial that a sweep chose, of an agent or of an offline sweep."""
+    """Return whether a sweep chose this process's trial: a W&B agent or an offline sweep."""
     return "WANDB_SWEEP_ID" in os.environ or OFFLINE_SWEEP in os.environ
 
 
 def wandb_mode() -> str:
-    """``online``, ``offline`` or ``disabled``: what WANDB_MODE says, or online if there is a key to go with.
-
-    Never asks anybody anything.
+    """Return ``online``, ``offline`` or ``disabled``: WANDB_MODE, or online if there is an API key. Never prompt.
 
     Raises:
-        ConfigError: if WANDB_MODE is none that W&B knows.
+        ConfigError: if WANDB_MODE is unknown.
     """
     wanted = os.environ.get("WANDB_MODE", "")
     if wanted:
         if wanted not in MODES:
             raise ConfigError(f"WANDB_MODE = {wanted!r}: expected one of online, offline, disabled")
         return MODES[wanted]
-    # An agent has a key, wherever it found it, and its sweep would never see an offline run.
+    # An agent has a key, and its sweep cannot see offline runs.
     return "online" if "WANDB_SWEEP_ID" in os.environ or has_key() else "offline"
 
 
 def has_key() -> bool:
-    """Whether this machine has an API key for the W&B server: WANDB_API_KEY, or what ``wandb login`` stored."""
+    """Return whether there is an API key for the W&B server: WANDB_API_KEY, or one that ``wandb login`` stored."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     import wandb  # Knows the server that `wandb login --host` stored.
@@ -73,10 +69,10 @@ def has_key() -> bool:
 
 
 def find_run(configured: str | None) -> tuple[str, Path]:
-    """The id of this run, and its folder.
+    """Return the id and the folder of this process's run.
 
-    Under an agent the id is the agent's; a folder that holds a run keeps that run's id; else the id is new. A folder
-    that is not configured is ``runs/<id>``.
+    The id is the agent's (WANDB_RUN_ID), else that of the run in the folder, else a new one. The folder is
+    ``configured``, or ``runs/<id>``.
 
     Raises:
         ConfigError: if the folder's ``run.json`` is damaged.
@@ -90,10 +86,10 @@ def find_run(configured: str | None) -> tuple[str, Path]:
 
 
 def belongs_here() -> dict[str, str]:
-    """Where on W&B this process's run belongs, by its environment."""
+    """Return the environment variables that say where on W&B this process's run belongs."""
     return {name: os.environ[name] for name in BELONGS_BY if name in os.environ}
 
 
 def is_offline(run: Run) -> bool:
-    """Whether a run is recorded offline. W&B has no public name for it."""
+    """Return whether a run is recorded offline. W&B has no public name for this."""
     return bool(run.settings._offline)

@@ -1,4 +1,4 @@
-"""What W&B keeps of a run's checkpoints: the best, the newest ones; the rest is given a time to live."""
+"""Limit how many versions of an artifact W&B keeps: the newest ones, and those with an alias such as `best`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ STEP_ALIAS = "step-"
 
 
 class Retention:
-    """Called with each version that has arrived: takes the older ones' ``step-N`` from them, and gives them a TTL.
+    """Called with each uploaded version: remove the ``step-N`` alias from older versions and give them a TTL.
 
     Args:
-        keep: the newest versions that stay as they are, besides the best and the latest one.
-        ttl_days: how long the others live; None: for ever, without an alias (`python -m agent.clean` removes them).
+        keep: number of newest versions to leave alone, besides `best` and `latest`.
+        ttl_days: lifetime of the others in days. None: no limit; `python -m agent.clean` removes them.
     """
 
     def __init__(self, keep: int, ttl_days: int | None) -> None:
@@ -36,11 +36,11 @@ class Retention:
             versions = list(api.artifacts(artifact.type, f"{artifact.entity}/{artifact.project}/{collection}"))
             versions.sort(key=lambda version: version.metadata.get("step", -1), reverse=True)
             for version in versions[self.keep :]:
-                # One that anybody gave a name to is none of ours.
+                # Skip versions with aliases that a user added.
                 if version.aliases and all(alias.startswith(STEP_ALIAS) for alias in version.aliases):
                     self._release(version)
-        except Exception as error:  # Tidying up ends no upload.
-            print(f"W&B: old versions of {collection} stay: {one_line(error)}", file=sys.stderr)
+        except Exception as error:  # A failed clean-up must not stop uploads.
+            print(f"W&B: could not release old versions of {collection}: {one_line(error)}", file=sys.stderr)
 
     def _release(self, version: Artifact) -> None:
         version.aliases = []

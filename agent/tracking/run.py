@@ -1,4 +1,4 @@
-"""The W&B run of a trial: start or resume it, and what its tracker goes on from."""
+"""The W&B run of a trial: start or resume it, and make its tracker."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent.config import TrialConfig
-from agent.tracking.console import redacted_arguments
-from agent.tracking.environment import DEFAULT_PROJECT, is_offline
+from agent.tracking.api import DEFAULT_PROJECT
+from agent.tracking.environment import is_offline
 from agent.tracking.retention import Retention
 from agent.tracking.tracker import PATIENCE_S, WandbTracker
-from diffusion_core.config import ConfigError
+from diffusion_core.config import CheckpointConfig, ConfigError
 from diffusion_core.messages import one_line
-from diffusion_core.redact import redact, redacted
+from diffusion_core.redact import redact, redacted, redacted_arguments
 from diffusion_core.run_folder import read_history
 from diffusion_core.tracking import STEP
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
 
 INIT_WITHIN_S = 60.0
-"""How long the start of a run may take before it is recorded offline instead."""
+"""Seconds that the start of a run may take before it is recorded offline instead."""
 
 
 def start_wandb(
@@ -40,39 +39,37 @@ def start_wandb(
 ) -> Run:
     """Start or resume the W&B run of a trial. Under an agent, entity, project and id are the agent's.
 
-    A server that cannot be reached does not keep a trial from running: it is recorded offline then.
+    If the server does not answer, the run is recorded offline.
 
     Args:
         run_id: the run's id.
-        folder: its folder.
-        config: what W&B records as its configuration; keys in it are blanked out.
+        folder: the run's folder.
+        config: the configuration to record, by dotted key. API keys in it are redacted.
         mode: ``online`` or ``offline``.
-        group: the group of the run; None leaves it to WANDB_RUN_GROUP.
-        sweep_id: the sweep of the run, after :func:`leave_sweep`.
-        beside: whether another run of this process goes on.
-        or_offline: whether to go offline where the server does not answer.
-        on_stop: called when a user stops the run on W&B; None: this process is interrupted.
+        group: the run's group; None: WANDB_RUN_GROUP.
+        sweep_id: the run's sweep, after :func:`leave_sweep`.
+        beside: whether another run of this process is active.
+        or_offline: whether to record offline if the server does not answer.
+        on_stop: called when a user stops the run on W&B; None: interrupt this process.
 
     Raises:
-        ConfigError: if the server refuses the run, or does not answer and is needed.
+        ConfigError: if the server refuses the run, or does not answer and ``or_offline`` is false.
     """
-    import wandb  # Slow to import, and --help and --dry-run do without it.
+    import wandb  # Slow to import, and not needed for --help and --dry-run.
 
     if mode == "offline" and "WANDB_MODE" not in os.environ and not beside:
         print("W&B: no API key, so this run is recorded offline (wandb login or WANDB_API_KEY to go online)",
               file=sys.stderr)  # fmt: skip
     under_agent = "WANDB_SWEEP_ID" in os.environ
-    os.environ.setdefault("WANDB_DIR", str(folder))
-    # Staged artifact files of offline runs stay until `wandb sync`: beside the run, not in the home directory.
-    os.environ.setdefault("WANDB_DATA_DIR", str(folder / "wandb" / "data"))
-    Path(os.environ["WANDB_DIR"]).mkdir(parents=True, exist_ok=True)
-    Path(os.environ["WANDB_DATA_DIR"]).mkdir(parents=True, exist_ok=True)
-    # What is printed is recorded by agent/tracking/console.py, without keys.
+    # Keep all W&B files in the run's folder: staged artifact files of offline runs stay there until `wandb sync`.
+    for variable, path in (("WANDB_DIR", folder), ("WANDB_DATA_DIR", folder / "wandb" / "data")):
+        Path(os.environ.setdefault(variable, str(path))).mkdir(parents=True, exist_ok=True)
+    # diffusion_core/redact.py records the console, without keys.
     settings = wandb.Settings(console="off", finish_timeout_raises=True)
     if sweep_id is not None:
         settings.sweep_id = sweep_id
-    if on_stop is not None and hasattr(settings, "stop_fn"):  # Not in older clients.
-        settings.stop_fn = lambda: on_stop()  # W&B copies its settings deeply; a plain function stays itself.
+    if on_stop is not None and hasattr(settings, "stop_fn"):  # Older clients lack it.
+        settings.stop_fn = lambda: on_stop()  # W&B deep-copies its settings. A lambda is copied as it is.
     if "WANDB_INIT_TIMEOUT" not in os.environ:
         settings.init_timeout = INIT_WITHIN_S
     if "WANDB_FINISH_TIMEOUT" not in os.environ:
@@ -103,42 +100,42 @@ def start_wandb(
             raise ConfigError(f"W&B: the server does not answer ({reason})") from None
         print(f"W&B: the server does not answer, so this run is recorded offline ({reason})", file=sys.stderr)
         if not beside:
-            wandb.teardown()  # What was begun would go on trying.
+            wandb.teardown()  # Stop the client's retries.
         return start("offline")
 
 
 def leave_sweep() -> str | None:
-    """Hide an agent's sweep from W&B's client, which would take every run of this process for the agent's.
+    """Hide an agent's sweep from W&B's client, which would take every run of this process for the agent's trial.
 
-    For a trial with several runs; its own is told the sweep by :func:`start_wandb`.
+    For a trial with several runs. Pass the returned id to :func:`start_wandb` for the trial's own run.
 
     Returns:
-        The sweep's id, or None outside one.
+        The sweep's id, or None outside a sweep.
     """
     for name in ("WANDB_SWEEP_PARAM_PATH", "WANDB_RUN_ID"):
         os.environ.pop(name, None)
     return os.environ.pop("WANDB_SWEEP_ID", None)
 
 
-def may_fetch(run: Run, config: TrialConfig) -> bool:
-    """Whether a run goes on from what W&B has of it."""
-    return run.resumed and not is_offline(run) and config.checkpoint.resume
+def may_fetch(run: Run, config: CheckpointConfig) -> bool:
+    """Return whether a run continues from its checkpoints on W&B."""
+    return run.resumed and not is_offline(run) and config.resume
 
 
-def wandb_tracker(run: Run, folder: Path, config: TrialConfig) -> WandbTracker:
-    """The tracker of a W&B run, which goes on after the rows that the run has already."""
+def wandb_tracker(run: Run, folder: Path, config: CheckpointConfig) -> WandbTracker:
+    """Return the tracker of a W&B run. It skips the rows that the run has already."""
     logged = [row[STEP] for row in read_history(folder)]
     return WandbTracker(
         run,
-        # What this machine recorded offline before, `wandb sync` uploads.
+        # `wandb sync` uploads what this machine recorded offline before.
         first_step=max(logged, default=-1) + 1 if is_offline(run) else run.starting_step,
-        keep=config.checkpoint.keep,
-        after_upload=Retention(config.checkpoint.keep, config.checkpoint.ttl_days),
+        keep=config.keep,
+        after_upload=Retention(config.keep, config.ttl_days),
     )
 
 
 def forget_environment() -> None:
-    """Let W&B's client read the environment again; it reads it once."""
+    """Make W&B's client read the environment again. It reads it once per process."""
     import wandb
 
     wandb.teardown()

@@ -1,4 +1,4 @@
-"""Why a trial was told to stop: somebody wants it to end, or its machine is being taken away."""
+"""Find out why a trial was told to stop: to end for good, or because its machine is preempted."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ query StopCause($entity: String!, $project: String!, $run: String!) {
 
 
 def was_asked_to_end(run: Run) -> bool:
-    """Whether a user or early termination asked W&B to end this run, by the server's word.
+    """Ask the server whether a user or early termination stopped this run.
 
-    A signal alone does not tell: an agent ends a run with the same SIGTERM that a cluster sends before it takes a
-    machine away. A server that does not answer within :data:`ANSWER_WITHIN_S` counts as no: a run that is handed back
-    in vain costs less than one that is lost.
+    The signal does not tell: an agent stops a run with the same SIGTERM that a cluster sends before preemption. No
+    answer within :data:`ANSWER_WITHIN_S` counts as no. Repeating a run in vain costs less than losing one.
     """
     if is_offline(run):
         return False
     import wandb
 
     try:
-        # The public API has no name for these two fields.
+        # The public API does not expose these two fields.
         service = wandb.Api(timeout=ANSWER_WITHIN_S)._service_api
         names = {"entity": run.entity, "project": run.project, "run": run.id}
         answer: Any = service.execute_graphql(QUERY, variables=names, timeout=ANSWER_WITHIN_S)

@@ -3,47 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from agent.tracking.environment import DEFAULT_PROJECT
+from agent.tracking.api import api_errors, entity_name, project_name, summary_figures
 from diffusion_core.config import ConfigError
-from diffusion_core.messages import one_line
-
-
-@contextmanager
-def wandb_errors(what: str) -> Iterator[None]:
-    """W&B's errors as one line for the user."""
-    import wandb
-    from wandb.sdk.lib.service.service_connection import WandbApiFailedError
-
-    try:
-        yield
-    except (wandb.errors.Error, WandbApiFailedError, ValueError, OSError) as error:
-        raise ConfigError(f"{what}: {one_line(error)}") from None
-
-
-def flat_summary(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers of a run's summary; W&B nests those with a goal, as in ``{"val/loss": {"min": 0.1}}``."""
-    flat: dict[str, float] = {}
-    for key, value in summary.items():
-        nested = getattr(value, "items", None)
-        if nested is not None:
-            value = next((number for kind, number in nested() if kind in ("min", "max")), None)
-        if isinstance(value, int | float):
-            flat[key] = value
-    return flat
 
 
 @dataclass(frozen=True)
 class SweepRun:
-    """A trial of a sweep as the server has it.
+    """A trial of a sweep on the server.
 
     Attributes:
         id: the run's id.
-        state: W&B's word for it.
+        state: W&B's name for its state.
         config: every knob, by dotted key.
         figures: the numbers in its summary.
         seconds: wall time, or None.
@@ -57,80 +31,72 @@ class SweepRun:
 
 
 def create(config: Mapping[str, Any]) -> str:
-    """Create a sweep on W&B; returns its path, ``ENTITY/PROJECT/ID``.
+    """Create a sweep on W&B. Return its path, ``ENTITY/PROJECT/ID``.
 
     Raises:
         ConfigError: if W&B refuses, or cannot be reached.
     """
     import wandb
 
-    project = config.get("project") or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
+    project = config.get("project") or project_name()
     entity = config.get("entity") or os.environ.get("WANDB_ENTITY")
-    with wandb_errors(f"cannot create sweep {config['name']!r}"):
+    with api_errors(f"cannot create sweep {config['name']!r}"):
         sweep_id = wandb.sweep(dict(config), entity=entity, project=project)
         return f"{entity or wandb.Api().default_entity}/{project}/{sweep_id}"
 
 
 def find(name: str) -> tuple[str, dict[str, Any]]:
-    """The path and the configuration of a sweep on W&B.
+    """Return the path and the configuration of a sweep on W&B.
 
     Args:
         name: ``ENTITY/PROJECT/ID``, ``PROJECT/ID`` or ``ID``.
 
     Raises:
-        ConfigError: if there is none, or W&B cannot be reached.
+        ConfigError: if the sweep does not exist, or W&B cannot be reached.
     """
     import wandb
 
-    parts = name.split("/")
+    option, parts = f"--attach = {name!r}", name.split("/")
     if not all(parts) or len(parts) > 3:
-        raise ConfigError(f"--attach = {name!r}: expected ENTITY/PROJECT/ID, PROJECT/ID or ID")
-    with wandb_errors(f"--attach = {name!r}"):
+        raise ConfigError(f"{option}: expected ENTITY/PROJECT/ID, PROJECT/ID or ID")
+    with api_errors(option):
         if len(parts) == 1:
-            parts.insert(0, os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT)
+            parts.insert(0, project_name())
         if len(parts) == 2:
-            parts.insert(0, os.environ.get("WANDB_ENTITY") or str(wandb.Api().default_entity))
+            parts.insert(0, str(entity_name()))
         path = "/".join(parts)
         return path, dict(wandb.Api().sweep(path).config)
 
 
 def address(path: str) -> str:
-    """The web address of a sweep, ``ENTITY/PROJECT/ID``.
+    """Return the web address of a sweep, ``ENTITY/PROJECT/ID``.
 
     Raises:
-        ConfigError: if there is none, or W&B cannot be reached.
+        ConfigError: if the sweep does not exist, or W&B cannot be reached.
     """
     import wandb
 
-    with wandb_errors(path):
+    with api_errors(path):
         return str(wandb.Api().sweep(path).url)
 
 
 def runs(path: str) -> list[SweepRun]:
-    """The trials of a sweep.
+    """Return the trials of a sweep.
 
     Raises:
-        ConfigError: if there is none, or W&B cannot be reached.
+        ConfigError: if the sweep does not exist, or W&B cannot be reached.
     """
     import wandb
 
-    with wandb_errors(path):
+    with api_errors(path):
         return [
-            SweepRun(
-                id=run.id,
-                state=run.state,
-                config=run.config,
-                figures=flat_summary(dict(run.summary)),
-                seconds=run.summary.get("_runtime"),
-            )
+            SweepRun(run.id, run.state, run.config, summary_figures(run.summary), run.summary.get("_runtime"))
             for run in wandb.Api().sweep(path).runs
         ]
 
 
 def agent_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for ``wandb agent``: an agent ends the service behind its client with every trial, so it must
-    not be this process's.
-    """
+    """Return the environment for ``wandb agent``: without this process's W&B service, which an agent would stop."""
     import wandb
 
     return {name: value for name, value in environment.items() if name != wandb.env.SERVICE}

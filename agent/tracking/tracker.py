@@ -8,25 +8,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.tracking.environment import is_offline
-from agent.tracking.uploads import Upload, UploadQueue
+from agent.tracking.uploads import UploadQueue
 from diffusion_core.config.metrics import GOALS
-from diffusion_core.tracking import STEP
+from diffusion_core.tracking import MODEL, STEP, Tracker, Upload
 
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
 
 PATIENCE_S = 300.0
-"""How long a trial that is over waits for what has not reached W&B yet, unless WANDB_FINISH_TIMEOUT says otherwise."""
+"""Seconds that a finished trial waits for uploads, unless WANDB_FINISH_TIMEOUT says otherwise."""
 
 
-class WandbTracker:
-    """Sends everything to a W&B run (online, or into its offline file).
+class WandbTracker(Tracker):
+    """Send everything to a W&B run, online or into its offline file.
 
     Args:
         run: what ``wandb.init`` returned.
-        first_step: the first step that the run has no row of; rows of earlier ones are there already.
-        keep: how many versions of an artifact may wait for their upload, besides the best one.
-        after_upload: called with each artifact that has arrived.
+        first_step: the first step to log. The run has rows of earlier ones already.
+        keep: number of versions of an artifact that may wait for their upload, besides the best one.
+        after_upload: called with each artifact that was uploaded.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class WandbTracker:
         self.live = not is_offline(run)
         self.first_step = first_step
         self.after_upload = after_upload
-        # Offline, the files stay where they are until `wandb sync` reads them.
+        # Offline, keep the staged files: `wandb sync` reads them.
         self.uploads = UploadQueue(self._send, Path(run.settings.sync_dir) / "staged", keep, discard=self.live)
         run.define_metric(STEP, hidden=True)
         run.define_metric("*", step_metric=STEP)
@@ -52,7 +52,7 @@ class WandbTracker:
     def log(self, row: Mapping[str, float | Path], step: int) -> None:
         """Send one row to W&B, unless the server has that step already."""
         if step >= self.first_step:
-            # Committed at once: a row that waited for the next one would be lost with this process.
+            # Commit at once: an uncommitted row is lost if this process dies.
             values = {STEP: step, **{name: _wandb_value(value) for name, value in row.items()}}
             self.run.log(values, step=step, commit=True)
 
@@ -60,17 +60,9 @@ class WandbTracker:
         """Set figures in the run's summary."""
         self.run.summary.update(dict(figures))
 
-    def artifact(
-        self,
-        name: str,
-        kind: str,
-        files: Sequence[Path],
-        aliases: Sequence[str],
-        metadata: Mapping[str, Any],
-        ttl_days: int | None = None,
-    ) -> None:
-        """Queue a version of an artifact for upload. Returns at once."""
-        self.uploads.put(Upload(name, kind, tuple(files), tuple(aliases), dict(metadata), ttl_days))
+    def artifact(self, upload: Upload) -> None:
+        """Upload a version of an artifact, or keep what would be uploaded."""
+        self.uploads.put(upload)
 
     def _send(self, upload: Upload) -> None:
         import wandb
@@ -79,7 +71,7 @@ class WandbTracker:
         if upload.ttl_days is not None:
             artifact.ttl = timedelta(days=upload.ttl_days)
         for path in upload.files:
-            # Read where it is staged, and not copied into the cache once it is uploaded.
+            # Read the staged file in place, and do not copy it to the cache.
             artifact.add_file(str(path), policy="immutable", skip_cache=True)
         logged = self.run.log_artifact(artifact, aliases=list(upload.aliases))
         if self.live:
@@ -88,9 +80,9 @@ class WandbTracker:
             if self.after_upload is not None:
                 self.after_upload(logged)
 
-    def use(self, name: str, kind: str = "model", files: Sequence[Path] = ()) -> None:
+    def use(self, name: str, kind: str = MODEL, files: Sequence[Path] = ()) -> None:
         """Record that the run uses an artifact, after the uploads that were queued before."""
-        if self.live:  # Only a server knows of other runs. After all uploads before it, of which it may be one.
+        if self.live:  # Only a server knows other runs. Queue it: the artifact may still wait for its upload.
             self.uploads.then(f"lineage from {name}", lambda: self._use(name, kind, files))
 
     def _use(self, name: str, kind: str, files: Sequence[Path]) -> None:
@@ -111,10 +103,10 @@ class WandbTracker:
         self.run.alert(title, text, level="WARN")
 
     def close(self, exit_code: int = 0) -> None:
-        """Send what is left, for no longer than the run's finish_timeout.
+        """Send what is left, within the run's finish_timeout.
 
         Raises:
-            TimeoutError: if that was not long enough; the message names what has not arrived.
+            TimeoutError: if time ran out. The message names what was not sent.
         """
         left = self.uploads.close(self.run.settings.finish_timeout or PATIENCE_S)
         try:

@@ -1,4 +1,4 @@
-"""Files that travel while training goes on: staged by hard link, sent one after another by a thread of its own."""
+"""Upload files while training continues: stage them by hard link, and send them in order on a thread."""
 
 from __future__ import annotations
 
@@ -7,60 +7,38 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from diffusion_core.messages import one_line
-from diffusion_core.tracking import BEST
+from diffusion_core.tracking import BEST, Upload
 
 
 @dataclass(frozen=True)
-class Upload:
-    """A versioned set of files that waits to be sent.
+class Request:
+    """A request to the server that must follow earlier uploads.
 
     Attributes:
-        name: of which this is a version.
-        kind: what it is.
-        files: what it holds.
-        aliases: what this version is called; an alias moves here from older versions.
-        metadata: facts about it.
-        ttl_days: after how many days the server may forget it; None: never.
+        name: for messages.
+        send: sends it.
     """
 
     name: str
-    kind: str
-    files: tuple[Path, ...]
-    aliases: tuple[str, ...]
-    metadata: Mapping[str, Any]
-    ttl_days: int | None
-
-
-@dataclass(frozen=True)
-class Errand:
-    """Something else to tell the server, after the uploads before it.
-
-    Attributes:
-        name: what it is, for messages.
-        work: does it.
-    """
-
-    name: str
-    work: Callable[[], None]
+    send: Callable[[], None]
 
 
 class UploadQueue:
-    """Sends uploads in order, on a thread of its own.
+    """Send uploads in order on a thread.
 
-    What waits is bounded: of each name the newest ``keep`` and the best one. Their files are hard links, so that the
-    originals may be deleted at any time and nothing is copied.
+    The queue is bounded: of each name it keeps the newest ``keep`` uploads and the best one. Staged files are hard
+    links: the originals may be deleted at any time, and nothing is copied.
 
     Args:
-        send: sends one upload, whole, and returns when its files are not needed any more; raises what goes wrong.
-        folder: where files are staged.
-        keep: how many uploads of a name may wait, besides the best one.
-        discard: whether staged files are deleted once they are sent.
+        send: sends one upload and returns once its files are not needed any more. It raises what goes wrong.
+        folder: folder of the staged files.
+        keep: number of uploads of a name that may wait, besides the best one.
+        discard: whether to delete staged files after sending them.
     """
 
     def __init__(self, send: Callable[[Upload], None], folder: Path, keep: int = 2, discard: bool = True) -> None:
@@ -68,21 +46,21 @@ class UploadQueue:
         self._folder = folder
         self._keep = keep
         self._discard = discard
-        self._waiting: list[Upload | Errand] = []
-        self._sending: Upload | Errand | None = None
+        self._waiting: list[Upload | Request] = []
+        self._sending: Upload | Request | None = None
         self._closing = False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
     def put(self, upload: Upload) -> None:
-        """Stage the files and return at once; from now on the originals may be deleted, but not written to."""
+        """Stage the files and return. The originals may then be deleted, but not changed."""
         self._append(self._stage(upload))
 
-    def then(self, name: str, work: Callable[[], None]) -> None:
-        """Do something on the queue's thread, once all that is in the queue now is done."""
-        self._append(Errand(name, work))
+    def then(self, name: str, send: Callable[[], None]) -> None:
+        """Call ``send`` on the queue's thread after everything that waits now."""
+        self._append(Request(name, send))
 
-    def _append(self, item: Upload | Errand) -> None:
+    def _append(self, item: Upload | Request) -> None:
         with self._changed:
             self._waiting.append(item)
             for superseded in self._superseded(item.name):
@@ -113,7 +91,7 @@ class UploadQueue:
         return [upload for upload in uploads[: -self._keep] if upload not in best]
 
     def close(self, patience_s: float) -> list[str]:
-        """Wait until everything is sent, but no longer than that; returns the names of what was not sent."""
+        """Wait until everything is sent, for at most ``patience_s`` seconds. Return the names of what is left."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -124,9 +102,9 @@ class UploadQueue:
             return self.unsent()
 
     def unsent(self) -> list[str]:
-        """The names of what waits or is on its way."""
-        uploads = [*([self._sending] if self._sending else []), *self._waiting]
-        return list(dict.fromkeys(upload.name for upload in uploads))
+        """Return the names of what waits or is being sent."""
+        items = [*([self._sending] if self._sending else []), *self._waiting]
+        return list(dict.fromkeys(item.name for item in items))
 
     def _work(self) -> None:
         while True:
@@ -136,10 +114,9 @@ class UploadQueue:
                     return
                 self._sending = item = self._waiting.pop(0)
             try:
-                item.work() if isinstance(item, Errand) else self._send(item)
-            except Exception as error:  # Training does not end for an upload; the checkpoint is on the disk.
-                reason = one_line(error)
-                print(f"W&B: {item.name} was not uploaded: {reason}", file=sys.stderr)
+                item.send() if isinstance(item, Request) else self._send(item)
+            except Exception as error:  # A failed upload must not stop training: the checkpoint is on the disk.
+                print(f"W&B: could not upload {item.name}: {one_line(error)}", file=sys.stderr)
             else:
                 if self._discard and isinstance(item, Upload):
                     self._delete(item)

@@ -1,4 +1,4 @@
-"""Image files: from whatever Pillow reads to upright 8-bit RGB, in one way for training and for preparing."""
+"""Decode image files to upright 8-bit RGB, for training and for image preparation."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".
 
 
 class ImageFileError(ValueError):
-    """A file that is no readable image; the message is the reason, without the file's name."""
+    """A file that is not a readable image; the message is the reason, without the name of the file."""
 
 
 class ImageTooLarge(ImageFileError):
-    """A file of so many pixels (Pillow's limit: about 179 million) that decoding it could exhaust the memory."""
+    """A file with more pixels than Pillow's limit (about 179 million); decoding it could exhaust the memory."""
 
 
 def read_rgb(path: Path) -> Image.Image:
-    """Decode an image: its first frame, upright as its EXIF data say, on white where it is transparent, in 8-bit RGB.
+    """Decode the first frame of an image: rotated as its EXIF data say, on white where it is transparent, in 8-bit RGB.
 
     Raises:
-        ImageFileError: if its content is no readable image.
+        ImageFileError: if its content is not a readable image.
         OSError: if the file cannot be read at all.
     """
     try:
         with Image.open(path) as image:
-            if image.format == "EPS":  # To decode it is to run it, in Ghostscript, whatever its suffix says.
+            if image.format == "EPS":  # Ghostscript would run it as a program, whatever the suffix.
                 raise ImageFileError("PostScript")
             image.load()
             rgb = _on_white(_eight_bits(_upright(image)))
@@ -39,16 +39,16 @@ def read_rgb(path: Path) -> Image.Image:
         raise ImageTooLarge(one_line(error)) from None
     except UnidentifiedImageError:
         raise ImageFileError("no known image format") from None
-    except Exception as error:  # Decoders meet damaged files with whatever their code happens to raise.
+    except Exception as error:  # Decoders raise errors of any kind for damaged files.
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ImageFileError(one_line(error)) from None
-    rgb.info.clear()  # Colour profiles, comments and places would be written along with the pixels.
+    rgb.info.clear()  # Do not write colour profiles, comments and locations.
     return rgb
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
-    """The image with its shorter side scaled to ``size``, and its centre of that height and width."""
+    """Scale the shorter side of an image to ``size`` pixels, and crop its centre to a square."""
     if image.size == (size, size):
         return image
     return ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS)
@@ -57,12 +57,12 @@ def square(image: Image.Image, size: int) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # Damaged EXIF data; the pixels are there, and shown as they are.
+    except Exception:  # Damaged EXIF data: use the pixels as they are.
         return image
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    # Pillow clips samples of more than 8 bits on conversion, which would leave a white image.
+    # Pillow would clip samples of more than 8 bits to white.
     if image.mode in ("I", "F"):
         raise ImageFileError("32 bits a pixel; expected 8 or 16")
     if image.mode.startswith("I;16"):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from diffusion_core.config import CoreConfig
+from diffusion_core.config import DiffusionConfig, ModelConfig
 from diffusion_core.diffusion.predictions import PredictionRecord
 from diffusion_core.diffusion.schedule import NoiseSchedule, build_schedule
 from diffusion_core.registries import PREDICTIONS
@@ -52,15 +52,19 @@ class Denoiser:
 
     @classmethod
     def from_config(
-        cls, network: nn.Module | Callable[..., Tensor], config: CoreConfig, device: torch.device
+        cls,
+        network: nn.Module | Callable[..., Tensor],
+        diffusion: DiffusionConfig,
+        model: ModelConfig,
+        device: torch.device,
     ) -> Denoiser:
-        """The denoiser that a configuration's network is."""
+        """Return a network as a denoiser, from the sections that describe it."""
         return cls(
             network,
-            build_schedule(config.diffusion).to(device),
-            config.diffusion.prediction,
-            learned_variance=config.model.learned_variance,
-            self_conditioning=config.model.self_conditioning,
+            build_schedule(diffusion).to(device),
+            diffusion.prediction,
+            learned_variance=model.learned_variance,
+            self_conditioning=model.self_conditioning,
         )
 
     def predict(

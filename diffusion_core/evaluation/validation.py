@@ -43,7 +43,7 @@ def validation_loss(network: UNet, images: Images, config: CoreConfig, precision
 def validation_losses(network: UNet, images: Images, config: CoreConfig, precision: Precision) -> tuple[Tensor, Tensor]:
     """Return the loss (float64) and timestep of each held-out image, both ``(N,)``; every process computes a share."""
     device = next(network.parameters()).device
-    denoiser = Denoiser.from_config(network, config, device)
+    denoiser = Denoiser.from_config(network, config.diffusion, config.model, device)
     source = generator(VALIDATION_SEED, Purpose.VALIDATION)
     order = torch.randperm(len(images), generator=source)[: config.eval.val_images]
     position_N = (torch.arange(len(order)) + 0.5) / len(order)

@@ -101,7 +101,9 @@ class Generator:
 
     def denoiser(self, network: Callable[..., Tensor] | None = None) -> Denoiser:
         """The network, or a compiled form of it, as a denoiser without guidance; a fresh one for each batch."""
-        return Denoiser.from_config(self.network if network is None else network, self.config, self.device)
+        return Denoiser.from_config(
+            self.network if network is None else network, self.config.diffusion, self.config.model, self.device
+        )
 
     def guided(self, denoiser: Denoiser, config: SampleConfig) -> DenoiserFunction:
         """A denoiser with the guidance and clipping that are asked for."""

@@ -1,4 +1,4 @@
-"""The largest batch that fits: ``train.batch_size=auto`` becomes a number, from what training takes in memory."""
+"""Choose the batch size for ``train.batch_size=auto``: the largest one that fits into memory."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from torch import Tensor
 
 from diffusion_core.cache import cache_path
 from diffusion_core.checkpoint import newest_checkpoint
-from diffusion_core.config import CoreConfig
+from diffusion_core.config import CoreConfig, TrainConfig
 from diffusion_core.data.datasets import Dataset
 from diffusion_core.diffusion.denoiser import Denoiser
 from diffusion_core.diffusion.losses import diffusion_loss
 from diffusion_core.hardware import algorithms, autocast, pick_precision
+from diffusion_core.machine.sharing import sharers
 from diffusion_core.model.compilation import compile_network, pick_compilation
 from diffusion_core.model.unet import UNet, build_network
-from diffusion_core.sharing import sharers
 from diffusion_core.training.ema import profiles
 from diffusion_core.training.trainer import TrainState
 
 SHARE = 0.8
-"""Share of the free memory that a batch may be planned for: the rest is for what cannot be counted beforehand."""
+"""Share of the free memory to plan for. The rest is for what cannot be counted in advance."""
 
 COPIES = 4
-"""Tensors a weight besides its averages: the weight, its gradient, and AdamW's two moments."""
+"""Tensors per weight besides its averages: the weight, its gradient, and AdamW's two moments."""
 
 PROBE = 2
-"""Images of the small batches that are tried: this many and twice as many."""
+"""Images of the smaller of two batches whose memory is counted. The other one has twice as many."""
 
 
 Config = TypeVar("Config", bound=CoreConfig)
 
 
 def settled(config: Config, accelerator: Accelerator, dataset: Dataset, checkpoints: Path) -> Config:
-    """The configuration with a batch size that is a number.
+    """Return the configuration with a number as its batch size.
 
     Args:
-        config: returned as it is unless its batch size is ``auto``.
-        accelerator: the batch of a step is shared evenly by its processes, the one with the least memory decides.
-        dataset: a batch never holds more images than there are.
-        checkpoints: of the run; what it was trained with stays.
+        config: returned unchanged unless its batch size is ``auto``.
+        accelerator: its processes share a step's batch evenly. The one with the least memory decides.
+        dataset: a batch holds at most as many images as there are.
+        checkpoints: folder of the run's checkpoints. A resumed run keeps its batch size.
     """
     if config.train.batch_size != "auto":
         return config
@@ -65,15 +65,15 @@ def settled(config: Config, accelerator: Accelerator, dataset: Dataset, checkpoi
 
 
 def largest_share(network: UNet, config: CoreConfig, accelerator: Accelerator, limit: int) -> int:
-    """The most images, a power of two, that this process can train on at once; on a GPU tried out.
+    """Return the most images, a power of two, that fit into this process's memory. On a GPU, try them.
 
-    One process at a time plans for a GPU. What the try took stays with this process, so that the next one finds only
-    what is left.
+    One process at a time plans for a GPU. This process keeps the memory that it tried, so that the next process counts
+    only what is left.
     """
     device = accelerator.device
     with alone_on(device):
         free = free_memory(device)
-        if device.type == "cpu":  # The processes of a machine share its memory.
+        if device.type == "cpu":  # The processes share the machine's memory.
             free //= accelerator.num_processes
         batch = training_memory(network, config).largest_batch(free, max(1, limit))
         while device.type == "cuda" and batch > 1 and not fits(network, config, batch, accelerator.num_processes):
@@ -83,7 +83,7 @@ def largest_share(network: UNet, config: CoreConfig, accelerator: Accelerator, l
 
 @contextmanager
 def alone_on(device: torch.device) -> Iterator[None]:
-    """Inside this context no other process of this user plans for the same GPU; on a processor nothing is done."""
+    """Keep this user's other processes from planning for the same GPU inside this context. A CPU needs no lock."""
     if device.type != "cuda":
         yield
         return
@@ -92,7 +92,7 @@ def alone_on(device: torch.device) -> Iterator[None]:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = file.open("a")
-    except OSError:  # Without a lock two processes may plan for the same memory.
+    except OSError:  # Go on without a lock: two processes may then plan for the same memory.
         yield
         return
     with lock:
@@ -101,13 +101,13 @@ def alone_on(device: torch.device) -> Iterator[None]:
 
 
 def fits(network: UNet, config: CoreConfig, batch: int, processes: int = 1) -> bool:
-    """Whether training takes a step with a batch on the network's GPU without running out of memory.
+    """Return whether a training step with a batch fits into the memory of the network's GPU.
 
     Args:
-        network: it is trained and compiled.
-        config: of the training.
+        network: the network, which is trained and compiled.
+        config: configuration of the run.
         batch: images of this process.
-        processes: how many train together, which may decide whether the network is compiled.
+        processes: number of processes, which may decide whether the network is compiled.
     """
     try:
         train_once(network, config, batch, processes)
@@ -116,18 +116,18 @@ def fits(network: UNet, config: CoreConfig, batch: int, processes: int = 1) -> b
     else:
         fitted = True
     network.zero_grad(set_to_none=True)
-    if not fitted:  # Now that the exception, which held the tensors, is gone.
+    if not fitted:  # Only here: the exception held the tensors.
         torch.cuda.empty_cache()
     return fitted
 
 
 def train_once(network: UNet, config: CoreConfig, batch: int, processes: int) -> None:
-    """Take a step on empty images as training does: compiled or not, in its precision, with optimizer and averages."""
+    """Train for one step on black images, with the compilation, precision, optimizer and averages of the run."""
     device, size = next(network.parameters()).device, network.image_size
     settings = config.train.model_copy(update={"batch_size": batch * processes})
-    state = TrainState.start(network.train(), config)
+    state = TrainState.start(network.train(), config.train, config.ema)
     compile_network(network, pick_compilation(settings, network, device))
-    denoiser = Denoiser.from_config(network, config, device)
+    denoiser = Denoiser.from_config(network, config.diffusion, config.model, device)
     images = torch.zeros(batch, network.in_channels, size, size, device=device)
     zeros = torch.zeros(batch, dtype=torch.long, device=device)
     shown = torch.ones(batch, dtype=torch.bool, device=device) if config.model.self_conditioning else None
@@ -143,18 +143,18 @@ def train_once(network: UNet, config: CoreConfig, batch: int, processes: int) ->
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes that training a network takes: ``fixed + per_image * batch``.
+    """Bytes that training a network needs: ``fixed + per_image * batch``.
 
     Attributes:
-        fixed: whatever the batch.
-        per_image: for each image that a process has in its batch.
+        fixed: bytes for any batch.
+        per_image: bytes per image of a process's batch.
     """
 
     fixed: int
     per_image: int
 
     def largest_batch(self, free: int, limit: int) -> int:
-        """The largest power of two, at most ``limit``, whose training takes at most ``free`` bytes; at least 1."""
+        """Return the largest power of two up to ``limit`` that needs at most ``free`` bytes; at least 1."""
         batch = 1
         while 2 * batch <= limit and self.fixed + 2 * batch * self.per_image <= free:
             batch *= 2
@@ -162,16 +162,16 @@ class TrainingMemory:
 
 
 def training_memory(network: UNet, config: CoreConfig) -> TrainingMemory:
-    """Count what training takes on the network's device, by running two small batches forwards."""
+    """Count the bytes that training needs on the network's device, from the forward passes of two small batches."""
     device = next(network.parameters()).device
     weights = sum(parameter.nbytes for parameter in network.parameters())
-    small, large = (kept_for_backward(network, config, batch, device) for batch in (PROBE, 2 * PROBE))
+    small, large = (kept_for_backward(network, config.train, batch, device) for batch in (PROBE, 2 * PROBE))
     per_image = (large - small) // PROBE
     return TrainingMemory(weights * (COPIES + len(profiles(config.ema))), per_image)
 
 
-def kept_for_backward(network: UNet, config: CoreConfig, batch: int, device: torch.device) -> int:
-    """Bytes that a forward pass of a batch keeps for the backward pass, weights left out."""
+def kept_for_backward(network: UNet, train: TrainConfig, batch: int, device: torch.device) -> int:
+    """Return the bytes that a forward pass keeps for the backward pass, without weights."""
     own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
     kept: dict[int, int] = {}
 
@@ -186,23 +186,22 @@ def kept_for_backward(network: UNet, config: CoreConfig, batch: int, device: tor
     network.train()
     images, t_B = torch.zeros(shape, device=device), torch.zeros(batch, dtype=torch.long, device=device)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with hooks, autocast(device, pick_precision(config.train, device)):
-        output = network(images, t_B)  # Its graph holds what was kept until all is counted.
+    with hooks, autocast(device, pick_precision(train, device)):
+        output = network(images, t_B)  # Its graph keeps the tensors alive until they are counted.
     network.train(was_training)
     del output
     return sum(kept.values())
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device, as far as a batch may be planned for them.
+    """Return the free bytes of a device to plan a batch for.
 
-    Trials that were started to share the device (:mod:`diffusion_core.sharing`) get equal parts of it, whichever plans
-    first.
+    Trials that share the device (:mod:`diffusion_core.machine.sharing`) get equal parts, in whatever order they start.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
     else:
-        import psutil  # type: ignore[import-untyped]  # accelerate brings it along.
+        import psutil  # type: ignore[import-untyped]  # Installed with accelerate.
 
         memory = psutil.virtual_memory()
         free, total = memory.available, memory.total

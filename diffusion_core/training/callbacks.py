@@ -1,4 +1,4 @@
-"""What happens between training steps: pictures, history, alerts. One class each."""
+"""Training callbacks that draw pictures, write history, and raise alerts."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from diffusion_core.tracking import STEP, Tracker
 from diffusion_core.training.trainer import TrainState, is_due
 
 WORSE_LOSS = 1.5
-"""A loss this many times its best value is a regression."""
+"""A loss above its best value times this is a regression."""
 
 WORSE_SHARE = 0.75
-"""So is a quality that fell to this share of its best value."""
+"""A quality below its best value times this is a regression."""
 
 PREEMPTIONS = 3
-"""A trial that was preempted this often makes little progress."""
+"""Number of preemptions at which a trial raises an alert."""
 
 DIVERGED = "Training diverged"
 REGRESSION = "Quality regression"
@@ -37,7 +37,7 @@ PREEMPTED = "Preempted again and again"
 
 
 class DrawSamples:
-    """Every ``sample.every`` steps: a grid with one row per class, and a GIF from noise to image."""
+    """Every ``sample.every`` steps, draw a grid with one row per class, and a GIF from noise to image."""
 
     def __init__(self, config: CoreConfig, dataset: Dataset, accelerator: Accelerator, folder: Path) -> None:
         self.config = config
@@ -58,7 +58,7 @@ class DrawSamples:
         columns = min(media.GIF_COLUMNS, config.per_class)
         wanted, moving = requests(labels, config.per_class), requests(labels[: media.GIF_ROWS], columns)
         moments, seed = media.spread(config.steps), self.config.seed
-        if len(wanted) <= config.batch_size:  # The moving ones are among them.
+        if len(wanted) <= config.batch_size:  # One batch: take the GIF's frames from the same sampling.
             drawn = generator.trajectory(wanted, config, seed, moments)
             places = [wanted.index(request) for request in moving]
             images, frames = drawn[-1], [frame[places] for frame in drawn]
@@ -73,13 +73,19 @@ class DrawSamples:
 
 
 class LogHistory:
-    """Logs each row, to the tracker and to ``history.jsonl`` in the run's folder, where anyone can plot from."""
+    """Send each row to the tracker, and append it to ``history.jsonl`` in the run's folder.
+
+    Args:
+        tracker: receives the rows.
+        folder: the run's folder.
+        resumed: the checkpoint that the run resumes from, or None. Later rows are dropped.
+    """
 
     def __init__(self, tracker: Tracker, folder: Path, resumed: Checkpoint | None) -> None:
         self.tracker = tracker
         self.file = folder / HISTORY_FILE
         step, rows = 0, {}
-        if resumed is not None:  # From another machine's disk its history comes along.
+        if resumed is not None:  # A checkpoint from another machine brings its history along.
             step, rows = resumed.step, {row[STEP]: row for row in read_history(resumed.path)}
         rows |= {row[STEP]: row for row in read_history(folder)}
         kept = [rows[at] for at in sorted(rows) if at <= step]
@@ -97,18 +103,18 @@ class LogHistory:
 
 
 def log_rows(tracker: Tracker, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Log rows of a run's history with their pictures; the tracker passes over those that it was told already."""
+    """Log rows of a run's history with their pictures. The tracker skips rows that it has already."""
     for row in rows:
         tracker.log(without_step(row) | picture_files(folder, row[STEP]), row[STEP])
 
 
 class WatchQuality:
-    """A training callback: an alert, once, when the metric that chooses the best checkpoint has become much worse.
+    """Alert once when the metric that chooses the best checkpoint has become much worse.
 
     Args:
-        metric: its name; what is measured before a pruning has another one.
+        metric: name of the metric. Figures before pruning have other names.
         best: its best value so far, or None.
-        tracker: where alerts go.
+        tracker: receives the alert.
     """
 
     def __init__(self, metric: str, best: float | None, tracker: Tracker) -> None:
@@ -131,7 +137,7 @@ class WatchQuality:
 
 
 def is_regression(metric: str, value: float, best: float) -> bool:
-    """Whether a figure is much worse than its best value; what is no number is."""
+    """Return whether a figure is much worse than its best value. A value that is not finite is a regression."""
     if not math.isfinite(value):
         return True
     if goal_of(metric) == "minimize":

@@ -1,4 +1,4 @@
-"""When checkpoints are written, which of them are kept, and what goes to W&B."""
+"""Write checkpoints at a cadence, delete old ones, and upload them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from diffusion_core.files import write_json_lines
 from diffusion_core.model.structure import structure
 from diffusion_core.redact import redacted
 from diffusion_core.run_folder import HISTORY_FILE, read_history
-from diffusion_core.tracking import BEST, MODEL, STATE, STEP, Tracker
+from diffusion_core.tracking import BEST, MODEL, STATE, STEP, Tracker, Upload
 from diffusion_core.training.trainer import TrainState, is_due
 
 
 def describe(state: TrainState, config: CoreConfig, class_names: Sequence[str]) -> dict[str, Any]:
-    """What a checkpoint says of its network, with no figures yet."""
+    """Return a checkpoint's metadata: configuration, network and training state, without figures."""
     network = state.network
     return {
         "config": redacted(flatten(config)),
@@ -43,13 +43,21 @@ def describe(state: TrainState, config: CoreConfig, class_names: Sequence[str]) 
 
 
 def model_files(checkpoint: Checkpoint) -> list[Path]:
-    """The files of a `model` artifact: all that sampling needs."""
+    """Return the files of a `model` artifact: all that sampling needs."""
     parts = [checkpoint.path / f"{part}.safetensors" for part in checkpoint.parts if part in SAMPLING_PARTS]
     return [checkpoint.path / METADATA_FILE, *parts]
 
 
 class SaveCheckpoints:
-    """Every ``checkpoint.every`` steps: a checkpoint on disk and as artifacts; keeps the newest ones and the best.
+    """Write and upload a checkpoint every ``checkpoint.every`` steps. Keep the newest ones and the best one.
+
+    Args:
+        config: configuration of the run.
+        dataset: the images, for the names of their classes.
+        tracker: receives the artifacts.
+        folder: folder of the run's checkpoints.
+        run_id: names the artifacts.
+        resumed: the checkpoint that the run resumes from, or None.
 
     Attributes:
         best: metric, value and step of the best checkpoint so far, or None.
@@ -71,7 +79,7 @@ class SaveCheckpoints:
         self.run_id = run_id
         self.saved_step = resumed.step if resumed else None
         best = resumed.metadata.get("best") if resumed else None
-        # A run may be resumed with another metric; its values cannot be compared with those of the old one.
+        # The run may resume with another metric, whose values cannot be compared.
         self.best: dict[str, Any] | None = best if best and best["metric"] == config.checkpoint.best_metric else None
         self.figures: dict[str, float] = dict(resumed.metadata["figures"]) if resumed else {}
 
@@ -84,29 +92,31 @@ class SaveCheckpoints:
             self.save(state, row.get(self.config.checkpoint.best_metric))
 
     def save_pruned(self, state: TrainState) -> None:
-        """Write a checkpoint of a network that was just pruned, and log it as an artifact that the run goes on from: so
-        lineage leads from the dense model to the pruned one, and from there to what becomes of it.
+        """Write a checkpoint of a newly pruned network, and log it as an artifact that the run uses.
+
+        Lineage then leads from the dense model to the pruned one, and on to the models trained from it.
         """
-        self.saved_step = None  # The dense network may have been saved at this very step.
+        self.saved_step = None  # The dense network may have been saved at this step.
         checkpoint = self.save(state)
         if self.config.checkpoint.upload and checkpoint is not None:
             name = f"pruned-{self.run_id}"
-            self.tracker.artifact(name, "model", model_files(checkpoint), ["latest"], dict(state.extra_metadata))
+            self.tracker.artifact(Upload(name, MODEL, model_files(checkpoint), ["latest"], dict(state.extra_metadata)))
             self.tracker.use(name)
 
     def save(self, state: TrainState, metric: float | None = None) -> Checkpoint | None:
-        """Write a checkpoint, log it, and delete those no longer kept; a step that is saved is not saved again."""
+        """Write and upload a checkpoint, and delete old ones. Skip a step that is saved already.
+
+        Args:
+            state: what to save.
+            metric: value of ``checkpoint.best_metric`` at this step, or None.
+        """
         if state.step == self.saved_step:
             return None
-        is_best = metric is not None and is_better(
-            self.config.checkpoint.best_metric, metric, self.best["value"] if self.best else None
-        )
-        if is_best:
-            self.best = {"metric": self.config.checkpoint.best_metric, "value": metric, "step": state.step}
-        metadata = describe(state, self.config, self.dataset.class_names) | {
-            "figures": self.figures,
-            "best": self.best,
-        }
+        name = self.config.checkpoint.best_metric
+        if metric is not None and is_better(name, metric, self.best["value"] if self.best else None):
+            self.best = {"metric": name, "value": metric, "step": state.step}
+        metadata = describe(state, self.config, self.dataset.class_names)
+        metadata |= {"figures": self.figures, "best": self.best}
         checkpoint = write_checkpoint(self.folder, state.step, metadata, state.parts())
         self.saved_step = state.step
         if self.config.checkpoint.upload and self.tracker.live:
@@ -115,7 +125,7 @@ class SaveCheckpoints:
         return checkpoint
 
     def log_kept(self) -> None:
-        """Log the checkpoints that are on the disk: for trackers to which it was of no use to log each of them."""
+        """Upload the checkpoints on the disk, for trackers that are not live."""
         if self.config.checkpoint.upload:
             for path in self._kept():
                 self._log_artifacts(read_checkpoint(path, verify=False))
@@ -134,24 +144,23 @@ class SaveCheckpoints:
         return kept_checkpoints(self.folder, self.config.checkpoint.keep, self.best["step"] if self.best else None)
 
     def _delete_old(self) -> None:
-        """Delete what is not kept; the newest checkpoint is on the disk by now."""
         for path in set(list_checkpoints(self.folder)) - set(self._kept()):
             shutil.rmtree(path)
 
     def forget_best(self) -> None:
-        """Start over with `best`: the network is another one from now on."""
+        """Reset :attr:`best`, because pruning changed the network."""
         self.best = None
 
     @property
     def best_path(self) -> Path:
-        """The best checkpoint, or the newest one if nothing was measured yet, or the best one could not be fetched."""
+        """Folder of the best checkpoint; of the newest one if none was measured, or the best is not on the disk."""
         assert self.saved_step is not None
         best = self.folder / step_folder(self.best["step"] if self.best else self.saved_step)
         return best if best.is_dir() else self.folder / step_folder(self.saved_step)
 
 
 def kept_checkpoints(folder: Path, keep: int, best_step: int | None) -> list[Path]:
-    """Of the checkpoints in a folder those that are kept, oldest first: the newest ones and the best."""
+    """Return the checkpoints in a folder to keep, oldest first: the newest ``keep`` and the best one."""
     paths = list_checkpoints(folder)
     best = None if best_step is None else step_folder(best_step)
     return [path for path in paths if path.name == best or path in paths[-keep:]]
@@ -166,15 +175,15 @@ def log_checkpoint(
     history: Sequence[Mapping[str, Any]],
     ttl_days: int | None,
 ) -> None:
-    """Log a checkpoint as two artifacts: what sampling needs, and what resuming needs besides, if it holds that.
+    """Upload a checkpoint as two artifacts: what sampling needs, and what resuming needs as well, if it has that.
 
     Args:
-        tracker: where to.
+        tracker: receives the artifacts.
         checkpoint: on the disk.
         run_id: names the artifacts.
         is_best: whether it is the best one of its run so far.
-        history: rows of the run; those up to the checkpoint's step come along, for another machine to go on from.
-        ttl_days: how long the server keeps what resuming needs; None: for ever.
+        history: rows of the run. Those up to the checkpoint's step are uploaded, for resuming on another machine.
+        ttl_days: days until the server may delete the second artifact. None keeps it.
     """
     aliases = ["latest", f"step-{checkpoint.step}", *([BEST] if is_best else [])]
     described = {
@@ -185,8 +194,8 @@ def log_checkpoint(
     }
     rows = checkpoint.path / HISTORY_FILE
     write_json_lines(rows, (row for row in history if row[STEP] <= checkpoint.step))
-    metadata = checkpoint.path / METADATA_FILE
+    tracker.artifact(Upload(f"{MODEL}-{run_id}", MODEL, model_files(checkpoint), aliases, described))
     training = [checkpoint.path / f"{part}.safetensors" for part in checkpoint.parts if part not in SAMPLING_PARTS]
-    tracker.artifact(f"{MODEL}-{run_id}", MODEL, model_files(checkpoint), aliases, described)
-    if training:  # Or it came from another machine for sampling alone.
-        tracker.artifact(f"{STATE}-{run_id}", STATE, [metadata, *training, rows], aliases, described, ttl_days)
+    if training:  # A checkpoint that was downloaded for sampling has none.
+        files = [checkpoint.path / METADATA_FILE, *training, rows]
+        tracker.artifact(Upload(f"{STATE}-{run_id}", STATE, files, aliases, described, ttl_days))

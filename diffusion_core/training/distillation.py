@@ -1,4 +1,4 @@
-"""Learning from a teacher besides the images: a pruned network from the dense one that it was.
+"""Train a student network with a teacher, such as a pruned network with the dense one that it was made from.
 
 Axes: B batch, C channels, H height, W width, N = H*W positions.
 """
@@ -13,16 +13,16 @@ from diffusion_core.model.unet import UNet, Watch
 
 
 class Distillation:
-    """A further loss, of what the student answered when it was last called, against the teacher's answer to the same.
+    """A loss between the student's last output and the teacher's output for the same inputs.
 
     Args:
-        teacher: its weights stay as they are.
+        teacher: its weights do not change.
         student: the network in training.
-        output: weight of the mean squared distance between the answers (Hinton et al. 2015, for regression).
+        output: weight of the mean squared distance between the outputs (Hinton et al. 2015, for regression).
         features: weight of the mean squared distance between activation maps (Zagoruyko & Komodakis 2017).
 
     Raises:
-        ValueError: if the teacher answers to other inputs than the student.
+        ValueError: if the teacher takes other inputs than the student, or returns other outputs.
     """
 
     def __init__(self, teacher: UNet, student: UNet, output: float, features: float) -> None:
@@ -30,7 +30,7 @@ class Distillation:
             if getattr(teacher, name) != getattr(student, name):
                 raise ValueError(f"the teacher's {name} is {getattr(teacher, name)}, not {getattr(student, name)}")
         if teacher.conv_out.out_channels != student.conv_out.out_channels or len(teacher.down) != len(student.down):
-            raise ValueError("the teacher answers otherwise: with other channels, or over other resolutions")
+            raise ValueError("the teacher has other output channels or other resolutions than the student")
         self.teacher = teacher.eval().requires_grad_(False)
         self.output = output
         self.features = features
@@ -38,7 +38,7 @@ class Distillation:
         self._watch = student.watch = Watch()
 
     def loss(self) -> Tensor:
-        """Unreduced, ``(B,)``, float32: of the batch that the student was called with last."""
+        """Return the unreduced loss, ``(B,)``, float32, of the batch that the student was called with last."""
         ours, theirs = self._watch, Watch()
         before, self.teacher.watch = self.teacher.watch, theirs
         try:
@@ -58,12 +58,12 @@ class Distillation:
         return loss_B
 
     def close(self) -> None:
-        """Watch the student no longer."""
+        """Stop recording the student's activations."""
         if self._student.watch is self._watch:
             self._student.watch = None
 
 
 def activation_map(features_BCHW: Tensor) -> Tensor:
-    """Where a layer is active, ``(B, N)`` float32: mean squares over channels, scaled to a mean square of 1."""
+    """Return mean squares over channels, ``(B, N)`` float32, scaled to a mean square of 1."""
     map_BN = features_BCHW.float().square().mean(dim=1).flatten(1)
     return F.normalize(map_BN, dim=1) * map_BN.shape[1] ** 0.5

@@ -1,6 +1,6 @@
-"""Averages of the weights: what is sampled, validated and published.
+"""Averages of the weights, which are sampled, validated and published.
 
-Several at once: the usual exponential one, power functions of training time (EDM2), and a plain average (SWA).
+A run may keep several: the exponential moving average, power functions of training time (EDM2), a plain average (SWA).
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ AVERAGE = "average"
 
 
 class Ema:
-    """Networks whose weights follow another's by averaging, one per profile that the configuration asks for.
+    """Networks whose weights average those of another network, one per profile of the configuration.
 
     Attributes:
         networks: the averaged networks by profile, in evaluation mode (no dropout), without gradients.
-        updates: number of updates so far; part of a checkpoint, since all profiles depend on it.
+        updates: number of updates so far. All profiles depend on it, so checkpoints store it.
     """
 
     def __init__(self, network: UNet, config: EmaConfig) -> None:
         self.config = config
         self.updates = 0
         self.networks = {profile: copy.deepcopy(network).eval().requires_grad_(False) for profile in profiles(config)}
-        # Walking through a network's modules takes longer than averaging small weights; they stay the same tensors.
+        # Keep lists of the tensors: walking through the modules takes longer than averaging small weights.
         self._averages = {profile: _tensors(averaged) for profile, averaged in self.networks.items()}
         self._followed: tuple[UNet, tuple[list[Tensor], list[Tensor]]] | None = None
 
@@ -40,7 +40,7 @@ class Ema:
         return self.networks[sampled_profile(self.config)]
 
     def share(self, profile: str) -> float:
-        """How much of the way to the new weights the next update of a profile goes, in [0, 1]."""
+        """Return the weight of the new weights in a profile's next update, in [0, 1]."""
         count = self.updates + 1
         if profile == DECAY:
             decay = self.config.decay
@@ -52,7 +52,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, network: UNet) -> None:
-        """Move every average towards ``network``: ``average += share * (weights - average)``; buffers are copied."""
+        """Update every average: ``average += share * (weights - average)``. Buffers are copied."""
         if self._followed is None or self._followed[0] is not network:
             self._followed = network, _tensors(network)
         weights, buffers = self._followed[1]
@@ -64,30 +64,31 @@ class Ema:
 
 
 def _tensors(network: UNet) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and buffers of a network."""
+    """Return the weights and the buffers of a network."""
     return list(network.parameters()), list(network.buffers())
 
 
 def widths(config: EmaConfig) -> dict[str, float]:
-    """The power profiles by name (``power0_05``), with their relative widths."""
+    """Return the relative widths of the power profiles by name (``power0_05``)."""
     return {f"power{width:g}".replace(".", "_"): width for width in config.power_widths}
 
 
 def profiles(config: EmaConfig) -> list[str]:
-    """The names of the averages that a configuration asks for."""
+    """Return the names of the averages that a configuration asks for."""
     return [DECAY, *widths(config), *([AVERAGE] if config.average_from is not None else [])]
 
 
 def sampled_profile(config: EmaConfig) -> str:
-    """The name of the average that is sampled."""
+    """Return the name of the average that is sampled."""
     return next(iter(widths(config))) if config.sampled == "power" else config.sampled
 
 
 def power_exponent(width: float) -> float:
-    """The exponent gamma whose power function average has a relative width (Karras et al. 2024, EDM2, eq. 9 and 126).
+    """Return the exponent gamma of the power function average with a relative width.
 
-    The average weighs the weights at training time t by ``t ** gamma``; its standard deviation, relative to training
-    time, is ``(gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5)``, solved here by bisection.
+    See Karras et al. 2024 (EDM2), eq. 9 and 126. The average weighs the weights at training time t by ``t ** gamma``.
+    Its standard deviation, relative to training time, is ``(gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5)``,
+    solved here by bisection.
 
     Args:
         width: in (0, 0.28), such as 0.05 or 0.1.
@@ -96,7 +97,7 @@ def power_exponent(width: float) -> float:
     def relative_width(gamma: float) -> float:
         return math.sqrt(gamma + 1.0) / ((gamma + 2.0) * math.sqrt(gamma + 3.0))
 
-    low, high = 0.0, 1e6  # Falls from 0.2887 at 0.
+    low, high = 0.0, 1e6  # The width decreases from 0.2887 at 0.
     for _ in range(200):
         middle = (low + high) / 2.0
         low, high = (middle, high) if relative_width(middle) > width else (low, middle)

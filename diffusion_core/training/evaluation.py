@@ -1,4 +1,4 @@
-"""Evaluation while training: at a cadence, of the averaged weights, by all processes together."""
+"""Evaluate the averaged weights at a cadence while training, with all processes together."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from diffusion_core.files import write_json
 from diffusion_core.hardware import pick_precision
 from diffusion_core.run_folder import PROTOCOLS_FILE
 from diffusion_core.sampling.generation import Generator
-from diffusion_core.tracking import Tracker
+from diffusion_core.tracking import Tracker, Upload
 from diffusion_core.training.trainer import TrainState, is_due
 
 DENSE = "dense/"
-"""Prefix of figures of a network that is yet to be pruned: a sweep must not rank pruned networks by them."""
+"""Prefix of the figures of a network before pruning. A sweep must not rank pruned networks by them."""
 
 STATISTICS = "reference-statistics"
-"""Type of the artifacts that share what was computed of real images."""
+"""Type of the artifacts with statistics of real images."""
 
 
 class Evaluate:
-    """Every ``eval.every`` steps: ``val/loss``, and of generated images whatever ``eval.*`` asks for.
+    """Every ``eval.every`` steps, compute ``val/loss`` and the figures of generated images that ``eval.*`` asks for.
 
-    Before a pruning they are called ``dense/val/loss`` and so on. How each figure was measured goes into the run's
-    summary and into ``protocols.json``.
+    Before pruning they are named ``dense/val/loss`` and so on. How each figure was measured is recorded in the run's
+    summary and in ``protocols.json``.
 
     Args:
         config: every knob of the core.
         dataset: the images.
         accelerator: processes and devices.
-        tracker: where protocols go.
+        tracker: receives protocols and reference statistics.
         folder: the run's folder.
         is_dense: whether a network is yet to be pruned.
     """
@@ -82,10 +82,10 @@ class Evaluate:
         row.update({f"{prefix}{name}": value for name, value in figures.items()})
 
     def _judge(self, generator: Generator) -> Judgement:
-        """Figures of generated images; where they cannot be had, training goes on without, and says so once."""
+        """Return the figures of generated images. If they cannot be computed, print why once and continue training."""
         config, total = self.config, self.config.eval.num_images
         try:
-            if self._suite is None:  # At the first evaluation: what it builds may take seconds.
+            if self._suite is None:  # Built at the first evaluation, because that may take seconds.
                 self._suite = Suite(
                     config.data,
                     config.eval,
@@ -105,15 +105,18 @@ class Evaluate:
             return Judgement()
 
     def _say(self, line: str) -> None:
+        """Print a line once."""
         if self.accelerator.is_main_process and line not in self._said:
             self._said.add(line)
             print(line, file=sys.stderr)
 
     def _share(self, name: str, source: str, file: Path) -> None:
+        """Upload reference statistics."""
         if self.accelerator.is_main_process:
-            self.tracker.artifact(name, STATISTICS, [file], ["latest"], {"source": source})
+            self.tracker.artifact(Upload(name, STATISTICS, [file], ["latest"], {"source": source}))
 
     def _note(self, protocols: dict[str, str]) -> None:
+        """Record how figures were measured, if that changed."""
         if not self.accelerator.is_main_process or protocols == self.protocols:
             return
         self.protocols = protocols

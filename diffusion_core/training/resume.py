@@ -1,4 +1,4 @@
-"""The checkpoint that a run goes on from, and whether it is one of the same configuration."""
+"""Find the checkpoint that a run resumes from, and check that it was trained with the same configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffusion_core.config import ConfigError, CoreConfig, flatten
 from diffusion_core.redact import redacted
 
 NEEDED = ("model",)
-"""Parts without which training does not go on: the best checkpoint may have been downloaded without them."""
+"""Parts that resuming needs. The best checkpoint may have been downloaded without them."""
 
 FREE_TO_CHANGE = (
     "train.device",
@@ -23,11 +23,21 @@ FREE_TO_CHANGE = (
     "eval.",
     "preset",
 )
-"""Knobs that may differ when a run is resumed; all others decide what is trained."""
+"""Knobs that may change when a run resumes. All others decide what is trained."""
 
 
 def find_checkpoint(config: CoreConfig, folder: Path) -> Checkpoint | None:
-    """The checkpoint to continue from, after a check that it is one of this configuration."""
+    """Return the newest checkpoint to resume from, after a check of its configuration. None if there is none.
+
+    Args:
+        config: configuration of the run.
+        folder: folder of the run's checkpoints.
+
+    Raises:
+        ConfigError: if there are checkpoints and ``checkpoint.resume`` is false, or a knob that decides what is trained
+            differs.
+        CheckpointError: if all checkpoints are damaged.
+    """
     if not config.checkpoint.resume:
         if list_checkpoints(folder):
             raise ConfigError(
@@ -41,12 +51,12 @@ def find_checkpoint(config: CoreConfig, folder: Path) -> Checkpoint | None:
 
 
 def check_same_run(config: CoreConfig, then: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to go on with a run of another configuration.
+    """Check that a run may resume with a configuration.
 
     Args:
-        config: the one to go on with.
-        then: what the run was started with, by dotted key.
-        folder: the run's.
+        config: configuration to resume with.
+        then: configuration that the run was started with, by dotted key.
+        folder: the run's folder, for messages.
 
     Raises:
         ConfigError: if a knob that decides what is trained differs.

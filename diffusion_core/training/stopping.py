@@ -1,4 +1,4 @@
-"""Signals become a request to stop: the step is finished, a checkpoint written, and the run ended or handed back."""
+"""Stop training on a signal: finish the step, write a checkpoint, and end the run or hand it back."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from diffusion_core.training.trainer import TrainState
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAME_REQUEST_S = 3.0
-"""Signals that follow one another more closely than this are one request: agents and clients may each send one."""
+"""Signals within this many seconds are one request: agents and clients may each send one."""
 
 VERDICT_WITHIN_S = 12.0
-"""How long a stopping trial waits to learn why: cluster managers allow some 30 s from SIGTERM to SIGKILL."""
+"""Seconds that a stopping trial waits to learn why. Cluster managers allow about 30 s from SIGTERM to SIGKILL."""
 
 
 class Stopped(Exception):
-    """Training stopped between two steps because a signal asked for it.
+    """A signal stopped training between two steps.
 
     Attributes:
-        ended: whether this is the end of the run; else it was preempted, and goes on elsewhere.
-        signal_code: 128 + the signal's number, as shells count.
+        ended: whether the run is over. If not, it was preempted and resumes elsewhere.
+        signal_code: 128 + the signal's number, as in shells.
     """
 
     def __init__(self, number: int, ended: bool = False) -> None:
@@ -39,18 +39,18 @@ class StopRequest:
     """Whether a signal asked this process to stop.
 
     Args:
-        agree: turns this process's signal number (0: none came) into the one that all processes of the trial act on,
-            after the same step; called after every step.
+        agree: maps this process's signal number (0: none) to the number that all processes act on after the same step.
+            It is called after every step.
     """
 
     def __init__(self, agree: Callable[[int], int] = lambda number: number) -> None:
         self.number = 0
         self.agree = agree
         self.asked_to_end: Callable[[], bool] = lambda: False
-        """Whether the run is to end for good; may take a while, and is called on a thread of its own."""
+        """Whether the run is to end for good. It may take a while, and is called on its own thread."""
         self.mark_preempting: Callable[[], None] = lambda: None
-        """Tells the server that the run will want to go on elsewhere; called as soon as a signal came, never before: a
-        run that fails by itself must not be handed back."""
+        """Tell the server that the run will resume elsewhere. It is called after a signal only: a run that fails must
+        not be handed back."""
         self._ended = False
         self._came_at = 0.0
         self._judged = threading.Event()
@@ -58,18 +58,18 @@ class StopRequest:
 
     def _handle(self, number: int) -> None:
         if self.number and time.monotonic() - self._came_at > SAME_REQUEST_S:
-            raise KeyboardInterrupt  # Whoever asks again does not wait for the step.
+            raise KeyboardInterrupt  # A second request: do not wait for the step.
         self.ask(number)
 
     def ask(self, number: int = signal.SIGINT) -> None:
-        """Stop as if that signal had come, for the first time: what W&B's client calls, besides the agent's signal."""
+        """Request a stop as if a first signal had come. W&B's client calls this besides the agent's signal."""
         if not self.number:
             self.number, self._came_at = number, time.monotonic()
             if self._wake is not None:
-                os.write(self._wake, b"!")  # All else may wait for a lock that this very thread holds.
+                os.write(self._wake, b"!")  # Anything else may wait for a lock that this thread holds.
 
     def _judge(self, woken: int) -> None:
-        """On a thread of its own, since a step may take longer than a cluster manager waits."""
+        """Find out why, on a thread: a step may take longer than a cluster manager waits."""
         told = os.read(woken, 1)
         os.close(woken)
         if told == b"!":
@@ -79,10 +79,10 @@ class StopRequest:
         self._judged.set()
 
     def check(self, _state: TrainState, _row: dict[str, Any]) -> None:
-        """A training callback: raises :class:`Stopped` after a step in which a signal came to any process."""
+        """A training callback: raise :class:`Stopped` after a step in which any process received a signal."""
         number = self.agree(self.number)
         if number:
-            if not self.number:  # It came to another process only.
+            if not self.number:  # Another process received it.
                 self.ask(number)
             if self._wake is not None:
                 self._judged.wait(VERDICT_WITHIN_S)
@@ -90,7 +90,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Handle signals inside this context; the old handlers come back after it."""
+        """Handle signals inside this context, and restore the previous handlers afterwards."""
         woken, self._wake = os.pipe()
         judge = threading.Thread(target=self._judge, args=(woken,), name="stop-cause", daemon=True)
         judge.start()

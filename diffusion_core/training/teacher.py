@@ -1,4 +1,4 @@
-"""The teacher of a distillation: kept in the run's own checkpoints, so that it can go on without what it came from."""
+"""The teacher of a distillation, stored in the checkpoints of the run: resuming does not need its source."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from diffusion_core.training.distillation import Distillation
 from diffusion_core.training.trainer import TrainState
 
 TEACHER = "teacher"
-"""The part of a checkpoint that holds the teacher's weights, and where its metadata says how wide it is."""
+"""The checkpoint's part with the teacher's weights, and the key of its widths in the metadata."""
 
 
 def keep_teacher(state: TrainState, teacher: UNet, model: ModelConfig) -> None:
-    """Put a network into a state as its teacher."""
+    """Store a network in a state as its teacher."""
     state.extra_parts[TEACHER] = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     state.extra_metadata[TEACHER] = {"structure": structure(teacher, model)}
 
@@ -26,10 +26,10 @@ def keep_teacher(state: TrainState, teacher: UNet, model: ModelConfig) -> None:
 def distillation_of(
     state: TrainState, model: ModelConfig, train: TrainConfig, distill: DistillConfig
 ) -> Distillation | None:
-    """What a state's teacher teaches its network; None if it has none (yet).
+    """Return the distillation from a state's teacher to its network; None if the state has no teacher.
 
     Raises:
-        ConfigError: if the two cannot be compared.
+        ConfigError: if the two networks cannot be compared.
         CheckpointError: if the teacher's weights do not fit its network.
     """
     if TEACHER not in state.extra_parts:
@@ -42,8 +42,7 @@ def distillation_of(
         tensors = {name: tensor.clone() for name, tensor in state.extra_parts[TEACHER].items()}
         teacher.load_state_dict(tensors, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = one_line(error)
-        raise CheckpointError(f"the teacher's weights do not fit its network: {reason}") from None
+        raise CheckpointError(f"the teacher's weights do not fit its network: {one_line(error)}") from None
     try:
         device = next(network.parameters()).device
         teacher = teacher.to(device).to(memory_format=memory_format(device, pick_precision(train, device)))
@@ -53,6 +52,6 @@ def distillation_of(
 
 
 def keep_dense_as_teacher(state: TrainState, model: ModelConfig, distill: DistillConfig) -> None:
-    """Before a pruning: the network as it is becomes the teacher, if one is wanted and none was named."""
+    """Store the averaged network as its own teacher, before pruning, if distillation is on and no teacher was named."""
     if distill.wanted and TEACHER not in state.extra_parts:
         keep_teacher(state, state.ema.network, model)

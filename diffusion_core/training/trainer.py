@@ -1,7 +1,7 @@
-"""The training loop. It knows nothing of logging, evaluation or pruning: those are callbacks.
+"""The training loop. Logging, evaluation and pruning are callbacks.
 
-A callback is a function ``(state, row) -> None``, called after every optimizer step; ``row`` holds the step's figures
-(empty on most steps) and may be added to. Axes: B batch, C channels, H height, W width.
+A callback is a function ``(state, row) -> None``, called after every optimizer step. ``row`` holds the step's figures
+(empty on most steps), and callbacks may add to it. Axes: B batch, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -40,33 +40,33 @@ PROGRESS_EVERY_S_IN_FILES = 30.0
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss is no number any more; the message is one line meant for the user."""
+    """The loss is not finite. The message is one line for the user."""
 
 
 @dataclass
 class TrainState:
-    """All that changes in training. A checkpoint holds it whole; there is no other state, and no generator."""
+    """All state that training changes. A checkpoint holds all of it. There is no generator: see randomness.py."""
 
     network: UNet
     ema: Ema
     optimizer: torch.optim.AdamW
     step: int = 0
     extra_parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """Further tensors that checkpoints carry along, by part (pruning keeps its masks here)."""
+    """Further tensors to store in checkpoints, by part, such as pruning masks."""
     extra_metadata: dict[str, Any] = field(default_factory=dict)
-    """Further JSON that checkpoints carry along."""
+    """Further JSON to store in checkpoints."""
     revision: int = 0
-    """Raised by whoever changes what a step computes between two steps (masks): a recorded step is recorded anew."""
+    """Incremented when something changes what a step computes, such as masks. A recorded CUDA graph is then renewed."""
 
     @classmethod
-    def start(cls, network: UNet, config: CoreConfig, step: int = 0) -> TrainState:
-        """A state with fresh averages and a fresh optimizer; the network keeps its device."""
+    def start(cls, network: UNet, train: TrainConfig, ema: EmaConfig, step: int = 0) -> TrainState:
+        """Return a state with new averages and a new optimizer. The network keeps its device."""
         device = next(network.parameters()).device
-        network = network.to(memory_format=memory_format(device, pick_precision(config.train, device)))
-        return cls(network, Ema(network, config.ema), build_optimizer(network, config.train), step)
+        network = network.to(memory_format=memory_format(device, pick_precision(train, device)))
+        return cls(network, Ema(network, ema), build_optimizer(network, train), step)
 
     def parts(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of a checkpoint, by part."""
+        """Return the tensors of a checkpoint, by part."""
         averages = {ema_part(profile, self.ema.config): network for profile, network in self.ema.networks.items()}
         return {
             **{part: dict(network.state_dict()) for part, network in averages.items()},
@@ -76,22 +76,22 @@ class TrainState:
         }
 
     def metadata(self) -> dict[str, Any]:
-        """What a checkpoint holds besides tensors."""
+        """Return the JSON of a checkpoint that depends on training."""
         return {"ema_updates": self.ema.updates, "extra": self.extra_metadata}
 
     @classmethod
-    def restore(cls, checkpoint: Checkpoint, config: CoreConfig, device: torch.device) -> TrainState:
-        """The state that was saved in a checkpoint.
+    def restore(cls, checkpoint: Checkpoint, train: TrainConfig, ema: EmaConfig, device: torch.device) -> TrainState:
+        """Return the state that was saved in a checkpoint.
 
         Raises:
-            CheckpointError: if the checkpoint holds no training state, or one of another network.
+            CheckpointError: if the checkpoint has no training state, or that of another network.
         """
-        averages = {profile: ema_part(profile, config.ema) for profile in profiles(config.ema)}
+        averages = {profile: ema_part(profile, ema) for profile in profiles(ema)}
         own_parts = {"model", "optimizer", *averages.values()}
         missing = own_parts - set(checkpoint.parts)
         if missing:
             raise CheckpointError(f"{str(checkpoint.path)!r}: cannot resume without {', '.join(sorted(missing))}")
-        state = cls.start(checkpoint.network("model").to(device), config, checkpoint.step)
+        state = cls.start(checkpoint.network("model").to(device), train, ema, checkpoint.step)
         for profile, part in averages.items():
             state.ema.networks[profile].load_state_dict(checkpoint.network(part).state_dict())
         state.ema.updates = int(checkpoint.metadata["ema_updates"])
@@ -113,19 +113,19 @@ class TrainState:
             name, _, key = full_name.rpartition(":")
             if name not in index or (tensor.ndim and tensor.shape != parameters[name].shape):
                 raise CheckpointError(f"optimizer state of {name!r}: the network has no such weight of that shape")
-            # In memory as its weight lies: the fused optimizer walks through both by address.
+            # Use the memory layout of the weight: the fused optimizer indexes both by address.
             placed = torch.empty_like(parameters[name]).copy_(tensor) if tensor.ndim else tensor
             state.setdefault(index[name], {})[key] = placed
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
 
 
 def ema_part(profile: str, config: EmaConfig) -> str:
-    """The part of a checkpoint that holds an average: ``ema`` for the one that is sampled, else ``ema-<profile>``."""
+    """Return the checkpoint's part of an average: ``ema`` for the one that is sampled, else ``ema-<profile>``."""
     return "ema" if profile == sampled_profile(config) else f"ema-{profile}"
 
 
 def build_optimizer(network: UNet, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) over all weights."""
+    """Return AdamW (Loshchilov & Hutter 2019) over all weights."""
     optimizer = torch.optim.AdamW(
         network.parameters(),
         lr=config.lr,
@@ -134,20 +134,20 @@ def build_optimizer(network: UNet, config: TrainConfig) -> torch.optim.AdamW:
         fused=True,
     )
     device = next(network.parameters()).device
-    if device.type == "cuda":  # A tensor, so that a recorded step sees it change.
+    if device.type == "cuda":  # A tensor, so that a recorded CUDA graph reads its current value.
         for group in optimizer.param_groups:
             group["lr"] = torch.full((), config.lr, device=device)
     return optimizer
 
 
 def set_capturable(optimizer: torch.optim.Optimizer, recording: bool) -> None:
-    """Tell an optimizer whether its step is being recorded as a CUDA graph; outside of a recording it would warn."""
+    """Tell an optimizer whether its step is being recorded as a CUDA graph. Without a recording it would warn."""
     for group in optimizer.param_groups:
         group["capturable"] = recording
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate; where it is a tensor, in place, so that a recorded step sees it."""
+    """Set the learning rate. A tensor is changed in place, so that a recorded CUDA graph reads the new value."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -156,7 +156,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of the update that follows ``step`` updates: linear warm-up, then constant or half a cosine."""
+    """Return the learning rate after ``step`` updates: linear warm-up, then constant or half a cosine."""
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.lr_schedule == "constant":
         return config.lr * warm
@@ -165,7 +165,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def is_due(step: int, every: int, last: int) -> bool:
-    """Whether something that happens every so many steps (0: only at the end) happens at this one."""
+    """Return whether a step is a multiple of ``every`` (0: never) or the last one."""
     return step == last or (every > 0 and step % every == 0)
 
 
@@ -179,16 +179,23 @@ def train(
     until: int | None = None,
     distillation: Distillation | None = None,
 ) -> TrainState:
-    """Train from ``state.step`` to step ``until`` (None: ``train.steps``); the state is changed in place.
-
-    With a distillation its loss is added to the images' own, also in ``train/loss``.
+    """Train from ``state.step`` to step ``until``. The state is changed in place.
 
     Every ``log.every`` steps, and at the last one, the row holds ``train/loss`` (mean over the steps since the last
-    row), ``train/lr``, ``train/grad_norm`` (before clipping), ``train/images_per_second`` (time spent in callbacks left
-    out) and ``train/epoch``.
+    row), ``train/lr``, ``train/grad_norm`` (before clipping), ``train/images_per_second`` (without the time of
+    callbacks) and ``train/epoch``.
+
+    Args:
+        state: what to train.
+        batches: the images of each step.
+        config: configuration of the run.
+        callbacks: called after every step.
+        accelerator: processes and devices.
+        until: step to stop at; None: ``train.steps``.
+        distillation: a loss to add to that of the images, also in ``train/loss``.
 
     Raises:
-        TrainingDiverged: if the loss is no number; it is looked at whenever a row is made.
+        TrainingDiverged: if the loss is not finite. It is checked whenever a row is made.
     """
     settings, device = config.train, accelerator.device
     until = settings.steps if until is None else until
@@ -197,7 +204,7 @@ def train(
     network = accelerator.prepare_model(state.network)
     network.train()
     weights = list(network.parameters())
-    denoiser = Denoiser.from_config(network, config, device)
+    denoiser = Denoiser.from_config(network, config.diffusion, config.model, device)
     loss_sum, norm_sum = torch.zeros((), device=device), torch.zeros((), device=device)
     counted, paused, started = 0, 0.0, time.perf_counter()
     bar = tqdm(
@@ -240,7 +247,7 @@ def train(
             row: dict[str, Any] = {}
             if is_due(state.step, config.log.every, until):
                 means = torch.stack([loss_sum, norm_sum]) / counted
-                mean_loss, mean_norm = accelerator.reduce(means, "mean").tolist()  # The one synchronisation.
+                mean_loss, mean_norm = accelerator.reduce(means, "mean").tolist()  # The only GPU synchronisation.
                 if not math.isfinite(mean_loss):
                     raise TrainingDiverged(
                         f"train/loss = {mean_loss} at step {state.step}: training diverged; lower train.lr "
@@ -274,7 +281,7 @@ def _accumulate_gradients(
     precision: Precision,
     distillation: Distillation | None,
 ) -> Tensor:
-    """Add up the gradients of the mean loss over a batch, part by part; returns that loss, detached."""
+    """Accumulate the gradients of a batch's mean loss over its parts. Return that loss, detached."""
     parts = config.train.accumulation
     total = torch.zeros((), device=draws.x0_BCHW.device)
     for index, part in enumerate(draws.chunks(parts)):

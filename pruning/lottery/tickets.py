@@ -84,7 +84,7 @@ def rewound(early: Checkpoint, masks: WeightMasks, config: CoreConfig, device: t
     Weights and averages are those of that step times the mask; so are the optimizer's moments. Learning rate, order of
     the data and noise follow from the step, which is the checkpoint's.
     """
-    state = TrainState.restore(early, config, device)
+    state = TrainState.restore(early, config.train, config.ema, device)
     hold_masks(state, masks)
     return state
 
@@ -92,7 +92,7 @@ def rewound(early: Checkpoint, masks: WeightMasks, config: CoreConfig, device: t
 def reinitialised(masks: WeightMasks, num_classes: int, config: CoreConfig, device: torch.device) -> TrainState:
     """A control: the ticket's mask over weights drawn anew from the initial distribution, at step 0."""
     drawn = config.model_copy(update={"seed": stream_seed(config.seed, Purpose.REINIT)})
-    state = TrainState.start(build_network(drawn, num_classes).to(device), config)
+    state = TrainState.start(build_network(drawn, num_classes).to(device), config.train, config.ema)
     hold_masks(state, masks)
     return state
 

@@ -170,7 +170,7 @@ def digits(part: Part) -> None:
     knobs = {"log.progress": False, "train.precision": "bf16", "train.batch_size": 256, "train.compile": how}
     config = build(CoreConfig, PRESETS["digits"], knobs)
     data = load_data(config.data)
-    state = TrainState.start(build_network(config, data.num_classes).to(part.device), config)
+    state = TrainState.start(build_network(config, data.num_classes).to(part.device), config.train, config.ema)
     batches = Batches(data.train, batch_size=256, seed=0, horizontal_flip=False, device=part.device)
     accelerator = part.accelerator
 

@@ -88,7 +88,7 @@ class Point:
 
 def step_of(config: CoreConfig, accelerator: Accelerator) -> tuple[Callable[[], object], float, int, int]:
     """An optimizer step, its floating point operations, the bytes that an image takes, and the largest batch."""
-    state = TrainState.start(lively_network(config, accelerator.device), config)
+    state = TrainState.start(lively_network(config, accelerator.device), config.train, config.ema)
     batch = config.train.images_per_step
     pixels = torch.zeros((batch, *config.data.image_shape), dtype=torch.uint8)
     images = Images(pixels, torch.zeros(batch, dtype=torch.long))

@@ -65,7 +65,9 @@ def measure(options: Options) -> list[Row]:
         config = build_config({"preset": "digits", "train.steps": 10**6, "log.progress": False})
         accelerator = make_accelerator(config)
         dataset = load_data(config.data)
-        state = TrainState.start(build_network(config, dataset.num_classes).to(accelerator.device), config)
+        state = TrainState.start(
+            build_network(config, dataset.num_classes).to(accelerator.device), config.train, config.ema
+        )
         batches = Batches(
             dataset.train,
             batch_size=config.train.images_per_step,

@@ -32,7 +32,7 @@ def our_step(
     change: Callable[[UNet], UNet] = lambda network: network,
 ) -> Callable[[], object]:
     """Steps of our own loop: batch, draws, loss, gradients, clipping, AdamW, average; of a network changed before."""
-    state = TrainState.start(change(lively_network(config, accelerator.device)), config)
+    state = TrainState.start(change(lively_network(config, accelerator.device)), config.train, config.ema)
     source = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (4 * batch, 3, 32, 32), dtype=torch.uint8, generator=source)
     batches = Batches(

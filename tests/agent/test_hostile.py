@@ -194,7 +194,7 @@ def use(path: Path) -> None:
     """All that is done with a checkpoint from elsewhere: it is sampled from, and gone on with."""
     checkpoint = read_checkpoint(path)
     checkpoint.network()
-    TrainState.restore(checkpoint, CONFIG, torch.device("cpu"))
+    TrainState.restore(checkpoint, CONFIG.train, CONFIG.ema, torch.device("cpu"))
 
 
 def test_checkpoints_from_elsewhere(tmp_path: Path, good: Path) -> None:

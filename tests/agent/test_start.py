@@ -161,7 +161,7 @@ def test_a_run_that_started_from_a_checkpoint_resumes(dense: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model__channels": 8}, "model.channels = 8: expected 16, which is that of init.checkpoint"),
+        ({"model__channels": 8}, "model.channels = 8: expected 16, as in init.checkpoint"),
         ({"model__num_heads": 2}, "model.num_heads = 2: expected 1"),
         ({"diffusion__prediction": "v"}, "diffusion.prediction = 'v': expected 'eps'"),
         (

@@ -247,13 +247,17 @@ COMBINATIONS: list[Case] = [
     (
         "--prune.method=structured --ema.average_from=400000",
         "ema.average_from = 400000",
-        "averages start anew with the smaller network, 400000 steps before the end",
+        "pruning restarts the averages 400000 steps before the end",
     ),
     ("--ema.average_from=800000", "ema.average_from = 800000", "less than train.steps = 800000"),
     ("--prune.step=800000", "prune.step = 800000", "less than train.steps = 800000"),
     ("--train.steps=5 --prune.step=6", "prune.step = 6", "less than train.steps = 5"),
-    ("--train.steps=1 --prune.method=magnitude", "train.steps = 1", "prune.method=magnitude needs at least 2"),
-    ("--train.steps=1 --prune.method=structured", "train.steps = 1", "needs at least 2"),
+    (
+        "--train.steps=1 --prune.method=magnitude",
+        "train.steps = 1",
+        "prune.method=magnitude needs steps before and after pruning; expected at least 2",
+    ),
+    ("--train.steps=1 --prune.method=structured", "train.steps = 1", "expected at least 2"),
     ("--prune.keep=0.7", "prune.keep = 0.7", "says nothing to prune.method=none"),
     ("--prune.method=magnitude --prune.importance=l1", "prune.importance = 'l1'", "leave it out, or use structured"),
     ("--prune.method=structured --prune.threshold=0.5", "prune.threshold = 0.5", "use prune.importance=diff_pruning"),
@@ -267,12 +271,12 @@ COMBINATIONS: list[Case] = [
         "prune.block_keep = [0.5, 1.0",
         "use prune.scope=auto, layer",
     ),
-    ("--prune.method=structured --prune.block_keep=0.5", "prune.block_keep = [0.5]", "expected 9 shares, of 4"),
-    ("--init.checkpoint=a --init.artifact=b", "init.artifact = 'b'", "init.checkpoint is given too"),
+    ("--prune.method=structured --prune.block_keep=0.5", "prune.block_keep = [0.5]", "expected 9 shares: 4"),
+    ("--init.checkpoint=a --init.artifact=b", "init.artifact = 'b'", "init.checkpoint is set as well"),
     ("--init.artifact=b --init.weights=model", "init.weights = 'model'", "expected ema"),
-    ("--init.weights=model", "init.weights = 'model'", "says nothing without init.checkpoint"),
+    ("--init.weights=model", "init.weights = 'model'", "has no effect without init.checkpoint"),
     ("--distill.output=1", "distill.checkpoint = None", "no teacher"),
-    ("--distill.artifact=b", "distill.output = 0.0", "the teacher 'b' says nothing"),
+    ("--distill.artifact=b", "distill.output = 0.0", "the teacher 'b' has no effect"),
 ]
 
 SEVERAL: list[Case] = [

@@ -100,7 +100,7 @@ def test_a_training_state_survives_bit_for_bit(tmp_path: Path) -> None:
     assert set(checkpoint.parts) == {"ema", "model", "optimizer", "masks"}
     assert checkpoint.config() == CONFIG
 
-    restored = TrainState.restore(checkpoint, CONFIG, torch.device("cpu"))
+    restored = TrainState.restore(checkpoint, CONFIG.train, CONFIG.ema, torch.device("cpu"))
     before, after = state.parts(), restored.parts()
     assert before.keys() == after.keys()
     for part in before:
@@ -173,7 +173,7 @@ def test_the_sampling_part_alone_is_enough_to_sample_and_not_to_resume(tmp_path:
     assert checkpoint.parts == ("ema",)
     assert checkpoint.network().num_classes == NUM_CLASSES
     with pytest.raises(CheckpointError, match="cannot resume without model, optimizer") as caught:
-        TrainState.restore(checkpoint, CONFIG, torch.device("cpu"))
+        TrainState.restore(checkpoint, CONFIG.train, CONFIG.ema, torch.device("cpu"))
     one_line(caught.value)
 
 
@@ -410,5 +410,5 @@ def test_a_state_of_another_network_is_not_resumed(tmp_path: Path, part: str, ch
     tensors |= {"other" + name: tensor} if change == "other name" else {name: torch.zeros(tensor.numel() + 1)}
     replace_part(path, tensors, part)
     with pytest.raises(CheckpointError) as caught:
-        TrainState.restore(read_checkpoint(path), CONFIG, torch.device("cpu"))
+        TrainState.restore(read_checkpoint(path), CONFIG.train, CONFIG.ema, torch.device("cpu"))
     one_line(caught.value)

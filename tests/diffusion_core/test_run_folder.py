@@ -11,11 +11,12 @@ import torch
 from tiny import metadata, one_line, tiny_network
 
 from agent import clean
-from agent.tracking.uploads import Upload, UploadQueue
+from agent.tracking.uploads import UploadQueue
 from diffusion_core.checkpoint import list_checkpoints, write_checkpoint
 from diffusion_core.config import ConfigError
 from diffusion_core.files import write_json
 from diffusion_core.run_folder import HISTORY_FILE, RUN_FILE, locked, picture_files
+from diffusion_core.tracking import Upload
 
 
 def hold(folder: Path, held: Any, let_go: Any) -> None:
@@ -164,7 +165,7 @@ def test_an_upload_that_fails_keeps_its_files_and_the_others_go_on(
     put(queue, tmp_path, 1)
     put(queue, tmp_path, 2)
     assert queue.close(300) == []
-    assert capsys.readouterr().err.count("model-x was not uploaded: no route") == 2
+    assert capsys.readouterr().err.count("could not upload model-x: no route") == 2
     assert len(list((tmp_path / "staged").iterdir())) == 2
 
 

@@ -91,16 +91,3 @@ def test_results_are_kept_as_they_come(tmp_path: Path) -> None:
     assert again.over_seeds("l2 after", (0, 1), "loss") == [0.5, 0.7]
     assert mean_and_range([0.5, 0.7], ".2f") == "0.60 (0.50 to 0.70)"
     assert mean_and_range([0.5], ".0%") == "50%"
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--seeds", "a"], "--seeds = 'a': expected integers >= 0"),
-        (["--tables", "best"], "--tables = 'best': expected some of structured"),
-        (["--tune-steps", "0"], "--tune-steps = 0: expected an integer >= 1"),
-    ],
-)
-def test_wrong_words_are_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert compare_pruning.main(words) == 2
-    assert capsys.readouterr().err.startswith(f"error: {message}")

@@ -68,9 +68,3 @@ def test_every_flag_says_what_is_trained(
     assert "2 optimizer steps a round, seeds 3" in table
     assert "40.0% pruned" in table
     assert capsys.readouterr().out.endswith(f"{table}\n")
-
-
-@pytest.mark.parametrize("words", [["--seeds", "a"], ["--sparsities", "80,100"], ["--sparsities", "0"]])
-def test_wrong_words_are_refused_in_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert compare_tickets.main(words) == 2
-    assert capsys.readouterr().err.count("\n") == 1

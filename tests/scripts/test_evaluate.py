@@ -101,7 +101,7 @@ def test_an_estimate_comes_before_the_first_evaluation_and_nothing_is_built_befo
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
     config = build_config(TINY, {"eval.every": 4, "eval.num_images": 4, "eval.val_images": 8})
     evaluate = Evaluate(config, digits(), Accelerator(cpu=True), MemoryTracker(), tmp_path / "run")
-    state = TrainState.start(build_network(config, 10), config)
+    state = TrainState.start(build_network(config, 10), config.train, config.ema)
     state.step = 1
     evaluate(state, {})
     assert not (tmp_path / "cache").exists()

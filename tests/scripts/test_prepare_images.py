@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torchvision
-from image_files import CIFAR, gradient, random_images, write, write_idx, write_pickle
+from image_files import CIFAR, gradient, random_images, write, write_cifar, write_mnist
 from PIL import Image
 from prepare_images import main
 
@@ -517,31 +516,21 @@ def test_interrupted_and_run_again(how: str, many: tuple[Path, dict[str, bytes]]
 # Data sets in torchvision's formats.
 
 
-def test_the_names_of_the_data_sets() -> None:
+def test_data_set_names_match_the_loader() -> None:
     assert set(DATA_SETS) == {name for name, record in DATASETS.items() if record.path == "cache"}
 
 
 @pytest.mark.parametrize("name", CIFAR)
 def test_cifar(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class_name, base, label_key, names_key, train_files, test_file, meta_file = CIFAR[name]
-    loader = getattr(torchvision.datasets, class_name)
-    sums, parts = {}, {}
-    for i, file in enumerate([*train_files, test_file]):
-        parts[file] = random_images(4, 3, 32, 32, seed=i)
-        content = {"data": parts[file].reshape(4, 3072), label_key: [0, 1, 2, 1]}
-        sums[file] = write_pickle(tmp_path / "root" / base / file, content)
-    monkeypatch.setattr(loader, "train_list", [[file, sums[file]] for file in train_files])
-    monkeypatch.setattr(loader, "test_list", [[test_file, sums[test_file]]])
-    meta_sum = write_pickle(tmp_path / "root" / base / meta_file, {names_key: ["ape", "bee", "cow"]})
-    monkeypatch.setattr(loader, "meta", loader.meta | {"md5": meta_sum})
-
+    names, files = ["ape", "bee", "cow"], len(CIFAR[name][4]) + 1
+    *train, test = write_cifar(name, tmp_path / "root", names, lambda _: [0, 1, 2, 1], monkeypatch)
     target = tmp_path / "target"
     assert prepare(name, target, f"--root={tmp_path / 'root'}", size=None, workers=2) == 0
-    assert len(images(target)) == 4 * len(parts)
+    assert len(images(target)) == 4 * files
     assert [path for path in images(target) if path.startswith("test")] == [
         "test/ape/00000.png", "test/bee/00001.png", "test/bee/00003.png", "test/cow/00002.png"
     ]  # fmt: skip
-    for split, arrays in (("train", np.concatenate([parts[file] for file in train_files])), ("test", parts[test_file])):
+    for split, arrays in (("train", np.concatenate(train)), ("test", test)):
         for i, array in enumerate(arrays):
             path = target / split / ["ape", "bee", "cow", "bee"][i % 4] / f"{i:05d}.png"
             np.testing.assert_array_equal(pixels(path), array.transpose(1, 2, 0))
@@ -551,7 +540,7 @@ def test_cifar(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert tree(target) == before
     data = load_data(DataConfig(name="folder", path=str(target)))
     assert data.class_names == ("ape", "bee", "cow")
-    assert len(data.train) == 4 * len(train_files)
+    assert len(data.train) == 4 * (files - 1)
     assert len(data.val) == 4
 
 
@@ -562,18 +551,14 @@ def test_cifar(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_mnist(
     name: str, folder: str, label: int, class_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    digits = {"train": random_images(20, 28, 28), "t10k": random_images(10, 28, 28, seed=1)}
-    for prefix, pictures in digits.items():
-        raw = tmp_path / "root" / folder / "raw"
-        write_idx(raw / f"{prefix}-images-idx3-ubyte", pictures)
-        write_idx(raw / f"{prefix}-labels-idx1-ubyte", np.arange(len(pictures), dtype=np.uint8) % 10)
+    images_of, _ = write_mnist(tmp_path / "root" / folder, {"train": 20, "t10k": 10})["train"]
     target = tmp_path / "target"
     assert prepare(name, target, f"--root={tmp_path / 'root'}", size=None) == 0
     assert f"--data.path={target} --data.image_size=28" in capsys.readouterr().out
     for number in (label, label + 10):
         with Image.open(target / "train" / class_name / f"{number:05d}.png") as image:
             assert image.mode == "L"
-            np.testing.assert_array_equal(np.asarray(image), digits["train"][number])
+            np.testing.assert_array_equal(np.asarray(image), images_of[number])
     data = load_data(DataConfig(name="folder", path=str(target), image_size=28))
     assert data.train.labels_N.bincount().tolist() == [2] * 10
     assert data.val.labels_N.bincount().tolist() == [1] * 10

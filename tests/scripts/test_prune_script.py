@@ -136,7 +136,7 @@ REFUSED = [
     (["--target", "macs=0.5", "--importance", "best"], "--importance = 'best': expected one of random, l1"),
     (["--target", "macs=0.5", "--prune.threshold=0.1"], "prune.threshold = 0.1: says nothing to"),
     (["--target", "macs=0.5", "--prune.block_keep=0.5,1"], "prune.block_keep = [0.5, 1.0]: expected 5 shares"),
-    (["--target", "macs=0.5", "--model.channels=32"], "model.channels = 32: expected 16, which is that"),
+    (["--target", "macs=0.5", "--model.channels=32"], "model.channels = 32: expected 16, as in"),
     (["--target", "macs=0.5", "--modle.channels=32"], "modle.channels = '32': unknown key"),
     (["--target", "macs=0.5", "--upload"], "--upload: no W&B API key"),
     (["--target", "macs=0.5", "--batch", "0"], "--batch = 0: expected an integer >= 1"),

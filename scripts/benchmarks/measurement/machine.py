@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from agent.summary import commit
+from diffusion_core.training.summary import commit
 
 PACKAGES = ("torch", "diffusers", "accelerate", "wandb", "torch-pruning", "ema-pytorch", "denoising-diffusion-pytorch",
             "pytorch-fid", "torch-fidelity", "numpy", "scipy")  # fmt: skip

@@ -10,14 +10,7 @@ from tiny import TINY
 
 from agent.config import TrialConfig, build_config
 from agent.sweep import estimate
-from agent.sweep.estimate import (
-    Estimator,
-    checkpoint_bytes,
-    checkpoints_saved,
-    count_params,
-    describe_sweep,
-    forward_passes,
-)
+from agent.sweep.estimate import describe_sweep
 from agent.sweep.file import check_sweep
 from agent.trial import make_accelerator, run_trial
 from diffusion_core.checkpoint import list_checkpoints, read_checkpoint
@@ -25,6 +18,16 @@ from diffusion_core.data.datasets import load_data
 from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.tracking import MemoryTracker
 from diffusion_core.training.trainer import is_due
+from pruning.config import PruneConfig
+from pruning.estimate import (
+    BACKWARD_COST,
+    STARTUP_SECONDS,
+    Estimator,
+    checkpoint_bytes,
+    checkpoints_saved,
+    count_params,
+    forward_passes,
+)
 
 
 def config_of(**changes: Any) -> TrialConfig:
@@ -50,7 +53,9 @@ def test_parameters_are_those_of_the_network(changes: dict[str, Any]) -> None:
 def test_the_published_network_and_its_checkpoint() -> None:
     config = build_config({"preset": "cifar10", "model.class_conditional": False})
     assert count_params(config) == 35_746_307
-    assert checkpoint_bytes(config, 35_746_307) == 16 * 35_746_307  # Weights, average, two moments, as floats.
+    assert (
+        checkpoint_bytes(config, config.prune, 35_746_307) == 16 * 35_746_307
+    )  # Weights, average, two moments, as floats.
 
 
 def trained(config: TrialConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[MemoryTracker, int, int]:
@@ -78,7 +83,7 @@ def test_a_trial_writes_and_computes_what_was_estimated(tmp_path: Path, monkeypa
         prune__method="magnitude", eval__every=4, eval__num_images=20, sample__guidance=2.0, sample__every=0,
     )  # fmt: skip
     tracker, with_gradient, without = trained(config, tmp_path, monkeypatch)
-    size = checkpoint_bytes(config, count_params(config))
+    size = checkpoint_bytes(config, config.prune, count_params(config))
     uploads = [artifact for artifact in tracker.artifacts if artifact["type"] == "model"]
     assert checkpoints_saved(config) == len(uploads)
     kept = list_checkpoints(tmp_path / "checkpoints")
@@ -89,15 +94,15 @@ def test_a_trial_writes_and_computes_what_was_estimated(tmp_path: Path, monkeypa
         assert sum(tensor.nbytes for tensor in tensors) == pytest.approx(size, rel=0.01)
     sent = sum(count for artifact in tracker.artifacts for count in artifact["files"].values())
     written = sum(file.stat().st_size for file in kept[-1].iterdir())  # With names and shapes, many in a tiny network.
-    online, offline = (Estimator(offline=offline).trial(config) for offline in (False, True))
+    online, offline = (Estimator(offline=offline).trial(config, config.prune) for offline in (False, True))
     assert len(kept) * size <= online.disk_bytes <= (config.checkpoint.keep + 1) * size
     assert sent == pytest.approx(written * online.upload_bytes / size, rel=0.05)
     assert online.upload_bytes == len(uploads) * size
     assert (offline.upload_bytes, offline.disk_bytes) == (0, online.disk_bytes)
     not_uploaded = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"upload": False})})
-    assert Estimator(offline=False).trial(not_uploaded).upload_bytes == 0
+    assert Estimator(offline=False).trial(not_uploaded, config.prune).upload_bytes == 0
     assert with_gradient == config.train.steps * config.train.batch_size
-    passes = forward_passes(config) - with_gradient * (1 + estimate.BACKWARD_COST)
+    passes = forward_passes(config, config.prune) - with_gradient * (1 + BACKWARD_COST)
     assert passes == pytest.approx(without, rel=0.05)
 
 
@@ -120,7 +125,7 @@ def described(content: dict[str, Any], trials: int | None, **more: Any) -> str:
 
 
 def test_the_whole_is_the_sum_of_its_trials(tmp_path: Path) -> None:
-    size = checkpoint_bytes(config_of(), count_params(config_of()))
+    size = checkpoint_bytes(config_of(), PruneConfig(), count_params(config_of()))
     shown = estimate.size_in_words
     assert described(SWEEP, 8) == (
         f"estimate: 8 trials, 1 at a time; {shown(size)} of checkpoints a trial, {shown(8 * size)} in all; "
@@ -141,13 +146,16 @@ def test_the_whole_is_the_sum_of_its_trials(tmp_path: Path) -> None:
 
 
 def test_time_is_unknown_where_it_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Estimator(offline=True).trial(build_config({"preset": "cifar10"})).seconds is None, "too large to try"
+    def seconds(config: TrialConfig, *past: float) -> float | None:
+        return Estimator(offline=True, past_seconds=past).trial(config, config.prune).seconds
+
+    assert seconds(build_config({"preset": "cifar10"})) is None, "too large to try"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert Estimator(offline=True).trial(config_of(train__device="auto")).seconds is None, "trials run on the GPU"
-    assert Estimator(offline=True, past_seconds=[5.0]).trial(config_of(train__device="auto")).seconds == 5.0
-    measured = Estimator(offline=True).trial(config_of(train__device="cpu")).seconds
+    assert seconds(config_of(train__device="auto")) is None, "trials run on the GPU"
+    assert seconds(config_of(train__device="auto"), 5.0) == 5.0
+    measured = seconds(config_of(train__device="cpu"))
     assert measured is not None
-    assert measured > estimate.STARTUP_SECONDS
+    assert measured > STARTUP_SECONDS
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,13 @@ from typing import Any
 import pytest
 
 from agent.sweep import __main__ as sweep
-from agent.sweep import devices, engine, offline
-from agent.sweep import process as trial_process
+from agent.sweep import engine, offline
 from agent.sweep import state as sweep_state
 from agent.sweep.file import SweepError, SweepFile, check_sweep
+from agent.sweep.macros import expand_command
 from agent.sweep.offline import NothingWorks, OfflineSweep
-from agent.sweep.process import expand_command
-from diffusion_core.sharing import SHARERS
+from diffusion_core.machine import processes, sharing
+from diffusion_core.machine.sharing import SHARERS
 
 STUB = Path(__file__).parents[2] / "stub_trial.py"
 STEPS = 6
@@ -271,7 +271,7 @@ def test_a_trial_that_survives_its_coordinator_is_ended_before_it_is_gone_on_wit
     assert alive(orphan)
     monkeypatch.delenv("STUB_STUBBORN")
     monkeypatch.delenv("STUB_HANG")
-    monkeypatch.setattr(trial_process, "ORPHAN_GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(processes, "ORPHAN_GRACE_SECONDS", 0.2)
     coordinator = OfflineSweep(loaded, tmp_path / "out")
     coordinator.run()
     assert not alive(orphan)
@@ -393,21 +393,21 @@ def test_a_trial_that_does_not_stop_is_killed(tmp_path: Path, notes: Path, monke
 
 def test_gpus_and_cores_are_dealt_out_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(devices, "usable_cores", lambda: 10)
+    monkeypatch.setattr(sharing, "usable_cores", lambda: 10)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7,GPU-1")
-    assert devices.shares(1) == [{}]
-    assert devices.shares(4) == [
+    assert sharing.shares(1) == [{}]
+    assert sharing.shares(4) == [
         {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": gpu} for gpu in ("3", "5", "7", "GPU-1")
     ]
-    assert [share["CUDA_VISIBLE_DEVICES"] for share in devices.shares(2)] == ["3,5", "7,GPU-1"]
-    assert [share["CUDA_VISIBLE_DEVICES"] for share in devices.shares(3)] == ["3", "5", "7,GPU-1"]
-    assert [share["CUDA_VISIBLE_DEVICES"] for share in devices.shares(6)] == ["3", "5", "7", "GPU-1", "3", "5"]
-    assert [share.get(SHARERS) for share in devices.shares(6)] == ["2", "2", None, None, "2", "2"]
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in sharing.shares(2)] == ["3,5", "7,GPU-1"]
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in sharing.shares(3)] == ["3", "5", "7,GPU-1"]
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in sharing.shares(6)] == ["3", "5", "7", "GPU-1", "3", "5"]
+    assert [share.get(SHARERS) for share in sharing.shares(6)] == ["2", "2", None, None, "2", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert devices.shares(3) == [{"OMP_NUM_THREADS": "3", SHARERS: "3"}] * 3
+    assert sharing.shares(3) == [{"OMP_NUM_THREADS": "3", SHARERS: "3"}] * 3
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert devices.shares(3) == [{"OMP_NUM_THREADS": "7", SHARERS: "3"}] * 3
-    assert devices.threads_each(3) == 7
+    assert sharing.shares(3) == [{"OMP_NUM_THREADS": "7", SHARERS: "3"}] * 3
+    assert sharing.threads_each(3) == 7
 
 
 def test_every_trial_keeps_to_its_share(tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,7 +417,7 @@ def test_every_trial_keeps_to_its_share(tmp_path: Path, notes: Path, monkeypatch
     OfflineSweep(SWEEPS["grid"][0], tmp_path / "out", jobs=2).run()
     spans: dict[str, list[tuple[float, float]]] = {"4": [], "6": []}
     for events in noted(notes).values():
-        assert int(events[0]["environment"]["OMP_NUM_THREADS"]) == max(1, devices.usable_cores() // 2)
+        assert int(events[0]["environment"]["OMP_NUM_THREADS"]) == max(1, sharing.usable_cores() // 2)
         spans[events[0]["environment"]["CUDA_VISIBLE_DEVICES"]].append((events[0]["time"], events[-1]["time"]))
     for uses in spans.values():
         assert uses

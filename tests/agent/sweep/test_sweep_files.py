@@ -16,8 +16,9 @@ import yaml
 from agent.config import build_config
 from agent.sweep import __main__ as sweep
 from agent.sweep import engine, file
-from agent.sweep.file import SPREAD, SweepError, SweepFile, flat_parameters, load_sweep, values_to_try
+from agent.sweep.file import SweepError, SweepFile, load_sweep
 from agent.sweep.offline import OfflineSweep
+from agent.sweep.parameters import SPREAD, flat_parameters, values_to_try
 
 ROOT = Path(__file__).parents[3]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
@@ -737,7 +738,7 @@ def test_every_trial_that_hyperband_judges_has_enough_values_to_be_judged(path: 
         return
     last = {key: values_to_try(spec)[-1] for key, spec in loaded.parameters.items()}
     config = build_config(last)
-    steps = config.train.steps - (config.prune_step if config.prune.method != "none" else 0)
+    steps = config.train.steps - (config.prune.start(config.train.steps) if config.prune.method != "none" else 0)
     assert steps // config.eval.every > early["min_iter"]
 
 

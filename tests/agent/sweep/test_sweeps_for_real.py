@@ -20,7 +20,7 @@ from server import Run, WandbServer
 from wandb_client import ROOT, TIMEOUT, Client, finish
 
 from agent.sweep import engine
-from agent.tracking.sweeps import flat_summary
+from agent.tracking.api import summary_figures
 
 FIXED: dict[str, Any] = {
     "preset": "digits",
@@ -92,7 +92,7 @@ def test_one_command_online_where_hyperband_stops_the_bad_and_lets_the_good_fini
     # W&B's engine finds the best value, be it handed the history beside a summary that W&B nests, or a flat summary.
     for run in sweep.runs:
         best = pytest.approx(min(loss for _, loss in losses(run)))
-        for summary, history in ((run.summary, run.history), (flat_summary(run.summary), [])):
+        for summary, history in ((run.summary, run.history), (summary_figures(run.summary), [])):
             past = engine.past_run(run.id, {"seed": 0}, "finished", summary, history)
             assert past.metric_extremum("val/loss", "minimum") == best
 
@@ -168,8 +168,8 @@ def test_an_offline_sweep_killed_and_gone_on_with_is_synced_as_one_whole_group(
         rows = [json.loads(line) for line in (folder / "trials" / run.id / "history.jsonl").read_text().splitlines()]
         assert losses(run) == [(row["step"], row["val/loss"]) for row in rows if "val/loss" in row]
         assert all(math.isfinite(loss) for _, loss in losses(run))
-        assert flat_summary(run.summary)["val/loss"] == pytest.approx(min(loss for _, loss in losses(run)))
-        assert flat_summary(run.summary)["model/params"] == trial["figures"]["model/params"]
+        assert summary_figures(run.summary)["val/loss"] == pytest.approx(min(loss for _, loss in losses(run)))
+        assert summary_figures(run.summary)["model/params"] == trial["figures"]["model/params"]
         for kind in ("model", "training-state"):
             aliases = {alias for a in run.output_artifacts if a.type == kind for alias in a.aliases}
             assert {"latest", "best", "step-32", f"step-{steps}"} <= aliases

@@ -15,9 +15,9 @@ import pytest
 import torch
 from tiny import digits, tiny_config, tiny_state
 
-from agent import summary
 from diffusion_core.data.datasets import Dataset
 from diffusion_core.tracking import MemoryTracker
+from diffusion_core.training import summary
 from diffusion_core.training.callbacks import REGRESSION, WatchQuality, is_regression
 from diffusion_core.training.stopping import Stopped, StopRequest
 

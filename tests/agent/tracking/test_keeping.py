@@ -22,6 +22,7 @@ from agent.tracking.retention import Retention
 from agent.tracking.run import start_wandb
 from agent.tracking.stop_cause import was_asked_to_end
 from agent.tracking.tracker import WandbTracker
+from diffusion_core.tracking import Upload
 
 sys.path.insert(0, ROOT + "/scripts")
 import promote
@@ -44,7 +45,7 @@ for run_id, losses in (("worse", [0.9]), ("better", [0.5, 0.2, 0.4, 0.6, 0.7])):
         file = Path("ema.safetensors")
         file.write_bytes(b"%d" % i * 100_000)
         best = ["best"] if loss == min(losses[:i + 1]) else []
-        tracker.artifact(f"model-{run_id}", "model", [file], ["latest", f"step-{i}", *best], {"step": i})
+        tracker.artifact(Upload(f"model-{run_id}", "model", [file], ["latest", f"step-{i}", *best], {"step": i}))
         while tracker.uploads.unsent():  # One after another, so that none is dropped.
             time.sleep(0.02)
         file.unlink()

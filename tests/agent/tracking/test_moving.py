@@ -34,7 +34,7 @@ here, there = Path("here/checkpoints"), Path("there/checkpoints")
 run = start_wandb("moved", here.parent, {}, "online")
 tracker = WandbTracker(run, keep=1, after_upload=Retention(1, 7))
 saver = SaveCheckpoints(config, dataset, tracker, here, "moved", None)
-state = TrainState.start(build_network(config, 10), config)
+state = TrainState.start(build_network(config, 10), config.train, config.ema)
 for step, loss in ((5, 0.5), (10, 0.9), (15, 0.7)):
     state.step = step
     with torch.no_grad():

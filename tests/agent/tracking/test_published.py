@@ -14,6 +14,7 @@ PROGRAM = """
 import wandb
 from pathlib import Path
 from agent.tracking.tracker import WandbTracker
+from diffusion_core.tracking import Upload
 from agent.tracking.registry import publish
 
 run = wandb.init(id="one", project="test")
@@ -21,7 +22,8 @@ tracker = WandbTracker(run)
 tracker.log({"val/loss": 0.5}, 10)
 tracker.summary({"model/params": 7, "model/macs": 11})
 Path("weights.bin").write_bytes(b"12345")
-tracker.artifact("model-one", "model", [Path("weights.bin")], ["best"], {"step": 10, "figures": {"val/loss": 0.5}})
+metadata = {"step": 10, "figures": {"val/loss": 0.5}}
+tracker.artifact(Upload("model-one", "model", [Path("weights.bin")], ["best"], metadata))
 tracker.close(0)
 result = publish("test/model-one:best", {"eval/fid5k_train": 3.25}, {"eval/fid5k_train": "reference=x, n=5000"})
 """

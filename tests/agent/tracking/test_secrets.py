@@ -13,8 +13,7 @@ from forks import WORDS, Fork, Forks
 from server import WandbServer
 from wandb_client import Client
 
-from agent.tracking.console import Tee, recorded_console, redacted_arguments
-from diffusion_core.redact import BLANK, redact, redacted
+from diffusion_core.redact import BLANK, Tee, recorded_console, redact, redacted, redacted_arguments
 
 WANDB_KEY = "c0ffee" * 6 + "c0de"
 HUB_TOKEN = "canary-of-the-hub-0123456789"

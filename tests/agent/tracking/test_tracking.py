@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from diffusion_core.tracking import MemoryTracker, NullTracker, Tracker
+from diffusion_core.tracking import MemoryTracker, NullTracker, Tracker, Upload
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -22,7 +22,7 @@ def exercise(tracker: Tracker, folder: Path) -> None:
     tracker.summary({"model/params": 7})
     file = folder / "weights.bin"
     file.write_bytes(b"12345")
-    tracker.artifact("model-x", "model", [file], ["latest", "best"], {"step": 20})
+    tracker.artifact(Upload("model-x", "model", [file], ["latest", "best"], {"step": 20}))
     file.unlink()  # Allowed as soon as the call returns.
     tracker.close(0)
 
@@ -62,6 +62,7 @@ from pathlib import Path
 import torch, wandb
 from diffusion_core.sampling import media
 from agent.tracking.tracker import WandbTracker
+from diffusion_core.tracking import Upload
 
 folder = Path(sys.argv[1])
 run = wandb.init(mode="offline", project="test", dir=folder)
@@ -75,7 +76,7 @@ tracker.log({"samples": folder / "grid.png", "diffusion": folder / "two.gif"}, 3
 tracker.summary({"model/params": 7})
 weights = folder / "weights.bin"
 weights.write_bytes(b"12345")
-tracker.artifact("model-x", "model", [weights], ["latest", "best"], {"step": 20})
+tracker.artifact(Upload("model-x", "model", [weights], ["latest", "best"], {"step": 20}))
 weights.unlink()
 tracker.close(0)
 print(json.dumps({"file": str(Path(run.settings.sync_file)), "summary": dict(run.summary)}, default=str))

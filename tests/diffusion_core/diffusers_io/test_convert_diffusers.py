@@ -19,11 +19,11 @@ import sample_images
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
-from tiny import NUM_CLASSES, assert_same_tensors, lively, tiny_config, tiny_network
+from tiny import NUM_CLASSES, assert_same_tensors, lively, metadata, tiny_config, tiny_network
 from torch import Tensor
 
 from diffusion_core.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from diffusion_core.config import ConfigError, CoreConfig, flatten
+from diffusion_core.config import ConfigError, CoreConfig
 from diffusion_core.diffusers_io import diffusers_name, exporter, importer
 from diffusion_core.diffusers_io import networks as diffusers_networks
 from diffusion_core.diffusers_io.names import OLD_ATTENTION
@@ -35,11 +35,17 @@ ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "scripts" / "convert_diffusers.py"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
+
+def blocks(attention: list[int]) -> dict[str, Any]:
+    """The types of the blocks: one per level, 1 with attention and 0 without."""
+    down = [f"{'Attn' * attends}DownBlock2D" for attends in attention]
+    return {"down_block_types": down, "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down)]}
+
+
 TINY: dict[str, Any] = {
     "sample_size": 16,
     "block_out_channels": [8, 16, 16],
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    **blocks([0, 1, 0]),
     "layers_per_block": 1,
     "norm_num_groups": 4,
     "attention_head_dim": None,
@@ -53,8 +59,7 @@ TINY: dict[str, Any] = {
 GOOGLE = TINY | {
     "sample_size": 32,
     "block_out_channels": [128, 256, 256, 256],
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    **blocks([0, 1, 0, 0]),
     "layers_per_block": 2,
     "norm_num_groups": 32,
 }
@@ -69,15 +74,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "up_block_types": ["UpBlock2D", "UpBlock2D"],
     },
     "attention at several widths": {
-        "down_block_types": ["AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
-        "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D"],
         "block_out_channels": [8, 16, 24],
+        **blocks([1, 1, 1]),
     },
-    "one level": {
-        "block_out_channels": [8],
-        "down_block_types": ["AttnDownBlock2D"],
-        "up_block_types": ["AttnUpBlock2D"],
-    },
+    "one level": {"block_out_channels": [8], **blocks([1])},
     "classes": {"num_class_embeds": 5},
 }
 
@@ -280,19 +280,9 @@ def own(folder: Path, *, classes: int = NUM_CLASSES, structure: Any = None, **ch
     for network in networks:
         resize(network, structure or {})
         lively(network, 5) if structure else None
-    metadata = {
-        "config": flatten(config),
-        "image_shape": list(config.data.image_shape),
-        "num_classes": classes,
-        "class_names": NAMES,
-        "structure": structure or {},
-        "figures": {},
-        "best": None,
-        "ema_updates": 3,
-        "extra": {},
-    }
+    described = metadata(networks[0], config) | {"class_names": NAMES, "ema_updates": 3}
     parts = {part: dict(network.state_dict()) for part, network in zip(("ema", "model"), networks, strict=True)}
-    return write_checkpoint(folder, 3, metadata, parts)
+    return write_checkpoint(folder, 3, described, parts)
 
 
 def tape(shape: tuple[int, ...]) -> Iterator[Tensor]:
@@ -486,55 +476,54 @@ def source(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "theirs"))
 
 
+WRONG_NETWORKS: list[tuple[str, Any, str]] = [
+    ("_class_name", "UNet2DConditionModel", "'UNet2DModel'"),
+    ("center_input_sample", True, "False"),
+    ("time_embedding_type", "fourier", "'positional'"),
+    ("freq_shift", 0, "1"),
+    ("flip_sin_to_cos", True, "False"),
+    ("mid_block_type", None, "'UNetMidBlock2D'"),
+    ("mid_block_scale_factor", 1.4, "1"),
+    ("downsample_padding", 1, "0"),
+    ("downsample_type", "resnet", "'conv'"),
+    ("upsample_type", "resnet", "'conv'"),
+    ("act_fn", "gelu", "'silu' or 'swish'"),
+    ("norm_eps", 1e-5, "1e-06"),
+    ("resnet_time_scale_shift", "scale_shift", "'default'"),
+    ("add_attention", False, "True"),
+    ("class_embed_type", "timestep", "None"),
+    ("block_out_channels", [8, 12, 16], "whole multiples of the first"),
+    ("block_out_channels", "8,16,16", "a list of widths"),
+    ("sample_size", None, "one number, a multiple of 4"),
+    ("sample_size", [16, 32], "one number, a multiple of 4"),
+    ("sample_size", 18, "one number, a multiple of 4"),
+    ("out_channels", 6, "as many as in_channels, 3"),
+    ("layers_per_block", [1, 2, 1], "one integer >= 1"),
+    ("time_embedding_dim", 100, "None or 32"),
+    ("norm_num_groups", 16, "a divisor of every width in [8, 16, 16]"),
+    ("attn_norm_num_groups", 8, "None or norm_num_groups, 4"),
+    ("attention_head_dim", 6, "a divisor that gives equally many heads"),
+    ("num_class_embeds", 0, "None or an integer >= 1"),
+    ("num_class_embeds", 10**13, "None or an integer >= 1"),
+]
+"""Keys with a value that is refused, and what the message says is expected."""
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"_class_name": "UNet2DConditionModel"}, "_class_name = 'UNet2DConditionModel': expected 'UNet2DModel'"),
-        ({"center_input_sample": True}, "center_input_sample = True: expected False"),
-        ({"time_embedding_type": "fourier"}, "time_embedding_type = 'fourier': expected 'positional'"),
-        ({"freq_shift": 0}, "freq_shift = 0: expected 1"),
-        ({"flip_sin_to_cos": True}, "flip_sin_to_cos = True: expected False"),
-        ({"mid_block_type": None}, "mid_block_type = None: expected 'UNetMidBlock2D'"),
-        ({"mid_block_scale_factor": 1.4}, "mid_block_scale_factor = 1.4: expected 1"),
-        ({"downsample_padding": 1}, "downsample_padding = 1: expected 0"),
-        ({"downsample_type": "resnet"}, "downsample_type = 'resnet': expected 'conv'"),
-        ({"upsample_type": "resnet"}, "upsample_type = 'resnet': expected 'conv'"),
-        ({"act_fn": "gelu"}, "act_fn = 'gelu': expected 'silu' or 'swish'"),
-        ({"norm_eps": 1e-5}, "norm_eps = 1e-05: expected 1e-06"),
-        ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift = 'scale_shift': expected 'default'"),
-        ({"add_attention": False}, "add_attention = False: expected True"),
-        ({"class_embed_type": "timestep"}, "class_embed_type = 'timestep': expected None"),
-        (
-            {"block_out_channels": [8, 12, 16]},
-            "block_out_channels = [8, 12, 16]: expected whole multiples of the first",
-        ),
-        ({"block_out_channels": "8,16,16"}, "block_out_channels = '8,16,16': expected a list of widths"),
+        *(({key: value}, f"{key} = {value!r}: expected {expected}") for key, value, expected in WRONG_NETWORKS),
         ({"down_block_types": ["DownBlock2D", "SkipDownBlock2D", "DownBlock2D"]}, "expected 3 of DownBlock2D and Attn"),
         ({"down_block_types": ["DownBlock2D"]}, "expected 3 of DownBlock2D and AttnDownBlock2D"),
         (
             {"up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D"]},
             "expected the mirror image of down_block_types",
         ),
-        ({"sample_size": None}, "sample_size = None: expected one number, a multiple of 4"),
-        ({"sample_size": [16, 32]}, "sample_size = [16, 32]: expected one number, a multiple of 4"),
-        ({"sample_size": 18}, "sample_size = 18: expected one number, a multiple of 4"),
         ({"in_channels": 4, "out_channels": 4}, "in_channels = 4: expected 1 or 3"),
-        ({"out_channels": 6}, "out_channels = 6: expected as many as in_channels, 3"),
-        ({"layers_per_block": [1, 2, 1]}, "layers_per_block = [1, 2, 1]: expected one integer >= 1"),
-        ({"time_embedding_dim": 100}, "time_embedding_dim = 100: expected None or 32"),
-        ({"norm_num_groups": 16}, "norm_num_groups = 16: expected a divisor of every width in [8, 16, 16]"),
-        ({"attn_norm_num_groups": 8}, "attn_norm_num_groups = 8: expected None or norm_num_groups, 4"),
-        ({"attention_head_dim": 6}, "attention_head_dim = 6: expected a divisor that gives equally many heads"),
         (
-            {
-                "attention_head_dim": 8,
-                "down_block_types": ["AttnDownBlock2D"] * 3,
-                "up_block_types": ["AttnUpBlock2D"] * 3,
-            },
+            {"attention_head_dim": 8, **blocks([1, 1, 1])},
             "attention_head_dim = 8: expected a divisor that gives equally many heads at the widths [8, 16], or None",
         ),
-        ({"num_class_embeds": 0}, "num_class_embeds = 0: expected None or an integer >= 1"),
-        ({"num_class_embeds": 10**13}, "num_class_embeds = 10000000000000: expected None or an integer >= 1"),
         ({"dropout": "much"}, "model.dropout = 'much': expected a number"),
         ({"num_class_embeds": 3}, "'class_embedding.weight': this weight of the UNet2DModel is missing (1 are)"),
         ({"layers_per_block": 2}, "this weight of the UNet2DModel is missing"),
@@ -556,26 +545,26 @@ def test_all_that_does_not_fit_is_said_at_once(tmp_path: Path, capsys: pytest.Ca
     )
 
 
+WRONG_SCHEDULES: list[tuple[str, Any, str]] = [
+    ("_class_name", "PNDMScheduler", "one of DDPMScheduler, DDIMScheduler"),
+    ("beta_schedule", "scaled_linear", "one of linear, squaredcos_cap_v2"),
+    ("variance_type", "learned_range", "one of fixed_small"),
+    ("prediction_type", "flow", "one of epsilon"),
+    ("predict_epsilon", False, "True"),
+    ("thresholding", True, "False"),
+    ("clip_sample_range", 2.0, "1.0"),
+    ("num_train_timesteps", 1, "an integer >= 2"),
+    ("beta_end", 1.5, "a number > 0 and <= 0.999"),
+]
+"""Keys with a value that is refused, and what the message says is expected."""
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (
-            {"_class_name": "PNDMScheduler"},
-            "_class_name = 'PNDMScheduler': expected one of DDPMScheduler, DDIMScheduler",
-        ),
-        (
-            {"beta_schedule": "scaled_linear"},
-            "beta_schedule = 'scaled_linear': expected one of linear, squaredcos_cap_v2",
-        ),
-        ({"variance_type": "learned_range"}, "variance_type = 'learned_range': expected one of fixed_small"),
-        ({"prediction_type": "flow"}, "prediction_type = 'flow': expected one of epsilon"),
-        ({"predict_epsilon": False}, "predict_epsilon = False: expected True"),
-        ({"thresholding": True}, "thresholding = True: expected False"),
-        ({"clip_sample_range": 2.0}, "clip_sample_range = 2.0: expected 1.0"),
+        *(({key: value}, f"{key} = {value!r}: expected {expected}") for key, value, expected in WRONG_SCHEDULES),
         ({"rescale_betas_zero_snr": True}, "diffusion.zero_terminal_snr needs x0 or v"),
-        ({"num_train_timesteps": 1}, "num_train_timesteps = 1: expected an integer >= 2"),
         ({"num_train_timesteps": 200_000}, "beta_end = 0.02 at last: expected less than 0.005 for 200000 timesteps"),
-        ({"beta_end": 1.5}, "beta_end = 1.5: expected a number > 0 and <= 0.999"),
         ({"beta_start": 0.5}, "diffusion.beta_start = 0.5: expected at most diffusion.beta_end = 0.02"),
         (
             {"trained_betas": [0.1, 0.3, 0.2]},
@@ -646,34 +635,23 @@ def test_class_names_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("key", "value", "said"),
     [
-        (
-            {"model__channel_multipliers": [2, 2]},
-            "model.channel_multipliers = [2, 2]: UNet2DModel's first convolution",
-        ),
-        ({"model__conditioning": "scale_shift"}, "model.conditioning = 'scale_shift': UNet2DModel has no counterpart"),
-        ({"model__self_conditioning": True}, "model.self_conditioning = True: UNet2DModel has no counterpart"),
-        ({"model__learned_variance": True}, "model.learned_variance = True: UNet2DModel has no counterpart"),
-        (
-            {"diffusion__prediction": "edm"},
-            "diffusion.prediction = 'edm': DDPMScheduler does not know it; expected one",
-        ),
-        (
-            {"model__norm_groups": 16},
-            "model.norm_groups = 16: UNet2DModel has one number of groups; here they are 8, 16",
-        ),
-        (
-            {"model__num_heads": 2, "model__attention_resolutions": [8, 4]},
-            "model.num_heads = 2: UNet2DModel has heads of one width; here they would be 4, 8 wide",
-        ),
+        ("model.channel_multipliers", [2, 2], "UNet2DModel's first convolution"),
+        ("model.conditioning", "scale_shift", "UNet2DModel has no counterpart"),
+        ("model.self_conditioning", True, "UNet2DModel has no counterpart"),
+        ("model.learned_variance", True, "UNet2DModel has no counterpart"),
+        ("diffusion.prediction", "edm", "DDPMScheduler does not know it; expected one"),
+        ("model.norm_groups", 16, "UNet2DModel has one number of groups; here they are 8, 16"),
+        ("model.num_heads", 2, "UNet2DModel has heads of one width; here they would be 4, 8 wide"),
     ],
 )
 def test_own_networks_that_are_not_theirs(
-    changes: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    key: str, value: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint = own(tmp_path / "ours", **changes)
-    assert said in refusal(capsys, "export", checkpoint.path, tmp_path)
+    more: dict[str, Any] = {"model__attention_resolutions": [8, 4]} if key == "model.num_heads" else {}
+    checkpoint = own(tmp_path / "ours", **{key.replace(".", "__"): value}, **more)
+    assert f"{key} = {value!r}: {said}" in refusal(capsys, "export", checkpoint.path, tmp_path)
 
 
 def test_own_checkpoints_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -798,14 +776,7 @@ def test_a_knob_that_the_conversion_has_not_heard_of(
 def test_what_counts_as_equal() -> None:
     ours = tiny_network(num_classes=0)
     unet = theirs(
-        {
-            "sample_size": 8,
-            "in_channels": 1,
-            "out_channels": 1,
-            "block_out_channels": [8, 16],
-            "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-            "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-        }
+        {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [8, 16], **blocks([0, 1])}
     )
     unet.load_state_dict({diffusers_name(name): tensor for name, tensor in ours.state_dict().items()})
     assert diffusers_networks.compare(ours, unet, []) < 1e-5

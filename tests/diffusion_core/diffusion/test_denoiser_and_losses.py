@@ -35,17 +35,6 @@ def answering(answer: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tenso
     return lambda x, t, labels: answer
 
 
-def test_the_true_noise_gives_back_the_clean_image() -> None:
-    schedule = build_schedule(tiny_config(diffusion__schedule="linear", diffusion__timesteps=1000).diffusion)
-    x0, noise, _ = draws()
-    t = torch.tensor([0, 1, 100, 400, 700, 999])
-    noisy = schedule.add_noise(x0, noise, t)
-    found = Denoiser(answering(noise), schedule)(noisy, t, None)
-    # Rounding of x_t in float32 is divided by alpha, which at t = 999 is 0.006.
-    allowed = 4e-7 * 5 / schedule.alphas[t].float().view(-1, 1, 1, 1)
-    assert ((found - x0).abs() < allowed).all()
-
-
 def test_x0_follows_from_the_predicted_noise() -> None:
     x, eps, t = draws()
     found = Denoiser(answering(eps), SCHEDULE)(x, t, None).numpy()

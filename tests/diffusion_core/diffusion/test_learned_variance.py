@@ -159,7 +159,7 @@ def test_the_bound_trains_the_variance_alone(prediction: str) -> None:
 def test_the_network_says_the_fraction_by_its_second_half() -> None:
     config = settings()
     network = tiny_network(config)
-    denoiser = Denoiser.from_config(network, config, torch.device("cpu"))
+    denoiser = Denoiser.from_config(network, config.diffusion, config.model, torch.device("cpu"))
     x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     t, labels = torch.tensor([0, 20, 49]), torch.tensor([1, 5, -1])
     raw = network(x, t, labels)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import CUDA, fake_tensors
-from tiny import NUM_CLASSES, tiny_config, tiny_network
+from tiny import NUM_CLASSES, assert_same_tensors, tiny_config, tiny_network
 
 from diffusion_core.model.cost import count_cost, example_inputs, latencies, peak_memory
 from diffusion_core.model.structure import maskable
@@ -39,7 +39,7 @@ def test_it_counts_as_torch_pruning_does(name: str) -> None:
         macs, params = torch_pruning.utils.count_ops_and_params(copy.deepcopy(one), example_inputs(one))
         cost = count_cost(one)
         assert (cost.macs, cost.params) == (macs, params)
-        assert cost.params == sum(parameter.numel() for parameter in one.parameters())
+        assert cost.params == cost.nonzero_params == sum(parameter.numel() for parameter in one.parameters())
         layers = [module for module in one.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)]
         assert cost.channels == sum(len(layer.weight) for layer in layers if layer is not one.conv_out)
 
@@ -88,9 +88,11 @@ def test_measuring_leaves_networks_as_they_were() -> None:
     networks = [tiny_network().train(), tiny_network().eval()]
     before = [copy.deepcopy(network.state_dict()) for network in networks]
     assert all(seconds > 0.0 for seconds in latencies(networks, 2, 0.0, least=2))
+    for network in networks:
+        count_cost(network)
     assert [network.training for network in networks] == [True, False]
     for network, state in zip(networks, before, strict=True):
-        assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+        assert_same_tensors(dict(network.state_dict()), state)
         assert not any(module._forward_hooks for module in network.modules())
 
 

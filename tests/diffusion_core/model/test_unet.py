@@ -11,6 +11,7 @@ from tiny import NUM_CLASSES, lively, tiny_config, tiny_network
 from torch import nn
 
 from diffusion_core.config import CoreConfig, ModelConfig
+from diffusion_core.diffusers_io import diffusers_name
 from diffusion_core.model.cost import count_cost
 from diffusion_core.model.unet import NO_LABEL, UNet, build_network, sinusoidal_embedding
 
@@ -41,52 +42,13 @@ def diffusers_network(width: int) -> UNet2DModel:
     )
 
 
-def module_names_there(ours: UNet) -> dict[str, str]:
-    """Our modules' names, and their names in diffusers."""
-    names = {
-        "time_mlp.0": "time_embedding.linear_1",
-        "time_mlp.2": "time_embedding.linear_2",
-        "conv_in": "conv_in",
-        "norm_out": "conv_norm_out",
-        "conv_out": "conv_out",
-    }
-    residual = {
-        "norm1": "norm1",
-        "conv1": "conv1",
-        "embed": "time_emb_proj",
-        "norm2": "norm2",
-        "conv2": "conv2",
-        "skip": "conv_shortcut",
-    }
-    attention = {"norm": "group_norm", "query": "to_q", "key": "to_k", "value": "to_v", "out": "to_out.0"}
-    for side, resampler in (("down", "downsamplers"), ("up", "upsamplers")):
-        for i in range(len(getattr(ours, side))):
-            for j in range(3):
-                for old, new in residual.items():
-                    names[f"{side}.{i}.blocks.{j}.{old}"] = f"{side}_blocks.{i}.resnets.{j}.{new}"
-                for old, new in attention.items():
-                    names[f"{side}.{i}.attentions.{j}.{old}"] = f"{side}_blocks.{i}.attentions.{j}.{new}"
-            names[f"{side}.{i}.resample.conv"] = f"{side}_blocks.{i}.{resampler}.0.conv"
-    for ours_i, theirs_i in ((0, 0), (2, 1)):
-        for old, new in residual.items():
-            names[f"middle.{ours_i}.{old}"] = f"mid_block.resnets.{theirs_i}.{new}"
-    for old, new in attention.items():
-        names[f"middle.1.{old}"] = f"mid_block.attentions.0.{new}"
-    return names
-
-
 def test_equals_diffusers() -> None:
     """At a small width; tests/diffusion_core/diffusers_io/test_convert_diffusers.py compares the published one."""
     width = 32
     ours = UNet(ModelConfig(channels=width), 32, 3, 0)
     lively(ours).eval()
     theirs = diffusers_network(width).eval()
-    names = module_names_there(ours)
-    renamed = {}
-    for name, tensor in ours.state_dict().items():
-        module, _, kind = name.rpartition(".")
-        renamed[f"{names[module]}.{kind}"] = tensor
-    theirs.load_state_dict(renamed, strict=True)
+    theirs.load_state_dict({diffusers_name(name): tensor for name, tensor in ours.state_dict().items()}, strict=True)
 
     source = torch.Generator().manual_seed(1)
     x = torch.randn(4, 3, 32, 32, generator=source)

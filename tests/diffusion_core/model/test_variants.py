@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import NUM_CLASSES, assert_same_tensors, cpu, lively, tiny_batches, tiny_config, tiny_network
+from tiny import NUM_CLASSES, assert_same_tensors, cpu, lively, metadata, tiny_batches, tiny_config, tiny_network
 from torch import Tensor
 
 from diffusion_core.checkpoint import read_checkpoint, write_checkpoint
-from diffusion_core.config import CoreConfig, ModelConfig, flatten
+from diffusion_core.config import CoreConfig, ModelConfig
 from diffusion_core.model.cost import count_cost
-from diffusion_core.model.structure import structure
 from diffusion_core.model.unet import ResidualBlock, build_network
 from diffusion_core.sampling.generation import Generator, all_labels, requests
 from diffusion_core.training.trainer import TrainState, train
@@ -52,18 +51,6 @@ def asked(config: CoreConfig) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(3, channels, 8, 8, generator=source), torch.tensor([0, 20, 49]), torch.tensor([1, 5, -1])
 
 
-def metadata(state: TrainState, config: CoreConfig) -> dict[str, Any]:
-    return {
-        "config": flatten(config),
-        "image_shape": [1, 8, 8],
-        "num_classes": state.network.num_classes,
-        "class_names": list("0123456789"),
-        "structure": structure(state.network, config.model),
-        "figures": {},
-        **state.metadata(),
-    }
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_it_answers_and_every_weight_has_a_say(name: str) -> None:
     config = settings(name)
@@ -88,26 +75,29 @@ def test_it_answers_and_every_weight_has_a_say(name: str) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_it_learns_is_pruned_survives_the_disk_and_draws(name: str, tmp_path: Path) -> None:
     config = settings(name)
-    dense = TrainState.start(lively(build_network(config, NUM_CLASSES)), config)
+    dense = TrainState.start(lively(build_network(config, NUM_CLASSES)), config.train, config.ema)
     before = [parameter.detach().clone() for parameter in dense.network.parameters()]
     train(dense, tiny_batches(config), config, accelerator=cpu())
     assert all(torch.isfinite(parameter).all() for parameter in dense.network.parameters())
     moved = [not torch.equal(old, new) for old, new in zip(before, dense.network.parameters(), strict=True)]
     assert sum(moved) >= len(moved) - 3
 
-    for state in (dense, TrainState.start(prune_channels(dense.network, PruneConfig(keep=0.3))[0], config, step=3)):
+    for state in (
+        dense,
+        TrainState.start(prune_channels(dense.network, PruneConfig(keep=0.3))[0], config.train, config.ema, step=3),
+    ):
         if state is not dense:
             train(state, tiny_batches(config), config, accelerator=cpu(), until=5)
             ratio = count_cost(state.network).params / count_cost(dense.network).params
             assert ratio == pytest.approx(0.3, abs=0.04)
             assert state.network.in_channels == 1
         folder = tmp_path / f"{state.step}"
-        write_checkpoint(folder, state.step, metadata(state, config), state.parts())
+        write_checkpoint(folder, state.step, metadata(state.network, config) | state.metadata(), state.parts())
         checkpoint = read_checkpoint(folder)
         assert checkpoint.config() == config
         loaded = checkpoint.network("ema")
         assert_same_tensors(dict(loaded.state_dict()), dict(state.ema.network.state_dict()))
-        restored = TrainState.restore(checkpoint, config, torch.device("cpu"))
+        restored = TrainState.restore(checkpoint, config.train, config.ema, torch.device("cpu"))
         for part, tensors in state.parts().items():
             assert_same_tensors(tensors, restored.parts()[part])
 

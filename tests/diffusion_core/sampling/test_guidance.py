@@ -276,7 +276,7 @@ def test_in_training_who_is_shown_an_estimate_sees_that_of_a_first_pass_without_
     network = tiny_network(config)
     seen: list[tuple[Tensor, bool]] = []
     network.register_forward_pre_hook(lambda _, given: seen.append((given[0], torch.is_grad_enabled())))
-    denoiser = Denoiser.from_config(network, config, CPU)
+    denoiser = Denoiser.from_config(network, config.diffusion, config.model, CPU)
     source = torch.Generator().manual_seed(0)
     x0, noise = torch.rand(4, 1, 8, 8, generator=source) * 2 - 1, torch.randn(4, 1, 8, 8, generator=source)
     t, labels = torch.tensor([5, 15, 25, 30]), torch.arange(4)
@@ -296,7 +296,7 @@ def test_in_training_who_is_shown_an_estimate_sees_that_of_a_first_pass_without_
 
 def test_training_shows_about_half_of_the_images_an_estimate() -> None:
     config = tiny_config(model__self_conditioning=True, train__steps=12, train__batch_size=32)
-    state = TrainState.start(lively(build_network(config, NUM_CLASSES)), config)
+    state = TrainState.start(lively(build_network(config, NUM_CLASSES)), config.train, config.ema)
     given: list[Tensor] = []
     state.network.register_forward_pre_hook(
         lambda _, inputs: given.append(inputs[0][:, 1]) if torch.is_grad_enabled() else None

@@ -201,7 +201,7 @@ def test_every_average_survives_a_pause_bit_for_bit(sampled: str, tmp_path: Path
         ),
     }
     assert_same_tensors(checkpoint.network().state_dict(), halved.ema.network.state_dict())
-    resumed = TrainState.restore(read_checkpoint(tmp_path), config, torch.device("cpu"))
+    resumed = TrainState.restore(read_checkpoint(tmp_path), config.train, config.ema, torch.device("cpu"))
     train(resumed, tiny_batches(config), config, accelerator=cpu())
     assert resumed.ema.updates == straight.ema.updates == 7
     assert len(straight.ema.networks) == 4

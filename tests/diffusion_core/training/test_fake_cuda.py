@@ -79,7 +79,7 @@ def differentiate(loss: Tensor, network: UNet) -> None:
 
 def take_step(state: TrainState, config: CoreConfig, distillation: Distillation | None = None) -> Tensor:
     """A step as training takes it, from what was drawn on."""
-    denoiser = Denoiser.from_config(state.network, config, CUDA)
+    denoiser = Denoiser.from_config(state.network, config.diffusion, config.model, CUDA)
     drawn = some_draws(config)
     with cuda_autocast():
         loss_B = diffusion_loss(

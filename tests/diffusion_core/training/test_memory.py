@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import tiny_config, tiny_network
 from torch import nn
 
-from diffusion_core.sharing import SHARERS
+from diffusion_core.machine.sharing import SHARERS
 from diffusion_core.training.batch_size import SHARE, TrainingMemory, free_memory, kept_for_backward, training_memory
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ class OneLayer(nn.Module):
 
 
 def test_what_one_layer_keeps_is_known() -> None:
-    kept = kept_for_backward(OneLayer(), tiny_config(), 7, CPU)  # type: ignore[arg-type]
+    kept = kept_for_backward(OneLayer(), tiny_config().train, 7, CPU)  # type: ignore[arg-type]
     assert kept == 7 * 8 * 8 * (3 + 5) * 4
 
 
@@ -37,7 +37,7 @@ def test_memory_grows_by_the_image() -> None:
     config = tiny_config()
     network = tiny_network(config)
     memory = training_memory(network, config)
-    ten, twenty = (kept_for_backward(network, config, batch, CPU) for batch in (10, 20))
+    ten, twenty = (kept_for_backward(network, config.train, batch, CPU) for batch in (10, 20))
     assert twenty - ten == pytest.approx(10 * memory.per_image, rel=0.01)
     weights = 4 * sum(parameter.numel() for parameter in network.parameters())
     assert memory.fixed == 5 * weights, "weights, gradients, two moments and an average"

@@ -41,7 +41,7 @@ def flat(network: nn.Module) -> Tensor:
 
 
 def lively_state(config: CoreConfig) -> TrainState:
-    return TrainState.start(lively(build_network(config, NUM_CLASSES)), config)
+    return TrainState.start(lively(build_network(config, NUM_CLASSES)), config.train, config.ema)
 
 
 # What a step does.
@@ -332,7 +332,7 @@ def test_a_loss_that_is_no_number_ends_training_and_the_earlier_checkpoint_stays
     newest = newest_checkpoint(tmp_path)
     assert newest is not None
     assert newest.step == 2
-    TrainState.restore(newest, config, torch.device("cpu"))
+    TrainState.restore(newest, config.train, config.ema, torch.device("cpu"))
 
 
 def test_diverged_weights_are_not_saved_even_before_the_loss_is_looked_at(tmp_path: Path) -> None:

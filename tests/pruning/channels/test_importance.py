@@ -57,7 +57,7 @@ def gradient(drawn: Draws, weights: dict[str, Tensor] | None = None) -> dict[str
     copy = tiny_network(CONFIG)
     if weights is not None:
         copy.load_state_dict(weights)
-    denoiser = Denoiser.from_config(copy, CONFIG, torch.device("cpu"))
+    denoiser = Denoiser.from_config(copy, CONFIG.diffusion, CONFIG.model, torch.device("cpu"))
     loss_B = diffusion_loss(denoiser, drawn.x0_BCHW, drawn.noise_BCHW, drawn.t_B, drawn.labels_B, CONFIG.diffusion)
     loss_B.mean().backward()
     return {name: parameter.grad for name, parameter in copy.named_parameters() if parameter.grad is not None}

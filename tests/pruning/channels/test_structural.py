@@ -10,14 +10,25 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import assert_same_tensors, cpu, digits, lively, one_line, tiny_batches, tiny_config, tiny_network, tiny_state
+from tiny import (
+    assert_same_tensors,
+    cpu,
+    digits,
+    lively,
+    metadata,
+    one_line,
+    tiny_batches,
+    tiny_config,
+    tiny_network,
+    tiny_state,
+)
 from torch import Tensor, nn
 
 from diffusion_core.checkpoint import read_checkpoint, write_checkpoint
-from diffusion_core.config import ConfigError, CoreConfig, flatten
+from diffusion_core.config import ConfigError, CoreConfig
 from diffusion_core.data.datasets import Images
 from diffusion_core.model.cost import Cost, count_cost
-from diffusion_core.model.structure import maskable, structure
+from diffusion_core.model.structure import maskable
 from diffusion_core.model.unet import AttentionBlock, UNet
 from diffusion_core.training.trainer import TrainState, train
 from pruning.calibration import Calibration
@@ -71,20 +82,6 @@ def inputs(network: UNet) -> tuple[Tensor, Tensor, Tensor]:
     return images, torch.tensor([0, 20, 49]), torch.tensor([1, 5, -1])
 
 
-def save(folder: Path, state: TrainState, settings: CoreConfig) -> None:
-    network = state.network
-    metadata = {
-        "config": flatten(settings),
-        "image_shape": [network.in_channels, network.image_size, network.image_size],
-        "num_classes": network.num_classes,
-        "class_names": list("0123456789"),
-        "structure": structure(network, settings.model),
-        "figures": {},
-        **state.metadata(),
-    }
-    write_checkpoint(folder, state.step, metadata, state.parts())
-
-
 # Every importance, from 5% to 90%, with and without labels, one head or several, small and large pictures.
 
 SPREAD = list(
@@ -107,7 +104,9 @@ def test_what_is_left_works_trains_survives_the_disk_and_is_pruned_again(
     settings = config(heads, labels, size, train__batch_size=4)
     images = pictures(settings)
     batches = tiny_batches(settings, images)
-    state = TrainState.start(lively(UNet(settings.model, size, images.images_NCHW.shape[1], 10 * labels)), settings)
+    state = TrainState.start(
+        lively(UNet(settings.model, size, images.images_NCHW.shape[1], 10 * labels)), settings.train, settings.ema
+    )
     train(state, batches, settings, accelerator=cpu(), until=2)
     dense = state.network
     calibration = Calibration.of(images, settings, torch.device("cpu"))
@@ -136,8 +135,8 @@ def test_what_is_left_works_trains_survives_the_disk_and_is_pruned_again(
     assert len(changed) > (0 if importance == "reinit" else 0.8 * len(before))  # The optimizer holds the new weights.
     assert state.ema.updates == 2
 
-    save(tmp_path, state, settings)
-    restored = TrainState.restore(read_checkpoint(tmp_path), settings, torch.device("cpu"))
+    write_checkpoint(tmp_path, state.step, metadata(state.network, settings) | state.metadata(), state.parts())
+    restored = TrainState.restore(read_checkpoint(tmp_path), settings.train, settings.ema, torch.device("cpu"))
     assert is_pruned(restored)
     for one in (state, restored):
         train(one, batches, settings, accelerator=cpu(), until=5)
@@ -259,7 +258,7 @@ def test_iterations_come_to_the_same_size_by_other_choices() -> None:
 @pytest.mark.parametrize("importance", ["random", "l1", "reinit"])
 def test_a_record_is_enough_to_prune_again(importance: str) -> None:
     network = tiny_network(config(heads=2))
-    state = TrainState.start(copy.deepcopy(network), config(heads=2))
+    state = TrainState.start(copy.deepcopy(network), config(heads=2).train, config(heads=2).ema)
     prune_state(state, config(heads=2), knobs(0.3, importance=importance))
     (record,) = records(state)
     again = remove(network, Removal(**record["details"]))
@@ -363,7 +362,7 @@ def test_the_dense_network_is_left_as_it_was() -> None:
 def test_masks_go_along() -> None:
     """A network pruned by masks, then by channels: what is masked of the rest stays masked, whatever happens."""
     settings = config(train__weight_decay=0.1)
-    state = TrainState.start(tiny_network(settings), settings)
+    state = TrainState.start(tiny_network(settings), settings.train, settings.ema)
     prune_state(state, settings, PruneConfig(method="magnitude", keep=0.5))
     prune_state(state, settings, knobs(0.5))
     masks = {name: mask.clone() for name, mask in state.extra_parts[MASKS_PART].items()}

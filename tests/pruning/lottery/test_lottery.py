@@ -212,7 +212,7 @@ def test_controls_differ_from_the_ticket_in_one_thing(done: Path) -> None:
     assert counts(shuffled) == counts(won)
     assert overlap(won, shuffled)["all"] < 0.5
     state = begin(done, "03-reinit", reinit)
-    dense = TrainState.start(begin(done, "01", won).network, config())
+    dense = TrainState.start(begin(done, "01", won).network, config().train, config().ema)
     assert state.step == 0
     assert not state.optimizer.state
     name = "middle.0.conv1.weight"

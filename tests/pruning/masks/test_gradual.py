@@ -9,7 +9,7 @@ import pytest
 from tiny import assert_same_tensors, cpu, digits, one_line, tiny_config, tiny_network
 
 from agent.config import TrialConfig, build_config
-from agent.trial import run_trial, train_and_prune
+from agent.trial import run_trial
 from diffusion_core.checkpoint import list_checkpoints, read_checkpoint
 from diffusion_core.config import ConfigError, flatten
 from diffusion_core.model.structure import maskable
@@ -19,6 +19,7 @@ from diffusion_core.training.trainer import TrainState
 from pruning.config import unheard
 from pruning.masks.gradual import GradualPruning, Ramp
 from pruning.masks.mask import held_masks, sparsity
+from pruning.training import train_and_prune
 
 
 class NoSaver:
@@ -47,7 +48,7 @@ def test_the_ramp_is_the_cubic_of_the_paper() -> None:
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_sparsity_rises_as_the_ramp_says_exact_to_one_weight(scope: str) -> None:
     settings = config(scope=scope)
-    state = TrainState.start(tiny_network(settings), settings)
+    state = TrainState.start(tiny_network(settings), settings.train, settings.ema)
     total = sum(weight.numel() for weight in maskable(state.network).values())
     seen: dict[int, int] = {}
 
@@ -56,7 +57,7 @@ def test_sparsity_rises_as_the_ramp_says_exact_to_one_weight(scope: str) -> None
             zeros = sum(int((weight == 0).sum()) for weight in maskable(network).values())
             assert seen.setdefault(state.step, zeros) == zeros
 
-    train_and_prune(state, settings, digits(), [watch], NoSaver(), cpu())  # type: ignore[arg-type]
+    train_and_prune(state, settings, settings.prune, settings.distill, digits(), [watch], NoSaver(), cpu())  # type: ignore[arg-type]
     ramp = Ramp(2, 12, 2)
     for step, zeros in seen.items():
         done = 1.0 if step > 12 else ramp.progress(min(10, max(2, step - step % 2)))
@@ -91,7 +92,7 @@ def test_stopped_on_the_way_it_prunes_as_if_it_had_not_been(tmp_path: Path) -> N
 
 def test_the_callback_prunes_at_its_steps_alone() -> None:
     settings = config()
-    state = TrainState.start(tiny_network(settings), settings, step=5)
+    state = TrainState.start(tiny_network(settings), settings.train, settings.ema, step=5)
     callback = GradualPruning(Ramp(2, 12, 2), settings, settings.prune)
     callback(state, {})
     assert held_masks(state) is None

@@ -8,21 +8,19 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import CUDA, fake_tensors
-from hypothesis import given
-from hypothesis import strategies as st
-from tiny import NUM_CLASSES, cpu, one_line, tiny_batches, tiny_config, tiny_network
+from tiny import NUM_CLASSES, cpu, metadata, one_line, tiny_batches, tiny_config, tiny_network
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_core.checkpoint import read_checkpoint, write_checkpoint
-from diffusion_core.config import CoreConfig, flatten
+from diffusion_core.config import CoreConfig
 from diffusion_core.model.cost import count_cost
 from diffusion_core.model.structure import maskable
 from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.training.ema import Ema
 from diffusion_core.training.trainer import TrainState, build_optimizer, train
 from pruning.config import PruneConfig
-from pruning.masks.mask import MASKS_PART, WeightMasks, apply_masks, attach_masks, held_masks, hold_masks, sparsity
+from pruning.masks.mask import MASKS_PART, WeightMasks, apply_masks, attach_masks, held_masks, hold_masks
 from pruning.masks.strategies import global_magnitude
 from pruning.pruner import inherit, is_pruned, prune_state, resume_pruning
 
@@ -31,17 +29,9 @@ CONFIG = tiny_config(
 )
 
 
-def pruned_count(masks: WeightMasks) -> int:
-    return sum(int((~mask).sum()) for mask in masks.values())
-
-
-def flat(tensors: dict[str, Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors.values()])
-
-
 def lively_state() -> TrainState:
     """Whose weights are of similar size in all layers, so that no layer is pruned whole."""
-    return TrainState.start(tiny_network(CONFIG), CONFIG)
+    return TrainState.start(tiny_network(CONFIG), CONFIG.train, CONFIG.ema)
 
 
 def run(state: TrainState, until: int, config: CoreConfig = CONFIG) -> TrainState:
@@ -49,59 +39,6 @@ def run(state: TrainState, until: int, config: CoreConfig = CONFIG) -> TrainStat
 
 
 # Which weights.
-
-
-@st.composite
-def weights(draw: Any) -> dict[str, Tensor]:
-    """A few layers; few different values, so that there are ties, zeros among them."""
-    shapes = draw(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=3), min_size=1, max_size=4))
-    levels = draw(st.sampled_from([1, 2, 3, 1000]))
-    source = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
-    return {
-        f"layer{i}": (torch.randint(-levels + 1, levels, shape, generator=source) / levels)
-        for i, shape in enumerate(shapes)
-    }
-
-
-fractions = st.floats(0.0, 1.0, exclude_max=True)
-
-
-@given(weights=weights(), fraction=fractions)
-def test_exactly_the_asked_share_goes_and_it_is_the_smallest(weights: dict[str, Tensor], fraction: float) -> None:
-    masks = global_magnitude(weights, None, fraction)
-    total = sum(weight.numel() for weight in weights.values())
-    assert {name: mask.shape for name, mask in masks.items()} == {name: w.shape for name, w in weights.items()}
-    assert all(mask.dtype == torch.bool for mask in masks.values())
-    assert pruned_count(masks) == round(fraction * total)
-    assert sparsity(masks) == pytest.approx(round(fraction * total) / total)
-    values, keep = flat(weights).abs(), flat(masks)
-    if keep.any() and not keep.all():
-        assert values[~keep].max() <= values[keep].min()
-    again = global_magnitude(weights, None, fraction)
-    assert all(torch.equal(masks[name], again[name]) for name in masks)
-
-
-@given(first=weights(), one=fractions, two=fractions, seed=st.integers(0, 100))
-def test_what_is_pruned_stays_pruned(first: dict[str, Tensor], one: float, two: float, seed: int) -> None:
-    """Also when the weights have changed since, and when less is asked for."""
-    before = global_magnitude(first, None, one)
-    source = torch.Generator().manual_seed(seed)
-    changed = {name: torch.randn(weight.shape, generator=source) for name, weight in first.items()}
-    after = global_magnitude(changed, before, two)
-    assert all(not (after[name] & ~before[name]).any() for name in before)
-    total = sum(weight.numel() for weight in first.values())
-    assert pruned_count(after) == max(round(one * total), round(two * total))
-    newly = flat(before) & ~flat(after)
-    if newly.any() and flat(after).any():
-        assert flat(changed).abs()[newly].max() <= flat(changed).abs()[flat(after)].min()
-
-
-def test_strategies_leave_their_arguments_alone() -> None:
-    given_weights = {"a": torch.tensor([3.0, -1.0, 2.0])}
-    masks = {"a": torch.tensor([True, False, True])}
-    assert global_magnitude(given_weights, masks, 0.7)["a"].tolist() == [True, False, False]
-    assert given_weights["a"].tolist() == [3.0, -1.0, 2.0]
-    assert masks["a"].tolist() == [True, False, True]
 
 
 def test_only_weights_of_convolutions_and_linear_layers_may_go() -> None:
@@ -232,17 +169,8 @@ def test_masks_of_another_network_are_refused(change: str) -> None:
 
 
 def round_trip(state: TrainState, folder: Path) -> TrainState:
-    metadata = {
-        "config": flatten(CONFIG),
-        "image_shape": [1, 8, 8],
-        "num_classes": NUM_CLASSES,
-        "class_names": list("0123456789"),
-        "structure": {},
-        "figures": {},
-        **state.metadata(),
-    }
-    write_checkpoint(folder, state.step, metadata, state.parts())
-    restored = TrainState.restore(read_checkpoint(folder), CONFIG, torch.device("cpu"))
+    write_checkpoint(folder, state.step, metadata(state.network, CONFIG) | state.metadata(), state.parts())
+    restored = TrainState.restore(read_checkpoint(folder), CONFIG.train, CONFIG.ema, torch.device("cpu"))
     resume_pruning(restored)
     return restored
 
@@ -278,34 +206,6 @@ def test_the_report_says_what_happened() -> None:
     assert report.after.macs == dense.macs  # and still multiplied with.
     assert report.after.nonzero_params == dense.params - round(0.5 * count)
     assert state.extra_metadata["pruning"][-1]["after"]["nonzero_params"] == report.after.nonzero_params
-
-
-def test_cost_is_that_of_the_layers_summed_by_hand() -> None:
-    network = tiny_network()
-    positions: dict[str, int] = {}
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(
-                lambda module, _inputs, out, name=name: positions.update(
-                    {name: module.weight.numel() * out.shape[2] * out.shape[3]}
-                )
-            )
-    with torch.no_grad():
-        network(torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.long))
-    cost = count_cost(network)
-    assert cost.params == cost.nonzero_params == sum(parameter.numel() for parameter in network.parameters())
-    convolutions = sum(positions.values())
-    assert convolutions < cost.macs < 1.35 * convolutions  # Besides: linear layers, biases and norms.
-
-
-def test_counting_leaves_the_network_alone() -> None:
-    network: UNet = tiny_network().train()
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    count_cost(network)
-    assert network.training
-    assert network.state_dict().keys() == before.keys()
-    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
-    assert not any(module._forward_hooks for module in network.modules())
 
 
 # Where masks lie.

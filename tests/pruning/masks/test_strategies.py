@@ -72,6 +72,29 @@ def test_exact_to_one_weight_and_what_is_pruned_stays_pruned(
     assert all(torch.equal(given_weights[name], before[name]) for name in before)
 
 
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+
+
+@given(first=weights(), one=fractions, two=fractions, seed=st.integers(0, 100))
+def test_globally_the_smallest_go(first: dict[str, Tensor], one: float, two: float, seed: int) -> None:
+    """Of all weights, and then of those that are left, although their values have changed since."""
+    before = global_magnitude(first, None, one)
+    again = global_magnitude(first, None, one)
+    assert all(torch.equal(before[name], again[name]) for name in before)
+    total = sum(weight.numel() for weight in first.values())
+    assert sparsity(before) == pytest.approx(round(one * total) / total)
+    values, keep = flat(first).abs(), flat(before)
+    if keep.any() and not keep.all():
+        assert values[~keep].max() <= values[keep].min()
+    source = torch.Generator().manual_seed(seed)
+    changed = {name: torch.randn(weight.shape, generator=source) for name, weight in first.items()}
+    after = flat(global_magnitude(changed, before, two))
+    newly = keep & ~after
+    if newly.any() and after.any():
+        assert flat(changed).abs()[newly].max() <= flat(changed).abs()[after].min()
+
+
 @settings(max_examples=60, deadline=None)
 @given(given_weights=weights(), fraction=fractions)
 def test_by_layer_the_smallest_of_each_go(given_weights: dict[str, Tensor], fraction: float) -> None:

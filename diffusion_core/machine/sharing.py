@@ -1,39 +1,46 @@
-"""How several processes share one machine: GPUs and cores are dealt out evenly."""
+"""Share one machine among several trials: deal out GPUs and cores, and tell each how many share its memory."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
 
-from diffusion_core.sharing import SHARERS
+SHARERS = "DIFFUSION_SWEEPS_SHARERS"
+"""Environment variable: the number of trials that share one GPU, or without GPUs the machine's memory."""
+
+
+def sharers() -> int:
+    """Return the number of trials that share this one's memory, itself included; 1 if the variable is not set."""
+    said = os.environ.get(SHARERS, "")
+    return max(1, int(said)) if said.isdecimal() else 1
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs that this process may use, by their names in CUDA_VISIBLE_DEVICES."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [] if named.strip() == "-1" else [name.strip() for name in named.split(",") if name.strip()]
-    import torch  # Slow to import. Counting leaves the GPUs alone.
+    import torch  # Slow to import. Counting does not initialise the GPUs.
 
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
 def usable_cores() -> int:
-    """Processor cores that this process may use."""
+    """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads_each(count: int) -> int:
-    """Processor threads of each of ``count`` processes: their part of the cores, or what OMP_NUM_THREADS says."""
+    """Return the threads of each of ``count`` processes: OMP_NUM_THREADS, or an equal part of the cores."""
     wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(wanted) if wanted.isdecimal() and int(wanted) else max(1, usable_cores() // count)
 
 
 def shares(count: int) -> list[dict[str, str]]:
-    """Environment variables with which ``count`` processes share this machine.
+    """Return the environment variables with which ``count`` processes share this machine.
 
-    Each gets its part of the GPUs, or one of them where there are fewer GPUs than processes, and its part of the cores;
-    a single process gets all. Those that share memory with others are told with how many.
+    Each process gets an equal part of the cores and of the GPUs, or a GPU that it shares with others if there are fewer
+    GPUs than processes. A single process gets everything.
     """
     if count == 1:
         return [{}]

@@ -1,11 +1,10 @@
-"""Processes that a sweep starts: trials offline, agents online. None outlives the sweep, however that ends."""
+"""Start processes that do not outlive this one, and of which at most one at a time works in a folder."""
 
 from __future__ import annotations
 
 import ctypes
 import fcntl
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,57 +12,32 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from diffusion_core.signals import signal_handler
 
 LOCK_FILE = ".process"
-"""In a trial's folder: locked for as long as a process of the trial lives, and holds that process's id."""
-
-LOG_FILE = "console.log"
-"""In a trial's folder: what it printed, where several trials share the screen."""
+"""A file in a process's folder that is locked while the process lives. It holds the process's id."""
 
 ORPHAN_GRACE_SECONDS = 300.0
-"""How long the trial of a sweep that was killed may take to write its checkpoint before it is killed as well."""
-
-ARGS_MACRO = "${args}"
-MACROS = ("${env}", "${interpreter}", "${program}", ARGS_MACRO)
-"""What a sweep's command may say, besides ``${envvar:NAME}``."""
-
-ENVIRONMENT_MACRO = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")
+"""Seconds that a process whose parent was killed may take to write its checkpoint before it is killed."""
 
 PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def expand_command(command: Iterable[Any], arguments: Sequence[str], program: str | None = None) -> list[str]:
-    """A sweep's command with its macros filled in, as ``wandb agent`` does."""
-    macros = {
-        "${env}": ["/usr/bin/env"],
-        "${interpreter}": [sys.executable],
-        "${program}": [program] if program else [],
-        ARGS_MACRO: arguments,
-    }
-    words: list[str] = []
-    for word in map(str, command):
-        word = ENVIRONMENT_MACRO.sub(lambda match: os.environ.get(match[1], match[1]), word)
-        words += macros.get(word, [word])
-    return words
-
-
 def start_process(
     command: Sequence[str], environment: Mapping[str, str], folder: Path | None = None, log: Path | None = None
 ) -> subprocess.Popen[bytes]:
-    """Start a process that gets a SIGTERM when this one dies (on Linux), even of a SIGKILL.
+    """Start a process that receives SIGTERM when this one dies, even from SIGKILL (on Linux).
 
     Args:
         command: its words.
         environment: all its variables.
-        folder: a trial's folder, whose lock the process will hold; None for one that is no trial.
-        log: file that its output is appended to; None leaves it on the screen.
+        folder: a folder whose lock the process holds; None: no lock.
+        log: file to append its output to; None: the terminal.
 
     Raises:
-        OSError: if there is no such program.
+        OSError: if the program does not exist.
     """
     lock = None if folder is None else _lock(folder)
     output = None if log is None else log.open("ab")
@@ -72,7 +46,7 @@ def start_process(
     def before_program() -> None:
         if _LIBC is not None:
             _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:  # It died before it was asked for.
+            if os.getppid() != parent:  # The parent died before the request.
                 os._exit(1)
         if lock is not None:
             os.ftruncate(lock, 0)
@@ -82,8 +56,8 @@ def start_process(
         return subprocess.Popen(
             command,
             env=environment,
-            # In a process group of its own, or Ctrl-C would reach it twice: from the terminal and from here. The
-            # terminal's input is not for such a group.
+            # Use a new process group: otherwise Ctrl-C arrives twice, from the terminal and from this process. Such a
+            # group cannot read from the terminal.
             process_group=0,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -95,11 +69,11 @@ def start_process(
         if output is not None:
             output.close()
         if lock is not None:
-            os.close(lock)  # The lock stays with the process, which inherited it.
+            os.close(lock)  # The process inherited the lock and keeps it.
 
 
 def _lock(folder: Path) -> int:
-    """The descriptor of a trial's lock, held. Raises BlockingIOError if a process of the trial lives."""
+    """Lock a folder. Return the descriptor of the lock. Raise BlockingIOError if a process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -111,9 +85,9 @@ def _lock(folder: Path) -> int:
 
 
 def end_orphan(folder: Path) -> None:
-    """Wait until no process of a trial lives that an earlier sweep process, now dead, had started.
+    """Wait until the process that works in a folder ends, if its parent died.
 
-    It was asked to end when its parent died, and is writing its checkpoint; one that does not end is killed.
+    It received SIGTERM when its parent died, and is writing its checkpoint. It is killed if it does not end in time.
     """
     deadline = time.monotonic() + ORPHAN_GRACE_SECONDS
     asked = _LIBC is not None
@@ -134,7 +108,7 @@ def end_orphan(folder: Path) -> None:
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL for a process and all that it started."""
+    """Send SIGKILL to a process and all that it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 

@@ -1,9 +1,10 @@
-"""What a run's summary says besides figures: where it runs, on which data, what its network costs."""
+"""What a run's summary holds besides figures: the machine, the code, the images, and the cost of the network."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -13,38 +14,39 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from agent.config import TrialConfig
 from diffusion_core.checkpoint import METADATA_FILE, SAMPLING_PARTS
+from diffusion_core.config import TrainConfig
 from diffusion_core.data.datasets import Dataset
 from diffusion_core.files import sha256
 from diffusion_core.hardware import pick_precision
 from diffusion_core.model.cost import LATENCY_BATCH, count_cost, latencies, peak_memory
-from diffusion_core.training.trainer import TrainState
-from pruning.pruner import records
+from diffusion_core.model.unet import UNet
 
 
-def costs_of(state: TrainState, checkpoint: Path) -> dict[str, float]:
-    """What a network costs (``model/*``), and what pruning took away (``prune/*``).
+def costs_of(network: UNet, averaged: UNet, checkpoint: Path) -> dict[str, float]:
+    """Return what a network costs, as figures ``model/*``.
 
-    Counted are parameters and multiply-accumulates; measured, on this machine in float32, the milliseconds and the most
-    bytes of a forward pass of one image and of 16, and the bytes of a checkpoint's parts for sampling.
+    Parameters and multiply-accumulates are counted. Measured on this machine, in float32: milliseconds and peak bytes
+    of a forward pass of one image and of 16, and the bytes of the files that sampling needs.
+
+    Args:
+        network: the network in training, whose cost is counted.
+        averaged: the averaged network, which is measured.
+        checkpoint: folder of a checkpoint of it.
     """
-    network = state.ema.network
-    costs: dict[str, float] = {f"model/{name}": value for name, value in asdict(count_cost(state.network)).items()}
+    costs: dict[str, float] = {f"model/{name}": value for name, value in asdict(count_cost(network)).items()}
     for batch, suffix in ((1, "_single"), (LATENCY_BATCH, "")):
-        costs[f"model/latency{suffix}"] = 1000.0 * latencies([network], batch)[0]
-        costs[f"model/peak_memory{suffix}"] = peak_memory(network, batch)
+        costs[f"model/latency{suffix}"] = 1000.0 * latencies([averaged], batch)[0]
+        costs[f"model/peak_memory{suffix}"] = peak_memory(averaged, batch)
     sampled = [checkpoint / METADATA_FILE, *(checkpoint / f"{part}.safetensors" for part in SAMPLING_PARTS)]
     costs["model/checkpoint_bytes"] = sum(file.stat().st_size for file in sampled)
-    if pruned := records(state):
-        costs["prune/sparsity"] = pruned[-1]["sparsity"]
     return costs
 
 
-def describe_data(config: TrialConfig, dataset: Dataset) -> dict[str, Any]:
-    """Which images a run was trained and judged on, as JSON that is the same for the same images."""
+def describe_data(name: str, dataset: Dataset) -> dict[str, Any]:
+    """Describe the images of a run as JSON that is equal for equal images."""
     return {
-        "name": config.data.name,
+        "name": name,
         "image_shape": list(dataset.shape_CHW),
         "class_names": list(dataset.class_names),
         "train_images": len(dataset.train),
@@ -53,16 +55,25 @@ def describe_data(config: TrialConfig, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def system_facts(config: TrialConfig, accelerator: Accelerator, dataset: Dataset) -> dict[str, Any]:
-    """Where a trial runs, by which code, and on which images (``system/*``, ``data/*``)."""
+def system_facts(
+    train: TrainConfig, accelerator: Accelerator, dataset: Dataset, packages: Sequence[str] = ("torch", "accelerate")
+) -> dict[str, Any]:
+    """Describe the machine, the code and the images of a trial (``system/*``, ``data/*``).
+
+    Args:
+        train: device and precision.
+        accelerator: processes and devices.
+        dataset: the images.
+        packages: names of the packages whose versions are recorded.
+    """
     device = accelerator.device
     return {
         "system/device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "system/python": platform.python_version(),
-        **{f"system/{package}": version(package) for package in ("torch", "accelerate", "wandb")},
+        **{f"system/{package}": version(package) for package in packages},
         "system/commit": commit(),
         "data/sha256": dataset_sha256(dataset),
-        "system/precision": pick_precision(config.train, accelerator.device),
+        "system/precision": pick_precision(train, device),
         "system/processes": accelerator.num_processes,
         "data/train_images": len(dataset.train),
         "data/val_images": len(dataset.val),
@@ -71,7 +82,7 @@ def system_facts(config: TrialConfig, accelerator: Accelerator, dataset: Dataset
 
 
 def commit() -> str | None:
-    """The git commit of this code, marked where files differ from it; None outside a repository."""
+    """Return the git commit of this code, with ``-dirty`` if files were changed; None outside a repository."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         folder = Path(__file__).parent

@@ -1,0 +1,71 @@
+"""The parameters of a sweep: flatten them, count the trials of a grid, and list values to check."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+SPREAD = 3.0
+"""Standard deviations from its mean at which a normal distribution is checked."""
+
+
+def flat_parameters(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, dict[str, Any]]:
+    """Return nested parameters (``train: {parameters: {lr: ...}}``) by dotted key."""
+    flat: dict[str, dict[str, Any]] = {}
+    for key, spec in parameters.items():
+        if isinstance(spec, Mapping) and isinstance(spec.get("parameters"), Mapping):
+            flat.update(flat_parameters(spec["parameters"], f"{prefix}{key}."))
+        else:
+            flat[prefix + str(key)] = spec
+    return flat
+
+
+def grid_size(parameters: Mapping[str, Mapping[str, Any]]) -> int:
+    """Return the number of combinations of a grid's parameters."""
+    return math.prod(trials_of(spec) or 1 for spec in parameters.values())
+
+
+def trials_of(spec: Mapping[str, Any]) -> int | None:
+    """Return the number of values that a grid tries of a parameter; None if a grid cannot use it."""
+    if "value" in spec:
+        return 1
+    if "values" in spec:
+        return None if "probabilities" in spec else len({repr(value) for value in spec["values"]})
+    if is_whole(spec):
+        return spec["max"] - spec["min"] + 1
+    return (
+        math.ceil((spec["max"] - spec["min"]) / spec.get("q", 1.0)) if spec.get("distribution") == "q_uniform" else None
+    )
+
+
+def is_whole(spec: Mapping[str, Any]) -> bool:
+    """Return whether a distribution draws integers: ``int_uniform``, the default for integer ends."""
+    ends = spec.get("min"), spec.get("max")
+    return spec.get("distribution", "int_uniform") == "int_uniform" and all(isinstance(end, int) for end in ends)
+
+
+def values_to_try(spec: Mapping[str, Any]) -> list[Any]:
+    """Return the values of a parameter; of a distribution, its ends and one between them."""
+    if "value" in spec:
+        return [spec["value"]]
+    if "values" in spec:
+        return list(spec["values"])
+    kind = spec.get("distribution", "uniform")
+    if "normal" in kind:
+        mu, spread = spec.get("mu", 0.0), SPREAD * spec.get("sigma", 1.0)
+        ends = [mu - spread, mu, mu + spread]
+        ends = [math.exp(end) for end in ends] if "log" in kind else ends
+    elif "beta" in kind:
+        ends = [0.0, 0.5, 1.0]
+    else:
+        low, high = spec["min"], spec["max"]
+        if kind in ("log_uniform", "q_log_uniform"):
+            low, high = math.exp(low), math.exp(high)
+        elif kind == "inv_log_uniform":
+            low, high = math.exp(-high), math.exp(-low)
+        ends = [low, (low + high) // 2 if is_whole(spec) else 0.382 * low + 0.618 * high, high]
+    if kind.startswith("q_"):
+        quantum = spec.get("q", 1.0)
+        ends = [round(end / quantum) * quantum for end in ends]
+    return ends

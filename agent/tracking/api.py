@@ -1,0 +1,82 @@
+"""Names and errors of W&B's public API."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from diffusion_core.checkpoint import CheckpointError
+from diffusion_core.config import ConfigError
+from diffusion_core.messages import one_line
+
+DEFAULT_PROJECT = "diffusion-sweeps"
+
+
+def project_name() -> str:
+    """Return the project of this environment: WANDB_PROJECT, or :data:`DEFAULT_PROJECT`."""
+    return os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
+
+
+def entity_name() -> str | None:
+    """Return the entity of this environment: WANDB_ENTITY, or the default of the API key's owner."""
+    import wandb
+
+    return os.environ.get("WANDB_ENTITY") or wandb.Api().default_entity
+
+
+def full_name(name: str, entity: str | None) -> str:
+    """Complete ``NAME``, ``NAME:ALIAS`` or ``PROJECT/NAME:ALIAS`` to ``ENTITY/PROJECT/NAME:ALIAS``.
+
+    A missing alias becomes ``latest``.
+    """
+    if ":" not in name:
+        name = f"{name}:latest"
+    if name.count("/") == 0:
+        name = f"{project_name()}/{name}"
+    return f"{entity}/{name}" if name.count("/") == 1 and entity else name
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """Return the exceptions that W&B's API raises if a request fails or its answer cannot be used."""
+    import wandb
+    from wandb.sdk.lib.service.service_connection import WandbApiFailedError
+
+    return (wandb.errors.Error, WandbApiFailedError, ValueError, KeyError, TypeError, OSError)
+
+
+@contextmanager
+def api_errors(request: str, kind: type[ConfigError] | type[CheckpointError] = ConfigError) -> Iterator[None]:
+    """Turn a failure of W&B's API into an error with one line for the user.
+
+    Args:
+        request: the option and its value, as the start of the message: ``--project = 'name'``.
+        kind: the type of the error.
+    """
+    try:
+        yield
+    except (ConfigError, CheckpointError):
+        raise
+    except failures() as error:
+        raise kind(f"{request}: {one_line(error)}") from None
+
+
+def flat_summary(summary: Any) -> dict[str, Any]:
+    """Return a run's summary with plain values.
+
+    W&B nests the best value of a figure with a goal: ``{"val/loss": {"min": 0.1}}``.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in dict(summary).items():
+        items = getattr(value, "items", None)
+        if items is not None:
+            value = next((best for kind, best in items() if kind in ("min", "max")), None)
+        if value is not None:
+            flat[key] = value
+    return flat
+
+
+def summary_figures(summary: Any) -> dict[str, float]:
+    """Return the numbers of a run's summary, as :func:`flat_summary` does."""
+    return {key: value for key, value in flat_summary(summary).items() if isinstance(value, int | float)}

@@ -1,0 +1,51 @@
+"""The result of a trial, and its file ``result.json`` in the run's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusion_core.files import write_json
+from diffusion_core.redact import redacted
+from diffusion_core.run_folder import CHECKPOINTS, RESULT_FILE
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """The result of a finished trial.
+
+    Attributes:
+        run_id: the run's id.
+        step: optimizer steps done.
+        figures: the best value of each figure that has a goal, the last value of all others, and the model's costs.
+        best_checkpoint: folder of the best checkpoint.
+        seconds: wall time of this process's part of the trial.
+    """
+
+    run_id: str
+    step: int
+    figures: dict[str, float]
+    best_checkpoint: Path
+    seconds: float
+
+
+def write_result(folder: Path, result: TrialResult, config: Mapping[str, Any]) -> None:
+    """Write a result, and the configuration by dotted key, to a run's folder."""
+    described = asdict(result) | {"best_checkpoint": str(result.best_checkpoint), "config": dict(config)}
+    write_json(folder / RESULT_FILE, redacted(described))
+
+
+def read_result(folder: Path) -> tuple[TrialResult, dict[str, Any]] | None:
+    """Read the result and the configuration, by dotted key, from a run's folder. None if there is no result.
+
+    The folder may have been moved: the best checkpoint is looked up in it.
+    """
+    if not (folder / RESULT_FILE).is_file():
+        return None
+    stored = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+    best = folder / CHECKPOINTS / Path(stored["best_checkpoint"]).name
+    result = TrialResult(stored["run_id"], stored["step"], stored["figures"], best, stored["seconds"])
+    return result, stored["config"]

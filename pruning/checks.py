@@ -1,0 +1,95 @@
+"""Combinations of pruning knobs with others that cannot work, each as one line for the user."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from diffusion_core.config import DistillConfig, EmaConfig, InitConfig, ModelConfig, TrainConfig
+from pruning.config import PruneConfig
+
+
+def combination_problems(
+    prune: PruneConfig, init: InitConfig, distill: DistillConfig, model: ModelConfig, train: TrainConfig, ema: EmaConfig
+) -> Iterator[str]:
+    """Yield what is wrong with the sections of a configuration taken together."""
+    yield from _step_problems(prune, train, ema)
+    yield from _block_problems(prune, model)
+    if prune.method == "lottery":
+        yield from _lottery_problems(prune, init, distill, train)
+    yield from _source_problems(init, distill)
+    yield from _teacher_problems(prune, distill)
+
+
+def _step_problems(prune: PruneConfig, train: TrainConfig, ema: EmaConfig) -> Iterator[str]:
+    start, end = prune.start(train.steps), prune.end(train.steps)
+    if prune.step is not None and prune.step >= train.steps:
+        yield f"prune.step = {prune.step}: expected less than train.steps = {train.steps}"
+    left = train.steps - start
+    if prune.method == "structured" and (ema.average_from or 0) >= left > 0:
+        yield (
+            f"ema.average_from = {ema.average_from}: pruning restarts the averages {left} steps before the end; "
+            f"expected less than {left}"
+        )
+    if prune.is_gradual and not start < end < train.steps:
+        yield f"prune.until = {end}: expected more than prune.step = {start} and less than train.steps = {train.steps}"
+    if prune.method != "none" and prune.step is None and train.steps < 2:
+        yield (
+            f"train.steps = {train.steps}: prune.method={prune.method} needs steps before and after pruning; "
+            f"expected at least 2"
+        )
+
+
+def _block_problems(prune: PruneConfig, model: ModelConfig) -> Iterator[str]:
+    if prune.profile == "blocks" and not prune.block_keep:
+        yield "prune.profile = 'blocks': needs prune.block_keep, such as 0.5,0.5,0.2,0.5,0.5 for two resolutions"
+    if prune.profile == "blocks" and prune.method == "lottery":
+        yield "prune.profile = 'blocks': not for prune.method=lottery, whose rounds decide how much stays; use erk"
+    levels = len(model.channel_multipliers)
+    if prune.block_keep and len(prune.block_keep) != 2 * levels + 1:
+        yield (
+            f"prune.block_keep = {prune.block_keep}: expected {2 * levels + 1} shares: {levels} resolutions on the way "
+            f"down, the middle, and {levels} on the way up"
+        )
+    if prune.block_keep and min(prune.block_keep) == 1.0:
+        yield f"prune.block_keep = {prune.block_keep}: keeps all blocks; expected at least one share below 1"
+
+
+def _lottery_problems(
+    prune: PruneConfig, init: InitConfig, distill: DistillConfig, train: TrainConfig
+) -> Iterator[str]:
+    for key, source in (("init.checkpoint", init.checkpoint), ("init.artifact", init.artifact)):
+        if source is not None:
+            yield f"{key} = {source!r}: not for prune.method=lottery, which trains from new weights; leave it out"
+    if distill.wanted:
+        yield (
+            f"distill.output = {distill.output}: not for prune.method=lottery, whose tickets train as the dense "
+            f"network did; leave it out"
+        )
+    if prune.rewind_step >= train.steps:
+        yield f"prune.rewind_step = {prune.rewind_step}: expected less than train.steps = {train.steps}"
+
+
+def _source_problems(init: InitConfig, distill: DistillConfig) -> Iterator[str]:
+    for section, source in (("init", init), ("distill", distill)):
+        if source.checkpoint is not None and source.artifact is not None:
+            yield (
+                f"{section}.artifact = {source.artifact!r}: {section}.checkpoint is set as well; expected one of them"
+            )
+    if init.artifact is not None and init.weights != "ema":
+        yield f"init.weights = {init.weights!r}: artifacts hold the averaged weights only; expected ema"
+    if init.checkpoint is None and init.artifact is None and init.weights != "ema":
+        yield f"init.weights = {init.weights!r}: has no effect without init.checkpoint; set that or leave it out"
+
+
+def _teacher_problems(prune: PruneConfig, distill: DistillConfig) -> Iterator[str]:
+    teacher = distill.checkpoint or distill.artifact
+    if distill.wanted and teacher is None and prune.method == "none":
+        yield (
+            "distill.checkpoint = None: there is no teacher; set it or distill.artifact, or set prune.method, which "
+            "makes the dense network the teacher"
+        )
+    if teacher is not None and not distill.wanted:
+        yield (
+            f"distill.output = {distill.output}: the teacher {teacher!r} has no effect while distill.output and "
+            "distill.features are 0; set one of them"
+        )

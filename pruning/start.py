@@ -1,0 +1,108 @@
+"""Start a run from the weights of a checkpoint, which may be pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from diffusion_core.checkpoint import Checkpoint, CheckpointError
+from diffusion_core.config import ConfigError, CoreConfig, flatten, list_knobs
+from diffusion_core.training.trainer import TrainState
+from pruning.consistency import inherit_dense_images
+from pruning.masks.mask import MASKS_PART
+from pruning.pruner import RECORD_KEY, inherit
+
+PARENT_KEY = "parent"
+"""Key of a checkpoint's metadata for the checkpoint that its run started from."""
+
+FREE_TO_DIFFER = frozenset({"model.dropout"})
+"""Knobs of the model that do not change the meaning of its weights."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to start from.
+
+    Attributes:
+        checkpoint: the checkpoint on disk.
+        artifact: the artifact that it was downloaded from, ``ENTITY/PROJECT/NAME:VERSION``, or None.
+        option: prefix of the option that named it: ``init.``, ``distill.`` or ``--``. For messages.
+    """
+
+    checkpoint: Checkpoint
+    artifact: str | None
+    option: str
+
+    def parent(self) -> dict[str, Any]:
+        """Describe the checkpoint, for the metadata of those that follow from it."""
+        return {
+            "checkpoint": str(self.checkpoint.path),
+            "artifact": self.artifact,
+            "step": self.checkpoint.step,
+            "sha256": self.checkpoint.metadata["files"]["ema.safetensors"]["sha256"],
+        }
+
+
+def start_from(source: Source, config: CoreConfig, num_classes: int, weights: str, device: torch.device) -> TrainState:
+    """Return a state at step 0 with the network of a checkpoint, new averages and a new optimizer.
+
+    Args:
+        source: the checkpoint.
+        config: configuration of the new run.
+        num_classes: number of classes of the new run.
+        weights: the part to take: ``ema`` or ``model``.
+        device: device of the new network.
+
+    Raises:
+        ConfigError: if the checkpoint has another architecture, or images of another kind.
+        CheckpointError: if the checkpoint lacks these weights, or they do not fit.
+    """
+    checkpoint = source.checkpoint
+    check_architecture(source, config, num_classes)
+    if weights not in checkpoint.parts:
+        raise CheckpointError(
+            f"{source.option}weights = {weights!r}: {str(checkpoint.path)!r} holds {', '.join(checkpoint.parts)}"
+        )
+    state = TrainState.start(checkpoint.network(weights).to(device), config.train, config.ema)
+    masks = checkpoint.tensors(MASKS_PART) if MASKS_PART in checkpoint.parts else None
+    try:
+        inherit(state, checkpoint.metadata["extra"].get(RECORD_KEY, []), masks)
+        inherit_dense_images(state, checkpoint)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{str(checkpoint.path)!r}: cannot start from it: {error}") from None
+    state.extra_metadata[PARENT_KEY] = source.parent()
+    return state
+
+
+def check_architecture(source: Source, config: CoreConfig, num_classes: int) -> None:
+    """Check that a configuration describes the network of a checkpoint.
+
+    Raises:
+        ConfigError: at the first difference.
+    """
+    for problem in differences(source.checkpoint, config, num_classes):
+        raise ConfigError(f"{problem} as in {source.option}checkpoint = {str(source.checkpoint.path)!r}")
+
+
+def differences(checkpoint: Checkpoint, config: CoreConfig, num_classes: int) -> Iterator[str]:
+    """Yield the differences between a configuration and a checkpoint's network, as the start of a message."""
+    now, then = flatten(config), checkpoint.metadata["config"]
+    for key, _ in list_knobs(CoreConfig):
+        if key in FREE_TO_DIFFER or not (key.startswith("model.") or key == "diffusion.prediction"):
+            continue
+        if key in then and now[key] != then[key]:
+            yield f"{key} = {now[key]!r}: expected {then[key]!r},"
+    if config.data.image_shape != checkpoint.shape_CHW:
+        channels, size, _ = checkpoint.shape_CHW
+        yield (
+            f"data.image_size = {config.data.image_shape[1]}: with {config.data.image_shape[0]} channels; expected "
+            f"{size}, with {channels} channels,"
+        )
+    if config.model.class_conditional and num_classes != checkpoint.metadata["num_classes"]:
+        yield (
+            f"data.name = {config.data.name!r}: has {num_classes} classes; expected "
+            f"{checkpoint.metadata['num_classes']} classes,"
+        )

@@ -1,0 +1,120 @@
+"""Train to the pruning step, prune, and continue training."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+from accelerate import Accelerator
+
+from diffusion_core.config import CoreConfig, DistillConfig
+from diffusion_core.data.batches import Batches
+from diffusion_core.data.datasets import Dataset
+from diffusion_core.training.checkpoints import SaveCheckpoints
+from diffusion_core.training.teacher import distillation_of, keep_dense_as_teacher
+from diffusion_core.training.trainer import Callback, TrainState, train
+from pruning.calibration import Calibration
+from pruning.config import PruneConfig
+from pruning.consistency import KeepDenseImages
+from pruning.masks.gradual import GradualPruning, Ramp
+from pruning.pruner import PruneReport, is_pruned, prune_state
+from pruning.start import PARENT_KEY
+
+
+def train_and_prune(
+    state: TrainState,
+    config: CoreConfig,
+    prune: PruneConfig,
+    distill: DistillConfig,
+    dataset: Dataset,
+    callbacks: Sequence[Callback],
+    saver: SaveCheckpoints,
+    accelerator: Accelerator,
+) -> None:
+    """Train to the pruning step, prune, and continue training. Without pruning, train only.
+
+    Args:
+        state: changed in place.
+        config: the run's configuration.
+        prune: the pruning section.
+        distill: the distillation section.
+        dataset: the images.
+        callbacks: called after every step.
+        saver: writes the run's checkpoints.
+        accelerator: processes and devices.
+    """
+    batches = Batches(
+        dataset.train,
+        batch_size=config.train.images_per_step,
+        seed=config.seed,
+        horizontal_flip=config.data.flips,
+        device=accelerator.device,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    train_until = partial(_train, state, batches, config, distill, accelerator)
+    if prune.method != "none" and not is_pruned(state):
+        train_until([*_before_pruning(state, config, prune, accelerator), *callbacks], prune.end(config.train.steps))
+        keep_dense_as_teacher(state, config.model, distill)
+        calibration = None
+        if prune.needs_images:
+            progress = config.log.progress and accelerator.is_main_process
+            calibration = Calibration.of(dataset.train, config, accelerator.device, progress)
+        report = prune_state(state, config, prune, calibration)
+        saver.forget_best()
+        if accelerator.is_main_process:
+            if PARENT_KEY in state.extra_metadata:
+                saver.save_pruned(state)
+            _print_report(report)
+    train_until(callbacks, config.train.steps)
+
+
+def _before_pruning(
+    state: TrainState, config: CoreConfig, prune: PruneConfig, accelerator: Accelerator
+) -> list[Callback]:
+    """Return the callbacks that run only until the network is pruned, before all others."""
+    callbacks: list[Callback] = []
+    start, end = prune.start(config.train.steps), prune.end(config.train.steps)
+    if accelerator.is_main_process:
+        keep_images = KeepDenseImages(config, start, from_parent=PARENT_KEY in state.extra_metadata)
+        keep_images(state, {})  # Training may start at the pruning step.
+        callbacks.append(keep_images)
+    if prune.is_gradual:
+        callbacks.append(GradualPruning(Ramp(start, end, prune.interval), config, prune))
+    return callbacks
+
+
+def _train(
+    state: TrainState,
+    batches: Batches,
+    config: CoreConfig,
+    distill: DistillConfig,
+    accelerator: Accelerator,
+    callbacks: Sequence[Callback],
+    until: int,
+) -> None:
+    """Train to step ``until``, with the state's teacher if it has one."""
+    distillation = distillation_of(state, config.model, config.train, distill)
+    train(state, batches, config, callbacks, accelerator=accelerator, until=until, distillation=distillation)
+    if distillation is not None:
+        distillation.close()
+
+
+def _print_report(report: PruneReport) -> None:
+    print(
+        f"pruned at step {report.step} ({report.method}): sparsity {report.sparsity:.4f}, parameters "
+        f"{report.before.nonzero_params:,} -> {report.after.nonzero_params:,}, MACs {report.before.macs:,} -> "
+        f"{report.after.macs:,}"
+    )
+    warn_of_empty_layers(report.details.get("empty_layers", []))
+
+
+def warn_of_empty_layers(layers: Sequence[str]) -> None:
+    """Print one line if pruning removed all weights of some layers."""
+    if layers:
+        shown = ", ".join(layers[:5]) + (", ..." if len(layers) > 5 else "")
+        print(
+            f"warning: pruning left no weight in {len(layers)} layers ({shown}); prune.scope=layer keeps some in each",
+            file=sys.stderr,
+        )
