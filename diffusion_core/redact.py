@@ -80,7 +80,7 @@ class Tee:
         self._line = ""
 
     def write(self, text: str) -> int:
-        """Write text with secrets removed; return the number of characters taken."""
+        """Write to the stream, and pass each finished line to the sink with its keys redacted."""
         written = self._stream.write(text)
         *lines, rest = (self._line + text).split("\n")
         for line in lines:

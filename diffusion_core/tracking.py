@@ -88,15 +88,15 @@ class MemoryTracker(Tracker):
     live = True
 
     def log(self, row: Mapping[str, float | Path], step: int) -> None:
-        """Record a row of figures at a step."""
+        """Append the row, with its step."""
         self.rows.append({STEP: step, **row})
 
     def summary(self, figures: Mapping[str, Any]) -> None:
-        """Record figures that describe the whole run."""
+        """Update the figures."""
         self.figures.update(figures)
 
     def artifact(self, upload: Upload) -> None:
-        """Hand over files to be uploaded as an artifact."""
+        """Upload a version of an artifact, or keep what would be uploaded."""
         self.artifacts.append(
             {
                 "name": upload.name,
@@ -109,13 +109,13 @@ class MemoryTracker(Tracker):
         )
 
     def use(self, name: str, kind: str = MODEL, files: Sequence[Path] = ()) -> None:
-        """Record that the run used an artifact."""
+        """Append (type, name)."""
         self.used.append((kind, name))
 
     def alert(self, title: str, text: str) -> None:
-        """Send an alert to the user."""
+        """Append (title, text)."""
         self.alerts.append((title, text))
 
     def close(self, exit_code: int = 0) -> None:
-        """End the tracking."""
+        """Keep the exit status."""
         self.exit_code = exit_code

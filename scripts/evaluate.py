@@ -181,15 +181,16 @@ def of_two_paths(arguments: argparse.Namespace, processes: PartialState) -> Judg
     if arguments.save_stats:
         if two.exists():
             raise DataError(f"{str(two)!r}: exists already; choose another file for the statistics")
-        (only,) = extractors_of(arguments, processes.device)
-        seen = see(one, only, arguments.batch_size, keep=False)
+        (network,) = extractors_of(arguments, processes.device)
+        seen = see(one, network, arguments.batch_size, keep=False)
         if processes.is_main_process:
             write_statistics(two, seen.statistics)
-            print(f"{two}: statistics of {seen.statistics.count:,} images, {protocol_of(only)}")
+            print(f"{two}: statistics of {seen.statistics.count:,} images, {protocol_of(network)}")
         return None
     found = Judgement()
     no_images = is_statistics(one) and is_statistics(two)
-    for extractor in [None] if no_images else extractors_of(arguments, processes.device):
+    extractors: list[Extractor | None] = [None] if no_images else [*extractors_of(arguments, processes.device)]
+    for extractor in extractors:
         theirs = as_reference(two, see(two, extractor, arguments.batch_size, keep=keep))
         ours = see(one, extractor, arguments.batch_size, keep=keep)
         values = compare(figures, ours, theirs)

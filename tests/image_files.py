@@ -93,5 +93,5 @@ def write_mnist(folder: Path, counts: Mapping[str, int]) -> dict[str, tuple[np.n
 
 
 def frame_count(image: Image.Image) -> int:
-    """Return the number of frames of an animation; Pillow's type for an opened file has no such attribute."""
+    """How many frames an animation has. Pillow's type for an opened file leaves the attribute out."""
     return int(image.n_frames)  # type: ignore[attr-defined]

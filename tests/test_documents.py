@@ -33,6 +33,9 @@ CODE = re.compile(r"```\w*\n(.*?)```|`([^`]+)`", re.DOTALL)
 COMMAND = re.compile(r"python (?:-m ([\w.]+)|scripts/(\w+)\.py)(.*)", re.DOTALL)
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w.-]*)")
 
+STUDIES = (ROOT / "scripts" / "studies" / "command.py").read_text(encoding="utf-8")
+"""Flags of scripts that compare."""
+
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
@@ -119,7 +122,7 @@ def test_commands_have_their_flags(document: Path) -> None:
             if module and module.split(".")[0] not in PACKAGES:
                 continue
             assert path, f"{document.name}: {span}: no module {module}"
-            source = path.read_text(encoding="utf-8")
+            source = path.read_text(encoding="utf-8") + STUDIES
             for flag in FLAG.findall(words):
                 known = flag in KNOBS | WORDS | SAMPLING or f'"--{flag}"' in source
                 assert known, f"{document.name}: {span}: unknown flag --{flag}"

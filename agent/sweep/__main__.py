@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
+    """Parse the command line. Exits with an error if flags contradict each other."""
     parser = Parser("python -m agent.sweep", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help="sweep file, such as sweeps/quickstart.yaml")
     parser.add_argument("--count", type=positive, metavar="N", help="run at most N trials now")
@@ -56,7 +56,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
-    """Parse an integer >= 1."""
+    """Parse an integer >= 1; raises argparse.ArgumentTypeError, which argparse reports."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected an integer >= 1")
     return int(text)
@@ -112,7 +112,7 @@ def online(sweep: SweepFile | None, arguments: argparse.Namespace) -> int:
 
 
 def one_per_gpu() -> int:
-    """Return the default number of processes at once: one per visible GPU, at least one."""
+    """Return the number of visible GPUs, at least one."""
     from diffusion_core.machine.sharing import visible_gpus
 
     return max(1, len(visible_gpus()))

@@ -50,18 +50,18 @@ class WandbTracker(Tracker):
             run.define_metric(name, step_metric=STEP, summary="min" if goal == "minimize" else "max")
 
     def log(self, row: Mapping[str, float | Path], step: int) -> None:
-        """Record a row of figures at a step."""
+        """Send one row to W&B, unless the server has that step already."""
         if step >= self.first_step:
             # Commit at once: an uncommitted row is lost if this process dies.
             values = {STEP: step, **{name: _wandb_value(value) for name, value in row.items()}}
             self.run.log(values, step=step, commit=True)
 
     def summary(self, figures: Mapping[str, Any]) -> None:
-        """Record figures that describe the whole run."""
+        """Set figures in the run's summary."""
         self.run.summary.update(dict(figures))
 
     def artifact(self, upload: Upload) -> None:
-        """Hand over files to be uploaded as an artifact."""
+        """Upload a version of an artifact, or keep what would be uploaded."""
         self.uploads.put(upload)
 
     def _send(self, upload: Upload) -> None:
@@ -81,7 +81,7 @@ class WandbTracker(Tracker):
                 self.after_upload(logged)
 
     def use(self, name: str, kind: str = MODEL, files: Sequence[Path] = ()) -> None:
-        """Record that the run used an artifact."""
+        """Record that the run uses an artifact, after the uploads that were queued before."""
         if self.live:  # Only a server knows other runs. Queue it: the artifact may still wait for its upload.
             self.uploads.then(f"lineage from {name}", lambda: self._use(name, kind, files))
 
@@ -99,7 +99,7 @@ class WandbTracker(Tracker):
             self.run.use_artifact(name, type=kind)
 
     def alert(self, title: str, text: str) -> None:
-        """Send an alert to the user."""
+        """Send an alert of level WARN."""
         self.run.alert(title, text, level="WARN")
 
     def close(self, exit_code: int = 0) -> None:

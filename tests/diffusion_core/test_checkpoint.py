@@ -360,8 +360,7 @@ def test_hostile_metadata_is_refused(tmp_path: Path, harm: str) -> None:
 def test_a_file_outside_is_never_read(tmp_path: Path) -> None:
     """Even with the right size and hash."""
     path = save(tmp_path / "run").path
-    outside = tmp_path / "ema.safetensors"
-    shutil.copy(path / "ema.safetensors", outside)
+    outside = Path(shutil.copy(path / "ema.safetensors", tmp_path / "ema.safetensors"))
     facts = {"bytes": outside.stat().st_size, "sha256": sha256_of_file(outside)}
     edit(path, lambda content: content["files"].update({"../../ema.safetensors": facts}))
     assert "not a file of a checkpoint" in refused(path)

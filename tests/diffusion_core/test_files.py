@@ -85,8 +85,8 @@ def test_errors_in_one_line() -> None:
 
 
 def test_old_signal_handlers_come_back() -> None:
-    received: list[int] = []
     before = signal.getsignal(signal.SIGUSR2)
+    received: list[int] = []
     with suppress(RuntimeError), signal_handler([signal.SIGUSR2], received.append):
         os.kill(os.getpid(), signal.SIGUSR2)
         raise RuntimeError

@@ -7,11 +7,8 @@ import math
 import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
 import benchmark
+import pytest
 from benchmarks.measurement.rows import HEADER, Row
 from benchmarks.scaling import Point, growth
 

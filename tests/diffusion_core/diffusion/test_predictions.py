@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from diffusion_core.config import DiffusionConfig
 from diffusion_core.diffusion.denoiser import Denoiser
 from diffusion_core.diffusion.losses import diffusion_loss, weight
 from diffusion_core.diffusion.predictions import SIGMA_DATA
-from diffusion_core.diffusion.schedule import NoiseSchedule, build_schedule
+from diffusion_core.diffusion.schedule import build_schedule
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "linear": {"schedule": "linear"},
@@ -25,9 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "shifted": {"schedule": "cosine", "logsnr_shift": -2.0},
     "karras": {"schedule": "karras", "prediction": "edm"},
 }
-SCHEDULES: dict[str, NoiseSchedule] = {
-    name: build_schedule(DiffusionConfig(timesteps=200, **settings)) for name, settings in SETTINGS.items()
-}
+SCHEDULES = {name: build_schedule(DiffusionConfig(timesteps=200, **changes)) for name, changes in SETTINGS.items()}
 PREDICTIONS = ["eps", "x0", "v", "edm"]
 PRESERVING = [(name, prediction) for name in SCHEDULES if name != "karras" for prediction in PREDICTIONS]
 CASES = [*PRESERVING, ("karras", "edm"), ("karras", "v"), ("karras", "eps"), ("karras", "x0")]
@@ -134,11 +132,6 @@ def wanted_weight(weighting: str, snr: Tensor) -> Tensor:
     return (1 / snr + SIGMA_DATA**2) / (1 / snr * SIGMA_DATA**2)  # Karras et al. 2022: (l^2 + s^2) / (l s)^2.
 
 
-def answering(answer: Tensor) -> Callable[..., Tensor]:
-    """A network that always answers the same."""
-    return lambda *_: answer
-
-
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("name", ["linear", "cosine", "karras"])
 def test_weightings_mean_the_same_for_every_prediction(name: str, weighting: Any) -> None:
@@ -154,8 +147,10 @@ def test_weightings_mean_the_same_for_every_prediction(name: str, weighting: Any
         helper = Denoiser(unused, schedule, prediction)
         slope = helper.clean(torch.ones_like(x), x, t) - helper.clean(torch.zeros_like(x), x, t)
         wrong = helper.target(x0, noise, t) + error / slope
-        found = diffusion_loss(Denoiser(answering(wrong), schedule, prediction), x0, noise, t, None, config)
-        torch.testing.assert_close(found, expected.float(), rtol=3e-3, atol=1e-5, msg=prediction)
+        found = diffusion_loss(Denoiser(lambda *_, w=wrong: w, schedule, prediction), x0, noise, t, None, config)
+        torch.testing.assert_close(
+            found, expected.float(), rtol=3e-3, atol=1e-5, msg=partial("{} {}".format, prediction)
+        )
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
