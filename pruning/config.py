@@ -158,7 +158,7 @@ def unheard(prune: PruneConfig, tried: Collection[str] | None = None) -> Iterato
         if name not in heard:
             listeners = " or ".join(method for method in methods() if name in listens_to(method))
             yield (
-                f"prune.{name} = {value!r}: says nothing to prune.method={' or '.join(tried)}; leave it out, or use "
+                f"prune.{name} = {value!r}: has no effect with prune.method={' or '.join(tried)}; drop it or use "
                 f"{listeners}"
             )
         elif name in needed:
@@ -166,6 +166,6 @@ def unheard(prune: PruneConfig, tried: Collection[str] | None = None) -> Iterato
             now = getattr(prune, key)
             if now not in values:
                 yield (
-                    f"prune.{name} = {value!r}: says nothing to prune.{key}={now}; leave it out, or use "
+                    f"prune.{name} = {value!r}: has no effect with prune.{key}={now}; drop it or use "
                     f"prune.{key}={', '.join(sorted(values))}"
                 )

@@ -141,7 +141,7 @@ def prepare(arguments: argparse.Namespace) -> SamplingTask:
     lifted = {"model.class_conditional": True, "train.label_dropout": 0.1} if guide_path else {}
     config = build(CoreConfig, flatten(checkpoint.config()), lifted, sampling_knobs(arguments), hardware)
     if guide_path and config.sample.guidance == 1.0:
-        raise ConfigError("sample.guidance = 1.0: says nothing of the model to guide away from; expected another value")
+        raise ConfigError("sample.guidance = 1.0: ignores the model to guide away from; expected another value")
     pick_device(config.train)
     guide = read_checkpoint(guide_path) if guide_path else None
     reference = load_generator(guide, config, "ema", processes) if guide else None

@@ -111,8 +111,8 @@ def formulation_problems(
             yield f"sample.guidance_interval = {sample.guidance_interval}: expected the lower level first"
         if sample.guidance == 1.0:
             yield (
-                f"sample.guidance_interval = {sample.guidance_interval}: says nothing while sample.guidance = 1.0 "
-                f"guides nowhere"
+                f"sample.guidance_interval = {sample.guidance_interval}: has no effect with sample.guidance = 1.0; "
+                f"drop it or set another guidance"
             )
     if len({f"{width:g}" for width in ema.power_widths}) < len(ema.power_widths):  # As profiles are named.
         yield f"ema.power_widths = {ema.power_widths}: expected widths that differ in their first six digits"

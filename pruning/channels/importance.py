@@ -2,7 +2,7 @@
 
 Each importance is a saliency of single weights, added up over all weights that would go with a channel: the rows of the
 layers that give it, the columns of those that take it, and the gains of the norms between. Magnitudes leave biases and
-norms out, since a gain near one says nothing.
+norms out: a gain near one does not tell channels apart.
 """
 
 from __future__ import annotations

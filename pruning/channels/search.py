@@ -145,7 +145,7 @@ def block_names(network: UNet) -> list[str]:
 
 
 def block_share(network: UNet, group: ChannelGroup, block_keep: list[float]) -> float:
-    """What ``prune.block_keep`` says of a group: 0 where it says nothing. The input belongs to the first block, the
+    """The share of a group in ``prune.block_keep``; 0 if it has none. The input belongs to the first block, the
     embedding of time and label to the middle one.
     """
     if not block_keep:

@@ -258,8 +258,8 @@ COMBINATIONS: list[Case] = [
         "prune.method=magnitude needs steps before and after pruning; expected at least 2",
     ),
     ("--train.steps=1 --prune.method=structured", "train.steps = 1", "expected at least 2"),
-    ("--prune.keep=0.7", "prune.keep = 0.7", "says nothing to prune.method=none"),
-    ("--prune.method=magnitude --prune.importance=l1", "prune.importance = 'l1'", "leave it out, or use structured"),
+    ("--prune.keep=0.7", "prune.keep = 0.7", "has no effect with prune.method=none"),
+    ("--prune.method=magnitude --prune.importance=l1", "prune.importance = 'l1'", "drop it or use structured"),
     ("--prune.method=structured --prune.threshold=0.5", "prune.threshold = 0.5", "use prune.importance=diff_pruning"),
     (
         "--prune.method=structured --prune.calibration_batches=5",

@@ -134,7 +134,7 @@ REFUSED = [
     (["--target", "macs=0.5", "--prune.keep=2"], "prune.keep = '2': expected a number > 0 and < 1"),
     (["--target", "macs=0.0001"], "--target macs = 0.0001: out of reach; at least"),
     (["--target", "macs=0.5", "--importance", "best"], "--importance = 'best': expected one of random, l1"),
-    (["--target", "macs=0.5", "--prune.threshold=0.1"], "prune.threshold = 0.1: says nothing to"),
+    (["--target", "macs=0.5", "--prune.threshold=0.1"], "prune.threshold = 0.1: has no effect with"),
     (["--target", "macs=0.5", "--prune.block_keep=0.5,1"], "prune.block_keep = [0.5, 1.0]: expected 5 shares"),
     (["--target", "macs=0.5", "--model.channels=32"], "model.channels = 32: expected 16, as in"),
     (["--target", "macs=0.5", "--modle.channels=32"], "modle.channels = '32': unknown key"),

@@ -286,7 +286,7 @@ WRONG: dict[str, tuple[Any, list[str]]] = {
     ),
     "a knob that no method of the sweep listens to": (
         changed(add={"prune.method": {"values": ["none", "magnitude"]}, "prune.threshold": {"values": [0.05, 0.1]}}),
-        ["prune.threshold = 0.1: says nothing to prune.method=none or magnitude; leave it out, or use structured"],
+        ["prune.threshold = 0.1: has no effect with prune.method=none or magnitude; drop it or use structured"],
     ),
     "end of a distribution out of range": (
         changed(add={"train.lr": {"distribution": "uniform", "min": 0.1, "max": 1.5}}),

@@ -315,8 +315,8 @@ def test_masks_of_another_shape_are_refused(done: Path) -> None:
         ("prune.per_round=1", "prune.per_round = '1': expected a number > 0 and < 1"),
         ("prune.rewind_step=500", "prune.rewind_step = 500: expected less than train.steps = 500"),
         ("prune.control=redraw", "prune.control = 'redraw': expected one of none, reinit, random_mask"),
-        ("prune.keep=0.1", "prune.keep = 0.1: says nothing to prune.method=lottery"),
-        ("prune.profile=erk", "prune.profile = 'erk': says nothing to prune.scope=auto"),
+        ("prune.keep=0.1", "prune.keep = 0.1: has no effect with prune.method=lottery"),
+        ("prune.profile=erk", "prune.profile = 'erk': has no effect with prune.scope=auto"),
     ],
 )
 def test_the_script_refuses_in_one_line_and_writes_nothing(

@@ -121,12 +121,12 @@ def test_wrong_knobs_are_refused_in_one_line(changes: dict[str, Any], expected: 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"profile": "erk"}, ["prune.profile = 'erk': says nothing to prune.scope=auto"]),
+        ({"profile": "erk"}, ["prune.profile = 'erk': has no effect with prune.scope=auto"]),
         (
             {"scope": "layer", "block_keep": [0.5] * 5},
             ["prune.block_keep = [0.5, 0.5, 0.5, 0.5, 0.5]: says"],
         ),
-        ({"rounds": 3}, ["prune.rounds = 3: says nothing to prune.method=gradual; leave it out, or use lottery"]),
+        ({"rounds": 3}, ["prune.rounds = 3: has no effect with prune.method=gradual; drop it or use lottery"]),
         ({"scope": "layer", "profile": "blocks", "block_keep": [0.5] * 5}, []),
     ],
 )
