@@ -384,7 +384,7 @@ def observe(
     seen["compiled"], seen["only deterministic algorithms"] = compiled, algorithms
     told = capsys.readouterr().err
     seen["stderr"] = "training:" in told
-    seen["missing"] = [line for line in told.splitlines() if "without figures" in line]
+    seen["missing"] = [line for line in told.splitlines() if "no figures in features" in line]
     if twice:
         second = MemoryTracker()
         try:

@@ -235,7 +235,11 @@ COMBINATIONS: list[Case] = [
     ("--ema.power_widths=0.1,0.05,0.1", "ema.power_widths = [0.1, 0.05, 0.1]", "expected widths that differ"),
     ("--ema.power_widths=0.1,0.10000001", "ema.power_widths = [0.1, 0.10000001]", "in their first six digits"),
     ("--sample.variance=learned", "sample.variance = 'learned'", "needs model.learned_variance=true"),
-    ("--sample.guidance_interval=0.1,5", "sample.guidance_interval = [0.1, 5.0]", "sample.guidance = 1.0 guides"),
+    (
+        "--sample.guidance_interval=0.1,5",
+        "sample.guidance_interval = [0.1, 5.0]",
+        "no effect with sample.guidance = 1.0",
+    ),
     (
         "--sample.guidance=2 --sample.guidance_interval=5,0.1",
         "sample.guidance_interval = [5.0, 0.1]",

@@ -124,13 +124,13 @@ def test_wrong_knobs_are_refused_in_one_line(changes: dict[str, Any], expected: 
         ({"profile": "erk"}, ["prune.profile = 'erk': has no effect with prune.scope=auto"]),
         (
             {"scope": "layer", "block_keep": [0.5] * 5},
-            ["prune.block_keep = [0.5, 0.5, 0.5, 0.5, 0.5]: says"],
+            ["prune.block_keep = [0.5, 0.5, 0.5, 0.5, 0.5]: has no effect"],
         ),
         ({"rounds": 3}, ["prune.rounds = 3: has no effect with prune.method=gradual; drop it or use lottery"]),
         ({"scope": "layer", "profile": "blocks", "block_keep": [0.5] * 5}, []),
     ],
 )
-def test_knobs_that_say_nothing_are_named(changes: dict[str, Any], expected: list[str]) -> None:
+def test_knobs_without_effect_are_named(changes: dict[str, Any], expected: list[str]) -> None:
     problems = list(unheard(config(**changes).prune))
     assert len(problems) == len(expected)
     assert all(problem.startswith(start) for problem, start in zip(problems, expected, strict=True))
