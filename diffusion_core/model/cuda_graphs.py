@@ -33,16 +33,16 @@ class Replayed:
     Args:
         function: takes tensors (or None) and returns tensors. It may draw from the GPU's default generator, which a
             replay continues as an ordinary call would.
-        before_recording: called once before and once after each recording, with True and False.
+        on_recording: called with True before each recording and with False after it.
     """
 
     def __init__(
         self,
         function: Callable[..., tuple[Tensor, ...]],
-        before_recording: Callable[[bool], None] = lambda _recording: None,
+        on_recording: Callable[[bool], None] = lambda _recording: None,
     ) -> None:
         self.function = function
-        self.before_recording = before_recording
+        self.on_recording = on_recording
         self.forget()
 
     def forget(self) -> None:
@@ -84,7 +84,7 @@ class Replayed:
 
     def _record(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        self.before_recording(True)
+        self.on_recording(True)
         try:
             with torch.cuda.graph(graph):
                 self._outputs = self.function(*self._inputs)
@@ -94,7 +94,7 @@ class Replayed:
                 f"or sample.cuda_graphs=false"
             ) from error
         finally:
-            self.before_recording(False)
+            self.on_recording(False)
         self._graph = graph
 
 

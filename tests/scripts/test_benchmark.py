@@ -9,6 +9,7 @@ from pathlib import Path
 
 import benchmark
 import pytest
+from benchmarks.measurement.profile import is_range, kind_of
 from benchmarks.measurement.rows import HEADER, Row
 from benchmarks.scaling import Point, growth
 
@@ -59,3 +60,30 @@ def test_wrong_arguments(words: list[str], capsys: pytest.CaptureFixture[str]) -
         benchmark.main(words)
     assert refused.value.code == 2
     assert "error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        # Fused kernels carry the names of all operations in them.
+        ("triton_red_fused__to_copy_add_convolution_var_mean_15", "fused reductions (norms)"),
+        ("triton_poi_fused__to_copy_add_convolution_silu_16", "fused elementwise"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64", "convolutions"),
+        (
+            "void cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816dgrad_optimized_bf16_128x128_32x4>",
+            "convolutions",
+        ),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x256", "attention"),
+        ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_bias_TNN", "matrix products"),
+        ("void at::native::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>>", "optimizer and averages"),
+        ("Memset (Device)", "copies and fills"),
+        ("some_other_kernel", "other"),
+    ],
+)
+def test_kernels_are_counted_by_what_they_do(kernel: str, kind: str) -> None:
+    assert kind_of(kernel) == kind
+    assert not is_range(kernel)
+
+
+def test_ranges_around_kernels_are_not_counted_twice() -> None:
+    assert is_range("Optimizer.step#AdamW.step")

@@ -25,6 +25,11 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel, re.IGNORECASE)), "other")
 
 
+def is_range(event: str) -> bool:
+    """Whether an event is a named range around kernels, such as the optimizer's, whose time the kernels have too."""
+    return "#" in event
+
+
 def by_kind(work: Callable[[], object], times: int) -> dict[str, float]:
     """Return milliseconds of GPU time by kind of kernel, per unit of work, largest first.
 
@@ -39,7 +44,7 @@ def by_kind(work: Callable[[], object], times: int) -> dict[str, float]:
         torch.cuda.synchronize()
     totals: dict[str, float] = {}
     for event in profiled.key_averages():
-        if event.self_device_time_total:
+        if event.self_device_time_total and not is_range(event.key):
             kind = kind_of(event.key)
             totals[kind] = totals.get(kind, 0.0) + event.self_device_time_total / 1000.0 / times
     return {kind: round(total, 3) for kind, total in sorted(totals.items(), key=lambda item: -item[1])}
