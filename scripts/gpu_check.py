@@ -31,6 +31,7 @@ from diffusion_core.data.datasets import Dataset, load_data
 from diffusion_core.evaluation.classifier.training import RECIPES, train_classifier
 from diffusion_core.files import write_json
 from diffusion_core.hardware import algorithms
+from diffusion_core.messages import one_line
 from diffusion_core.model.cost import peak_memory
 from diffusion_core.model.structure import maskable
 from diffusion_core.model.unet import build_network
@@ -236,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = CHECKS[name](machine)
         except Exception as error:  # One broken check must not hide the others.
             traceback.print_exc(limit=4)
-            found = [(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", False, None)]
+            found = [(f"{type(error).__name__}: {one_line(error)}", False, None)]
         for what, holds, figure in found:
             failed += not holds
             print(f"{'pass' if holds else 'FAIL'}  {name}: {what}{'' if figure is None else f' {figure}'}", flush=True)
