@@ -1,11 +1,12 @@
-"""Registries: what a user can choose by name, each name with one record that says all that the code asks of it.
+"""Registries of the options that a user selects by name.
 
-A record is added where its function stands::
+Each name has one record, which holds everything that the code needs to know about the option. Register a record next
+to the function that it describes::
 
     SAMPLERS["mine"] = Sampler(mine, "what it does (source)")
 
-A knob that names one takes its allowed values and its help from the registry (:class:`Choice`). A user's own module
-adds records without a change here; the knob ``plugins`` names it.
+A knob annotated with :class:`Choice` takes its allowed values and its help from the registry. Modules of users can
+register records too; the knob ``plugins`` names these modules.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pydantic_core import PydanticCustomError, core_schema
 
 
 class Record(Protocol):
-    """What every record has.
+    """Protocol of all records.
 
     Attributes:
         help: one line for the help of the knob: what it does, and its source.
@@ -34,11 +35,11 @@ R = TypeVar("R", bound=Record)
 
 
 class Registry(MutableMapping[str, R]):
-    """Records by name, in the order in which they were added.
+    """Records by name, in the order in which they were registered.
 
     Args:
-        knob: the dotted key of the knob that chooses among them.
-        modules: those that add the built-in records; imported at the first look-up, since they are slow to import.
+        knob: dotted key of the knob that selects one of them.
+        modules: modules that register the built-in records. They are slow to import, so the first look-up imports them.
     """
 
     def __init__(self, knob: str, *modules: str) -> None:
@@ -75,11 +76,11 @@ class Registry(MutableMapping[str, R]):
 
 
 class Choice:
-    """A knob's annotation: its value is a key of a mapping. ``sampler: Annotated[str, Choice(SAMPLERS)] = "ddim"``.
+    """Annotation of a knob whose value is a key of a mapping: ``sampler: Annotated[str, Choice(SAMPLERS)] = "ddim"``.
 
     Args:
-        names: a registry, or any mapping with texts as keys.
-        others: further values that stand for no record, with their help.
+        names: a registry, or any mapping with strings as keys.
+        others: additional values without a record, with their help.
     """
 
     def __init__(self, names: Mapping[str, Any], others: Mapping[str, str] | None = None) -> None:
@@ -87,11 +88,11 @@ class Choice:
         self.others = dict(others or {})
 
     def values(self) -> list[str]:
-        """All values that the knob accepts."""
+        """Return all values that the knob accepts."""
         return [*self.others, *self.names]
 
     def explained(self) -> str:
-        """The values and what each does, in one line; empty where the mapping holds no records."""
+        """Return the values with their help, in one line. Values without help are omitted."""
         helps = dict(self.others)
         helps |= {name: record.help for name, record in self.names.items() if hasattr(record, "help")}
         return "; ".join(f"{name}: {text}" for name, text in helps.items())

@@ -68,12 +68,12 @@ class Moments:
 
     @classmethod
     def empty(cls, dim: int) -> Moments:
-        """Moments of no features, of dimension dim."""
+        """Return the moments of no samples, whose features have dimension ``dim``."""
         return cls(0, torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64))
 
     @classmethod
     def of(cls, features_ND: Tensor) -> Moments:
-        """Moments of features, ``(N, D)``."""
+        """Return the moments of features, ``(N, D)``."""
         moments = cls.empty(features_ND.shape[1])
         moments.add(features_ND)
         return moments
@@ -124,12 +124,13 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
 
 
 def _inner(sigma1_DD: Tensor, sigma2_DD: Tensor) -> Tensor:
-    """``F^T S2 F`` for an ``F`` with ``S1 = F F^T``: Cholesky's, or of a singular S1 that of its R eigenvectors, which
-    leaves an ``(R, R)`` matrix. Its lower triangle counts.
+    """Return ``F^T S2 F`` for a factor ``F`` with ``S1 = F F^T``. Only the lower triangle of the result is valid.
+
+    The factor is Cholesky's, ``(D, D)``. If S1 is singular, it consists of R scaled eigenvectors, ``(D, R)``.
     """
     factor_DD, failed = torch.linalg.cholesky_ex(sigma1_DD)
     if not failed:
-        from scipy.linalg.lapack import dsygst  # torch has none: a third of what two products of matrices take.
+        from scipy.linalg.lapack import dsygst  # A third of the time of two matrix products. torch lacks it.
 
         inner_DD, _ = dsygst(sigma2_DD.cpu().numpy(), factor_DD.cpu().numpy(), itype=2, lower=1)
         return torch.from_numpy(inner_DD).to(sigma1_DD.device)

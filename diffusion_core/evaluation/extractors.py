@@ -1,6 +1,6 @@
 """Feature networks: pytorch-fid's Inception-v3, and networks in files of the user.
 
-Only with the published weights is Inception named ``inception``, and are its figures called FID and KID; with other
+Inception is named ``inception`` only with the published weights. Its figures are then called FID and KID. With other
 weights, its name contains their hash.
 """
 
@@ -156,7 +156,7 @@ def download_inception() -> Path:
 
 @dataclass(frozen=True)
 class ScriptedExtractor:
-    """A TorchScript network ``(B, C, H, W) uint8 -> (B, D) float``, or to anything that flattens to it."""
+    """A TorchScript network ``(B, C, H, W) uint8 -> (B, D) float``. Outputs with more axes are flattened."""
 
     network: torch.jit.ScriptModule
     name: str
@@ -173,7 +173,7 @@ class ScriptedExtractor:
         try:
             output = self.network(images_BCHW.to(self.device))
         except Exception as error:  # A network of the user may raise any error.
-            reason = one_line(str(error)[-200:])  # TorchScript says last what went wrong.
+            reason = one_line(str(error)[-200:])  # TorchScript puts the cause last.
             raise ExtractorError(f"{self.name}: cannot take images of {tuple(images_BCHW.shape)} ({reason})") from None
         if not isinstance(output, Tensor) or output.ndim < 2 or len(output) != len(images_BCHW):
             raise ExtractorError(f"{self.name}: expected features of shape (images, features), a tensor")

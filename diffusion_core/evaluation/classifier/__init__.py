@@ -1,1 +1,1 @@
-"""The classifiers that judge generated images."""
+"""Classifiers for the evaluation of generated images."""

@@ -1,7 +1,7 @@
-"""Classifiers that the project trains itself: which class does an image show, and how do its features compare?
+"""Classifiers that this project trains. They measure class agreement, and provide features for distances.
 
-A classifier is one safetensors file; what it is, how it was trained and how accurate it is stands in its header as
-JSON. It is trained once for each data set and recipe, and kept in the cache.
+A classifier is one safetensors file, whose header describes it as JSON: sizes, data set, recipe and accuracy. It is
+trained once per data set and recipe, and cached.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from diffusion_core.files import sha256
 from diffusion_core.messages import one_line
 
 HEADER = "classifier"
-"""The entry of the file's metadata that holds the JSON."""
+"""Key of the JSON in the file's metadata."""
 
 LARGEST = {"channels": 16, "num_classes": 100_000, "width": 1024}
-"""Bounds of what a file may ask for."""
+"""Upper bounds of the sizes that a file may specify."""
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A trained classifier: also a feature space, ``classifier-DATA``.
+    """A trained classifier. It is also the feature space ``classifier-DATA``.
 
     Attributes:
-        network: in evaluation mode.
+        network: the network, in evaluation mode.
         data: name of the data set that it was trained on.
-        accuracy: share of the real held-out images that it classifies rightly, in [0, 1].
-        weights: the first digits of its weights' SHA-256.
-        recipe: how it was trained.
+        accuracy: share of the real held-out images that it classifies correctly, in [0, 1].
+        weights: the first digits of the SHA-256 of its weights.
+        recipe: settings of its training.
     """
 
     network: ClassifierNetwork
@@ -58,7 +58,7 @@ class Classifier:
 
     @property
     def name(self) -> str:
-        """Name for protocols and figures: ``classifier-DATA``."""
+        """Name in protocols and figures: ``classifier-DATA``."""
         return f"classifier-{self.data}"
 
     @torch.no_grad()
@@ -66,12 +66,14 @@ class Classifier:
         """Map uint8 images, ``(N, C, H, W)``, to features, ``(N, D)``, and logits, ``(N, K)``, in float32.
 
         Raises:
-            ExtractorError: if the images are smaller than the classifier can take.
+            ExtractorError: if the images are smaller than ``SMALLEST_IMAGE``, or their channels cannot be converted.
         """
         parameter = next(self.network.parameters())
         x_BCHW = to_unit(with_channels(images_BCHW.to(parameter.device), self.network.channels))
         if min(x_BCHW.shape[2:]) < SMALLEST_IMAGE:
-            raise ExtractorError(f"{self.name}: images of {tuple(x_BCHW.shape[2:])} pixels; expected {SMALLEST_IMAGE}")
+            raise ExtractorError(
+                f"{self.name}: images of {tuple(x_BCHW.shape[2:])} pixels; expected at least {SMALLEST_IMAGE}"
+            )
         features_BD, logits_BK = self.network(x_BCHW)
         return Judged(features_BD.float(), logits_BK.float())
 
@@ -100,16 +102,16 @@ def weights_hash(network: torch.nn.Module) -> str:
 
 
 def read_classifier(path: Path, device: torch.device) -> Classifier:
-    """Read a classifier; nothing in the file is run.
+    """Read a classifier without running code from the file.
 
     Raises:
-        ExtractorError: if it is missing, damaged, or something else.
+        ExtractorError: if the file is missing, damaged, or not a classifier.
     """
-    weights_file_hash(path)  # Says in words what is wrong with the path.
+    weights_file_hash(path)  # Raises a readable error if the file cannot be read.
     try:
         with safe_open(path, framework="pt") as file:
             described = json.loads((file.metadata() or {})[HEADER])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         sizes = {key: described[key] for key in LARGEST}
         for key, size in sizes.items():
             if type(size) is not int or not 1 <= size <= LARGEST[key]:
@@ -129,7 +131,7 @@ def read_classifier(path: Path, device: torch.device) -> Classifier:
 def make_classifier(
     dataset: Dataset, data: str, recipe: Recipe, *, mirrored: bool, device: torch.device, progress: bool = False
 ) -> Classifier:
-    """Train a classifier on a data set's training images, and judge it by the held-out ones.
+    """Train a classifier on a data set's training images, and measure its accuracy on the held-out ones.
 
     Raises:
         ExtractorError: if the images are too small for the network.
@@ -151,15 +153,15 @@ def classifier_for(
     recipe: str | None = None,
     progress: bool = False,
 ) -> Classifier:
-    """The classifier of a data set: from the cache, or else trained, which takes seconds for digits.
+    """Return the classifier of a data set from the cache, or train it, which takes seconds for digits.
 
     Args:
         dataset: the images.
         data: the data set's name.
-        mirrored: whether the images are as natural in the mirror.
+        mirrored: whether to mirror training images at random.
         device: where to compute.
-        recipe: a name of ``RECIPES``; None takes what suits images and device.
-        progress: show a bar on stderr while training.
+        recipe: a key of ``RECIPES``; None selects one by image size, channels and device.
+        progress: show a progress bar on stderr while training.
     """
     recipe = recipe or recipe_for(dataset.shape_CHW, device.type == "cuda")
     settings: dict[str, Any] = asdict(RECIPES[recipe]) | {"mirrored": mirrored}
@@ -169,7 +171,7 @@ def classifier_for(
     if path.is_file():
         try:
             return read_classifier(path, device)
-        except ExtractorError:  # A damaged file is made anew.
+        except ExtractorError:  # The file is damaged: train again.
             pass
     classifier = make_classifier(dataset, data, RECIPES[recipe], mirrored=mirrored, device=device, progress=progress)
     keep(path, classifier.save)

@@ -1,5 +1,4 @@
-"""The small convolutional network that judges images: a residual network of nine layers (Page 2018, "How to train your
-ResNet"), of any width.
+"""The classifier's network: a small residual network with nine layers (Page 2018, "How to train your ResNet").
 
 Axes: B batch, C channels, H height, W width, D features, K classes.
 """
@@ -12,37 +11,37 @@ from torch import Tensor, nn
 from diffusion_core.evaluation.features import Judged
 
 SMALLEST_IMAGE = 8
-"""The network halves height and width three times."""
+"""Smallest height and width, in pixels. The network halves both three times."""
 
 LOGIT_SCALE = 0.125
-"""Keeps the first logits small, and with them the first gradients (Page 2018)."""
+"""Factor of the logits. It keeps logits and gradients small at the start of training (Page 2018)."""
 
 
 def block(inputs: int, outputs: int) -> nn.Sequential:
-    """Convolution, batch norm, ReLU; keeps height and width."""
+    """Return a convolution with batch norm and ReLU, which keeps height and width."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
     )
 
 
 class Residual(nn.Module):
-    """Two blocks, added to their input."""
+    """Two blocks with a skip connection."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.blocks = nn.Sequential(block(width, width), block(width, width))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Add the blocks' output to the input, ``(B, C, H, W)``."""
+        """Return the input, ``(B, C, H, W)``, plus the blocks' output."""
         return x_BCHW + self.blocks(x_BCHW)
 
 
 class ClassifierNetwork(nn.Module):
-    """Images ``(B, C, H, W)`` float in [-1, 1], of 8 pixels or more, to ``8 * width`` features and class logits.
+    """Map images, ``(B, C, H, W)`` float in [-1, 1], of at least 8 pixels, to ``8 * width`` features and class logits.
 
     Args:
-        channels: of the images.
-        num_classes: of the data set.
+        channels: channels of the images.
+        num_classes: number of classes.
         width: channels of the first layer.
     """
 
@@ -63,8 +62,8 @@ class ClassifierNetwork(nn.Module):
         self.head = nn.Linear(8 * width, num_classes, bias=False)
 
     def forward(self, x_BCHW: Tensor) -> Judged:
-        """Judge images, ``(B, C, H, W)`` in [-1, 1]: features, ``(B, D)``, and logits, one per class."""
+        """Return features, ``(B, D)``, and logits, ``(B, K)``, of images, ``(B, C, H, W)`` in [-1, 1]."""
         maps_BDHW = self.layers(x_BCHW)
-        # Over whole maps, as adaptive pooling does, whose backward pass has no deterministic algorithm on a GPU.
+        # The same as adaptive pooling, whose backward pass has no deterministic algorithm on a GPU.
         features_BD = F.max_pool2d(maps_BDHW, maps_BDHW.shape[2:]).flatten(1)
         return Judged(features_BD, LOGIT_SCALE * self.head(features_BD))

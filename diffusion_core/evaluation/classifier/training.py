@@ -1,4 +1,4 @@
-"""Train a classifier on labelled images by a recipe. Weights, order and augmentation follow from the recipe's seed."""
+"""Train a classifier with a recipe, whose seed determines initial weights, order of the images and augmentation."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from diffusion_core.hardware import Precision, autocast, has_bf16
 from diffusion_core.randomness import Purpose, generator, stream_seed
 
 WARM_UP_SHARE = 0.2
-"""Share of the steps in which the learning rate rises."""
+"""Share of the steps over which the learning rate rises."""
 
 BF16_FROM_WIDTH = 16
-"""Narrower networks gain nothing from bf16."""
+"""Smallest width that trains in bf16. Narrower networks gain nothing from it."""
 
 JUDGED_AT_ONCE = 512
 
@@ -35,15 +35,15 @@ def train_classifier(
     device: torch.device,
     progress: bool = False,
 ) -> ClassifierNetwork:
-    """A classifier trained on images, in evaluation mode, on ``device``.
+    """Train a classifier on images. Return it in evaluation mode, on ``device``.
 
     Args:
-        images: what it learns from, uint8.
-        num_classes: labels are 0..num_classes-1.
-        recipe: how it is trained.
-        mirrored: show each image mirrored with probability 1/2.
+        images: training images, uint8.
+        num_classes: number of classes; labels are 0..num_classes-1.
+        recipe: settings of the training.
+        mirrored: mirror each image with probability 1/2.
         device: where to compute.
-        progress: show a bar on stderr.
+        progress: show a progress bar on stderr.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(recipe.seed, Purpose.CLASSIFIER, 0))
@@ -78,12 +78,12 @@ def train_classifier(
 
 
 def _slope(done: float) -> float:
-    """Learning rate relative to the highest one: a triangle."""
+    """Return the learning rate relative to its peak: linear warm-up, then linear decay to zero."""
     return min(done / WARM_UP_SHARE, (1.0 - done) / (1.0 - WARM_UP_SHARE)) if done else 0.1 * WARM_UP_SHARE
 
 
 def augment(x_BCHW: Tensor, recipe: Recipe, mirrored: bool, step: int) -> Tensor:
-    """Images mirrored, shifted (the border is reflected) and with a square greyed out, at random."""
+    """Mirror images at random, shift them (borders are reflected), and grey out a square of each."""
     batch, _, height, width = x_BCHW.shape
     device = x_BCHW.device
     source = generator(recipe.seed, Purpose.CLASSIFIER, 2, step)
@@ -113,7 +113,7 @@ def augment(x_BCHW: Tensor, recipe: Recipe, mirrored: bool, step: int) -> Tensor
 
 @torch.no_grad()
 def accuracy(network: ClassifierNetwork, images: Images) -> float:
-    """Share of images, in [0, 1], that a classifier classifies rightly."""
+    """Return the share of images, in [0, 1], that a classifier classifies correctly; NaN without images."""
     if not len(images):
         return math.nan
     device = next(network.parameters()).device
@@ -127,18 +127,18 @@ def accuracy(network: ClassifierNetwork, images: Images) -> float:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of a classifier's training; with the images they decide every weight.
+    """Settings of a classifier's training. Together with the images, they determine its weights.
 
     Attributes:
         width: channels of the first layer.
         epochs: passes over the training images.
-        batch_size: images a step.
-        lr: highest learning rate of SGD with Nesterov's momentum; it rises linearly and falls linearly to zero.
-        weight_decay: of SGD.
-        shift: largest shift of an image to each side, in pixels.
-        cutout: side of the square that is greyed out in each image (DeVries & Taylor 2017); 0: none.
+        batch_size: images per step.
+        lr: peak learning rate of SGD with Nesterov momentum. It rises linearly, then falls linearly to zero.
+        weight_decay: weight decay of SGD.
+        shift: largest shift of an image in each direction, in pixels.
+        cutout: side of the square that is greyed out in each image, in pixels (DeVries & Taylor 2017); 0: none.
         label_smoothing: probability that is spread over all classes.
-        seed: of weights, order and augmentation.
+        seed: seed of initial weights, order of the images and augmentation.
     """
 
     width: int
@@ -158,12 +158,12 @@ RECIPES = {
     "cpu": Recipe(width=16, epochs=8, batch_size=256, lr=0.3, shift=3),
     "colour": Recipe(width=64, epochs=30, batch_size=512, lr=0.4, shift=4, cutout=8, label_smoothing=0.1),
 }
-"""tiny: images below 16 pixels, seconds on a processor. grey: one channel, a minute on a processor. colour: a
-data-centre GPU. cpu: colour images where there is no GPU, at the price of some accuracy."""
+"""tiny: images below 16 pixels, takes seconds on a CPU. grey: images with one channel, takes a minute on a CPU.
+colour: colour images on a data-centre GPU. cpu: colour images without a GPU, less accurate than colour."""
 
 
 def recipe_for(shape_CHW: tuple[int, int, int], has_gpu: bool) -> str:
-    """The name of the recipe that suits images of a shape, on a machine with or without a GPU."""
+    """Return the name of the recipe for images of a shape, on a machine with or without a GPU."""
     channels, height, _ = shape_CHW
     if height < TINY_BELOW:
         return "tiny"
