@@ -1,6 +1,6 @@
-"""A network seen as a denoiser, whatever it predicts (:mod:`diffusion_core.diffusion.predictions`).
+"""Wrap a network as a denoiser, whatever its parametrisation (:mod:`diffusion_core.diffusion.predictions`).
 
-Everything downstream (guidance, samplers) deals in denoisers: ``(x_BCHW, t_B, labels_B | None) -> x0_BCHW``.
+Guidance and samplers work on denoisers: ``(x_BCHW, t_B, labels_B | None) -> x0_BCHW``.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from diffusion_core.diffusion.schedule import NoiseSchedule, build_schedule
 from diffusion_core.registries import PREDICTIONS
 
 DenoiserFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""Noisy images, timesteps 0..T-1 and labels (None: no class) to the expected clean images, in [-1, 1]."""
+"""Maps noisy images, timesteps 0..T-1 and labels (None: no class) to the expected clean images, in [-1, 1]."""
 
 
 class Denoiser:
-    """A network, seen as a denoiser.
+    """A network that estimates clean images.
 
     Args:
-        network: ``(x_BCHW, t_B, labels_B | None) -> output``. With self-conditioning it takes twice the channels, with
-            a learned variance it gives twice the channels.
+        network: ``(x_BCHW, t_B, labels_B | None) -> output``. With self-conditioning, it takes twice the channels. With
+            a learned variance, it returns twice the channels.
         schedule: the noise schedule that the network was trained with.
-        prediction: what its output stands for, a name of ``PREDICTIONS``.
-        learned_variance: whether the second half of the output's channels says where the variance of a reverse step
-            lies between its bounds (Nichol & Dhariwal 2021, eq. 15).
-        self_conditioning: whether the network is shown its last estimate of the clean images (Chen et al. 2022, Analog
-            Bits). A denoiser then remembers it from call to call: make a new one for every batch that is sampled.
+        prediction: parametrisation of its output, a key of ``PREDICTIONS``.
+        learned_variance: whether the second half of the output's channels interpolates the log variance of a reverse
+            step between its bounds (Nichol & Dhariwal 2021, eq. 15).
+        self_conditioning: whether the network takes its previous estimate of the clean images as an input (Chen et al.
+            2022, Analog Bits). The denoiser stores it between calls: create a new denoiser for every batch to sample.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Denoiser:
         model: ModelConfig,
         device: torch.device,
     ) -> Denoiser:
-        """Return a network as a denoiser, from the sections that describe it."""
+        """Return a network as a denoiser, with the schedule and parametrisation of a configuration."""
         return cls(
             network,
             build_schedule(diffusion).to(device),
@@ -70,13 +70,13 @@ class Denoiser:
     def predict(
         self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None, estimate_BCHW: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """The network's own output, in float32, and the variance fraction in [0, 1] if it is learned.
+        """Return the network's output, float32, and the variance fraction in [0, 1] if it is learned.
 
         Args:
             x_BCHW: noisy images.
             t_B: timesteps.
             labels_B: classes.
-            estimate_BCHW: for self-conditioning, an earlier estimate of the clean images; None is none.
+            estimate_BCHW: for self-conditioning, an earlier estimate of the clean images; None: zeros.
         """
         inputs = x_BCHW
         if self.record.inputs is not None:
@@ -90,24 +90,27 @@ class Denoiser:
         return output, (between + 1.0) / 2.0
 
     def target(self, x0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
-        """What the network's output is trained to equal."""
+        """Return the training target of the network's output."""
         return self.record.target(x0_BCHW, noise_BCHW, *self.schedule.at(t_B, x0_BCHW))
 
     def clean(self, output_BCHW: Tensor, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
-        """The clean images that the network's output stands for."""
+        """Return the clean images that correspond to the network's output."""
         return self.record.clean(output_BCHW, x_BCHW, *self.schedule.at(t_B, x_BCHW))
 
     def error_scale(self, t_B: Tensor) -> Tensor:
-        """Squared error of the output per squared error of the clean images, ``(B,)`` float32.
+        """Return the squared error of the output per squared error of the clean images, ``(B,)`` float32.
 
-        What turns a weighting of one into a weighting of the other: SNR for eps, 1 for x0, SNR + 1 for v, and the EDM
-        weighting for edm.
+        This converts weights of one error to weights of the other. It is SNR for eps, 1 for x0, SNR + 1 for v, and the
+        EDM weighting for edm.
         """
         alpha, sigma = (part.flatten() for part in self.schedule.at(t_B, t_B[:, None, None, None].float()))
         return self.record.error_scale(alpha, sigma)
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None) -> Tensor:
-        """Estimate the clean images, float32. Keeps the variance fraction, and the estimate for the next call."""
+        """Estimate the clean images, float32.
+
+        Store the variance fraction and, with self-conditioning, the estimate for the next call.
+        """
         output, self.fraction_BCHW = self.predict(x_BCHW, t_B, labels_B, self._remembered(len(x_BCHW)))
         x0_BCHW = self.clean(output, x_BCHW, t_B)
         if self.self_conditioning:
@@ -115,7 +118,7 @@ class Denoiser:
         return x0_BCHW
 
     def _remembered(self, batch: int) -> Tensor | None:
-        """The last estimate, for a batch that may have been doubled for guidance or halved again since."""
+        """Return the stored estimate for a batch that guidance may have doubled, or halved again, since."""
         estimate = self._estimate_BCHW
         if estimate is None or len(estimate) == batch:
             return estimate
@@ -123,7 +126,7 @@ class Denoiser:
 
 
 def clipped(denoiser: DenoiserFunction) -> DenoiserFunction:
-    """A denoiser whose images are clipped to [-1, 1], as Ho et al. 2020 do at every sampling step."""
+    """Clip a denoiser's images to [-1, 1], as Ho et al. 2020 do at every sampling step."""
 
     def clipped_denoiser(x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None) -> Tensor:
         return denoiser(x_BCHW, t_B, labels_B).clamp(-1.0, 1.0)

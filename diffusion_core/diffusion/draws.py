@@ -1,4 +1,4 @@
-"""What is random in a training step besides its images: noise, timesteps, dropped labels; from seed and step alone."""
+"""Draw noise, timesteps and dropped labels of a training step. They depend on seed and step only."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from diffusion_core.model.unet import NO_LABEL
 from diffusion_core.randomness import Purpose, generator
 
 SELF_CONDITIONING_SHARE = 0.5
-"""Share of training images whose estimate the network is shown (Chen et al. 2022)."""
+"""Share of training images for which the network gets an estimate of the clean image (Chen et al. 2022)."""
 
 
 @dataclass(frozen=True)
 class Draws:
-    """This process's share of a step.
+    """One process's share of a training step.
 
     Attributes:
         x0_BCHW: clean images in [-1, 1].
         noise_BCHW: noise to add.
-        t_B: timesteps, int64, or float32 where they may lie between two.
-        labels_B: classes, ``NO_LABEL`` where dropped.
-        shown_B: for self-conditioning, whose estimate the network is shown; else None.
+        t_B: timesteps, int64, or float32 if they may lie between two timesteps.
+        labels_B: classes, ``NO_LABEL`` where the label was dropped.
+        shown_B: for self-conditioning, whether the network gets an estimate of the image (bool); else None.
     """
 
     x0_BCHW: Tensor
@@ -37,11 +37,11 @@ class Draws:
     shown_B: Tensor | None
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """The draws as the arguments that they are made of."""
+        """Return the attributes, in the order of the constructor's arguments."""
         return self.x0_BCHW, self.noise_BCHW, self.t_B, self.labels_B, self.shown_B
 
     def chunks(self, count: int) -> Iterator[Draws]:
-        """The draws in equal parts."""
+        """Yield the draws in ``count`` equal parts."""
         size = len(self.t_B) // count
         for start in range(0, size * count, size):
             part = slice(start, start + size)
@@ -50,9 +50,9 @@ class Draws:
 
 
 def draw(step: int, batches: Batches, config: CoreConfig, schedule: NoiseSchedule) -> Draws:
-    """Everything random about a step: drawn for the whole batch, of which this process takes its share.
+    """Return this process's share of a step's draws.
 
-    So that two processes together draw what one alone would.
+    Every process draws for the whole batch and takes its share, so that the number of processes does not matter.
     """
     x0_BCHW, labels_B = batches.at(step)
     device, size, share = x0_BCHW.device, batches.batch_size, batches.share
@@ -64,7 +64,7 @@ def draw(step: int, batches: Batches, config: CoreConfig, schedule: NoiseSchedul
         normal_B = torch.randn((size,), generator=source, device=device, dtype=torch.float64)
         levels_B = (config.diffusion.lognormal_mean + config.diffusion.lognormal_std * normal_B).exp()
         t_B = schedule.position(levels_B)
-        # The variational bound is stated between neighbouring timesteps.
+        # The variational bound is defined between neighbouring timesteps.
         t_B = t_B.round().long() if config.model.learned_variance else t_B.float()
     dropped_B = torch.rand((size,), generator=source, device=device) < config.train.label_dropout
     if config.diffusion.offset_noise:

@@ -1,5 +1,7 @@
-"""The training loss, per sample: a distance in what the network predicts, weighted by noise level, and the variational
-bound where the variance is learned.
+"""The training loss of each image.
+
+It is the distance between the network's output and its target, weighted by noise level. With a learned variance, the
+variational bound is added.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from diffusion_core.diffusion.predictions import SIGMA_DATA
 from diffusion_core.diffusion.schedule import NoiseSchedule
 
 HALF_LEVEL = 1.0 / 255.0
-"""Half the distance of two uint8 levels in [-1, 1]."""
+"""Half the distance between two uint8 levels in [-1, 1]."""
 
 
 def diffusion_loss(
@@ -28,16 +30,16 @@ def diffusion_loss(
     config: DiffusionConfig,
     shown_B: Tensor | None = None,
 ) -> Tensor:
-    """The loss of Ho et al. 2020 (eq. 14) and what was made of it since.
+    """Return the loss of Ho et al. 2020 (eq. 14), for any distance, weighting and parametrisation.
 
     Args:
-        denoiser: holds the network and says what its target is.
+        denoiser: the network, and its training target.
         x0_BCHW: clean images in [-1, 1].
         noise_BCHW: standard normal noise.
-        t_B: timesteps, 0..T-1; floats may lie between them, except where the variance is learned.
+        t_B: timesteps, 0..T-1; floats may lie between two timesteps, but not with a learned variance.
         labels_B: classes, ``NO_LABEL`` where the label was dropped, or None.
-        config: distance, weighting, weight of the variational bound.
-        shown_B: for self-conditioning, whether a sample is shown an estimate of its clean image (bool); None: none is.
+        config: distance, weighting, and weight of the variational bound.
+        shown_B: for self-conditioning, whether the network gets an estimate of the clean image (bool); None: never.
 
     Returns:
         Unreduced losses, ``(B,)``, float32.
@@ -58,10 +60,10 @@ def diffusion_loss(
 
 
 def distance(output_BCHW: Tensor, target_BCHW: Tensor, config: DiffusionConfig) -> Tensor:
-    """Mean distance over an image's pixels, ``(B,)``: squared (l2), absolute (l1), or huber.
+    """Return the mean distance over the pixels of each image, ``(B,)``: squared (l2), absolute (l1), or huber.
 
-    Huber is squared up to ``huber_delta`` and grows linearly beyond, twice torch's ``huber_loss``, so that it agrees
-    with l2 for small errors.
+    huber is squared up to ``huber_delta`` and linear beyond. It is twice torch's ``huber_loss``, so that it equals l2
+    for small errors.
     """
     if config.loss == "l2":
         each = F.mse_loss(output_BCHW, target_BCHW, reduction="none")
@@ -73,10 +75,10 @@ def distance(output_BCHW: Tensor, target_BCHW: Tensor, config: DiffusionConfig) 
 
 
 def weight(denoiser: Denoiser, t_B: Tensor, config: DiffusionConfig) -> Tensor:
-    """Weight of each sample's distance, ``(B,)``.
+    """Return the weight of each image's distance, ``(B,)``.
 
-    Weightings are stated for squared errors of the clean image, and divided by how much larger the squared error of
-    what the network predicts is, so that they mean the same for every prediction. ``uniform`` is 1 for any prediction.
+    Weightings are defined for the squared error of the clean image. Dividing by :meth:`Denoiser.error_scale` makes them
+    equivalent for every parametrisation. ``uniform`` is 1 for every parametrisation.
     """
     if config.weighting == "uniform":
         return torch.ones(len(t_B), device=t_B.device)
@@ -84,7 +86,7 @@ def weight(denoiser: Denoiser, t_B: Tensor, config: DiffusionConfig) -> Tensor:
     snr_B = (alpha / sigma).square()
     if config.weighting == "min_snr":  # Hang et al. 2023, eq. 6.
         wanted_B = snr_B.clamp(max=config.min_snr_gamma)
-    elif config.weighting == "p2":  # Choi et al. 2022, eq. 8, with k = 1; a weight of the error of eps.
+    elif config.weighting == "p2":  # Choi et al. 2022, eq. 8, with k = 1; they weigh the error of eps.
         wanted_B = snr_B / (1.0 + snr_B) ** config.p2_gamma
     else:  # Karras et al. 2022, table 1: (level^2 + sigma_data^2) / (level * sigma_data)^2.
         wanted_B = 1.0 / SIGMA_DATA**2 + snr_B
@@ -99,18 +101,18 @@ def variational_bound(
     fraction_BCHW: Tensor,
     t_B: Tensor,
 ) -> Tensor:
-    """One term of the variational bound (Ho et al. 2020, eq. 5), in bits per pixel and channel, ``(B,)``.
+    """Return one term of the variational bound (Ho et al. 2020, eq. 5), in bits per pixel and channel, ``(B,)``.
 
-    For t > 0 the Kullback-Leibler divergence of the reverse step from the posterior, for t = 0 the negative
-    log-likelihood of the discretised image. The reverse step's variance lies between the posterior's and the forward
-    step's, at ``fraction`` of the way between their logarithms (Nichol & Dhariwal 2021, eq. 15).
+    For t > 0, it is the Kullback-Leibler divergence KL(posterior || reverse step). For t = 0, it is the negative
+    log-likelihood of the discretised image. The fraction interpolates the log variance of the reverse step between
+    those of the posterior (0) and of the forward step (1), as in Nichol & Dhariwal 2021, eq. 15.
 
     Args:
         schedule: a variance preserving schedule.
         x0_BCHW: clean images in [-1, 1].
         x_BCHW: noisy images at ``t_B``.
-        clean_BCHW: the clean images that the network believes in.
-        fraction_BCHW: where the logarithm of the variance lies, 0 to 1.
+        clean_BCHW: the network's estimate of the clean images.
+        fraction_BCHW: the fraction, in [0, 1].
         t_B: integer timesteps, 0..T-1.
     """
     mean_true, low = posterior(schedule, x0_BCHW, x_BCHW, t_B)
@@ -126,9 +128,9 @@ def variational_bound(
 
 
 def posterior(schedule: NoiseSchedule, x0_BCHW: Tensor, x_BCHW: Tensor, t_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and logarithm of the variance of ``q(x_{t-1} | x_t, x_0)`` (Ho et al. 2020, eq. 6 and 7).
+    """Return the mean and the log variance of ``q(x_{t-1} | x_t, x_0)`` (Ho et al. 2020, eq. 6 and 7).
 
-    At t = 0 the variance is zero, and that of t = 1 stands in for it, as Nichol & Dhariwal 2021 do.
+    At t = 0 the variance is zero. The variance at t = 1 replaces it, as in Nichol & Dhariwal 2021.
     """
     alpha, sigma, alpha_before, sigma_before, step = _one_step(schedule, t_B, x_BCHW)
     mean = (alpha / alpha_before) * (sigma_before / sigma) ** 2 * x_BCHW + alpha_before * step / sigma**2 * x0_BCHW
@@ -137,12 +139,12 @@ def posterior(schedule: NoiseSchedule, x0_BCHW: Tensor, x_BCHW: Tensor, t_B: Ten
 
 
 def forward_log_variance(schedule: NoiseSchedule, t_B: Tensor, like_BCHW: Tensor) -> Tensor:
-    """Logarithm of the variance of the forward step to t (beta), shaped to broadcast against images."""
+    """Return the log variance of the forward step to t (beta), shaped to broadcast against images."""
     return _one_step(schedule, t_B, like_BCHW)[-1].log().float()
 
 
 def _one_step(schedule: NoiseSchedule, t_B: Tensor, like_BCHW: Tensor) -> tuple[Tensor, ...]:
-    """alpha and sigma at t and one step before it, and the variance added in between; float64, broadcasting."""
+    """Return alpha and sigma at t and at t - 1, and the variance added in between; float64, broadcasting."""
     shape = (-1,) + (1,) * (like_BCHW.ndim - 1)
     alphas = torch.cat([torch.ones_like(schedule.alphas[:1]), schedule.alphas])
     sigmas = torch.cat([torch.zeros_like(schedule.sigmas[:1]), schedule.sigmas])
@@ -154,7 +156,7 @@ def _one_step(schedule: NoiseSchedule, t_B: Tensor, like_BCHW: Tensor) -> tuple[
 
 
 def discretised_log_likelihood(x0_BCHW: Tensor, mean_BCHW: Tensor, log_std_BCHW: Tensor) -> Tensor:
-    """Log-likelihood, in nats, of uint8 levels under a normal distribution (Ho et al. 2020, eq. 13), elementwise."""
+    """Return the log-likelihood of uint8 levels under normal distributions (Ho et al. 2020, eq. 13), in nats."""
     scale = (-log_std_BCHW).exp()
     upper = torch.special.ndtr((x0_BCHW - mean_BCHW + HALF_LEVEL) * scale)
     lower = torch.special.ndtr((x0_BCHW - mean_BCHW - HALF_LEVEL) * scale)

@@ -1,6 +1,6 @@
-"""What a network can predict, and how a clean image follows from it.
+"""Parametrisations: what a network predicts, and how to compute the clean image from it.
 
-With ``x = alpha * x0 + sigma * eps``; alpha and sigma are shaped to broadcast against images.
+Notation: ``x = alpha * x0 + sigma * eps``. alpha and sigma broadcast against images.
 Axes: B batch, C channels, H height, W width.
 """
 
@@ -20,17 +20,17 @@ SIGMA_DATA = 0.5
 
 @dataclass(frozen=True)
 class PredictionRecord:
-    """What is known of a parametrisation.
+    """A parametrisation.
 
     Attributes:
-        target: ``(x0, eps, alpha, sigma)`` to what the network's output is trained to equal.
-        clean: ``(output, x, alpha, sigma)`` to the clean images that the output stands for.
-        error_scale: ``(alpha, sigma)`` to the squared error of the output per squared error of the clean images. It
-            turns a weighting of one into a weighting of the other.
-        help: what it is, and its source.
-        inputs: ``(x, alpha, sigma)`` to what the network is given; None: the noisy images as they are. Only scaled
-            inputs go with a schedule whose noise explodes.
-        at_pure_noise: whether a clean image follows where alpha is zero.
+        target: maps ``(x0, eps, alpha, sigma)`` to the training target of the network's output.
+        clean: maps ``(output, x, alpha, sigma)`` to the clean images.
+        error_scale: maps ``(alpha, sigma)`` to the squared error of the output per squared error of the clean images,
+            which converts weights of one error to weights of the other.
+        help: what the network predicts, and the source.
+        inputs: maps ``(x, alpha, sigma)`` to the network's input; None: the noisy images unchanged. Variance exploding
+            schedules need scaled inputs.
+        at_pure_noise: whether the clean image can be computed where alpha is zero.
     """
 
     target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -64,7 +64,7 @@ PREDICTIONS["v"] = PredictionRecord(
 
 
 def preconditioning(level: Tensor) -> tuple[Tensor, Tensor]:
-    """``c_skip`` and ``c_out`` at a noise level ``sigma / alpha`` (Karras et al. 2022, table 1)."""
+    """Return ``c_skip`` and ``c_out`` at a noise level ``sigma / alpha`` (Karras et al. 2022, table 1)."""
     total = level.square() + SIGMA_DATA**2
     return SIGMA_DATA**2 / total, level * SIGMA_DATA * total.rsqrt()
 
@@ -87,6 +87,6 @@ PREDICTIONS["edm"] = PredictionRecord(
     target=_edm_target,
     clean=_edm_clean,
     error_scale=lambda alpha, sigma: preconditioning(sigma / alpha)[1].square().reciprocal(),
-    help="a preconditioned network (Karras et al. 2022, eq. 7)",
+    help="the output of EDM's preconditioned network (Karras et al. 2022, eq. 7)",
     inputs=_edm_inputs,
 )

@@ -1,9 +1,9 @@
-"""Noise schedules: how much signal and noise there is at each timestep, and which timesteps a sampler visits.
+"""Noise schedules: the amplitudes of signal and noise at each timestep, and the timesteps that a sampler visits.
 
-Notation of Kingma et al. 2021 (Variational Diffusion Models): ``x_t = alpha_t * x_0 + sigma_t * eps``. Timesteps count
-0..T-1 as in Ho et al. 2020: timestep 0 is the least noisy one, and the clean image lies one step before it. Variance
-preserving schedules have ``alpha ** 2 + sigma ** 2 = 1``; the variance exploding one has ``alpha = 1``. The noise level
-of Karras et al. 2022 is ``sigma / alpha`` in both.
+Notation of Kingma et al. 2021 (Variational Diffusion Models): ``x_t = alpha_t * x_0 + sigma_t * eps``. Timesteps are
+0..T-1 as in Ho et al. 2020: timestep 0 has the least noise, and the clean image is one step before it. Variance
+preserving schedules have ``alpha ** 2 + sigma ** 2 = 1``. The variance exploding schedule has ``alpha = 1``. The noise
+level of Karras et al. 2022 is ``sigma / alpha`` in both cases.
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ SIGMOID_START, SIGMOID_END = -3.0, 3.0
 MIN_ALPHA_BAR = 1e-9
 KARRAS_RHO = 7.0
 BEYOND_LAST = 10.0
-"""Where the last timestep has no signal at all, and so no finite noise level: for positions between the timesteps it
-counts as this many times the level before it."""
+"""Replaces an infinite last noise level (no signal) when levels are interpolated: this many times the level before."""
 
 PURE_NOISE_LEVEL = 200.0
-"""Above this noise level the image counts as lost; EDM starts at 80, the linear schedule at 157."""
+"""Noise level above which an image counts as pure noise. EDM starts at 80, the linear schedule at 157."""
 
 KARRAS_START = 160.0
-"""Largest noise level at which karras spacing enters a variance preserving schedule."""
+"""Largest noise level at which karras spacing starts in a variance preserving schedule."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,12 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> NoiseSchedule:
-        """From the variances of the forward process's steps (Ho et al. 2020, eq. 4)."""
+        """Return the schedule with these variances of the forward steps (Ho et al. 2020, eq. 4)."""
         return cls.from_alphas_bar(torch.cumprod(1.0 - betas.double(), dim=0))
 
     @classmethod
     def from_alphas_bar(cls, alphas_bar: Tensor) -> NoiseSchedule:
-        """From the squared signal amplitudes."""
+        """Return the variance preserving schedule with these squared signal amplitudes."""
         return cls(alphas_bar.sqrt(), (1.0 - alphas_bar).sqrt())
 
     @property
@@ -68,18 +67,18 @@ class NoiseSchedule:
 
     @cached_property
     def log_levels(self) -> Tensor:
-        """Logarithms of the noise levels, finite: what positions between timesteps are interpolated in."""
+        """Logarithms of the noise levels, all finite, for interpolation between timesteps."""
         logs = self.levels.log()
         if torch.isinf(logs[-1]):
             logs = torch.cat([logs[:-1], logs[-2:-1] + math.log(BEYOND_LAST)])
         return logs
 
     def at(self, t_B: Tensor, like_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma of each sample, float32, shaped to broadcast against images: ``(B, 1, 1, 1)`` each.
+        """Return alpha and sigma of each image, float32, shaped to broadcast against images: ``(B, 1, 1, 1)`` each.
 
         Args:
-            t_B: timesteps; floats may lie between two of them, where the logarithm of the noise level is linear.
-            like_BCHW: a tensor of the images' number of axes and device.
+            t_B: timesteps; floats may lie between two timesteps, where the log noise level is interpolated linearly.
+            like_BCHW: a tensor with the images' number of axes and their device.
         """
         t_B = t_B.to(self.alphas.device)
         if t_B.is_floating_point():
@@ -96,26 +95,26 @@ class NoiseSchedule:
         )
 
     def amplitudes(self, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma of given noise levels."""
+        """Return alpha and sigma at given noise levels."""
         if not self.variance_preserving:
             return torch.ones_like(levels), levels
         alphas = (1.0 + levels.square()).rsqrt()
         return alphas, levels * alphas
 
     def position(self, levels: Tensor) -> Tensor:
-        """The timestep at which the noise has given levels, float64 between 0 and T-1 (clamped to the ends)."""
+        """Return the timesteps of given noise levels, float64 in [0, T-1] (clamped), which may not be integers."""
         logs, known = levels.double().log(), self.log_levels.to(levels.device)
         above = torch.searchsorted(known, logs).clamp(1, self.timesteps - 1)
         share = (logs - known[above - 1]) / (known[above] - known[above - 1])
         return above - 1 + share.clamp(0.0, 1.0)
 
     def add_noise(self, x0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
-        """The forward process: a draw of ``q(x_t | x_0)`` (Ho et al. 2020, eq. 4) for given standard normal noise."""
+        """Sample the forward process ``q(x_t | x_0)`` (Ho et al. 2020, eq. 4) with given standard normal noise."""
         alpha, sigma = self.at(t_B, x0_BCHW)
         return alpha * x0_BCHW + sigma * noise_BCHW
 
     def equals(self, other: NoiseSchedule) -> bool:
-        """Whether another schedule has the same amplitudes."""
+        """Return whether another schedule has the same amplitudes."""
         if self.timesteps != other.timesteps:
             return False
         return torch.equal(self.alphas, other.alphas) and torch.equal(self.sigmas, other.sigmas)
@@ -125,12 +124,12 @@ class NoiseSchedule:
         return NoiseSchedule(self.alphas.to(device), self.sigmas.to(device), self.variance_preserving)
 
     def steps(self, count: int, spacing: Spacing = "uniform") -> SamplingSteps:
-        """The timesteps that a sampler with ``count`` steps visits, most noisy first.
+        """Return the timesteps that a sampler visits in ``count`` steps, most noisy first.
 
-        See :func:`spaced_timesteps`; ``karras`` spaces noise levels instead (Karras et al. 2022, eq. 5, rho 7), from
-        the schedule's largest to its smallest, and so visits positions between timesteps. A variance preserving
-        schedule that ends in still more noise (cosine: 20,000), or without any signal, is entered at
-        ``KARRAS_START``: steps above it would be lost.
+        See :func:`spaced_timesteps`. ``karras`` spaces noise levels instead (Karras et al. 2022, eq. 5, rho 7), from
+        the schedule's largest to its smallest, and so visits positions between timesteps. In a variance preserving
+        schedule with a larger last level (cosine: 20,000), or without signal at the end, it starts at
+        ``KARRAS_START``, because steps above it would be wasted.
 
         Raises:
             ValueError: if ``count`` is not in 1..T.
@@ -153,10 +152,10 @@ class NoiseSchedule:
 
 @dataclass(frozen=True)
 class SamplingSteps:
-    """What a sampler needs to know of the schedule: S timesteps, most noisy first, and S+1 amplitudes.
+    """The part of a schedule that a sampler needs: S timesteps, most noisy first, and S+1 amplitudes.
 
-    The last pair of amplitudes is (1, 0), the clean image. Float64 on the CPU. Timesteps are integers, or floats where
-    they lie between those that were trained.
+    The last pair of amplitudes is (1, 0), the clean image. Amplitudes are float64 on the CPU. Timesteps are integers,
+    or floats between the trained timesteps.
     """
 
     timesteps: tuple[float, ...]
@@ -172,19 +171,19 @@ class SamplingSteps:
         return (self.sigmas / self.alphas).tolist()
 
     def t(self, index: int, like_BCHW: Tensor) -> Tensor:
-        """The timestep of a step for a whole batch, ``(B,)``: int64, or float32 between timesteps."""
+        """Return the timestep of a step for a whole batch, ``(B,)``: int64, or float32 between timesteps."""
         value = self.timesteps[index]
         dtype = torch.long if float(value).is_integer() else torch.float32
         return torch.full((len(like_BCHW),), value, dtype=dtype, device=like_BCHW.device)
 
 
 def spaced_timesteps(timesteps: int, count: int, spacing: Spacing) -> list[int]:
-    """``count`` of the timesteps 0..T-1, descending, from T-1 on.
+    """Return ``count`` of the timesteps 0..T-1, descending from T-1.
 
-    ``uniform``: evenly spaced from T-1 to 0, both visited (Nichol & Dhariwal 2021, section 4).
-    ``trailing``: evenly spaced from T-1 on, a whole step above the clean image at the end (Lin et al. 2023, table 2).
-    ``quadratic``: evenly spaced square roots from 0 to 0.8 T, so finer near the image (Song et al. 2021, appendix
-    D.2), then T-1, where sampling starts from pure noise.
+    ``uniform``: evenly spaced from T-1 to 0, both included (Nichol & Dhariwal 2021, section 4).
+    ``trailing``: evenly spaced from T-1, ending a whole step above the clean image (Lin et al. 2023, table 2).
+    ``quadratic``: evenly spaced square roots from 0 to 0.8 T, finer near the image (Song et al. 2021, appendix D.2),
+    and T-1, where sampling starts from pure noise.
 
     Raises:
         ValueError: if ``count`` is not in 1..T.
@@ -199,7 +198,7 @@ def spaced_timesteps(timesteps: int, count: int, spacing: Spacing) -> list[int]:
         return (torch.linspace(timesteps, timesteps / count, count, dtype=torch.float64).round().long() - 1).tolist()
     roots = torch.linspace(0, math.sqrt(0.8 * timesteps), count - 1, dtype=torch.float64)
     chosen = [*roots.square().long().tolist(), timesteps - 1]
-    # Squares of small roots coincide: move each to the next free timestep, then down from the end if need be.
+    # Squares of small roots coincide: move each to the next free timestep, then move those above the end down.
     for i in range(1, count):
         chosen[i] = max(chosen[i], chosen[i - 1] + 1)
     for i in range(count - 1, -1, -1):
@@ -208,7 +207,7 @@ def spaced_timesteps(timesteps: int, count: int, spacing: Spacing) -> list[int]:
 
 
 def karras_levels(count: int, lowest: float, highest: float) -> Tensor:
-    """Ascending noise levels, evenly spaced in their 7th root (Karras et al. 2022, eq. 5): float64, ``(count,)``."""
+    """Return ascending noise levels, ``(count,)`` float64, even in their 7th root (Karras et al. 2022, eq. 5)."""
     if count == 1:
         return torch.tensor([highest], dtype=torch.float64)
     ends = lowest ** (1 / KARRAS_RHO), highest ** (1 / KARRAS_RHO)
@@ -216,10 +215,10 @@ def karras_levels(count: int, lowest: float, highest: float) -> Tensor:
 
 
 def linear_betas(timesteps: int, beta_start: float, beta_end: float) -> Tensor:
-    """Linearly growing variances (Ho et al. 2020, section 4).
+    """Return linearly growing variances (Ho et al. 2020, section 4).
 
-    The two ends are meant for 1,000 steps; for other T they are scaled by 1000 / T, which keeps the total noise
-    (Nichol & Dhariwal 2021), and capped at 0.999.
+    ``beta_start`` and ``beta_end`` are stated for 1,000 steps. For other T, they are multiplied by 1000 / T, which
+    preserves the total noise (Nichol & Dhariwal 2021). Variances are capped at 0.999.
     """
     scale = 1000.0 / timesteps
     betas = torch.linspace(scale * beta_start, scale * beta_end, timesteps, dtype=torch.float64)
@@ -227,14 +226,17 @@ def linear_betas(timesteps: int, beta_start: float, beta_end: float) -> Tensor:
 
 
 def cosine_betas(timesteps: int) -> Tensor:
-    """Variances whose cumulative signal follows a squared cosine (Nichol & Dhariwal 2021, eq. 17), capped at 0.999."""
+    """Return variances for a squared signal amplitude that is a squared cosine (Nichol & Dhariwal 2021, eq. 17).
+
+    They are capped at 0.999.
+    """
     position = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
     alphas_bar = torch.cos((position + COSINE_OFFSET) / (1 + COSINE_OFFSET) * math.pi / 2).square()
     return (1.0 - alphas_bar[1:] / alphas_bar[:-1]).clamp(max=MAX_BETA)
 
 
 def sigmoid_alphas_bar(timesteps: int) -> Tensor:
-    """Squared signal amplitudes that follow a sigmoid from -3 to 3 (Jabri et al. 2022; Chen 2023, algorithm 1)."""
+    """Return squared signal amplitudes: a sigmoid from -3 to 3 (Jabri et al. 2022; Chen 2023, algorithm 1)."""
     position = torch.arange(1, timesteps + 1, dtype=torch.float64) / timesteps
     at_start, at_end = (torch.tensor(end, dtype=torch.float64).sigmoid() for end in (SIGMOID_START, SIGMOID_END))
     here = (position * (SIGMOID_END - SIGMOID_START) + SIGMOID_START).sigmoid()
@@ -242,27 +244,27 @@ def sigmoid_alphas_bar(timesteps: int) -> Tensor:
 
 
 def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
-    """Shift and scale the signal amplitudes so that the last is zero and the first stays (Lin et al. 2023, alg. 1)."""
+    """Shift and scale the signal amplitudes: the last becomes zero, the first is kept (Lin et al. 2023, alg. 1)."""
     first, last = schedule.alphas[0], schedule.alphas[-1]
     alphas = (schedule.alphas - last) * first / (first - last)
     return NoiseSchedule.from_alphas_bar(alphas.square())
 
 
 def shifted(schedule: NoiseSchedule, logsnr_shift: float) -> NoiseSchedule:
-    """Add to the logarithm of the signal-to-noise ratio at every timestep (Hoogeboom et al. 2023, section 3.1)."""
+    """Add ``logsnr_shift`` to the log signal-to-noise ratio at every timestep (Hoogeboom et al. 2023, section 3.1)."""
     alphas, sigmas = schedule.amplitudes(schedule.levels * math.exp(-logsnr_shift / 2.0))
     return NoiseSchedule(alphas, sigmas, schedule.variance_preserving)
 
 
 @dataclass(frozen=True)
 class ScheduleRecord:
-    """What is known of a noise schedule.
+    """A noise schedule that a user can select.
 
     Attributes:
-        build: the schedule of given knobs, before shifts and rescaling.
+        build: returns the schedule of a configuration, before shifting and rescaling.
         help: what it is, and its source.
-        variance_preserving: whether ``alpha ** 2 + sigma ** 2 = 1``. Otherwise noise explodes: the network needs scaled
-            inputs, and knobs that shift or rescale the schedule have no effect.
+        variance_preserving: whether ``alpha ** 2 + sigma ** 2 = 1``. Otherwise the schedule is variance exploding: the
+            network needs scaled inputs, and knobs that shift or rescale the schedule have no effect.
     """
 
     build: Callable[[DiffusionConfig], NoiseSchedule]
@@ -288,8 +290,8 @@ def _karras(config: DiffusionConfig) -> NoiseSchedule:
 
 
 SCHEDULES["linear"] = ScheduleRecord(_linear, "linearly growing variances (Ho et al. 2020)")
-SCHEDULES["cosine"] = ScheduleRecord(_cosine, "a squared cosine of signal (Nichol & Dhariwal 2021)")
-SCHEDULES["sigmoid"] = ScheduleRecord(_sigmoid, "a sigmoid of signal (Jabri et al. 2022)")
+SCHEDULES["cosine"] = ScheduleRecord(_cosine, "squared signal follows a squared cosine (Nichol & Dhariwal 2021)")
+SCHEDULES["sigmoid"] = ScheduleRecord(_sigmoid, "squared signal follows a sigmoid (Jabri et al. 2022)")
 SCHEDULES["karras"] = ScheduleRecord(
     _karras,
     "variance exploding (Karras et al. 2022); needs diffusion.prediction=edm",
@@ -298,7 +300,7 @@ SCHEDULES["karras"] = ScheduleRecord(
 
 
 def build_schedule(config: DiffusionConfig) -> NoiseSchedule:
-    """The schedule that a configuration asks for."""
+    """Return the schedule of a configuration."""
     record: ScheduleRecord = SCHEDULES[config.schedule]
     schedule = record.build(config)
     if not record.variance_preserving:
