@@ -1,1 +1,1 @@
-"""The network: its layers, its widths, its cost, its compilation."""
+"""The network: layers, widths, cost, and compilation."""

@@ -1,4 +1,4 @@
-"""Whether a network is compiled for training or sampling (torch.compile), and what that must save to be worth it."""
+"""Decide whether to compile a network (torch.compile) for training or sampling, and compile it."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from diffusion_core.model.unet import AttentionBlock, ResidualBlock, UNet
 
 BACKEND = "inductor"
 COMPILE_S = 90.0
-"""Seconds that compiling the 35.7 M network for training took on an H100 machine with nothing in the compiler's cache
-(45 for sampling), beside other compilations."""
+"""Seconds to compile the 35.7 M parameter network for training on an H100 machine (45 for sampling), with an empty
+compiler cache, while other compilations ran."""
 
 GAIN = 0.5
-"""Share of the time that the compiled network saved there: 46 ms a step of 256 images, not compiled 108 ms."""
+"""Share of the time that compiling saves, rounded down. Measured there: 46 ms per step of 256 images, 108 ms before."""
 
 EAGER_FLOPS = 8.6e13
-"""Floating point operations a second of the network there that was not compiled, in bf16."""
+"""Floating point operations per second of the uncompiled network there, in bf16."""
 
 BACKWARD_COST = 2.0
-"""A backward pass computes two products where the forward pass computes one."""
+"""Cost of a backward pass in forward passes: it computes two products where the forward pass computes one."""
 
 LIMIT = 64
-"""Shapes of blocks that torch.compile may specialise for; its own limit of 8 would leave the others uncompiled."""
+"""Number of block shapes that torch.compile may specialise for. Its default limit of 8 leaves the others uncompiled."""
 
 _compiled: WeakSet[nn.Module] = WeakSet()
 
 
 def forward_flops(network: UNet) -> int:
-    """Floating point operations of one forward pass for one image (two a multiply-accumulate), counted without data."""
-    from torch.utils.flop_counter import FlopCounterMode  # Slow to import, and most runs do without it.
+    """Count the floating point operations of a forward pass of one image, two per multiply-accumulate, without data."""
+    from torch.utils.flop_counter import FlopCounterMode  # Slow to import, and most runs do not need it.
 
     shadow = copy.deepcopy(network).to("meta")
     size = network.image_size
@@ -46,16 +46,16 @@ def forward_flops(network: UNet) -> int:
 
 
 def break_even_seconds() -> float:
-    """Uncompiled time beyond which compiling pays: the time that it costs over the share that it saves."""
+    """Return the uncompiled seconds above which compiling pays off: its cost divided by the share that it saves."""
     return COMPILE_S / GAIN
 
 
 def pick_compilation(config: TrainConfig, network: UNet, device: torch.device) -> str:
-    """What ``train.compile`` comes to: ``none``, ``blocks`` or ``network``.
+    """Resolve ``train.compile`` to ``none``, ``blocks`` or ``network``.
 
-    ``auto`` decides by the device and the configuration alone, so that a resumed run computes as the unbroken one did:
-    ``network`` on a GPU where training would take longer than the break-even, else ``none`` (on a processor it takes
-    minutes, and needs a C++ compiler).
+    ``auto`` depends only on the device and the configuration, so that a resumed run computes the same as an
+    uninterrupted one. It is ``network`` on a GPU if training would take longer than the break-even, else ``none``.
+    On a CPU, compiling takes minutes and needs a C++ compiler.
     """
     if config.compile != "auto":
         return config.compile
@@ -67,7 +67,7 @@ def pick_compilation(config: TrainConfig, network: UNet, device: torch.device) -
 
 
 def pick_sampling_compilation(config: SampleConfig, network: UNet, device: torch.device, images: int) -> str:
-    """What ``sample.compile`` comes to for so many images: ``none`` or ``network``; ``auto`` as in training."""
+    """Resolve ``sample.compile`` for a number of images to ``none`` or ``network``. ``auto`` decides as in training."""
     if config.compile != "auto":
         return config.compile
     if device.type != "cuda":
@@ -77,12 +77,12 @@ def pick_sampling_compilation(config: SampleConfig, network: UNet, device: torch
 
 
 def compile_network(network: UNet, how: str) -> None:
-    """Compile a network in place, with static shapes; its parameters and their names stay as they are.
+    """Compile a network in place, with static shapes. Its parameters and their names do not change.
 
     Args:
-        network: any network.
-        how: ``network``: as a whole; ``blocks``: each residual and attention block on its own, equal ones once, which
-            compiles sooner and saves less; ``none``: not at all.
+        network: the network.
+        how: ``network``: as a whole; ``blocks``: each residual and attention block separately, equal ones once, which
+            compiles faster and saves less; ``none``: do nothing.
     """
     if how == "none":
         return
@@ -95,11 +95,11 @@ def compile_network(network: UNet, how: str) -> None:
 
 
 def raise_limit(settings: Any) -> None:
-    """Allow at least :data:`LIMIT` specialisations in the compiler's settings, whatever this torch calls them."""
+    """Allow at least :data:`LIMIT` specialisations. The name of the compiler's setting depends on torch's version."""
     name = "recompile_limit" if hasattr(settings, "recompile_limit") else "cache_size_limit"  # Its name in torch 2.6.
     setattr(settings, name, max(LIMIT, getattr(settings, name)))
 
 
 def compiled(network: UNet) -> Callable[..., Tensor]:
-    """A network compiled as a whole, for static shapes; the network itself stays as it is."""
+    """Return a network compiled as a whole, for static shapes. The network itself does not change."""
     return torch.compile(network, backend=BACKEND, dynamic=False)

@@ -1,4 +1,4 @@
-"""What a network costs: parameters, multiply-accumulates, time, memory."""
+"""Count and measure what a network costs: parameters, multiply-accumulates, time, memory."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from diffusion_core.model.structure import maskable, sizes
 from diffusion_core.model.unet import UNet
 
 LATENCY_BATCH = 16
-"""The larger one of the two batches on which latency and memory are measured."""
+"""The larger of the two batch sizes at which latency and memory are measured."""
 LATENCY_SECONDS = 0.1
-"""Time after which a measurement of latency is over."""
+"""Seconds after which a measurement of latency ends."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Cost:
     """Cost of one network evaluation for one image.
 
     Attributes:
-        channels: output channels of all convolutions and linear layers, but for those of the image.
+        channels: output channels of all convolutions and linear layers, except those of the image.
         params: number of parameters.
-        nonzero_params: parameters that are not pruned: all but the exact zeros among the maskable weights.
-        macs: multiply-accumulates of convolutions, linear layers and norms, as torch-pruning counts them (the
-            published figures for Diff-Pruning are counted so); attention's two products are not in it.
-        nonzero_macs: of these, those with weights that are not pruned.
+        nonzero_params: parameters that are not pruned: all except exact zeros among the maskable weights.
+        macs: multiply-accumulates of convolutions, linear layers and norms, counted as torch-pruning and the published
+            figures for Diff-Pruning do. The two matrix products of attention are not counted.
+        nonzero_macs: multiply-accumulates with weights that are not pruned.
     """
 
     channels: int
@@ -44,12 +44,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Layer:
-    """What the cost of a layer follows from.
+    """The properties that determine the cost of a layer, besides its widths.
 
     Attributes:
         kind: its type.
-        kernel: weights per pair of channels; of an embedding its rows.
-        positions: how often its weights are applied to one image.
+        kernel: weights per pair of an input and an output channel; for an embedding, its number of rows.
+        positions: number of times that its weights are applied to one image.
     """
 
     kind: type[nn.Module]
@@ -58,7 +58,7 @@ class Layer:
 
 
 def example_inputs(network: UNet, batch: int = 1) -> tuple[Tensor, ...]:
-    """Inputs of a batch, on the network's device, as its ``forward`` takes them."""
+    """Return example inputs of the network's ``forward``, on its device."""
     device = next(network.parameters()).device
     size = network.image_size
     image = torch.zeros(batch, network.input_channels, size, size, device=device)
@@ -67,7 +67,7 @@ def example_inputs(network: UNet, batch: int = 1) -> tuple[Tensor, ...]:
 
 
 def count_cost(network: UNet) -> Cost:
-    """Count what a network costs."""
+    """Count the cost of a network."""
     layers = network_layers(network)
     channels, params, macs = count_sizes(layers, {name: sizes(network.get_submodule(name)) for name in layers})
     zeros = masked_macs = 0
@@ -79,7 +79,7 @@ def count_cost(network: UNet) -> Cost:
 
 
 def network_layers(network: UNet) -> dict[str, Layer]:
-    """The layers of a network that cost anything, by name; widths do not matter to what is said of them."""
+    """Return the layers of a network that have a cost, by name. The result does not depend on their widths."""
     layers: dict[str, Layer] = {}
 
     def note(name: str) -> Callable[..., None]:
@@ -110,7 +110,7 @@ def network_layers(network: UNet) -> dict[str, Layer]:
 
 
 def count_sizes(layers: Mapping[str, Layer], widths: Mapping[str, Mapping[str, int]]) -> tuple[int, int, int]:
-    """Channels, parameters and multiply-accumulates of layers of given sizes, see :class:`Cost`."""
+    """Return channels, parameters and multiply-accumulates of layers with given sizes (see :class:`Cost`)."""
     channels = params = macs = 0
     for name, layer in layers.items():
         size = widths[name]
@@ -130,20 +130,20 @@ def count_sizes(layers: Mapping[str, Layer], widths: Mapping[str, Mapping[str, i
     return channels, params, macs
 
 
-# Measured.
+# Measurements.
 
 
 @torch.no_grad()
 def latencies(networks: Sequence[UNet], batch: int, seconds: float = LATENCY_SECONDS, least: int = 1) -> list[float]:
-    """Seconds that a forward pass of a batch takes, of each network the fastest of several, in float32.
+    """Measure the seconds of a forward pass of a batch in float32. Return the fastest of several for each network.
 
-    The networks take turns, so that a busy machine slows all of them.
+    The networks take turns, so that other load on the machine affects all of them equally.
 
     Args:
-        networks: on one device.
-        batch: images at once.
-        seconds: passes are made until that time is over,
-        least: but at least so many of each, after one to warm up.
+        networks: networks on one device.
+        batch: images per batch.
+        seconds: time after which no further pass starts.
+        least: smallest number of passes of each network, even if they take longer, after one warm-up pass.
     """
     modes = [network.training for network in networks]
     device = next(networks[0].parameters()).device
@@ -171,10 +171,10 @@ def _wait(device: torch.device) -> None:
 
 @torch.no_grad()
 def peak_memory(network: UNet, batch: int) -> int:
-    """The most bytes that tensors take during a forward pass of a batch, weights and inputs among them.
+    """Return the largest number of bytes that tensors take during a forward pass of a batch, with weights and inputs.
 
-    Counted by operation, in the same way on every device: an allocator's own figures hold whatever else the process
-    keeps on a GPU. What an operation takes for itself while it runs is not counted.
+    Bytes are counted per operation, in the same way on every device. An allocator's figures would include everything
+    else that the process keeps on a GPU. Temporary memory inside an operation is not counted.
     """
     given = example_inputs(network, batch)
     held = sum(tensor.untyped_storage().nbytes() for tensor in (*network.state_dict().values(), *given))
@@ -184,7 +184,7 @@ def peak_memory(network: UNet, batch: int) -> int:
 
 
 class _Allocations(TorchDispatchMode):
-    """Adds up the storages that operations make, and takes off those that die."""
+    """Tracks the bytes of all storages that operations create, until these are freed."""
 
     def __init__(self) -> None:
         super().__init__()

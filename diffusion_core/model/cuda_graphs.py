@@ -1,7 +1,7 @@
-"""Work that is recorded once as a CUDA graph and replayed: the processor then launches one graph, not each kernel.
+"""Record work once as a CUDA graph, and replay it: the CPU then launches one graph instead of each kernel.
 
-A replay runs the recorded kernels on the recorded addresses. Inputs are therefore copied into tensors that stay in
-place, and what is replayed must not look at values on the processor.
+A replay runs the recorded kernels on the recorded addresses. Inputs are therefore copied into fixed tensors, and
+recorded work must not read values on the CPU.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from torch import Tensor
 from diffusion_core.messages import one_line
 
 WARM_UP = 3
-"""Ordinary calls before a recording: libraries choose algorithms and the compiler compiles in them, and neither may
-happen during the recording."""
+"""Number of ordinary calls before a recording. In these, libraries select algorithms and the compiler compiles, which
+must not happen while recording."""
 
 
 def is_replayed(wanted: bool, device: torch.device, processes: int = 1) -> bool:
-    """Whether work is recorded and replayed: where it is wanted, on one GPU."""
+    """Return whether to record and replay work: if wanted, and on one GPU only."""
     return wanted and device.type == "cuda" and processes == 1
 
 
 class Replayed:
-    """A function of tensors, on one GPU, that is recorded after a few ordinary calls and then replayed.
+    """A function of tensors on one GPU that is recorded after a few ordinary calls, and then replayed.
 
-    Every call does the function's work exactly once: in an ordinary call or in a replay. The work may change tensors in
-    place (weights, moments); these must stay where they are in memory, until :meth:`forget`.
+    Every call does the function's work exactly once, as an ordinary call or as a replay. The work may change tensors in
+    place (weights, moments). These must keep their addresses until :meth:`forget`.
 
     Args:
         function: takes tensors (or None) and returns tensors. It may draw from the GPU's default generator, which a
-            replay continues as an ordinary call would.
+            replay advances as an ordinary call does.
         on_recording: called with True before each recording and with False after it.
     """
 
@@ -46,14 +46,14 @@ class Replayed:
         self.forget()
 
     def forget(self) -> None:
-        """Start over with ordinary calls, because what the function works on has changed; frees the memory."""
+        """Free the recording and start over with ordinary calls. Call this if tensors that the work uses are replaced."""
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor | None] = []
         self._outputs: tuple[Tensor, ...] = ()
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        """What the function returns. A replay overwrites what the last one returned: use it before the next call."""
+        """Return the function's result. A replay overwrites the previous result: use it before the next call."""
         self._calls += 1
         if self._calls <= WARM_UP:
             return self._beside(inputs)
@@ -69,7 +69,7 @@ class Replayed:
         return self._outputs
 
     def _beside(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        """An ordinary call on another stream, as PyTorch asks for before a recording."""
+        """Make an ordinary call on another stream, as PyTorch requires before a recording."""
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -99,10 +99,10 @@ class Replayed:
 
 
 class ReplayedNetwork:
-    """A network without gradients whose forward pass is replayed, with one recording for each shape of its inputs.
+    """A network without gradients whose forward pass is replayed, with one recording per shape of its inputs.
 
     Args:
-        network: ``(x_BCHW, t_B, labels_B | None) -> output``, on a GPU; its weights may change in place.
+        network: ``(x_BCHW, t_B, labels_B | None) -> output``, on a GPU. Its weights may change in place.
     """
 
     def __init__(self, network: Callable[..., Tensor]) -> None:
@@ -110,13 +110,13 @@ class ReplayedNetwork:
         self._replayed: dict[Any, Replayed] = {}
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None = None) -> Tensor:
-        """Replay the forward pass, recording it first for a new shape of inputs."""
+        """Replay the forward pass. Record it first if the inputs have a new shape."""
         key = x_BCHW.shape, x_BCHW.dtype, t_B.dtype, labels_B is None
         replayed = self._replayed.setdefault(key, Replayed(self._forward))
-        return replayed(x_BCHW, t_B, labels_B)[0].clone()  # Samplers keep outputs from step to step.
+        return replayed(x_BCHW, t_B, labels_B)[0].clone()  # Samplers keep outputs across steps.
 
     def _forward(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None) -> tuple[Tensor, ...]:
-        # Weights that autocast keeps in bf16 would lie in the graph's memory, where later calls would find them.
+        # Without autocast's cache: its bf16 weights would be in the graph's memory, and later calls would use them.
         dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
         with torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
             return (self.network(x_BCHW, t_B, labels_B),)

@@ -1,4 +1,4 @@
-"""Group norm, and how it is computed in bf16 on a GPU.
+"""Group norm, with its own computation in bf16 on a GPU.
 
 Axes: B batch, C channels, H height, W width, G groups, K channels of a group.
 """
@@ -14,15 +14,15 @@ NORM_EPSILON = 1e-6
 
 
 def group_norm(channels: int, max_groups: int) -> nn.GroupNorm:
-    """Group norm (Wu & He 2018) with the most groups, up to ``max_groups``, that divide ``channels``."""
+    """Return group norm (Wu & He 2018). Its number of groups is the greatest common divisor of the arguments."""
     return nn.GroupNorm(math.gcd(channels, max_groups), channels, eps=NORM_EPSILON)
 
 
 def normalised(norm: nn.GroupNorm, x_BCHW: Tensor) -> Tensor:
-    """The norm of a batch; in bf16 on a GPU only the statistics are float32, and the result stays bf16.
+    """Apply group norm to a batch. In bf16 on a GPU, only the statistics are float32, and the result is bf16.
 
-    PyTorch's autocast would compute the norm, and what follows it, in float32. Its kernel has no channels-last form
-    before torch 2.15, so the input would be copied twice.
+    PyTorch's autocast would compute the norm, and the operations after it, in float32. Its kernel does not support
+    channels-last memory before torch 2.15, so that the input would be copied twice.
     """
     if x_BCHW.is_cuda and x_BCHW.dtype == torch.bfloat16:
         return normalise_by_channel(x_BCHW, norm.num_groups, norm.weight, norm.bias, norm.eps)
@@ -30,15 +30,15 @@ def normalised(norm: nn.GroupNorm, x_BCHW: Tensor) -> Tensor:
 
 
 def normalise_by_channel(x_BCHW: Tensor, groups: int, weight_C: Tensor, bias_C: Tensor, epsilon: float) -> Tensor:
-    """Group norm from the moments of each channel, which are then joined to those of its group.
+    """Compute group norm from the moments of each channel, combined into those of its group.
 
-    The moments of a channel are sums over pixels alone: in channels-last memory neighbouring threads read neighbouring
-    addresses. All that is left is one multiplication and one addition for each element, which the compiler fuses with
-    the activation. Statistics are float32 (Welford's algorithm); the result has the type of the input.
+    The moments of a channel are sums over pixels only. In channels-last memory, neighbouring threads then read
+    neighbouring addresses. The remaining work is one multiplication and one addition per element, which the compiler
+    fuses with the activation. Statistics are float32 (Welford's algorithm). The result has the type of the input.
 
     Args:
-        x_BCHW: any floating type.
-        groups: must divide C.
+        x_BCHW: the batch, of any floating type.
+        groups: number of groups; must divide C.
         weight_C: gain of each channel.
         bias_C: offset of each channel.
         epsilon: added to the variances.

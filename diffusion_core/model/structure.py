@@ -1,4 +1,4 @@
-"""The widths of a network whose channels were pruned, as plain JSON: enough to rebuild it without a pickled module."""
+"""The widths of a network with pruned channels, as plain JSON: enough to rebuild it without a pickled module."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffusion_core.config import ModelConfig
 from diffusion_core.model.unet import UNet
 
 Structure = dict[str, dict[str, int]]
-"""Module name to the sizes in which it differs from the dense network's; empty for a dense network."""
+"""Maps names of modules to the sizes that differ from those of the dense network. Empty for a dense network."""
 
 SIZES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: ("in_channels", "out_channels"),
@@ -22,12 +22,12 @@ SIZES: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 def sizes(module: nn.Module) -> dict[str, int]:
-    """The sizes that pruning may change in a module; empty for a module that has none."""
+    """Return the sizes of a module that pruning may change; empty if it has none."""
     return {name: getattr(module, name) for name in SIZES.get(type(module), ())}
 
 
 def structure(network: UNet, model: ModelConfig) -> Structure:
-    """How a network differs in its widths from the dense one of the same configuration."""
+    """Return the sizes in which a network differs from the dense network of the same configuration."""
     with torch.device("meta"):
         dense = UNet(model, network.image_size, network.in_channels, network.num_classes)
     dense_sizes = {name: sizes(module) for name, module in dense.named_modules()}
@@ -35,10 +35,10 @@ def structure(network: UNet, model: ModelConfig) -> Structure:
 
 
 def resize(network: UNet, widths: Structure) -> None:
-    """Give a dense network the widths of a pruned one, in place; the resized layers' weights are zero.
+    """Resize a dense network to the widths of a pruned one, in place. The weights of resized layers are zero.
 
     Raises:
-        ValueError: if a module is not in the network, or a size is not one that it has.
+        ValueError: if the network has no such module or size, or a size is not in 1..the dense size.
     """
     modules = dict(network.named_modules())
     for name, new_sizes in widths.items():
@@ -64,9 +64,9 @@ def _parameter_shapes(module: Any) -> dict[str, tuple[int, ...]]:
 
 
 def maskable(network: nn.Module) -> dict[str, Tensor]:
-    """The weights that may be pruned: those of convolutions and linear layers, detached.
+    """Return the weights that may be pruned, detached: those of convolutions and linear layers.
 
-    Biases, the gains of norms and the label embedding are never pruned.
+    Biases, gains of norms, and the label embedding are never pruned.
     """
     return {
         f"{name}.weight": module.weight.detach()

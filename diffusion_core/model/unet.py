@@ -1,7 +1,7 @@
-"""The U-Net of Ho et al. 2020 (Denoising Diffusion Probabilistic Models, appendix B), made class-conditional.
+"""The U-Net of Ho et al. 2020 (Denoising Diffusion Probabilistic Models, appendix B), with class conditioning.
 
-The label embedding joins the time embedding, and the sum enters every residual block as a bias per channel.
-Attention has separate query, key and value projections, so that structured pruning can narrow each of them.
+The label embedding is added to the time embedding. The sum enters every residual block, by default as a bias per
+channel. Attention has separate query, key and value projections, so that structured pruning can narrow each of them.
 
 Axes: B batch, C channels, H height, W width, E embedding width, N = H*W positions.
 """
@@ -21,13 +21,13 @@ from diffusion_core.model.norm import group_norm, normalised
 from diffusion_core.randomness import Purpose, stream_seed
 
 NO_LABEL = -1
-"""The label that means "no class": the network answers with its unconditional prediction."""
+"""The label that means "no class", for which the network makes an unconditional prediction."""
 
 MAX_PERIOD = 10_000.0
 
 
 def sinusoidal_embedding(t_B: Tensor, width: int) -> Tensor:
-    """Sinusoidal features of timesteps (Vaswani et al. 2017, as laid out by Ho et al. 2020): ``(B, width)``."""
+    """Return sinusoidal features of timesteps, ``(B, width)`` (Vaswani et al. 2017; layout of Ho et al. 2020)."""
     half = width // 2
     exponents = torch.arange(half, device=t_B.device, dtype=torch.float32) / max(half - 1, 1)
     angles_BE = t_B.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)[None, :]
@@ -35,14 +35,14 @@ def sinusoidal_embedding(t_B: Tensor, width: int) -> Tensor:
 
 
 def activated(x: Tensor) -> Tensor:
-    """SiLU of what nobody else needs: where there are no gradients, in its place."""
+    """Return the SiLU of a tensor that is not used again. Without gradients, it is computed in place."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class ResidualBlock(nn.Module):
     """norm-SiLU-conv, the embedding, norm-SiLU-dropout-conv, plus a skip connection.
 
-    The embedding is added per channel (``bias``), or scales and shifts the second norm (``scale_shift``).
+    The embedding is added per channel (``bias``), or scales and shifts the output of the second norm (``scale_shift``).
     """
 
     def __init__(self, in_channels: int, out_channels: int, embedding: int, model: ModelConfig) -> None:
@@ -50,7 +50,7 @@ class ResidualBlock(nn.Module):
         self.norm1 = group_norm(in_channels, model.norm_groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.embed = nn.Linear(embedding, out_channels)
-        # Two projections rather than one of twice the width: structured pruning can narrow each.
+        # Two projections instead of one of twice the width, so that structured pruning can narrow each.
         self.embed_scale = nn.Linear(embedding, out_channels) if model.conditioning == "scale_shift" else None
         self.norm2 = group_norm(out_channels, model.norm_groups)
         self.dropout = nn.Dropout(model.dropout)
@@ -62,7 +62,7 @@ class ResidualBlock(nn.Module):
         h_BCHW = self.conv1(activated(normalised(self.norm1, x_BCHW)))
         shift_BCHW = self.embed(embedding_BE)[:, :, None, None]
         if self.embed_scale is None:
-            h_BCHW = normalised(self.norm2, h_BCHW.add_(shift_BCHW))  # Nothing needs what the convolution gave.
+            h_BCHW = normalised(self.norm2, h_BCHW.add_(shift_BCHW))  # The convolution's output is not used again.
         else:
             h_BCHW = (
                 normalised(self.norm2, h_BCHW) * (1.0 + self.embed_scale(embedding_BE)[:, :, None, None]) + shift_BCHW
@@ -84,7 +84,7 @@ class AttentionBlock(nn.Module):
         self.out = nn.Linear(channels, channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Attend over all H * W positions; keeps the shape ``(B, C, H, W)``."""
+        """Attend over all H * W positions. The shape, ``(B, C, H, W)``, does not change."""
         height = x_BCHW.shape[2]
         h_BNC = rearrange(normalised(self.norm, x_BCHW), "b c h w -> b (h w) c")
         query, key, value = (
@@ -97,7 +97,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width by a strided convolution (padded at the end only, as TensorFlow's "SAME" does)."""
+    """Halve height and width with a strided convolution, padded at the end only, as TensorFlow's "SAME"."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -121,27 +121,27 @@ class Upsample(nn.Module):
 
 
 def doubled(x_BCHW: Tensor) -> Tensor:
-    """Every pixel as two by two."""
+    """Double height and width by repeating every pixel."""
     # The compiler turns the gradient of interpolate into atomic additions on a GPU, and that of expand into sums.
     return expanded(x_BCHW) if x_BCHW.is_cuda else F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest")
 
 
 def expanded(x_BCHW: Tensor) -> Tensor:
-    """Every pixel as two by two, in channels-last memory."""
+    """Double height and width by repeating every pixel, in channels-last memory."""
     batch, channels, height, width = x_BCHW.shape
     x_BHWC = x_BCHW.permute(0, 2, 3, 1)[:, :, None, :, None].expand(batch, height, 2, width, 2, channels)
     return x_BHWC.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
 
 
 class Watch:
-    """The last call of a network: its question, its answer, and feature maps from within.
+    """A record of the last call of a network: inputs, output, and feature maps.
 
-    A network fills the watch that it holds (:attr:`UNet.watch`). A compiled network does so too, whereas it skips hooks
-    that were registered after it was compiled.
+    A network fills the record that it holds (:attr:`UNet.watch`), also if it is compiled. Hooks would not work there: a
+    compiled network skips those registered after compilation.
 
     Attributes:
-        asked: the arguments of the call.
-        answer: what the network returned.
+        asked: inputs of the call.
+        answer: output of the call.
         features: outputs of the last residual block of each level on the way down, of the middle, and of each level on
             the way up.
     """
@@ -152,11 +152,11 @@ class Watch:
         self.features: list[Tensor] = []
 
     def __deepcopy__(self, _memo: object) -> None:
-        """A copy of a network is not watched."""
+        """Return None: a copy of a network is not watched."""
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, on the way down or up: residual blocks, attention after each, a resampling."""
+    """The layers of one resolution, on the way down or up: residual blocks, optional attention, and resampling."""
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class Level(nn.Module):
     def run_block(
         self, index: int, x_BCHW: Tensor, embedding_BE: Tensor, features: list[Tensor] | None = None
     ) -> Tensor:
-        """One residual block, and its attention; the last block adds its output to ``features``."""
+        """Run a residual block and its attention. The last residual block appends its output to ``features``."""
         x_BCHW = self.blocks[index](x_BCHW, embedding_BE)
         if features is not None and index == len(self.blocks) - 1:
             features.append(x_BCHW)
@@ -184,17 +184,17 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts, for noisy images at given timesteps and of given classes, what the parametrisation asks for.
+    """The U-Net: predicts from noisy images, their timesteps and their classes.
 
     Args:
         model: widths, depths, attention, dropout.
         image_size: height and width of the images; a multiple of ``2 ** (levels - 1)``.
-        in_channels: channels of the images. The input has twice as many with self-conditioning, the output with a
-            learned variance.
+        in_channels: channels of the images. With self-conditioning, the input has twice as many. With a learned
+            variance, the output has twice as many.
         num_classes: number of classes; 0 builds a network without labels.
 
     Attributes:
-        watch: filled by every call; None keeps nothing.
+        watch: the record that every call fills; None records nothing.
     """
 
     def __init__(self, model: ModelConfig, image_size: int, in_channels: int, num_classes: int) -> None:
@@ -208,7 +208,7 @@ class UNet(nn.Module):
         self.width = width
 
         self.time_mlp = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
-        # One row more than there are classes: the last one stands for "no class".
+        # One more row than classes: the last one means "no class".
         self.label_embedding = nn.Embedding(num_classes + 1, embedding) if num_classes else None
 
         self.conv_in = nn.Conv2d(in_channels * (1 + model.self_conditioning), width, 3, padding=1)
@@ -250,11 +250,14 @@ class UNet(nn.Module):
 
     @property
     def input_channels(self) -> int:
-        """Channels of what ``forward`` takes."""
+        """Number of channels of the input of ``forward``."""
         return self.conv_in.in_channels
 
     def reset_parameters(self) -> None:
-        """Ho et al.'s initialisation: Glorot-uniform weights, zero biases; the last layer of every branch is zero."""
+        """Initialise as Ho et al. 2020 do: Glorot-uniform weights, zero biases, zero last layers.
+
+        The last layers are those of residual and attention blocks, and the network's output layer.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -268,7 +271,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
 
     def embed(self, t_B: Tensor, labels_B: Tensor | None) -> Tensor:
-        """The conditioning of a batch, ``(B, E)``: time embedding plus label embedding, through the shared SiLU."""
+        """Return the conditioning of a batch, ``(B, E)``: the SiLU of time embedding plus label embedding."""
         embedding_BE = self.time_mlp(sinusoidal_embedding(t_B, self.width).to(self.conv_in.weight.dtype))
         if self.label_embedding is not None:
             if labels_B is None:
@@ -280,13 +283,13 @@ class UNet(nn.Module):
         """Predict from noisy images.
 
         Args:
-            x_BCHW: noisy images, float; with self-conditioning, an estimate of the clean ones behind them.
-            t_B: timesteps, 0..T-1; floats may lie between them.
+            x_BCHW: noisy images, float; with self-conditioning, followed by an estimate of the clean ones along C.
+            t_B: timesteps, 0..T-1; floats may lie between two timesteps.
             labels_B: classes, 0..num_classes-1, or ``NO_LABEL``; None means ``NO_LABEL`` for all. A network
                 without labels ignores them.
 
         Returns:
-            The prediction, of the images' shape; with a learned variance, twice the channels.
+            The prediction, with the shape of the images; with a learned variance, with twice the channels.
         """
         embedding_BE = self.embed(t_B, labels_B)
         asked = (x_BCHW, t_B, labels_B)
@@ -318,7 +321,7 @@ class UNet(nn.Module):
 
 
 def build_network(config: CoreConfig, num_classes: int) -> UNet:
-    """The network that a configuration asks for, its weights drawn from the run's seed."""
+    """Return the network of a configuration, with weights drawn from the run's seed."""
     channels, size, _ = config.data.image_shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(config.seed, Purpose.WEIGHTS))
