@@ -1,1 +1,1 @@
-"""From noise to images, and to files of images."""
+"""Sample images from noise, and write image files."""

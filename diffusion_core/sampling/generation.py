@@ -1,6 +1,6 @@
-"""Drawing images from a network: any number of them, each from a random stream of its own.
+"""Sample any number of images from a network, each with its own random stream.
 
-The image of a (seed, label, index) is the same whatever else is drawn beside it and however many at once.
+The image of a (seed, label, index) does not depend on the other images or on the batch size.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from diffusion_core.sampling.guidance import between_levels, guided
 from diffusion_core.sampling.samplers import NoiseFunction, StepCallback, build_sampler
 
 REPLAYED_FROM = 8
-"""Steps of a sampler from which recording its network as a CUDA graph, after a few ordinary calls, is worth it."""
+"""Smallest number of sampling steps for which it pays off to record the network as a CUDA graph."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Which image is wanted: its class (or ``NO_LABEL``) and its number among those of that class."""
+    """An image to sample: its class (or ``NO_LABEL``), and its number among the images of that class."""
 
     label: int
     index: int
 
 
 def requests(labels: Sequence[int], per_label: int) -> list[Request]:
-    """``per_label`` images of each label, label by label."""
+    """Return requests for ``per_label`` images of each label, label by label."""
     return [Request(label, index) for label in labels for index in range(per_label)]
 
 
@@ -48,18 +48,18 @@ def round_robin(labels: Sequence[int], positions: Iterable[int]) -> list[Request
 
 
 def all_labels(network: UNet) -> list[int]:
-    """The labels that a network knows: its classes, or ``NO_LABEL`` alone for a network without labels."""
+    """Return the labels of a network: its classes, or only ``NO_LABEL`` for a network without labels."""
     return list(range(network.num_classes)) or [NO_LABEL]
 
 
 class ImageNoise:
-    """Standard normal noise with one generator an image, so that an image does not depend on its batch.
+    """Standard normal noise with one generator per image, so that an image does not depend on its batch.
 
     Args:
-        wanted: the images; with the seed, each names its random stream.
-        seed: the run's or the user's seed.
+        wanted: the images. Seed, label and index determine the random stream of each.
+        seed: the seed of the run or of the user.
         shape_CHW: shape of an image.
-        device: where the noise is wanted. It is drawn on the CPU, so that every device sees the same noise.
+        device: device of the result. Noise is drawn on the CPU, so that it is the same for every device.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class ImageNoise:
         self.device = device
 
     def __call__(self) -> Tensor:
-        """The next noise of every image, ``(B, C, H, W)`` float32."""
+        """Return the next noise of every image, ``(B, C, H, W)`` float32."""
         noise_BCHW = torch.empty((len(self.generators), *self.shape_CHW))
         for row_CHW, source in zip(noise_BCHW, self.generators, strict=True):
             row_CHW.normal_(generator=source)
@@ -78,13 +78,13 @@ class ImageNoise:
 
 
 class Generator:
-    """Draws images from a network.
+    """Samples images from a network.
 
     Args:
-        network: in evaluation mode, on the device where sampling is to run.
-        config: its noise schedule is what the network was trained with.
+        network: the network, in evaluation mode, on the device to sample on.
+        config: the configuration that it was trained with.
         precision: arithmetic of the network.
-        reference: a weaker model to guide away from (autoguidance); None guides away from the absence of a label.
+        reference: a weaker model, for autoguidance; None: classifier-free guidance.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Generator:
     ) -> None:
         self.config = config
         self.device = next(network.parameters()).device
-        # The same weights; they may come to lie in memory in another order.
+        # In place. The weights are the same, but their order in memory may change.
         self.network = network.to(memory_format=memory_format(self.device, precision))
         self.reference = reference
         self.precision = precision
@@ -100,13 +100,13 @@ class Generator:
         self._made: dict[tuple[str, bool], Callable[..., Tensor]] = {}
 
     def denoiser(self, network: Callable[..., Tensor] | None = None) -> Denoiser:
-        """The network, or a compiled form of it, as a denoiser without guidance; a fresh one for each batch."""
+        """Return the network, or a compiled form of it, as a denoiser without guidance. Each batch needs a new one."""
         return Denoiser.from_config(
             self.network if network is None else network, self.config.diffusion, self.config.model, self.device
         )
 
     def guided(self, denoiser: Denoiser, config: SampleConfig) -> DenoiserFunction:
-        """A denoiser with the guidance and clipping that are asked for."""
+        """Return a denoiser with the configured guidance and clipping."""
         interval = config.guidance_interval
         applies = between_levels(denoiser.schedule, *interval) if interval else None
         reference = self.reference.at_levels_of(denoiser.schedule) if self.reference else None
@@ -114,7 +114,10 @@ class Generator:
         return clipped(wrapped) if config.clip_x0 else wrapped
 
     def at_levels_of(self, schedule: NoiseSchedule) -> DenoiserFunction:
-        """This network as a denoiser of another schedule's noisy images: rescaled, and looked up by noise level."""
+        """Return this network as a denoiser of noisy images of another schedule.
+
+        It rescales the images, and looks up timesteps by noise level.
+        """
         denoiser = self.denoiser()
         if schedule.equals(denoiser.schedule):
             return denoiser
@@ -123,7 +126,7 @@ class Generator:
             alpha, sigma = schedule.at(t_B, x_BCHW)
             own_t_B = denoiser.schedule.position((sigma / alpha).flatten()).float()
             own_alpha, own_sigma = denoiser.schedule.at(own_t_B, x_BCHW)
-            # Equal levels, so own_alpha / alpha; and of noise without any signal, alpha 0, as strong as it knows it.
+            # At equal noise levels, this is own_alpha / alpha. It is also defined at alpha = 0 (pure noise).
             scale = torch.hypot(own_alpha, own_sigma) / torch.hypot(alpha, sigma)
             return denoiser(scale * x_BCHW, own_t_B, labels_B)
 
@@ -138,7 +141,7 @@ class Generator:
         callback: StepCallback | None = None,
         network: Callable[..., Tensor] | None = None,
     ) -> Tensor:
-        """Draw images at once: ``(B, C, H, W)`` float32 in [-1, 1] (unclipped), on the network's device."""
+        """Sample one batch of images: ``(B, C, H, W)`` float32 in [-1, 1] (unclipped), on the network's device."""
         noise = ImageNoise(wanted, seed, self.shape_CHW, self.device)
         labels_B = torch.tensor([image.label for image in wanted], device=self.device)
         denoiser = self.denoiser(network)
@@ -155,7 +158,7 @@ class Generator:
         callback: StepCallback | None = None,
     ) -> Tensor:
         steps = denoiser.schedule.steps(config.steps, config.spacing)
-        # Of a variance preserving schedule the start has unit variance, however little signal is left at T-1.
+        # With a variance preserving schedule, start at unit variance, even if some signal is left at T-1.
         scale = 1.0 if denoiser.schedule.variance_preserving else float(steps.sigmas[0])
         with autocast(self.device, self.precision):
             sampler = build_sampler(config, denoiser)
@@ -164,24 +167,24 @@ class Generator:
     def unrounded_batches(
         self, wanted: Sequence[Request], config: SampleConfig, seed: int, callback: StepCallback | None = None
     ) -> Iterator[tuple[Sequence[Request], Tensor]]:
-        """Draw any number of images, ``config.batch_size`` at once, compiled where ``sample.compile`` says so.
+        """Sample any number of images in batches of ``config.batch_size``, compiled as ``sample.compile`` says.
 
         Yields:
-            What was wanted, and its images as :meth:`batch` returns them.
+            The requests of a batch, and their images as :meth:`batch` returns them.
         """
         how = pick_sampling_compilation(config, self.network, self.device, len(wanted))
         for start in range(0, len(wanted), config.batch_size):
             batch = wanted[start : start + config.batch_size]
-            # A last batch of another size would have to be compiled anew.
+            # A last batch of another size is not compiled: it would need a compilation of its own.
             network = self._fast(how if len(batch) == config.batch_size else "none", config)
             with fastest_convolutions(self.config.train):
                 images = self.batch(batch, config, seed, callback, network)
             yield batch, images
 
     def _fast(self, how: str, config: SampleConfig) -> Callable[..., Tensor]:
-        """The network, compiled or not; on a GPU its recording, where enough steps follow to be worth it.
+        """Return the network, compiled or not. On a GPU, record it as a CUDA graph if there are enough steps.
 
-        Made once, since every recording takes a second or so.
+        Results are cached, because every recording takes about a second.
         """
         replayed = is_replayed(config.cuda_graphs, self.device) and config.steps >= REPLAYED_FROM
         if (how, replayed) not in self._made:
@@ -192,10 +195,10 @@ class Generator:
     def batches(
         self, wanted: Sequence[Request], config: SampleConfig, seed: int, *, progress: bool = False
     ) -> Iterator[tuple[Sequence[Request], Tensor]]:
-        """The same with a progress bar, and as images.
+        """Sample any number of images in batches, with a progress bar.
 
         Yields:
-            What was wanted, and its images: ``(B, C, H, W)`` uint8 on the CPU.
+            The requests of a batch, and their images: ``(B, C, H, W)`` uint8 on the CPU.
         """
 
         def advance(_index: int, x_BCHW: Tensor, _x0_BCHW: Tensor) -> None:
@@ -206,20 +209,20 @@ class Generator:
                 yield batch, to_uint8(x_BCHW).cpu()
 
     def images(self, wanted: Sequence[Request], config: SampleConfig, seed: int, *, progress: bool = False) -> Tensor:
-        """Draw any number of images: ``(N, C, H, W)`` uint8 on the CPU."""
+        """Sample any number of images: ``(N, C, H, W)`` uint8 on the CPU."""
         return torch.cat([images for _, images in self.batches(wanted, config, seed, progress=progress)])
 
     def trajectory(
         self, wanted: Sequence[Request], config: SampleConfig, seed: int, keep: set[int], *, clean: bool = False
     ) -> list[Tensor]:
-        """How images come about: a frame before each of the steps in ``keep``, then the finished images.
+        """Sample one batch of images. Return a frame before each of the steps in ``keep``, then the finished images.
 
         Args:
             wanted: the images.
-            config: how they are sampled.
-            seed: of the images.
-            keep: indices of steps, 0 the first.
-            clean: show the clean images that the network expects, rather than the noisy ones.
+            config: settings of the sampler.
+            seed: seed of the images.
+            keep: indices of steps, from 0.
+            clean: show the network's estimates of the clean images instead of the noisy images.
 
         Returns:
             Frames of ``(B, C, H, W)`` uint8 on the CPU.
@@ -231,7 +234,7 @@ class Generator:
 
         def record(index: int, x_BCHW: Tensor, x0_BCHW: Tensor) -> None:
             if index in keep:
-                # Noise that explodes is shown as strong as in a variance preserving schedule.
+                # Scale variance exploding images as in a variance preserving schedule.
                 noisy_BCHW = x_BCHW if preserving else x_BCHW / math.sqrt(1.0 + levels[index] ** 2)
                 frames.append(to_uint8(x0_BCHW if clean else noisy_BCHW).cpu())
 
@@ -242,10 +245,10 @@ class Generator:
     def between_seeds(
         self, request: Request, config: SampleConfig, seeds: tuple[int, int], weights: Sequence[float]
     ) -> Tensor:
-        """Images on the way from one seed to another: ``(len(weights), C, H, W)`` uint8 on the CPU.
+        """Interpolate between the images of two seeds: ``(len(weights), C, H, W)`` uint8 on the CPU.
 
-        The noise they start from is interpolated on the sphere, so that it stays normal; further noise is the first
-        seed's for all.
+        The initial noise is interpolated on the sphere, so that it stays normal. The noise of later steps is that of
+        the first seed for all images.
         """
         wanted = [request] * len(weights)
         noise, other = (ImageNoise(wanted, seed, self.shape_CHW, self.device) for seed in seeds)
@@ -260,10 +263,10 @@ class Generator:
     def between_labels(
         self, index: int, config: SampleConfig, seed: int, labels: tuple[int, int], weights: Sequence[float]
     ) -> Tensor:
-        """Images on the way from one label to another: ``(len(weights), C, H, W)`` uint8 on the CPU.
+        """Interpolate between the images of two labels: ``(len(weights), C, H, W)`` uint8 on the CPU.
 
-        All have the noise of the first label's image; the clean images that the network expects for the two labels are
-        mixed at every step.
+        All images use the noise of the first label's image. Every step mixes the estimates of the clean image for the
+        two labels.
         """
         wanted = [Request(labels[0], index)] * len(weights)
         noise = ImageNoise(wanted, seed, self.shape_CHW, self.device)

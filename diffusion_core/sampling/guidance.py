@@ -1,4 +1,4 @@
-"""Guidance wraps a denoiser and keeps its signature, so that no sampler needs to know of it."""
+"""Guidance. It wraps a denoiser and keeps its signature, so that it works with every sampler."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ def guided(
     reference: DenoiserFunction | None = None,
     applies: Callable[[Tensor], Tensor] | None = None,
 ) -> DenoiserFunction:
-    """Guidance: ``x0 = x0_reference + scale * (x0 - x0_reference)``.
+    """Return a guided denoiser: ``x0 = x0_reference + scale * (x0 - x0_reference)``.
 
-    Without a ``reference`` this is classifier-free guidance (Ho & Salimans 2022), whose reference is the same network
-    without the label: ``scale`` 1 is the plain conditional model, 0 the unconditional one; above 1 the label weighs
-    more. (The paper's w is ``scale - 1``.) Both run as one batch. With a ``reference``, a weaker model that is
-    given the same labels, it is autoguidance (Karras et al. 2024). Linear in x0, so the same as guiding eps.
+    Without a ``reference``, this is classifier-free guidance (Ho & Salimans 2022), whose reference is the same network
+    without labels. ``scale`` 1 is the conditional model, and 0 the unconditional model; above 1, the label has more
+    weight. (The paper's w is ``scale - 1``.) Both are evaluated as one batch. With a ``reference``, which is a weaker
+    model with the same labels, this is autoguidance (Karras et al. 2024). Because it is linear in x0, guiding eps is
+    equivalent.
 
     Args:
-        denoiser: what is guided.
-        scale: how far beyond the reference.
-        reference: what it is guided away from; None: itself, without labels.
-        applies: says for which timesteps, ``(B,)`` to bool ``(B,)``; elsewhere the denoiser is left alone. None: all.
+        denoiser: the denoiser to guide.
+        scale: weight of the denoiser relative to the reference.
+        reference: the denoiser to guide away from; None: the same denoiser without labels.
+        applies: maps timesteps, ``(B,)``, to bool, ``(B,)``: whether to guide. None: always.
     """
     if scale == 1.0:
         return denoiser
@@ -57,7 +58,10 @@ def guided(
 
 
 def between_levels(schedule: NoiseSchedule, low: float, high: float) -> Callable[[Tensor], Tensor]:
-    """Whether the noise level ``sigma / alpha`` at timesteps lies in (low, high] (Kynkaanniemi et al. 2024)."""
+    """Return a function that tells whether the noise level ``sigma / alpha`` at timesteps is in (low, high].
+
+    See Kynkaanniemi et al. 2024.
+    """
 
     def applies(t_B: Tensor) -> Tensor:
         alpha, sigma = schedule.at(t_B, t_B[:, None].float())

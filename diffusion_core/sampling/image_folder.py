@@ -1,4 +1,4 @@
-"""A folder of sampled images: what its files are called, and whether it may be gone on with."""
+"""A folder of sampled images: names of its files, and a check that all images have the same settings."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SETTINGS_FILE = "samples.json"
 
 
 def file_name(request: Request) -> str:
-    """``{label}-{index}.png``; ``none`` is the label of a model without labels."""
+    """Return ``{label}-{index}.png``, or ``none-{index}.png`` for a model without labels."""
     return f"{'none' if request.label == NO_LABEL else request.label}-{request.index}.png"
 
 
 def settings(
     mode: str, checkpoint: Checkpoint, guide: Checkpoint | None, config: CoreConfig, weights: str
 ) -> dict[str, Any]:
-    """What decides how an image looks, besides its label and index."""
+    """Return everything that determines an image, except its label and index."""
     return {
         "mode": mode,
         "weights": checkpoint.metadata["files"][f"{weights}.safetensors"]["sha256"],
@@ -40,10 +40,10 @@ def settings(
 
 
 def check_folder(folder: Path, wanted: dict[str, Any]) -> None:
-    """Make a folder for images, or go on in it if it holds images of these very settings.
+    """Create a folder for images, or accept one that holds images with the same settings.
 
     Raises:
-        ConfigError: if it holds images of other settings, or of unknown ones.
+        ConfigError: if it holds images with other or unknown settings, or cannot be used.
     """
     file = folder / SETTINGS_FILE
     try:
@@ -61,13 +61,13 @@ def check_folder(folder: Path, wanted: dict[str, Any]) -> None:
 
 
 def save_png(pixels_CHW: Tensor, path: Path) -> None:
-    """Write an image atomically: an existing file is always a whole image."""
+    """Write an image atomically: an existing file is always a complete image."""
     with replaced_file(path, flush=False) as temporary:
         media.image(pixels_CHW).save(temporary, format="PNG")
 
 
 def read_png(path: Path) -> Tensor:
-    """An image as uint8, ``(C, H, W)``."""
+    """Read an image as uint8, ``(C, H, W)``."""
     with Image.open(path) as image:
         array = torch.from_numpy(np.asarray(image).copy())
     return array[None] if array.ndim == 2 else array.permute(2, 0, 1)

@@ -1,4 +1,4 @@
-"""Pictures for people: grids with a row per class, and the GIF from noise to image. Encoded with Pillow."""
+"""Draw grids of images with a row per class, and write GIFs of sampling, with Pillow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 GAP = 2
 SHOWN_SIZE = 48
-"""Images smaller than this are enlarged by a whole factor, pixel by pixel, so that they can be seen."""
+"""Size in pixels below which images are enlarged by an integer factor, by repeating pixels."""
 
 FRAME_MS = 60
 LAST_FRAME_MS = 1500
@@ -21,18 +21,18 @@ GIF_ROWS, GIF_COLUMNS = 10, 4
 
 
 def image(pixels_CHW: Tensor) -> Image.Image:
-    """A uint8 tensor of 1 or 3 channels as a Pillow image."""
+    """Convert a uint8 tensor, ``(C, H, W)`` with 1 or 3 channels, to a Pillow image."""
     array = pixels_CHW.permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
 def grid(images_NCHW: Tensor, columns: int, row_names: Sequence[str] = ()) -> Image.Image:
-    """Images in rows of ``columns``, each row with its name at the left if names are given.
+    """Draw images in rows of ``columns``, with the names of the rows at the left.
 
     Args:
-        images_NCHW: uint8 images, row by row; the last row may be short.
-        columns: images a row.
-        row_names: a name per row, or none.
+        images_NCHW: uint8 images, row by row; the last row may be incomplete.
+        columns: images per row.
+        row_names: names of the rows; empty: no names.
     """
     height, width = images_NCHW.shape[2:]
     factor = max(1, math.ceil(SHOWN_SIZE / min(height, width)))
@@ -51,9 +51,9 @@ def grid(images_NCHW: Tensor, columns: int, row_names: Sequence[str] = ()) -> Im
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path) -> None:
-    """Write an endless GIF in which the last frame rests."""
+    """Write a GIF that repeats endlessly and pauses at the last frame."""
     durations = [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
-    # One palette for all frames, taken from the last one as well as the noise, or else colours flicker.
+    # One palette for all frames, from the noise and the last frame, so that colours do not flicker.
     both = np.concatenate([np.asarray(frames[0].convert("RGB")), np.asarray(frames[-1].convert("RGB"))])
     palette = Image.fromarray(both).quantize(256)
     indexed = [frame.convert("RGB").quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
@@ -61,5 +61,5 @@ def save_gif(frames: Sequence[Image.Image], path: Path) -> None:
 
 
 def spread(count: int, frames: int = GIF_FRAMES) -> set[int]:
-    """At most ``frames`` of the indices 0..count-1, evenly spread, both ends among them."""
+    """Return at most ``frames`` of the indices 0..count-1, evenly spaced, including both ends."""
     return {round(i) for i in np.linspace(0, count - 1, min(count, frames))}

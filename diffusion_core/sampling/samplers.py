@@ -1,12 +1,12 @@
-"""Samplers: free functions that turn noise into images by means of a denoiser.
+"""Samplers: functions that turn noise into images with a denoiser.
 
-Each has the signature ``(denoiser, x_BCHW, steps, labels_B, *, noise, callback=None) -> x0_BCHW``: ``x_BCHW`` is the
-noise at the first of ``steps`` (standard normal, times its sigma), ``noise()`` hands out standard normal noise of its
-shape, and ``callback(index, x_BCHW, x0_BCHW)`` sees, before each step, the noisy images and the current guess of the
-clean ones.
+Their signature is ``(denoiser, x_BCHW, steps, labels_B, *, noise, callback=None) -> x0_BCHW``. ``x_BCHW`` is the noise
+at the first of ``steps``: standard normal, times sigma in a variance exploding schedule. ``noise()`` returns standard
+normal noise of the same shape. ``callback(index, x_BCHW, x0_BCHW)`` is called before each step with the noisy images
+and the current estimate of the clean images.
 
 With ``x = alpha * x0 + sigma * eps`` and the noise level ``s = sigma / alpha``, the probability flow ODE of Karras et
-al. 2022 (eq. 1, with their scaling) is ``d(x / alpha) / ds = eps``: the samplers of that paper step in ``x / alpha``.
+al. 2022 (eq. 1, with their scaling) is ``d(x / alpha) / ds = eps``. The samplers of that paper integrate ``x / alpha``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Sampler(Protocol):
         noise: NoiseFunction,
         callback: StepCallback | None = None,
     ) -> Tensor:
-        """Draw images; see the samplers for their settings."""
+        """Sample images. See each sampler for its settings."""
 
 
 def ddpm(
@@ -57,8 +57,8 @@ def ddpm(
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, algorithm 2), for any subset of the timesteps.
 
-    The mean is that of ``q(x_s | x_t, x0)`` (eq. 7). The variance is the posterior's (``fixed_small``), that of the
-    forward step (``fixed_large``, beta), or between their logarithms at the ``fraction`` that the network learned
+    The mean is that of ``q(x_s | x_t, x0)`` (eq. 7). The variance is that of the posterior (``fixed_small``), that of
+    the forward step (``fixed_large``, beta), or interpolated between their logarithms with the network's ``fraction``
     (``learned``; Nichol & Dhariwal 2021, eq. 15). The last step adds no noise.
     """
     alphas, sigmas = steps.alphas, steps.sigmas
@@ -80,7 +80,7 @@ def ddpm(
             assert fraction is not None
             between = fraction()
             assert between is not None
-            # Under guidance the network saw a doubled batch; its first half has the labels.
+            # Guidance doubles the network's batch; the first half has the labels.
             between = between[: len(x_BCHW)]
             low, high = 0.5 * math.log(posterior_variance), 0.5 * math.log(forward_variance)
             x_BCHW = mean + (low + (high - low) * between).exp() * noise()
@@ -102,7 +102,7 @@ def ddim(
 ) -> Tensor:
     """Denoising diffusion implicit models (Song et al. 2021, eq. 12 and 16).
 
-    ``eta`` 0 is deterministic, and the same as :func:`euler`; 1 is ancestral sampling with the small variance.
+    ``eta`` 0 is deterministic and equals :func:`euler`; 1 is ancestral sampling with the small variance.
     """
     alphas, sigmas = steps.alphas, steps.sigmas
     for index in range(len(steps)):
@@ -149,7 +149,7 @@ def euler_ancestral(
     noise: NoiseFunction,
     callback: StepCallback | None = None,
 ) -> Tensor:
-    """Euler steps to below the next noise level, then fresh noise up to it (k-diffusion's ancestral sampling)."""
+    """Take Euler steps beyond the next noise level, and add noise up to it (k-diffusion's ancestral sampling)."""
     for index in range(len(steps)):
         x0_BCHW = denoiser(x_BCHW, steps.t(index, x_BCHW), labels_B)
         if callback is not None:
@@ -173,10 +173,10 @@ def heun(
     noise: NoiseFunction,
     callback: StepCallback | None = None,
 ) -> Tensor:
-    """Heun's second-order method (Karras et al. 2022, algorithm 1): two evaluations a step, one at the last.
+    """Heun's second-order method (Karras et al. 2022, algorithm 1): two evaluations per step, one at the last step.
 
-    A step from noise so strong that the image is lost in it is Euler's: there the slope is known exactly, and an error
-    of the correction would be multiplied by a level that is huge (cosine schedule) or infinite (zero terminal SNR).
+    Steps from pure noise (``PURE_NOISE_LEVEL``) are Euler steps. There the slope is known exactly, and an error of the
+    correction would be multiplied by a huge (cosine schedule) or infinite (zero terminal SNR) noise level.
     """
     for index in range(len(steps)):
         x0_BCHW = denoiser(x_BCHW, steps.t(index, x_BCHW), labels_B)
@@ -196,12 +196,12 @@ def heun(
 
 
 def heun_evaluations(steps: SamplingSteps) -> int:
-    """How often Heun's method evaluates the denoiser for an image."""
+    """Return the number of evaluations of the denoiser per image in Heun's method."""
     return len(steps) + sum(is_corrected(steps, index) for index in range(len(steps)))
 
 
 def is_corrected(steps: SamplingSteps, index: int) -> bool:
-    """Whether Heun's method evaluates the denoiser a second time at a step."""
+    """Return whether Heun's method evaluates the denoiser a second time at a step."""
     return steps.levels[index + 1] > 0.0 and steps.levels[index] < PURE_NOISE_LEVEL
 
 
@@ -217,8 +217,8 @@ def dpmpp_2m(
 ) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), and its SDE variant (their eq. 19, midpoint).
 
-    Second order from the last two estimates of the clean image; first order at the first step, and at steps from or to
-    an infinite logarithm of the noise level.
+    Steps are of second order, from the last two estimates of the clean image. They are of first order at the start, and
+    where the logarithm of a noise level is infinite.
     """
     x0_before_BCHW, h_before = None, math.inf
     for index in range(len(steps)):
@@ -244,20 +244,20 @@ def dpmpp_2m(
 
 
 def noise_in(x_BCHW: Tensor, x0_BCHW: Tensor, steps: SamplingSteps, index: int) -> Tensor:
-    """The noise eps that noisy images hold, given the clean ones."""
+    """Return the noise eps in noisy images, given the clean images."""
     return (x_BCHW - float(steps.alphas[index]) * x0_BCHW) / float(steps.sigmas[index])
 
 
 @dataclass(frozen=True)
 class SamplerRecord:
-    """What is known of a sampler.
+    """A sampler that a user can select.
 
     Attributes:
         function: the sampler.
         help: what it does, and its source.
-        settings: further keyword arguments of the function: from the knobs, and from the denoiser below all wrappers
-            (None where the sampler is only asked for its knobs).
-        evaluations: how often it evaluates the denoiser for an image.
+        settings: returns further keyword arguments of the function, from the knobs and the innermost denoiser, which
+            may be None if its variance is not needed.
+        evaluations: returns the number of evaluations of the denoiser per image.
     """
 
     function: Callable[..., Tensor]
@@ -273,31 +273,33 @@ def _ddpm_settings(config: SampleConfig, denoiser: Denoiser | None) -> dict[str,
 
 SAMPLERS["ddpm"] = SamplerRecord(ddpm, "ancestral sampling (Ho et al. 2020)", _ddpm_settings)
 SAMPLERS["ddim"] = SamplerRecord(
-    ddim, "deterministic, or with sample.eta of noise (Song et al. 2021)", lambda config, _: {"eta": config.eta}
+    ddim, "deterministic, or with noise scaled by sample.eta (Song et al. 2021)", lambda config, _: {"eta": config.eta}
 )
-SAMPLERS["euler"] = SamplerRecord(euler, "Euler's method on the probability flow (Karras et al. 2022)")
-SAMPLERS["euler_ancestral"] = SamplerRecord(euler_ancestral, "Euler steps, then fresh noise (k-diffusion)")
+SAMPLERS["euler"] = SamplerRecord(euler, "Euler's method on the probability flow ODE (Karras et al. 2022)")
+SAMPLERS["euler_ancestral"] = SamplerRecord(euler_ancestral, "Euler steps with fresh noise after each (k-diffusion)")
 SAMPLERS["heun"] = SamplerRecord(
-    heun, "second order, two evaluations a step (Karras et al. 2022)", evaluations=heun_evaluations
+    heun, "second order, two evaluations per step (Karras et al. 2022)", evaluations=heun_evaluations
 )
-SAMPLERS["dpmpp_2m"] = SamplerRecord(dpmpp_2m, "DPM-Solver++(2M), second order from the last two (Lu et al. 2022)")
+SAMPLERS["dpmpp_2m"] = SamplerRecord(
+    dpmpp_2m, "DPM-Solver++(2M), second order, one evaluation per step (Lu et al. 2022)"
+)
 SAMPLERS["dpmpp_2m_sde"] = SamplerRecord(
-    dpmpp_2m, "the same with fresh noise at every step (Lu et al. 2022)", lambda *_: {"stochastic": True}
+    dpmpp_2m, "DPM-Solver++(2M) with fresh noise at every step (Lu et al. 2022)", lambda *_: {"stochastic": True}
 )
 
 
 def evaluations(config: SampleConfig, schedule: NoiseSchedule) -> int:
-    """How often a sampler evaluates the denoiser for an image."""
+    """Return the number of evaluations of the denoiser per image."""
     record: SamplerRecord = SAMPLERS[config.sampler]
     return record.evaluations(schedule.steps(config.steps, config.spacing))
 
 
 def build_sampler(config: SampleConfig, denoiser: Denoiser | None = None) -> Sampler:
-    """The sampler that a configuration asks for, with its own settings bound.
+    """Return the configured sampler, with its settings bound.
 
     Args:
         config: the configuration.
-        denoiser: the one at the bottom of those that wrap it; asked for its variance if that is learned.
+        denoiser: the innermost denoiser, which provides a learned variance.
     """
     record: SamplerRecord = SAMPLERS[config.sampler]
     return partial(record.function, **record.settings(config, denoiser))
