@@ -1,7 +1,7 @@
 """The core's registries, empty until they are asked: the named modules add the built-in records.
 
 A registry's records are of the type that its module defines: ``SamplerRecord``, ``ScheduleRecord``,
-``PredictionRecord``, ``DatasetRecord``.
+``PredictionRecord``, ``DatasetRecord``; of metrics there are ``FeatureMetric``, ``ImageMetric``, ``LossMetric``.
 """
 
 from __future__ import annotations
@@ -14,3 +14,4 @@ SAMPLERS: Registry[Any] = Registry("sample.sampler", "diffusion_core.sampling.sa
 SCHEDULES: Registry[Any] = Registry("diffusion.schedule", "diffusion_core.diffusion.schedule")
 PREDICTIONS: Registry[Any] = Registry("diffusion.prediction", "diffusion_core.diffusion.predictions")
 DATASETS: Registry[Any] = Registry("data.name", "diffusion_core.data.datasets")
+METRICS: Registry[Any] = Registry("eval.figures", "diffusion_core.evaluation.metrics")

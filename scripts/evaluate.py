@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 import torch
 from accelerate import PartialState
@@ -33,7 +32,7 @@ from agent.sweep.results import best_of_sweep
 from agent.tracking.artifacts import download_model
 from agent.tracking.registry import publish
 from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
-from diffusion_core.config import ConfigError, CoreConfig, DataConfig, EvalConfig, Figure, build, flatten
+from diffusion_core.config import ConfigError, CoreConfig, DataConfig, EvalConfig, build, flatten
 from diffusion_core.config.metrics import INCEPTION
 from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.data.datasets import DataError, load_data
@@ -43,19 +42,21 @@ from diffusion_core.evaluation.extractors import download_inception, read_extrac
 from diffusion_core.evaluation.features import Extractor, ExtractorError, with_channels
 from diffusion_core.evaluation.folders import as_reference, image_folder, is_statistics, see
 from diffusion_core.evaluation.generated import estimate_seconds, generated
-from diffusion_core.evaluation.measure import KEPT_FIGURES, compare
-from diffusion_core.evaluation.protocol import protocol, protocols, sampling_protocol
+from diffusion_core.evaluation.measure import needs_every_image
+from diffusion_core.evaluation.protocol import protocol, sampling_protocol
 from diffusion_core.evaluation.reference import write_statistics
 from diffusion_core.evaluation.suite import Judgement, Suite
 from diffusion_core.hardware import pick_precision
 from diffusion_core.messages import reason_of
-from diffusion_core.registries import DATASETS
+from diffusion_core.registries import DATASETS, METRICS
 from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs
 from diffusion_core.sampling.generation import Generator
 from diffusion_core.tables import text_table
 
-DEFAULT_FIGURES = ("frechet", "kernel", "score", "precision_recall", "density_coverage")
-OF_IMAGES = tuple(figure for figure in get_args(Figure) if figure != "loss_by_timestep")
+
+def metrics_of_images() -> list[str]:
+    """Return the figures that can be measured here."""
+    return [name for name, record in METRICS.items() if record.of_images]
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -75,8 +76,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--save-stats", action="store_true", help="write the statistics of PATH1 to PATH2 (.npz)")
     parser.add_argument("--num-images", type=int, default=500, metavar="N", help="images to generate (500)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the images (1)")
-    parser.add_argument("--figures", default=",".join(DEFAULT_FIGURES), metavar="A,B,...",
-                        help=f"figures to measure, some of: {', '.join(OF_IMAGES)}")  # fmt: skip
+    default = ",".join(name for name in metrics_of_images() if METRICS[name].in_features and not METRICS[name].labels)
+    parser.add_argument("--figures", default=default, metavar="A,B,...",
+                        help=f"figures to measure, some of: {', '.join(metrics_of_images())}")  # fmt: skip
     parser.add_argument("--extractor", action="append", metavar="WHAT", help="feature network: inception, classifier, "
                         "or a file (TorchScript, or a classifier); may be repeated")  # fmt: skip
     parser.add_argument("--inception-weights", metavar="FILE", help="Inception-v3 weights in pytorch-fid's format")
@@ -116,8 +118,8 @@ def problem_of(arguments: argparse.Namespace) -> str | None:
         if getattr(arguments, flag) < 1:
             return f"--{flag.replace('_', '-')} = {getattr(arguments, flag)}: expected an integer >= 1"
     for figure in filter(None, arguments.figures.split(",")):
-        if figure not in OF_IMAGES:
-            return f"--figures = {figure!r}: expected some of {', '.join(OF_IMAGES)}"
+        if figure not in metrics_of_images():
+            return f"--figures = {figure!r}: expected some of {', '.join(metrics_of_images())}"
     return None
 
 
@@ -174,7 +176,7 @@ def of_two_paths(arguments: argparse.Namespace, processes: PartialState) -> Judg
     """Compare two sets of images, as pytorch-fid does; or write the statistics of one."""
     one, two = arguments.path
     figures = wanted_figures(arguments)
-    keep = bool(KEPT_FIGURES & set(figures)) and not (arguments.save_stats or is_statistics(one) or is_statistics(two))
+    keep = needs_every_image(figures) and not (arguments.save_stats or is_statistics(one) or is_statistics(two))
     for path in (one,) if arguments.save_stats else (one, two):
         if not is_statistics(path):
             image_folder(path)  # Report errors before long work starts.
@@ -193,9 +195,7 @@ def of_two_paths(arguments: argparse.Namespace, processes: PartialState) -> Judg
     for extractor in extractors:
         theirs = as_reference(two, see(two, extractor, arguments.batch_size, keep=keep))
         ours = see(one, extractor, arguments.batch_size, keep=keep)
-        values = compare(figures, ours, theirs)
-        found.figures.update(values)
-        found.protocols.update(protocols(values, ours.statistics.count, str(one), extractor, theirs.source))
+        found.compare(figures, ours, theirs, str(one), extractor)
     return found
 
 
@@ -225,7 +225,7 @@ def suite_of(
     extractors = arguments.extractor or [default]
     settings = {
         "num_images": count,
-        "figures": [figure for figure in wanted_figures(arguments) if conditional or figure != "synthetic_accuracy"],
+        "figures": [figure for figure in wanted_figures(arguments) if conditional or not METRICS[figure].labels],
         "extractors": extractors,
         "reference": arguments.reference,
         "inception_weights": arguments.inception_weights,

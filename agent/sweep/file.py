@@ -13,7 +13,7 @@ from agent.sweep import engine
 from agent.sweep.macros import command_problems, shortened
 from agent.sweep.parameters import flat_parameters, grid_size, trials_of, values_to_try
 from diffusion_core.config import ConfigError, list_knobs, read_yaml, unknown_key
-from diffusion_core.config.metrics import GOALS, goal_of
+from diffusion_core.config.metrics import goal_of, goals
 from pruning.config import PruneConfig, methods, unheard
 
 METHODS = ("grid", "random", "bayes")
@@ -170,7 +170,7 @@ def _metric_problems(config: Mapping[str, Any]) -> list[str]:
         return [f"metric = {metric!r}: {example}"]
     name, goal = metric.get("name"), metric.get("goal", "minimize")
     if not isinstance(name, str) or goal_of(name) is None:
-        return [f"metric.name = {name!r}: expected one of {', '.join(GOALS)}"]
+        return [f"metric.name = {name!r}: expected one of {', '.join(goals())}"]
     if goal != goal_of(name):
         return [f"metric.goal = {goal!r}: expected {goal_of(name)}, which is the better way for {name}"]
     return _violations("metric", metric, {"metric": metric})

@@ -8,7 +8,7 @@ from typing import Any
 from agent.tracking.api import api_errors, full_name, summary_figures
 from agent.tracking.environment import load_environment
 from diffusion_core.checkpoint import CheckpointError
-from diffusion_core.config.metrics import GOALS, goal_of, is_better
+from diffusion_core.config.metrics import goal_of, goals, is_better
 from diffusion_core.evaluation.protocol import PREFIX
 from diffusion_core.tracking import BEST, MODEL
 
@@ -30,7 +30,7 @@ def best_model(sweep: str) -> str:
         metric = found.config.get("metric", {}).get("name")
         runs = list(found.runs)
     if metric is None or goal_of(metric) is None:
-        raise CheckpointError(f"{option}: its metric is {metric!r}; expected one of {', '.join(GOALS)}")
+        raise CheckpointError(f"{option}: its metric is {metric!r}; expected one of {', '.join(goals())}")
     best, best_value = None, None
     for run in runs:
         value = summary_figures(run.summary).get(metric)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent.tracking.environment import is_offline
 from agent.tracking.uploads import UploadQueue
-from diffusion_core.config.metrics import GOALS
+from diffusion_core.config.metrics import goals
 from diffusion_core.tracking import MODEL, STEP, Tracker, Upload
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class WandbTracker(Tracker):
         self.uploads = UploadQueue(self._send, Path(run.settings.sync_dir) / "staged", keep, discard=self.live)
         run.define_metric(STEP, hidden=True)
         run.define_metric("*", step_metric=STEP)
-        for name, goal in GOALS.items():
+        for name, goal in goals().items():
             run.define_metric(name, step_metric=STEP, summary="min" if goal == "minimize" else "max")
 
     def log(self, row: Mapping[str, float | Path], step: int) -> None:

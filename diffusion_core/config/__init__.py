@@ -1,15 +1,14 @@
 """Knobs, their checks, their parsing, and presets."""
 
 from diffusion_core.config.core import CoreConfig
+from diffusion_core.config.description import allowed, explained, help_text, list_knobs
 from diffusion_core.config.knobs import (
-    FIGURE_PARTS,
     CheckpointConfig,
     DataConfig,
     DiffusionConfig,
     DistillConfig,
     EmaConfig,
     EvalConfig,
-    Figure,
     Fraction,
     InitConfig,
     LogConfig,
@@ -27,12 +26,8 @@ from diffusion_core.config.parsing import (
     REFUSED,
     ConfigError,
     Schema,
-    allowed,
     build,
-    explained,
     flatten,
-    help_text,
-    list_knobs,
     read_yaml,
     split_argv,
     to_yaml,
@@ -41,7 +36,6 @@ from diffusion_core.config.parsing import (
 from diffusion_core.config.presets import FORMULATIONS, PRESETS
 
 __all__ = [
-    "FIGURE_PARTS",
     "FOREIGN_KEYS",
     "FORMULATIONS",
     "MAX_YAML_BYTES",
@@ -57,7 +51,6 @@ __all__ = [
     "DistillConfig",
     "EmaConfig",
     "EvalConfig",
-    "Figure",
     "Fraction",
     "InitConfig",
     "LogConfig",

@@ -13,7 +13,7 @@ from diffusion_core.config.knobs import (
     SampleConfig,
     TrainConfig,
 )
-from diffusion_core.registries import DATASETS, PREDICTIONS, SCHEDULES
+from diffusion_core.registries import DATASETS, METRICS, PREDICTIONS, SCHEDULES
 
 
 def combination_problems(
@@ -73,8 +73,8 @@ def combination_problems(
         yield f"train.accumulation = {train.accumulation}: must divide train.batch_size = {train.batch_size}"
     if evaluation.classifier == "network" and not model.class_conditional:
         yield "eval.classifier = 'network': class agreement needs model.class_conditional=true"
-    for figure in ("per_class", "synthetic_accuracy"):
-        if figure in evaluation.figures and not model.class_conditional:
+    for figure in evaluation.figures:
+        if METRICS[figure].labels and not model.class_conditional:
             yield f"eval.figures = {evaluation.figures}: {figure} needs model.class_conditional=true"
 
 

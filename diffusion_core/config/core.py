@@ -10,7 +10,6 @@ from pydantic import Field, model_validator
 
 from diffusion_core.config.checks import combination_problems
 from diffusion_core.config.knobs import (
-    FIGURE_PARTS,
     CheckpointConfig,
     DataConfig,
     DiffusionConfig,
@@ -22,8 +21,8 @@ from diffusion_core.config.knobs import (
     Section,
     TrainConfig,
 )
-from diffusion_core.config.metrics import LOSS_BUCKETS, count_name, goal_of, space_figure
-from diffusion_core.registries import DATASETS
+from diffusion_core.config.metrics import goal_of
+from diffusion_core.registries import DATASETS, METRICS
 
 PLUGIN_NAME = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$"
 
@@ -76,7 +75,7 @@ class CoreConfig(Section):
     @property
     def judges_images(self) -> bool:
         """Whether images are generated to be judged."""
-        return self.has_classifier or self.eval.in_features or "synthetic_accuracy" in self.eval.figures
+        return self.has_classifier or any(METRICS[figure].of_images for figure in self.eval.figures)
 
     def logs(self, metric: str) -> bool:
         """Whether a figure that is better one way is among those that this configuration logs."""
@@ -84,27 +83,7 @@ class CoreConfig(Section):
 
     def logged_figures(self) -> list[str]:
         """Names of the figures that are better one way, by pattern (``*``) where a file or a data set decides."""
-        wanted, count, reference = self.eval.figures, self.eval.num_images, self.eval.reference
-        names = ["train/loss", "val/loss"]
-        if "loss_by_timestep" in wanted:
-            names += [f"val/loss_t{part}" for part in range(LOSS_BUCKETS)]
-        if self.has_classifier:
-            names.append("eval/class_agreement")
-        if "synthetic_accuracy" in wanted:
-            names.append(f"eval/synthetic_accuracy_{count_name(count)}")
-        for space in self.eval.space_names(self.data.name):
-            for figure in wanted:
-                for part in FIGURE_PARTS.get(figure, ()):
-                    names += _space_figures(part, space, count, None if part == "score" else reference, self.data.name)
-        if "per_class" in wanted:
-            names.append(f"eval/f*_{reference}/*")
+        names = ["train/loss", "val/loss", *(["eval/class_agreement"] if self.has_classifier else [])]
+        for figure in self.eval.figures:
+            names += METRICS[figure].names(figure, self.eval, self.data)
         return list(dict.fromkeys(names))
-
-
-def _space_figures(figure: str, space: str, count: int, reference: str | None, data: str) -> list[str]:
-    """What a figure may be called: a distance to few real images is not called FID, and how many there are in a folder
-    is known once it is read.
-    """
-    least = DATASETS[data].least_images
-    sizes = [1, count] if least is None else [least]
-    return [space_figure(figure, space, count, reference, size) for size in sizes]

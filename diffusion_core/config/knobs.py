@@ -13,30 +13,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from diffusion_core.config.metrics import INCEPTION, space_name
-from diffusion_core.registries import DATASETS, PREDICTIONS, SAMPLERS, SCHEDULES
+from diffusion_core.registries import DATASETS, METRICS, PREDICTIONS, SAMPLERS, SCHEDULES
 from diffusion_core.registry import Choice
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Figure = Literal[
-    "frechet",
-    "kernel",
-    "score",
-    "precision_recall",
-    "density_coverage",
-    "per_class",
-    "loss_by_timestep",
-    "synthetic_accuracy",
-]
-
-FIGURE_PARTS = {
-    "frechet": ("fd",),
-    "kernel": ("kd",),
-    "score": ("score",),
-    "precision_recall": ("precision", "recall"),
-    "density_coverage": ("density", "coverage"),
-}
-"""What each of these figures is logged as in a feature space."""
 
 
 class Section(BaseModel):
@@ -261,10 +242,8 @@ class EvalConfig(Section):
     consistency_images: Annotated[int, Field(ge=0, le=100_000)] = 16
     """Images that the dense and the pruned network draw from the same seeds and labels, for prune/consistency_* at the
     end of a run that prunes; 0: none."""
-    figures: list[Figure] = []
-    """Further figures. In the features of eval.extractors, against real images: frechet (FID), kernel (KID),
-    precision_recall, density_coverage, per_class (Fréchet distance of each class), and score (Inception score).
-    loss_by_timestep: val/loss in ten parts. synthetic_accuracy: of a classifier trained on generated images alone."""
+    figures: list[Annotated[str, Choice(METRICS)]] = []
+    """Further figures; distances, shares and scores are measured in the features of eval.extractors."""
     extractors: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = ["inception"]
     """Feature networks of eval.figures: inception (pytorch-fid's), classifier (the data set's), or files: TorchScript
     (.pt), which the user trusts, or a classifier (.safetensors)."""
@@ -275,8 +254,8 @@ class EvalConfig(Section):
 
     @property
     def in_features(self) -> bool:
-        """Whether a figure is wanted that feature networks are needed for."""
-        return bool(set(self.figures) - {"loss_by_timestep", "synthetic_accuracy"})
+        """Whether a figure needs feature networks."""
+        return any(METRICS[figure].in_features for figure in self.figures)
 
     def space_names(self, data: str) -> list[str]:
         """What the feature spaces are called, by pattern where a file decides."""

@@ -1,63 +1,78 @@
-"""The names of figures, and which way each is better. A name is a pattern where it carries a count or a data set."""
+"""Names of figures, and which way each is better. Figures that can be chosen by name are records of ``METRICS``."""
 
 from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
+from diffusion_core.registries import METRICS
+
 Goal = Literal["minimize", "maximize"]
 
-GOALS: dict[str, Goal] = {
+OTHER_GOALS: dict[str, Goal] = {
     "train/loss": "minimize",
     "val/loss": "minimize",
-    "val/loss_t*": "minimize",
     "eval/class_agreement": "maximize",
-    "eval/synthetic_accuracy*": "maximize",
-    "eval/fid*": "minimize",
-    "eval/fd_*": "minimize",
-    "eval/kid*": "minimize",
-    "eval/kd_*": "minimize",
-    "eval/inception_score*": "maximize",
-    "eval/score_*": "maximize",
-    "eval/precision_*": "maximize",
-    "eval/recall_*": "maximize",
-    "eval/density_*": "maximize",
-    "eval/coverage_*": "maximize",
     "eval/consistency_ssim*": "maximize",
     "eval/consistency_mse*": "minimize",
 }
-"""Which way figures are better, by name or pattern (``*``); the first that matches counts."""
+"""Goals of the figures that ``eval.figures`` does not choose, by name or pattern (``*``)."""
 
 FID_FROM = 2048
-"""Samples from which on a Fréchet distance in Inception's features is called FID: with fewer, the covariance of 2048
-features is singular, and the figure says more of the number of samples than of the images."""
+"""Fewest images on both sides for which a Fréchet distance in Inception's features is called FID. With fewer, the
+covariance of the 2048 features is singular, and the distance depends mostly on the number of images."""
 
 INCEPTION = "inception"
-"""The feature space of pytorch-fid's network with the published weights."""
+"""Name of the feature space of pytorch-fid's network with the published weights."""
 
-SHORT = {"fd": "fid", "kd": "kid", "score": "inception_score"}
-"""What distances and scores are called in that space."""
 
-LOSS_BUCKETS = 10
-"""Parts of equal length that the timesteps are dealt out to for ``val/loss_t0`` to ``val/loss_t9``."""
+@dataclass(frozen=True)
+class Part:
+    """One number of a figure in a feature space.
+
+    Attributes:
+        name: its name in figures, such as ``fd``.
+        goal: which way it is better.
+        inception: its customary name in Inception's features, such as ``fid``; None if it has none.
+        inception_from: fewest images on both sides for which that name is used.
+    """
+
+    name: str
+    goal: Goal
+    inception: str | None = None
+    inception_from: int = 0
+
+    def goals(self) -> dict[str, Goal]:
+        """Return the goal, by the patterns of the part's names."""
+        names = [f"eval/{self.name}_*", *([f"eval/{self.inception}*"] if self.inception else [])]
+        return dict.fromkeys(names, self.goal)
+
+
+def goals() -> dict[str, Goal]:
+    """Return the goal of each figure, by name or pattern (``*``)."""
+    found = dict(OTHER_GOALS)
+    for name, record in METRICS.items():
+        found |= record.goals(name)
+    return found
 
 
 def goal_of(name: str) -> Goal | None:
-    """Which way a figure is better; None for one that is neither good nor bad (a cost, a rate, a count)."""
-    return next((goal for pattern, goal in GOALS.items() if fnmatchcase(name, pattern)), None)
+    """Return which way a figure is better, or None if neither way is (a cost, a rate, a count)."""
+    return next((goal for pattern, goal in goals().items() if fnmatchcase(name, pattern)), None)
 
 
 def is_better(metric: str, value: float, than: float | None) -> bool:
-    """Whether a figure is strictly better than another one (None: there is none yet); what is no number never is.
+    """Return whether a figure is strictly better than another one, or than none. NaN and infinity never are.
 
     Raises:
-        ValueError: if the figure has no better way.
+        ValueError: if the figure has no goal.
     """
     goal = goal_of(metric)
     if goal is None:
-        raise ValueError(f"{metric}: not a figure that is better one way; expected one of {', '.join(GOALS)}")
+        raise ValueError(f"{metric}: not a figure that is better one way; expected one of {', '.join(goals())}")
     if not math.isfinite(value):
         return False
     if than is None:
@@ -66,31 +81,30 @@ def is_better(metric: str, value: float, than: float | None) -> bool:
 
 
 def count_name(count: int | None) -> str:
-    """A number of images as names carry it: ``50k``, ``2048``; nothing where it is not known."""
+    """Return a number of images as names contain it: ``50k``, ``2048``; empty if it is unknown."""
     if count is None:
         return ""
     return f"{count // 1000}k" if count and count % 1000 == 0 else str(count)
 
 
 def space_name(text: str) -> str:
-    """A file's name as the name of a feature space: letters, digits and hyphens."""
+    """Return a file's name as the name of a feature space: letters, digits and hyphens."""
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-") or "features"
 
 
 def space_figure(
-    figure: str, space: str, count: int | None, reference: str | None, reference_count: int | None = None
+    part: Part, space: str, count: int | None, reference: str | None, reference_count: int | None = None
 ) -> str:
-    """The name of a figure in a feature space: ``eval/fid50k_train``, ``eval/fd_classifier-digits_500_train``.
+    """Return the name of a figure in a feature space: ``eval/fid50k_train``, ``eval/fd_classifier-digits_500_train``.
 
     Args:
-        figure: ``fd`` (Fréchet distance), ``kd`` (kernel distance), ``score``, ``precision``, ``recall``, ``density``
-            or ``coverage``.
+        part: the number.
         space: name of the feature space.
-        count: generated images; None where a file of statistics does not say.
-        reference: what they are compared to; None for a score, which compares to nothing.
-        reference_count: its images, if known.
+        count: generated images; None if a file of statistics does not say.
+        reference: the real images; None for a figure without reference, such as a score.
+        reference_count: number of real images, or None if unknown.
     """
     known = [number for number in (count, reference_count) if number is not None]
-    if space == INCEPTION and figure in SHORT and (figure != "fd" or min(known, default=0) >= FID_FROM):
-        return "_".join(part for part in (f"eval/{SHORT[figure]}{count_name(count)}", reference) if part)
-    return "_".join(part for part in (f"eval/{figure}", space, count_name(count), reference) if part)
+    if space == INCEPTION and part.inception and min(known, default=0) >= part.inception_from:
+        return "_".join(text for text in (f"eval/{part.inception}{count_name(count)}", reference) if text)
+    return "_".join(text for text in (f"eval/{part.name}", space, count_name(count), reference) if text)

@@ -5,8 +5,8 @@ Axes: N images, B batch, C channels, H height, W width, D features, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,18 +14,9 @@ from torch import Tensor
 from diffusion_core.config.metrics import space_figure
 from diffusion_core.data.datasets import DataError
 from diffusion_core.distributed import gather_in_order, own_positions, sum_over_processes
-from diffusion_core.evaluation.distances import (
-    Moments,
-    Statistics,
-    density_coverage,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
+from diffusion_core.evaluation.distances import Moments, Statistics
 from diffusion_core.evaluation.features import Extractor, check_finite
-
-KEPT_FIGURES = frozenset({"kernel", "score", "precision_recall", "density_coverage", "per_class"})
-"""Figures that need the features (or logits) of every image; the others need only mean and covariance."""
+from diffusion_core.registries import METRICS
 
 FEWEST = 2
 """Number of images that a covariance needs."""
@@ -145,23 +136,27 @@ def class_agreement(seen: Seen) -> float:
     return float((seen.logits_NK.argmax(1) == seen.labels_N).double().mean())
 
 
+def needs_every_image(figures: Iterable[str]) -> bool:
+    """Return whether a figure of a feature space needs the features of every image, not only mean and covariance."""
+    return any(METRICS[figure].in_features and METRICS[figure].every_image for figure in figures)
+
+
 def compare(
     figures: Iterable[str], seen: Seen, reference: Reference, class_names: Sequence[str] = ()
 ) -> dict[str, float]:
     """Return figures of images in one feature space, by their full names.
 
     Args:
-        figures: some of ``frechet``, ``kernel``, ``score``, ``precision_recall``, ``density_coverage``, ``per_class``;
-            figures that the space or the reference does not support are omitted (no classes, no score).
+        figures: names in ``METRICS``. Omitted are those of other kinds, and those that the space or the reference does
+            not support (no classes, no score).
         seen: the images.
         reference: the images that they are compared with.
-        class_names: by label, for ``per_class``.
+        class_names: by label, for figures of each class.
 
     Raises:
         DataError: if there are too few images for a covariance, or the feature spaces differ.
     """
-    wanted = frozenset(figures)
-    space, count, known = seen.space, seen.statistics.count, reference.statistics.count
+    count, known = seen.statistics.count, reference.statistics.count
     if min(count or FEWEST, known or FEWEST) < FEWEST:
         raise DataError(f"{count} images against {known}: expected at least {FEWEST} on both sides to compare them")
     if len(seen.statistics.mean_D) != len(reference.statistics.mean_D):
@@ -169,38 +164,46 @@ def compare(
             f"features of {len(seen.statistics.mean_D)} numbers, and of {len(reference.statistics.mean_D)} in "
             f"{reference.source}: they are of different networks"
         )
-
-    def name(figure: str) -> str:
-        return space_figure(figure, space, count, reference.name, known)
-
     found: dict[str, float] = {}
-    if "frechet" in wanted:
-        found[name("fd")] = seen.statistics.distance(reference.statistics)
-    if "score" in wanted and seen.logits_NK is not None:
-        found[space_figure("score", space, count, None)] = inception_score(seen.logits_NK)
-    if seen.features_ND is None or reference.features_ND is None:
-        return found
-    ours_ND, theirs_ND = seen.features_ND, reference.features_ND
-    if "kernel" in wanted:
-        found[name("kd")] = kernel_distance(ours_ND, theirs_ND)
-    if "precision_recall" in wanted:
-        found[name("precision")], found[name("recall")] = precision_recall(ours_ND, theirs_ND)
-    if "density_coverage" in wanted:
-        found[name("density")], found[name("coverage")] = density_coverage(ours_ND, theirs_ND)
-    if "per_class" in wanted and seen.labels_N is not None and reference.labels_N is not None:
-        found |= _per_class(seen, reference, class_names)
+    for figure in figures:
+        record = METRICS[figure]
+        if not record.in_features or (record.logits and seen.logits_NK is None):
+            continue
+        if record.every_image and record.compares and (seen.features_ND is None or reference.features_ND is None):
+            continue
+        pairs = _by_class(seen, reference, class_names) if record.by_class else [("", seen, reference)]
+        for suffix, ours, theirs in pairs:
+            compared = theirs.name if record.compares else None
+            for part, value in zip(record.parts, record.compute(ours, theirs), strict=True):
+                name = space_figure(part, seen.space, ours.statistics.count, compared, theirs.statistics.count)
+                found[name + suffix] = value
     return found
 
 
-def _per_class(seen: Seen, reference: Reference, class_names: Sequence[str]) -> dict[str, float]:
-    """Return the Fréchet distance between generated and real images of each class."""
-    found = {}
+def _by_class(seen: Seen, reference: Reference, class_names: Sequence[str]) -> Iterator[tuple[str, Seen, Reference]]:
+    """Yield the images of each class that has enough of them on both sides, and the end of the figure's name."""
+    if seen.labels_N is None or reference.labels_N is None:
+        return
     assert seen.features_ND is not None
     assert reference.features_ND is not None
     for label, class_name in enumerate(class_names):
-        ours, theirs = seen.features_ND[seen.labels_N == label], reference.features_ND[reference.labels_N == label]
-        if min(len(ours), len(theirs)) >= FEWEST:
-            name = space_figure("fd", seen.space, len(ours), reference.name, len(theirs))
-            distance = Moments.of(ours).statistics().distance(Moments.of(theirs).statistics())
-            found[f"{name}/{class_name}"] = distance
-    return found
+        of_ours_N, of_theirs_N = seen.labels_N == label, reference.labels_N == label
+        ours_ND, theirs_ND = seen.features_ND[of_ours_N], reference.features_ND[of_theirs_N]
+        if min(len(ours_ND), len(theirs_ND)) < FEWEST:
+            continue
+        yield (
+            f"/{class_name}",
+            replace(
+                seen,
+                statistics=Moments.of(ours_ND).statistics(),
+                features_ND=ours_ND,
+                logits_NK=None if seen.logits_NK is None else seen.logits_NK[of_ours_N],
+                labels_N=seen.labels_N[of_ours_N],
+            ),
+            replace(
+                reference,
+                statistics=Moments.of(theirs_ND).statistics(),
+                features_ND=theirs_ND,
+                labels_N=reference.labels_N[of_theirs_N],
+            ),
+        )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from diffusion_core.config import SampleConfig
 from diffusion_core.evaluation.features import Extractor
 
@@ -39,10 +37,3 @@ def protocol(count: int | None, images: str, extractor: Extractor | None = None,
     if extractor is not None:
         parts += [f"extractor={extractor.name}", f"weights={extractor.weights}"]
     return ", ".join(parts)
-
-
-def protocols(
-    figures: Iterable[str], count: int | None, images: str, extractor: Extractor | None, reference: str
-) -> dict[str, str]:
-    """Return the protocols of figures in one feature space, by name; a score has no reference."""
-    return {name: protocol(count, images, extractor, None if "score" in name else reference) for name in figures}

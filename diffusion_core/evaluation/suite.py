@@ -6,7 +6,7 @@ Axes: B batch, C channels, H height, W width, N images.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 
 from diffusion_core.config import DataConfig, EvalConfig
-from diffusion_core.config.metrics import FID_FROM, INCEPTION, count_name
+from diffusion_core.config.metrics import INCEPTION, Part, count_name
 from diffusion_core.data.datasets import Dataset, Images
 from diffusion_core.distributed import broadcast_weights, gather_in_order
 from diffusion_core.evaluation.classifier.classifier import Classifier, classifier_for
-from diffusion_core.evaluation.classifier.training import RECIPES, accuracy, recipe_for, train_classifier
 from diffusion_core.evaluation.extractors import download_inception, read_extractor, read_inception
 from diffusion_core.evaluation.features import Extractor, ExtractorError
-from diffusion_core.evaluation.measure import KEPT_FIGURES, Reference, class_agreement, compare, look
-from diffusion_core.evaluation.protocol import protocol, protocols
+from diffusion_core.evaluation.measure import Reference, Seen, class_agreement, compare, look, needs_every_image
+from diffusion_core.evaluation.metrics import ImageMetric, Real
+from diffusion_core.evaluation.protocol import protocol
 from diffusion_core.evaluation.reference import Share, reference_for
+from diffusion_core.registries import METRICS
 
 Say = Callable[[str], None]
 """Receives one line for the user."""
 
 AGREEMENT = "eval/class_agreement"
-SYNTHETIC = "eval/synthetic_accuracy"
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,26 @@ class Judgement:
 
     figures: dict[str, float] = field(default_factory=dict)
     protocols: dict[str, str] = field(default_factory=dict)
+
+    def add(self, figures: dict[str, float], line: str) -> None:
+        """Add figures that have one protocol."""
+        self.figures.update(figures)
+        self.protocols.update(dict.fromkeys(figures, line))
+
+    def compare(
+        self,
+        figures: Iterable[str],
+        seen: Seen,
+        reference: Reference,
+        images: str,
+        extractor: Extractor | None,
+        class_names: Sequence[str] = (),
+    ) -> None:
+        """Add figures of one feature space (:func:`~diffusion_core.evaluation.measure.compare`)."""
+        for figure in figures:
+            found = compare([figure], seen, reference, class_names)
+            source = reference.source if found and METRICS[figure].compares else None
+            self.add(found, protocol(seen.statistics.count, images, extractor, source))
 
 
 def to_stderr(line: str) -> None:
@@ -78,7 +98,7 @@ class Suite:
     ) -> None:
         self.data, self.config, self.dataset = data, config, dataset
         self.device, self.say, self.share = device, say, share
-        self.keeps = bool(KEPT_FIGURES & set(config.figures))
+        self.keeps = needs_every_image(config.figures)
         self.classifier: Classifier | None = self._train_classifier() if with_classifier else None
         self.references: dict[str, Reference] = {}
         self.extractors: list[Extractor] = []
@@ -89,11 +109,17 @@ class Suite:
                 if must_have:
                     raise
                 say(f"no figures in features of {wanted}: {error}")
-        if self.extractors and {"frechet", "per_class"} & set(config.figures) and config.num_images < FID_FROM:
-            say(
-                f"eval.num_images = {config.num_images}: the Fréchet distance depends on the number of images and is "
-                f"not called FID below {FID_FROM:,}"
-            )
+        for part in self._parts():
+            if self.extractors and part.inception and config.num_images < part.inception_from:
+                say(
+                    f"eval.num_images = {config.num_images}: figures named {part.name} depend on the number of images; "
+                    f"they are called {part.inception} from {part.inception_from:,}"
+                )
+
+    def _parts(self) -> list[Part]:
+        """Return the numbers of all figures in feature spaces, each once."""
+        records = [METRICS[figure] for figure in self.config.figures]
+        return list({part.name: part for record in records if record.in_features for part in record.parts}.values())
 
     def _extractor(self, wanted: str) -> Extractor:
         if wanted == "classifier":
@@ -131,40 +157,33 @@ class Suite:
             images: their source, for protocols.
         """
         found = Judgement()
-        synthetic = "synthetic_accuracy" in self.config.figures
+        of_images = [name for name in self.config.figures if isinstance(METRICS[name], ImageMetric)]
         kept: list[tuple[Tensor, Tensor | None]] = []
-        if not self.networks and not synthetic:
+        if not self.networks and not of_images:
             return found
-        seen = look(self.networks, _noting(batches, kept if synthetic else None), total, keep=self.keeps)
+        seen = look(self.networks, _noting(batches, kept if of_images else None), total, keep=self.keeps)
         for extractor, view in zip(self.networks, seen, strict=True):
             if extractor is self.classifier and view.labels_N is not None and bool((view.labels_N >= 0).all()):
-                found.figures[AGREEMENT] = class_agreement(view)
-                found.protocols[AGREEMENT] = protocol(total, images, extractor)
+                found.add({AGREEMENT: class_agreement(view)}, protocol(total, images, extractor))
             if any(extractor is own for own in self.extractors):
-                reference = self._reference(extractor)
-                figures = compare(self.config.figures, view, reference, self.dataset.class_names)
-                found.figures.update(figures)
-                found.protocols.update(protocols(figures, total, images, extractor, reference.source))
-        if synthetic and kept and kept[0][1] is not None:
-            name = f"{SYNTHETIC}_{count_name(total)}"
-            found.figures[name] = self._synthetic_accuracy(kept, total)
-            found.protocols[name] = protocol(total, images, None, f"{self.data.name}/val")
+                reference, names = self._reference(extractor), self.dataset.class_names
+                found.compare(self.config.figures, view, reference, images, extractor, names)
+        labelled = bool(kept) and kept[0][1] is not None
+        wanted = [name for name in of_images if labelled or not METRICS[name].labels]
+        everything = self._gathered(kept, total) if wanted else None
+        for name in wanted:
+            record = METRICS[name]
+            if everything is not None:
+                value = record.compute(everything, Real(self.dataset, self.data, self.device))
+                line = protocol(total, images, None, f"{self.data.name}/{record.split}")
+                found.add({f"eval/{name}_{count_name(total)}": value}, line)
         return found
 
-    def _synthetic_accuracy(self, kept: list[tuple[Tensor, Tensor | None]], total: int) -> float:
-        """Return the accuracy, on real held-out images, of a classifier trained only on generated images."""
-        images_NCHW = gather_in_order(torch.cat([images for images, _ in kept]), total)
-        labels_N = gather_in_order(torch.cat([labels for _, labels in kept if labels is not None]), total)
-        recipe = RECIPES[recipe_for(self.dataset.shape_CHW, self.device.type == "cuda")]
-        network = train_classifier(
-            Images(images_NCHW, labels_N),
-            self.dataset.num_classes,
-            recipe,
-            mirrored=self.data.flips,
-            device=self.device,
-        )
-        broadcast_weights(network)
-        return accuracy(network, self.dataset.val)
+    def _gathered(self, kept: list[tuple[Tensor, Tensor | None]], total: int) -> Images:
+        """Return the images of all processes, in order; their labels are -1 if they have none."""
+        images_NCHW = torch.cat([images for images, _ in kept])
+        labels_N = torch.cat([torch.full((len(images),), -1) if given is None else given for images, given in kept])
+        return Images(gather_in_order(images_NCHW, total), gather_in_order(labels_N, total))
 
 
 def _noting(

@@ -13,11 +13,13 @@ from diffusion_core.config import CoreConfig
 from diffusion_core.data.datasets import DataError, Dataset
 from diffusion_core.evaluation.features import ExtractorError
 from diffusion_core.evaluation.generated import estimate_seconds, generated
+from diffusion_core.evaluation.metrics import LossMetric
 from diffusion_core.evaluation.protocol import PREFIX, sampling_protocol
 from diffusion_core.evaluation.suite import Judgement, Suite
-from diffusion_core.evaluation.validation import by_timestep, validation_losses
+from diffusion_core.evaluation.validation import validation_losses
 from diffusion_core.files import write_json
 from diffusion_core.hardware import pick_precision
+from diffusion_core.registries import METRICS
 from diffusion_core.run_folder import PROTOCOLS_FILE
 from diffusion_core.sampling.generation import Generator
 from diffusion_core.tracking import Tracker, Upload
@@ -72,8 +74,9 @@ class Evaluate:
         network = state.ema.network
         loss_N, t_N = validation_losses(network, self.dataset.val, self.config, self.precision)
         figures = {"val/loss": float(loss_N.mean())}
-        if "loss_by_timestep" in self.config.eval.figures:
-            figures |= by_timestep(loss_N, t_N, self.config.diffusion.timesteps)
+        for record in (METRICS[name] for name in self.config.eval.figures):
+            if isinstance(record, LossMetric):
+                figures |= record.compute(loss_N, t_N, self.config.diffusion.timesteps)
         if self.config.judges_images:
             judged = self._judge(Generator(network, self.config, self.precision))
             figures |= judged.figures

@@ -8,10 +8,11 @@ import pytest
 import torch
 from tiny import digits, tiny_config, tiny_network
 
-from diffusion_core.config.metrics import GOALS, count_name, goal_of, is_better, space_figure, space_name
+from diffusion_core.config.metrics import Part, count_name, goal_of, goals, is_better, space_figure, space_name
 from diffusion_core.evaluation import validation, validation_loss
 from diffusion_core.evaluation.validation import by_timestep, validation_losses
 from diffusion_core.model.unet import build_network
+from diffusion_core.registries import METRICS
 
 CONFIG = tiny_config(eval__val_images=300)
 
@@ -86,6 +87,9 @@ def test_is_better() -> None:
         assert not is_better("val/loss", value, math.nan)
 
 
+PARTS: dict[str, Part] = {part.name: part for record in METRICS.values() if record.in_features for part in record.parts}
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -106,12 +110,13 @@ def test_is_better() -> None:
     ],
 )
 def test_names_carry_the_protocol_and_only_fid_is_called_fid(arguments: tuple[object, ...], expected: str) -> None:
-    assert space_figure(*arguments) == expected  # type: ignore[arg-type]
+    name, *others = arguments
+    assert space_figure(PARTS[name], *others) == expected  # type: ignore[index, arg-type]
     assert goal_of(expected) == ("maximize" if "score" in expected or "recall" in expected else "minimize")
 
 
 def test_every_kind_of_figure_has_a_goal_and_costs_have_none() -> None:
-    assert [goal_of(name.replace("*", "x")) for name in GOALS] == list(GOALS.values())
+    assert [goal_of(name.replace("*", "x")) for name in goals()] == list(goals().values())
     assert goal_of("eval/fid5k_train/cat") == "minimize"
     for name in ("model/params", "train/lr", "eval/seconds_per_image", "dense/val/loss", "protocol/eval/fid5k_train"):
         assert goal_of(name) is None

@@ -1,0 +1,220 @@
+"""The figures that ``eval.figures`` chooses by name: one record each in ``METRICS``.
+
+A record is of one of three kinds, by what the figure is computed from: features, images, or losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from diffusion_core.config import DataConfig, EvalConfig
+from diffusion_core.config.metrics import FID_FROM, Goal, Part, count_name, space_figure
+from diffusion_core.data.datasets import Dataset, Images
+from diffusion_core.distributed import broadcast_weights
+from diffusion_core.evaluation.classifier.training import RECIPES, accuracy, recipe_for, train_classifier
+from diffusion_core.evaluation.distances import density_coverage, inception_score, kernel_distance, precision_recall
+from diffusion_core.evaluation.measure import Reference, Seen
+from diffusion_core.evaluation.validation import LOSS_BUCKETS, by_timestep
+from diffusion_core.registries import DATASETS, METRICS
+
+
+@dataclass(frozen=True)
+class FeatureMetric:
+    """A figure of generated images in each feature space of ``eval.extractors``.
+
+    Attributes:
+        parts: its numbers.
+        compute: returns one value for each part. Fields of ``Seen`` and ``Reference`` that the record asks for are set.
+        help: what it is, and its source.
+        every_image: needs ``features_ND`` of both sides; otherwise ``statistics`` is enough.
+        logits: needs ``logits_NK`` of the generated images.
+        compares: depends on the reference.
+        by_class: computed for the images of each class; the name ends in ``/CLASS``.
+    """
+
+    parts: Sequence[Part]
+    compute: Callable[[Seen, Reference], Sequence[float]]
+    help: str
+    every_image: bool = True
+    logits: bool = False
+    compares: bool = True
+    by_class: bool = False
+
+    in_features: ClassVar[bool] = True
+    of_images: ClassVar[bool] = True
+
+    @property
+    def labels(self) -> bool:
+        """Whether the images must have labels."""
+        return self.by_class
+
+    def goals(self, name: str) -> dict[str, Goal]:
+        """Return the goals of its numbers, by pattern."""
+        return {pattern: goal for part in self.parts for pattern, goal in part.goals().items()}
+
+    def names(self, name: str, evaluation: EvalConfig, data: DataConfig) -> list[str]:
+        """Return what a configuration logs, by pattern (``*``) where a file or a data set decides."""
+        reference = evaluation.reference if self.compares else None
+        least = DATASETS[data.name].least_images
+        sizes = [1, evaluation.num_images] if least is None else [least]  # A folder's size is known once it is read.
+        if self.by_class:
+            patterns = [pattern for part in self.parts for pattern in part.goals()]
+            return [f"{pattern.removesuffix('*')}*_{reference}/*" for pattern in patterns]
+        return [
+            space_figure(part, space, evaluation.num_images, reference, size)
+            for space in evaluation.space_names(data.name)
+            for part in self.parts
+            for size in sizes
+        ]
+
+
+@dataclass(frozen=True)
+class Real:
+    """What generated images can be compared with.
+
+    Attributes:
+        dataset: the real images.
+        config: the data set's knobs.
+        device: device of networks.
+    """
+
+    dataset: Dataset
+    config: DataConfig
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class ImageMetric:
+    """A figure that is computed from the generated images themselves; it is logged as ``eval/NAME_COUNT``.
+
+    Attributes:
+        compute: returns the value from all generated images (uint8, on the processor) and the real ones. All processes
+            call it with the same images.
+        goal: which way it is better.
+        help: what it is, and its source.
+        labels: needs the labels of the images.
+        split: the real images that it is compared with, named in its protocol: ``train`` or ``val``.
+    """
+
+    compute: Callable[[Images, Real], float]
+    goal: Goal
+    help: str
+    labels: bool = False
+    split: str = "val"
+
+    in_features: ClassVar[bool] = False
+    of_images: ClassVar[bool] = True
+
+    def goals(self, name: str) -> dict[str, Goal]:
+        """Return its goal, by pattern."""
+        return {f"eval/{name}_*": self.goal}
+
+    def names(self, name: str, evaluation: EvalConfig, data: DataConfig) -> list[str]:
+        """Return what a configuration logs."""
+        return [f"eval/{name}_{count_name(evaluation.num_images)}"]
+
+
+@dataclass(frozen=True)
+class LossMetric:
+    """Figures that are computed from the losses of held-out images.
+
+    Attributes:
+        compute: returns figures by name from losses and timesteps, both ``(N,)``, and the number of timesteps.
+        figures: all names that it can return.
+        pattern: a pattern (``*``) that fits them and no others.
+        goal: which way they are better.
+        help: what they are, and their source.
+    """
+
+    compute: Callable[[Tensor, Tensor, int], Mapping[str, float]]
+    figures: Sequence[str]
+    pattern: str
+    goal: Goal
+    help: str
+
+    labels: ClassVar[bool] = False
+    in_features: ClassVar[bool] = False
+    of_images: ClassVar[bool] = False
+
+    def goals(self, name: str) -> dict[str, Goal]:
+        """Return their goal, by pattern."""
+        return {self.pattern: self.goal}
+
+    def names(self, name: str, evaluation: EvalConfig, data: DataConfig) -> list[str]:
+        """Return what a configuration logs."""
+        return list(self.figures)
+
+
+FD = Part("fd", "minimize", inception="fid", inception_from=FID_FROM)
+
+
+def _frechet(seen: Seen, reference: Reference) -> list[float]:
+    return [seen.statistics.distance(reference.statistics)]
+
+
+def _kernel(seen: Seen, reference: Reference) -> list[float]:
+    assert seen.features_ND is not None
+    assert reference.features_ND is not None
+    return [kernel_distance(seen.features_ND, reference.features_ND)]
+
+
+def _score(seen: Seen, reference: Reference) -> list[float]:
+    assert seen.logits_NK is not None
+    return [inception_score(seen.logits_NK)]
+
+
+def _precision_recall(seen: Seen, reference: Reference) -> Sequence[float]:
+    assert seen.features_ND is not None
+    assert reference.features_ND is not None
+    return precision_recall(seen.features_ND, reference.features_ND)
+
+
+def _density_coverage(seen: Seen, reference: Reference) -> Sequence[float]:
+    assert seen.features_ND is not None
+    assert reference.features_ND is not None
+    return density_coverage(seen.features_ND, reference.features_ND)
+
+
+def _synthetic_accuracy(images: Images, real: Real) -> float:
+    """Return the accuracy, on real held-out images, of a classifier trained only on generated images."""
+    recipe = RECIPES[recipe_for(real.dataset.shape_CHW, real.device.type == "cuda")]
+    mirrored = real.config.flips
+    network = train_classifier(images, real.dataset.num_classes, recipe, mirrored=mirrored, device=real.device)
+    broadcast_weights(network)
+    return accuracy(network, real.dataset.val)
+
+
+METRICS["frechet"] = FeatureMetric([FD], _frechet, "Fréchet distance (FID)", every_image=False)
+METRICS["kernel"] = FeatureMetric([Part("kd", "minimize", inception="kid")], _kernel, "kernel distance (KID)")
+METRICS["score"] = FeatureMetric(
+    [Part("score", "maximize", inception="inception_score")],
+    _score,
+    "Inception score",
+    logits=True,
+    compares=False,
+)
+METRICS["precision_recall"] = FeatureMetric(
+    [Part("precision", "maximize"), Part("recall", "maximize")], _precision_recall, "precision and recall"
+)
+METRICS["density_coverage"] = FeatureMetric(
+    [Part("density", "maximize"), Part("coverage", "maximize")], _density_coverage, "density and coverage"
+)
+METRICS["per_class"] = FeatureMetric([FD], _frechet, "Fréchet distance of each class", by_class=True)
+METRICS["loss_by_timestep"] = LossMetric(
+    by_timestep,
+    [f"val/loss_t{part}" for part in range(LOSS_BUCKETS)],
+    "val/loss_t*",
+    "minimize",
+    "val/loss in ten ranges of timesteps",
+)
+METRICS["synthetic_accuracy"] = ImageMetric(
+    _synthetic_accuracy,
+    "maximize",
+    "accuracy on real images of a classifier that was trained on generated ones",
+    labels=True,
+)
