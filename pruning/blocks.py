@@ -1,4 +1,4 @@
-"""The blocks of a network, by name: what a share may be given to, and what figures are broken down by."""
+"""Names of the blocks of a network, for shares to keep and for sparsity by block."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 
 def block_of(name: str) -> str:
-    """The block that a parameter belongs to: ``conv_in``, ``time_mlp``, ``down.0``, ``middle``, ``up.1``, ..."""
+    """Return the block of a parameter: ``conv_in``, ``time_mlp``, ``down.0``, ``middle``, ``up.1``, ..."""
     words = name.split(".")
     return ".".join(words[:2]) if words[0] in ("down", "up") else words[0]
 
 
 def block_names(levels: int) -> list[str]:
-    """The blocks that hold weights, in a network of so many resolutions; ``up.0`` is the lowest resolution."""
+    """Return the blocks with weights of a network with ``levels`` resolutions. ``up.0`` is the lowest resolution."""
     return [
         "time_mlp",
         "conv_in",
@@ -24,6 +24,6 @@ def block_names(levels: int) -> list[str]:
 
 
 def block_shares(shares: Sequence[float], levels: int) -> dict[str, float]:
-    """Shares by block, from ``prune.block_keep``: of the resolutions on the way down, the middle, and on the way up."""
+    """Return the shares of ``prune.block_keep`` by block: ``down.*``, ``middle``, ``up.*``; empty without shares."""
     names = [name for name in block_names(levels) if name.startswith(("down.", "middle", "up."))]
     return dict(zip(names, shares, strict=True)) if shares else {}

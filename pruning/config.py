@@ -1,4 +1,4 @@
-"""Every knob of pruning (``prune.*``), and which method listens to which."""
+"""Knobs of pruning (``prune.*``), and the knobs that each method uses."""
 
 from __future__ import annotations
 
@@ -12,75 +12,77 @@ from diffusion_core.registry import Choice
 from pruning.registries import IMPORTANCES, MASK_STRATEGIES
 
 OTHER_METHODS = {
-    "none": "nothing is pruned",
-    "structured": "remove the weakest channels, which leaves a smaller network",
-    "lottery": "rounds of training, magnitude and rewinding (Frankle & Carbin 2019)",
+    "none": "no pruning",
+    "structured": "remove the least important channels, which makes the network smaller",
+    "lottery": "rounds of training, magnitude pruning and rewinding (Frankle & Carbin 2019)",
 }
-"""The values of ``prune.method`` that are no strategy for masks."""
+"""Values of ``prune.method`` that are not mask strategies."""
 
 
 class PruneConfig(Section):
-    """Knobs of ``prune.*``: what is pruned, when, by which method, and how much stays."""
+    """Knobs of ``prune.*``: what to prune, when, with which method, and how much to keep."""
 
     method: Annotated[str, Choice(MASK_STRATEGIES, OTHER_METHODS)] = "none"
-    """What is pruned, and how it is chosen: masks over weights, or whole channels."""
+    """Pruning method: masks over weights, or removal of whole channels."""
     keep: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """Share that stays: of the weights (masks), or of prune.target (structured)."""
+    """Share to keep: of the weights (masks), or of prune.target (structured)."""
     target: Literal["channels", "params", "macs", "latency"] = "macs"
-    """What prune.keep is a share of: channels, parameters, multiply-accumulates, or the measured time of a forward pass
-    of 16 images. Hit within 2% where the widths allow."""
+    """Cost that prune.keep refers to: channels, parameters, multiply-accumulates, or the measured time of a forward
+    pass of 16 images. It is met within 2% if the widths allow it."""
     importance: Annotated[str, Choice(IMPORTANCES)] = "l2"
-    """What says which channels are weak."""
+    """Score that ranks channels."""
     scope: Literal["auto", "global", "layer"] = "auto"
-    """Whether the whole network is ranked together, or each layer by itself. auto: global for masks, layer for
-    structured, as their authors do. Ranked together by magnitude, layers that start at zero go whole if they had few
-    steps to grow, and at 95% small networks lose whole layers; by layer they do not."""
+    """Rank the whole network together, or each layer separately. auto: global for masks, layer for structured, as in
+    the original papers. With global magnitude, layers that start at zero are removed completely if they had few steps
+    to grow, and at 95% sparsity small networks lose whole layers. Ranking by layer avoids this."""
     profile: Literal["uniform", "erk", "blocks"] = "uniform"
-    """With masks and prune.scope=layer, what each layer keeps of its weights: the same share, more of small layers
-    (Erdos-Renyi-kernel, Evci et al. 2020), or what prune.block_keep says."""
+    """With masks and prune.scope=layer, the share of its weights that each layer keeps: the same (uniform), more in
+    small layers (erk: Erdos-Renyi-kernel, Evci et al. 2020), or that of its block in prune.block_keep (blocks)."""
     iterations: Annotated[int, Field(ge=1, le=100)] = 1
-    """Rounds of structured removal; channels are judged anew in each."""
+    """Rounds of structured removal. Each round ranks the channels again."""
     round_to: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Widths become multiples of it. None: as coarse as the target allows, so that group norms keep many groups."""
+    """Make widths multiples of this. None: as coarse as the target allows, so that group norms keep many groups."""
     block_keep: list[Annotated[float, Field(gt=0.0, le=1.0)]] = Field(default=[])
     """Share to keep of each block: the resolutions on the way down, the middle, the resolutions on the way up; 1 spares
-    a block. structured: of the channels, in relation to the others, and what goes is scaled until prune.target is hit.
-    Masks with prune.profile=blocks: of the weights, exactly, and prune.keep of what is in no block."""
+    a block. structured: the removed shares of channels are scaled together until prune.target is met. Masks with
+    prune.profile=blocks: shares of weights are exact, and weights outside of these blocks keep prune.keep."""
     calibration_batches: Annotated[int, Field(ge=1, le=100_000)] = 100
-    """Batches of training images for gradients: at timesteps as in training, or for diff_pruning spread over them."""
+    """Batches of training images for gradients. Timesteps are drawn as in training; for diff_pruning, evenly spaced."""
     threshold: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
-    """Diff-Pruning stops at the timestep whose loss is below this share of the largest loss (Fang et al. 2023)."""
+    """Diff-Pruning stops at the first timestep whose loss is below this share of the largest (Fang et al. 2023)."""
     step: Annotated[int, Field(ge=0)] | None = None
-    """Optimizer steps before pruning, or its start (gradual); training goes on afterwards. 0: at once, for a run with
-    init.*; None: half of train.steps; gradual: a quarter; snip, synflow: 0. Layers that start at zero need some steps
-    to grow, or magnitude takes them whole. Figures before it are logged as dense/val/loss and so on."""
+    """Optimizer steps before pruning, or before its start (gradual). Training continues afterwards. 0: at once, for a
+    run with init.*. None: half of train.steps; gradual: a quarter; snip, synflow: 0. Layers that start at zero need
+    some steps to grow, or magnitude removes them completely. Figures before pruning are logged as dense/val/loss and so
+    on."""
     until: Annotated[int, Field(ge=1)] | None = None
     """Step at which gradual pruning reaches prune.keep. None: three quarters of train.steps."""
     interval: Annotated[int, Field(ge=1)] = 100
-    """Optimizer steps between two prunings of gradual; more go at first, fewer at last (a cubic)."""
+    """Optimizer steps between two prunings with gradual. Sparsity follows a cubic: fast at first, then more slowly."""
     pattern: Literal["1:2", "2:4", "4:8"] = "2:4"
-    """n_of_m: how many stay of how many neighbouring inputs. Layers whose inputs do not divide so stay dense."""
+    """For n_of_m: how many weights to keep of how many neighbouring inputs. Layers with an indivisible number of inputs
+    stay dense."""
     rounds: Annotated[int, Field(ge=1, le=1000)] = 35
-    """Rounds of a lottery, each a whole training, after the dense one; 1 is pruning in one shot."""
+    """Rounds of a lottery after the training of the dense network. Each is a whole training. 1 is one-shot pruning."""
     per_round: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    """Share of what is left that goes in each round of a lottery."""
+    """Share of the remaining weights that each round of a lottery prunes."""
     rewind_step: Annotated[int, Field(ge=0)] = 0
-    """Step that each round of a lottery goes back to, with weights, averages, optimizer, learning rate and order of
-    the data as they were; 0 is initialisation."""
+    """Step that each round of a lottery rewinds to: weights, averages, optimizer, learning rate and order of the data.
+    0 is initialisation."""
     control: Literal["none", "reinit", "random_mask"] = "none"
-    """What the last round of a lottery trains in place of its ticket: its mask over weights drawn anew (from step 0),
-    or over the rewound weights a random mask with as many weights in each layer."""
+    """What the last round of a lottery trains instead of its ticket. reinit: new random weights with the ticket's mask,
+    from step 0. random_mask: the rewound weights with a random mask that keeps as many weights in each layer."""
 
     @property
     def needs_images(self) -> bool:
-        """Whether training images decide what goes."""
+        """Whether the method needs training images."""
         if self.method == "structured":
             return bool(IMPORTANCES[self.importance].gradients)
         return self.method in MASK_STRATEGIES and bool(MASK_STRATEGIES[self.method].needs_images)
 
     @property
     def at_start(self) -> bool:
-        """Whether the method prunes at initialisation unless it is told another step."""
+        """Whether the method prunes at initialisation unless ``prune.step`` is set."""
         return self.method in MASK_STRATEGIES and bool(MASK_STRATEGIES[self.method].at_start)
 
     @property
@@ -108,12 +110,12 @@ _MASKS_ONLY = frozenset({"profile", "until", "interval", "pattern"})
 
 
 def methods() -> list[str]:
-    """All values of ``prune.method``."""
+    """Return all values of ``prune.method``."""
     return [*OTHER_METHODS, *MASK_STRATEGIES]
 
 
 def listens_to(method: str) -> frozenset[str]:
-    """The knobs that a method listens to."""
+    """Return the knobs that a method uses."""
     if method == "none":
         return frozenset({"method"})
     if method == "lottery":
@@ -124,7 +126,7 @@ def listens_to(method: str) -> frozenset[str]:
 
 
 def needs(method: str) -> dict[str, tuple[str, frozenset[str]]]:
-    """Of a method the knobs that listen to another one: its name, and the values with which they are heard."""
+    """Return the knobs of a method that depend on another knob: its name, and its values with which they are used."""
     if method == "structured":
         with_gradients = frozenset(name for name, record in IMPORTANCES.items() if record.gradients)
         with_threshold = frozenset(name for name, record in IMPORTANCES.items() if record.threshold)
@@ -139,14 +141,14 @@ def needs(method: str) -> dict[str, tuple[str, frozenset[str]]]:
 
 
 def unheard(prune: PruneConfig, tried: Collection[str] | None = None) -> Iterator[str]:
-    """The knobs that are set although no method listens to them, each as one line for the user.
+    """Yield the knobs that are set although no method uses them, each as one line for the user.
 
-    A knob at its default counts as not set. A sweep over several methods sets the knobs of all of them in every trial:
-    it is asked about all its methods at once, and its trials are not asked.
+    A knob at its default counts as not set. A sweep over several methods sets the knobs of all of them in every trial,
+    so the sweep is checked for all its methods together, and its trials are not checked.
 
     Args:
         prune: the knobs.
-        tried: the methods; None: the one that is set.
+        tried: the methods; None: ``prune.method`` only.
     """
     needed = needs(prune.method) if tried is None else {}  # A sweep may vary what a knob needs.
     tried = [prune.method] if tried is None else list(dict.fromkeys(tried))

@@ -1,7 +1,6 @@
-"""The registries of pruning, empty until they are asked: the named modules add the built-in records.
+"""The registries of pruning. The named modules register the built-in records at the first look-up.
 
-Their records are :class:`pruning.masks.build.MaskRecord` and
-:class:`pruning.channels.importance.ImportanceRecord`.
+The records are :class:`pruning.masks.build.MaskRecord` and :class:`pruning.channels.importance.ImportanceRecord`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Which channels of a network depend on one another: they stay or go together, in every layer that holds them.
+"""Find channels that depend on each other: they are kept or removed together, in every layer that has them.
 
-torch-pruning traces the dependencies. What comes out of it here is plain: names of layers and positions in them.
+torch-pruning traces the dependencies. The results are plain data: names of layers, and positions in them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Side = Literal["out", "in"]
 
 @dataclass(frozen=True)
 class Member:
-    """A layer that holds a group's channels.
+    """A layer that has the channels of a group.
 
     Attributes:
         layer: its name.
-        side: whether they are among what it gives (also for norms and embeddings) or among what it takes.
-        places: where the group's channels are in it, one place a channel; a layer may be a member twice.
+        side: ``out`` if the channels are outputs of the layer (also for norms and embeddings), ``in`` if inputs.
+        places: positions of the group's channels in the layer, one per channel. A layer may be a member twice.
     """
 
     layer: str
@@ -38,13 +38,13 @@ class Member:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that are numbered alike in all layers of the group; channel i goes from all of them or from none.
+    """Channels that are removed together: channel i is removed from all layers of the group, or from none.
 
     Attributes:
-        name: the first layer, in the network's own order, that gives these channels.
-        width: how many there are.
-        heads: as many channels must stay of each of that many equal parts (attention heads; else 1).
-        members: every layer that holds them.
+        name: the first layer, in the order of the network, with these channels as outputs.
+        width: number of channels.
+        heads: number of equal parts that must keep equally many channels (attention heads; else 1).
+        members: all layers that have the channels.
     """
 
     name: str
@@ -54,18 +54,18 @@ class ChannelGroup:
 
 
 Kept = Mapping[str, Tensor]
-"""Name of a group to a bool tensor ``(width,)``: True stays."""
+"""Maps names of groups to bool tensors, ``(width,)``: True keeps the channel."""
 
 
 def channel_groups(network: UNet) -> list[ChannelGroup]:
-    """All groups of a network whose channels may go, in the order of its layers; the image's channels are in none."""
+    """Return all groups of removable channels, in the order of the network. The image's channels are in no group."""
     import torch_pruning  # Slow to import, and only needed here.
 
     heads: dict[str, int] = {}
     for name, module in network.named_modules():
         if isinstance(module, AttentionBlock):
             heads |= dict.fromkeys((f"{name}.query", f"{name}.key", f"{name}.value"), module.heads)
-    traced = copy.deepcopy(network).requires_grad_(True)  # Tracing follows the graph of gradients.
+    traced = copy.deepcopy(network).requires_grad_(True)  # Tracing follows the autograd graph.
     order = {name: i for i, (name, _) in enumerate(traced.named_modules())}
     names = {module: name for name, module in traced.named_modules()}
     with torch.enable_grad():
@@ -77,8 +77,8 @@ def channel_groups(network: UNet) -> list[ChannelGroup]:
             module = item.dep.target.module
             if type(module) in SIZES:
                 side: Side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
-                # A layer holds channels twice where it is given a tensor beside itself: a skip connection to the end
-                # of the very residual stream that it started from.
+                # A layer has the same channels twice if its input is a concatenation of dependent tensors: a skip
+                # connection, and the end of the residual stream that the skip connection started from.
                 places: dict[int, list[int]] = {}
                 for channel, place in zip(item.root_idxs, item.idxs, strict=True):
                     places.setdefault(channel, []).append(place)
@@ -94,12 +94,12 @@ def channel_groups(network: UNet) -> list[ChannelGroup]:
 
 
 def size_key(size: Mapping[str, int], side: Side) -> str:
-    """The name of the size that counts what a layer gives or takes."""
+    """Return the name of the size that counts the outputs or the inputs of a layer."""
     return next(key for key in size if key.startswith(("in_" if side == "in" else "out_", "num_channels", "embedding")))
 
 
 def kept_places(network: UNet, groups: list[ChannelGroup], kept: Kept) -> dict[tuple[str, Side], Tensor]:
-    """Of every layer and side that loses channels, the positions that stay, in order."""
+    """Return the positions to keep, in order, for every layer and side that loses channels."""
     stays: dict[tuple[str, Side], Tensor] = {}
     for group in groups:
         for member in group.members:

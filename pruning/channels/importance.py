@@ -1,8 +1,8 @@
-"""How much each channel matters: a score for every channel of every group, from weights and gradients.
+"""Importance of channels: a score for every channel of every group, from weights and gradients.
 
-Each importance is a saliency of single weights, added up over all weights that would go with a channel: the rows of the
-layers that give it, the columns of those that take it, and the gains of the norms between. Magnitudes leave biases and
-norms out: a gain near one does not tell channels apart.
+Each importance is a saliency of single weights, summed over all weights that are removed with a channel: the rows of
+the layers that output it, the columns of the layers that take it, and the gains of the norms in between. Magnitudes
+ignore biases and norms, because gains near one do not distinguish channels.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from pruning.config import PruneConfig
 from pruning.registries import IMPORTANCES
 
 Saliency = dict[str, Tensor]
-"""Name of a parameter to the saliency of each of its entries, of its shape."""
+"""Maps names of parameters to the saliencies of their entries, in the parameter's shape."""
 
 
 @dataclass(frozen=True)
 class ImportanceRecord:
-    """How an importance is computed.
+    """An importance that a user can select.
 
     Attributes:
-        saliency: the saliency of every weight; None: scores are random.
+        saliency: returns the saliency of every weight; None: scores are random.
         help: what it is, and its source.
-        signed: the saliencies of a channel are added up in each layer before their absolute value is taken.
-        magnitudes: only the weights of convolutions and linear layers count.
-        gradients: it needs training images, ``prune.calibration_batches`` of them.
-        threshold: it listens to ``prune.threshold``.
-        redraws: the weights that stay are drawn anew.
+        signed: whether saliencies of a channel are summed within a layer before the absolute value is taken.
+        magnitudes: whether only weights of convolutions and linear layers count.
+        gradients: whether it needs ``prune.calibration_batches`` batches of training images.
+        threshold: whether it uses ``prune.threshold``.
+        redraws: whether the remaining weights are drawn anew.
     """
 
     saliency: Callable[[UNet, PruneConfig, Calibration], Saliency] | None
@@ -51,17 +51,17 @@ class ImportanceRecord:
 def channel_scores(
     network: UNet, groups: list[ChannelGroup], prune: PruneConfig, seed: int, calibration: Calibration | None
 ) -> dict[str, Tensor]:
-    """The score of every channel, ``(width,)`` float64 a group; the lowest go first.
+    """Return the score of every channel, ``(width,)`` float64 per group. The lowest are removed first.
 
     Args:
-        network: in evaluation mode.
+        network: the network, in evaluation mode.
         groups: its groups of channels.
-        prune: names the importance.
-        seed: of an importance without saliency, whose scores are random.
-        calibration: images to measure gradients on, for an importance that needs them.
+        prune: selects the importance.
+        seed: seed of random scores.
+        calibration: training images for gradients; may be None if the importance needs none.
 
     Raises:
-        ValueError: if an importance needs calibration and there is none.
+        ValueError: if the importance needs images and there are none.
     """
     record: ImportanceRecord = IMPORTANCES[prune.importance]
     if record.saliency is None:
@@ -85,10 +85,10 @@ def channel_scores(
 
 
 def _slices(saliency: Saliency, member: Member, biases: bool) -> Iterator[Tensor]:
-    """The entries of a layer's parameters that go with each channel, ``(width, entries)``, parameter by parameter."""
+    """Yield the entries of a layer's parameters that belong to each channel, ``(width, entries)``, per parameter."""
     places = torch.tensor(member.places)
     weight = saliency[f"{member.layer}.weight"].double().cpu()
-    # Embeddings give their columns, all other layers their rows.
+    # Output channels are columns in embeddings, and rows in all other layers.
     axis = 1 if member.side == "in" or f"{member.layer}.bias" not in saliency else 0
     yield weight.movedim(axis, 0)[places].flatten(1) if weight.ndim > 1 else weight[places][:, None]
     if biases and member.side == "out" and f"{member.layer}.bias" in saliency:
@@ -103,18 +103,19 @@ def _weights(network: UNet) -> dict[str, Tensor]:
 
 
 def absolute(network: UNet, _prune: PruneConfig, _calibration: Calibration) -> Saliency:
-    """``|w|``: the L1 norm (Li et al. 2017)."""
+    """Return ``|w|``: the L1 norm (Li et al. 2017)."""
     return {name: weight.abs() for name, weight in _weights(network).items()}
 
 
 def squared(network: UNet, _prune: PruneConfig, _calibration: Calibration) -> Saliency:
-    """``w^2``: ranks as the L2 norm does."""
+    """Return ``w^2``, which ranks as the L2 norm does."""
     return {name: weight.square() for name, weight in _weights(network).items()}
 
 
 def first_order(network: UNet, prune: PruneConfig, calibration: Calibration) -> Saliency:
-    """``w * g`` with the gradient of the training loss, which it would change by to first order (Molchanov et al.
-    2019).
+    """Return ``w * g`` with the gradient g of the training loss (Molchanov et al. 2019).
+
+    To first order, this is the change of the loss when w is removed.
     """
     total = {name: torch.zeros_like(weight) for name, weight in _weights(network).items()}
     for gradients in calibration.gradients(network, prune.calibration_batches):
@@ -124,10 +125,10 @@ def first_order(network: UNet, prune: PruneConfig, calibration: Calibration) -> 
 
 
 def over_timesteps(network: UNet, prune: PruneConfig, calibration: Calibration) -> Saliency:
-    """``w * sum_t g_t`` over the timesteps that matter (Diff-Pruning, Fang et al. 2023, algorithm 1).
+    """Return ``w * sum_t g_t`` over the important timesteps (Diff-Pruning, Fang et al. 2023, algorithm 1).
 
-    Timesteps are visited from the least noise on, ``prune.calibration_batches`` of them evenly spread, each with a
-    batch of images and noise of its own, until the loss falls below ``prune.threshold`` times the largest one so far.
+    ``prune.calibration_batches`` evenly spaced timesteps are visited in the order of increasing noise, each with its
+    own batch of images and noise, until the loss falls below ``prune.threshold`` times the largest loss so far.
     """
     weights = _weights(network)
     total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
@@ -140,7 +141,7 @@ def over_timesteps(network: UNet, prune: PruneConfig, calibration: Calibration) 
 def timestep_gradients(
     network: UNet, prune: PruneConfig, calibration: Calibration
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """The timesteps that Diff-Pruning visits, with the gradient of the loss at each."""
+    """Yield the timesteps that Diff-Pruning visits, with the gradient of the loss at each."""
     parameters = dict(network.named_parameters())
     count = min(prune.calibration_batches, calibration.config.diffusion.timesteps)
     largest = 0.0
@@ -154,7 +155,7 @@ def timestep_gradients(
 
 
 def fisher(network: UNet, prune: PruneConfig, calibration: Calibration) -> Saliency:
-    """``w^2 * E[g^2]`` over single images: the diagonal of the Fisher information in place of the Hessian's."""
+    """Return ``w^2 * E[g^2]`` over single images, with the Fisher information's diagonal in place of the Hessian's."""
     parameters = dict(network.named_parameters())
     total = {name: torch.zeros_like(weight) for name, weight in parameters.items()}
     images = 0
@@ -168,15 +169,16 @@ def fisher(network: UNet, prune: PruneConfig, calibration: Calibration) -> Salie
 
 
 def hessian(network: UNet, prune: PruneConfig, calibration: Calibration) -> Saliency:
-    """``w^2 h / 2`` with the Hessian's diagonal (Optimal Brain Damage, LeCun et al. 1989), estimated by Hutchinson's
-    probes: ``h = E[z * Hz]``, one probe of random signs a batch.
+    """Return ``w^2 h / 2`` with the Hessian's diagonal h (Optimal Brain Damage, LeCun et al. 1989).
+
+    Hutchinson's estimate of the diagonal is ``h = E[z * Hz]``, with one vector z of random signs per batch.
     """
     parameters = dict(network.named_parameters())
     total = {name: torch.zeros_like(weight) for name, weight in parameters.items()}
     for index in calibration.indices(prune.calibration_batches):
         source = generator(calibration.config.seed, Purpose.PRUNE, index)
         signs = [torch.randint(2, p.shape, generator=source).to(p) * 2.0 - 1.0 for p in parameters.values()]
-        with sdpa_kernel(SDPBackend.MATH):  # The others have no second derivative.
+        with sdpa_kernel(SDPBackend.MATH):  # The other backends have no second derivative.
             loss = calibration.loss(network, calibration.draws(index, network)).mean()
             gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
             products = torch.autograd.grad(gradients, list(parameters.values()), signs, materialize_grads=True)
@@ -185,22 +187,27 @@ def hessian(network: UNet, prune: PruneConfig, calibration: Calibration) -> Sali
     return {name: weight.square() * total[name] / 2.0 for name, weight in _weights(network).items()}
 
 
-IMPORTANCES["random"] = ImportanceRecord(None, "nothing: a control")
+IMPORTANCES["random"] = ImportanceRecord(None, "random scores, a control")
 IMPORTANCES["l1"] = ImportanceRecord(absolute, "the L1 norm of the weights (Li et al. 2017)", magnitudes=True)
 IMPORTANCES["l2"] = ImportanceRecord(squared, "the L2 norm of the weights", magnitudes=True)
 IMPORTANCES["taylor"] = ImportanceRecord(
-    first_order, "the change of the loss to first order, weight by weight (Molchanov et al. 2019)", gradients=True
+    first_order, "first-order change of the loss, weight by weight (Molchanov et al. 2019)", gradients=True
 )
 IMPORTANCES["taylor_multivariable"] = ImportanceRecord(
-    first_order, "the same, added up with signs within a layer", signed=True, gradients=True
+    first_order, "like taylor, but summed with signs within a layer", signed=True, gradients=True
 )
 IMPORTANCES["diff_pruning"] = ImportanceRecord(
-    over_timesteps, "taylor over the timesteps that matter (Fang et al. 2023)", gradients=True, threshold=True
+    over_timesteps, "like taylor, over the important timesteps (Fang et al. 2023)", gradients=True, threshold=True
 )
-IMPORTANCES["fisher"] = ImportanceRecord(fisher, "to second order, by the Fisher information", gradients=True)
+IMPORTANCES["fisher"] = ImportanceRecord(
+    fisher, "second-order change of the loss, by the Fisher information", gradients=True
+)
 IMPORTANCES["hessian"] = ImportanceRecord(
-    hessian, "to second order, by the Hessian's diagonal (LeCun et al. 1989)", signed=True, gradients=True
+    hessian,
+    "second-order change of the loss, by the Hessian's diagonal (LeCun et al. 1989)",
+    signed=True,
+    gradients=True,
 )
 IMPORTANCES["reinit"] = ImportanceRecord(
-    squared, "l2, and the weights that stay are drawn anew: a control", magnitudes=True, redraws=True
+    squared, "like l2, with the remaining weights drawn anew, a control", magnitudes=True, redraws=True
 )

@@ -1,4 +1,4 @@
-"""Structured pruning: whole channels go, and a smaller network remains."""
+"""Structured pruning: remove whole channels, which makes the network smaller."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from pruning.config import PruneConfig
 from pruning.registries import IMPORTANCES
 
 LATENCY_STEPS = 8
-"""Bisections where each takes a measurement."""
+"""Number of bisections if each needs a measurement."""
 
 
 @dataclass(frozen=True)
 class Removal:
-    """Which channels stay, as plain JSON; with the dense network enough to prune it again.
+    """The channels to keep, as plain JSON. Together with the dense network, this is enough to repeat the pruning.
 
     Attributes:
-        kept: for every group of channels a text of its width: ``1`` for a channel that stays, ``0`` for one that goes.
-        redrawn: the seed from which the weights of the smaller network were drawn anew, or None.
+        kept: a string for every group of channels: ``1`` for each channel to keep, ``0`` for each channel to remove.
+        redrawn: the seed with which the weights of the smaller network were drawn anew, or None.
     """
 
     kept: dict[str, str]
@@ -46,23 +46,23 @@ def prune_channels(
     calibration: Calibration | None = None,
     progress: bool = False,
 ) -> tuple[UNet, Removal]:
-    """Remove the weakest channels until ``prune.keep`` of ``prune.target`` is left.
+    """Remove the least important channels until ``prune.keep`` of ``prune.target`` is left.
 
-    Attention keeps its heads, and the image its channels. Group norms keep as many of their groups as divide the new
-    width.
+    Attention keeps its heads, and the image its channels. The groups of a group norm become the greatest common divisor
+    of their old number and the new width.
 
     Args:
-        network: it is left as it is.
-        prune: what is to stay, and what says which channels are weak.
-        seed: of the importances ``random`` and ``reinit``.
-        calibration: training images, for the importances that measure gradients.
-        progress: show a bar.
+        network: the network to prune; it does not change.
+        prune: how much to keep, and how to rank channels.
+        seed: seed of the importances ``random`` and ``reinit``.
+        calibration: training images, for importances with gradients.
+        progress: show a progress bar.
 
     Returns:
-        The smaller network, in the same mode and on the same device, and what to do to get it again.
+        The smaller network, in the same mode and on the same device, and the record with which to repeat the pruning.
 
     Raises:
-        ConfigError: if so little cannot stay.
+        ConfigError: if the target is out of reach, or ``prune.block_keep`` does not have one share per block.
     """
     groups = channel_groups(network)
     if prune.block_keep and len(prune.block_keep) != len(block_names(network)):
@@ -75,7 +75,7 @@ def prune_channels(
         current = _shrink(network, groups, kept).eval().requires_grad_(True)
         narrowed = channel_groups(current) if iteration > 1 else groups
         scores = channel_scores(current, narrowed, prune, stream_seed(seed, iteration), calibration)
-        # Towards the target in equal ratios; each from the network as it was, so that rounding does not add up.
+        # Approach the target in equal ratios, all relative to the original network, so that rounding does not add up.
         cost, target = _cost_to_hit(network, groups, prune, prune.keep ** (iteration / prune.iterations))
         full = {
             group.name: torch.full((group.width,), -math.inf, dtype=torch.float64).masked_scatter(
@@ -94,10 +94,10 @@ def prune_channels(
 
 
 def remove(network: UNet, removal: Removal) -> UNet:
-    """Prune a network as a record says.
+    """Prune a network according to a record.
 
     Raises:
-        ValueError: if the record is one of another network.
+        ValueError: if the record is of another network.
     """
     groups = channel_groups(network)
     if {name: len(marks) for name, marks in removal.kept.items()} != {group.name: group.width for group in groups}:
@@ -116,7 +116,7 @@ def _apply(network: UNet, groups: list[ChannelGroup], removal: Removal) -> UNet:
 def _cost_to_hit(
     network: UNet, groups: list[ChannelGroup], prune: PruneConfig, keep: float
 ) -> tuple[Callable[[Counts], float], float]:
-    """What a network with so many channels costs in the target's unit, and what it should."""
+    """Return the cost of a network with given numbers of channels, in the target's unit, and the cost to reach."""
     if prune.target == "latency":
 
         def ratio(counts: Counts) -> float:
@@ -134,13 +134,13 @@ def _cost_to_hit(
 
 
 def _untrained(network: UNet, groups: list[ChannelGroup], counts: Counts) -> UNet:
-    """A network of these widths, whatever its weights."""
+    """Return a network of these widths, with arbitrary weights."""
     first = {group.name: torch.arange(group.width) < counts[group.name] for group in groups}
     return _shrink(network, groups, first)
 
 
 def _shrink(network: UNet, groups: list[ChannelGroup], kept: Kept) -> UNet:
-    """A copy of a network with the channels that stay."""
+    """Return a copy of a network with only the channels to keep."""
     smaller = copy.deepcopy(network)
     counts = {group.name: int(kept[group.name].sum()) for group in groups}
     now = layer_sizes(network)
@@ -166,7 +166,7 @@ def _shrink(network: UNet, groups: list[ChannelGroup], kept: Kept) -> UNet:
         if isinstance(module, AttentionBlock):
             query = smaller.get_submodule(f"{name}.query")
             assert isinstance(query, nn.Linear)
-            # Attention divides by the root of a head's width; what it divided by so far stays in force.
+            # Attention divides by the root of a head's width. Scale queries so that the old width still applies.
             scale = math.sqrt(query.out_features / module.query.out_features)
             if scale != 1.0:
                 query.weight.data.mul_(scale)
@@ -175,7 +175,7 @@ def _shrink(network: UNet, groups: list[ChannelGroup], kept: Kept) -> UNet:
 
 
 def _draw_weights(network: UNet, seed: int) -> None:
-    """Draw all weights anew, as for a network of these widths that was never trained."""
+    """Draw all weights anew, as for an untrained network of these widths."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = copy.deepcopy(network).cpu()

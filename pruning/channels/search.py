@@ -1,4 +1,4 @@
-"""How many channels of each group stay, so that a network costs what it should; and which of them."""
+"""Find how many channels of each group to keep so that a network reaches a cost, and which channels these are."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from pruning.channels.groups import ChannelGroup, Kept, size_key
 from pruning.config import PruneConfig
 
 Counts = dict[str, int]
-"""Name of a group to the number of its channels that stay."""
+"""Maps names of groups to numbers of channels to keep."""
 
 TOLERANCE = 0.02
-"""A target that cannot be approached this closely from above is out of reach."""
+"""Largest relative excess over the target cost. A target that cannot be approached this closely is out of reach."""
 CLOSE_ENOUGH = 0.01
-"""Widths are made finer until the cost is that close to the target."""
+"""Relative error of the cost at which the search stops. Until then, it tries finer widths."""
 STEPS = 24
-"""Bisections where the cost can be counted; enough to tell any two widths apart."""
+"""Number of bisections if the cost can be counted; enough to distinguish any two widths."""
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
 def layer_sizes(network: UNet) -> Structure:
-    """The sizes of every layer that has any."""
+    """Return the sizes of every layer that has any."""
     return {name: now for name, module in network.named_modules() if (now := sizes(module))}
 
 
 def shrunk_sizes(layers: Structure, groups: list[ChannelGroup], counts: Mapping[str, int]) -> Structure:
-    """The sizes of every layer once each group has kept so many channels.
+    """Return the sizes of every layer after each group has kept the given number of channels.
 
-    A group norm gets the most groups that divide both its old number of groups and its new width.
+    A group norm gets the greatest common divisor of its old number of groups and its new width.
     """
     shrunk = {name: dict(size) for name, size in layers.items()}
     for group in groups:
@@ -58,17 +58,17 @@ def find_counts(
     steps: int = STEPS,
     progress: bool = False,
 ) -> Counts:
-    """Bisect on how much is removed until the network costs what it should.
+    """Bisect the amount of removal until the network reaches the target cost.
 
     Args:
-        network: the network that is to shrink.
+        network: the network to shrink.
         groups: its groups of channels.
-        scores: a score for every channel; minus infinity for one that is gone already.
+        scores: a score for every channel; minus infinity for channels that are removed already.
         prune: scope, rounding, shares by block.
-        cost: of a network that keeps so many channels, in the target's unit; falls with them.
-        target: the cost that is wanted.
-        steps: bisections.
-        progress: show a bar.
+        cost: returns the cost of a network with given numbers of channels, in the target's unit.
+        target: the cost to reach.
+        steps: number of bisections.
+        progress: show a progress bar.
 
     Raises:
         ConfigError: if even the narrowest network costs more.
@@ -101,7 +101,7 @@ def find_counts(
             off = abs(cost(counts_at(amount)) / target - 1.0)
             if off < error:
                 best, error = counts_at(amount), off
-        if error <= CLOSE_ENOUGH or prune.target == "latency":  # A clock is not that exact.
+        if error <= CLOSE_ENOUGH or prune.target == "latency":  # Measured times are not that precise.
             break
     return best
 
@@ -113,7 +113,7 @@ def _norm_groups(network: UNet) -> int:
 def _removal(
     network: UNet, groups: list[ChannelGroup], scores: Mapping[str, Tensor], prune: PruneConfig
 ) -> Callable[[float], dict[str, float]]:
-    """How many channels of each group should stay, not rounded, when 0 (nothing) to 1 (all) is removed."""
+    """Return a function that maps the removed amount, 0 to 1 (all), to channels of each group to keep, not rounded."""
     if prune.scope == "global":
         relative = torch.cat(
             [score / score[score.isfinite()].mean().clamp(min=1e-30) for score in (scores[g.name] for g in groups)]
@@ -132,7 +132,7 @@ def _removal(
     least = min((share for share in shares.values() if share), default=1.0)
 
     def alike(amount: float) -> dict[str, float]:
-        # Blocks that lose most may be at their least before the others are.
+        # Blocks with the largest shares may reach their minimum before the others.
         scale = amount / least if largest else 0.0
         return {group.name: group.width * (1.0 - min(1.0, scale * shares[group.name])) for group in groups}
 
@@ -140,13 +140,14 @@ def _removal(
 
 
 def block_names(network: UNet) -> list[str]:
-    """The blocks that ``prune.block_keep`` speaks of: resolutions on the way down, the middle, those on the way up."""
+    """Return the blocks of ``prune.block_keep``: resolutions on the way down, the middle, resolutions on the way up."""
     return [*(f"down.{i}" for i in range(len(network.down))), "middle", *(f"up.{i}" for i in range(len(network.up)))]
 
 
 def block_share(network: UNet, group: ChannelGroup, block_keep: list[float]) -> float:
-    """The share of a group in ``prune.block_keep``; 0 if it has none. The input belongs to the first block, the
-    embedding of time and label to the middle one.
+    """Return the share of a group in ``prune.block_keep``; 0 without shares.
+
+    The input layer belongs to the first block, and the embedding of time and label to the middle.
     """
     if not block_keep:
         return 0.0
@@ -162,10 +163,10 @@ def block_share(network: UNet, group: ChannelGroup, block_keep: list[float]) -> 
 def round_counts(
     groups: list[ChannelGroup], wanted: Mapping[str, float], unit: int, limits: Mapping[str, int]
 ) -> Counts:
-    """Whole numbers of channels: multiples of ``unit`` and of the number of heads, at least one and at most the limit.
+    """Round numbers of channels to multiples of ``unit`` and of the number of heads, from one multiple to the limit.
 
-    Groups are rounded at different points (spread evenly by the golden ratio), so that the cost moves in small steps
-    although many groups are equally wide.
+    Groups round up at different fractions, spread evenly by the golden ratio, so that the cost changes in small steps
+    although many groups have the same width.
     """
     counts = {}
     for index, group in enumerate(groups):
@@ -177,9 +178,9 @@ def round_counts(
 
 
 def choose(network: UNet, group: ChannelGroup, scores: Tensor, count: int) -> Tensor:
-    """Which channels of a group stay, ``(width,)`` bool: the best ones, ties broken by position.
+    """Return which channels of a group to keep, ``(width,)`` bool: the highest scores, ties broken by position.
 
-    As many of each attention head, and of each group of a norm, so that what a norm averages over stays together.
+    Attention heads keep equally many channels, and so do groups of a norm, so that each group keeps its own channels.
     """
     parts = group.heads
     for member in group.members:
@@ -193,5 +194,5 @@ def choose(network: UNet, group: ChannelGroup, scores: Tensor, count: int) -> Te
 
 
 def choose_all(network: UNet, groups: list[ChannelGroup], scores: Mapping[str, Tensor], counts: Counts) -> Kept:
-    """Which channels of every group stay."""
+    """Return which channels of every group to keep."""
     return {group.name: choose(network, group, scores[group.name], counts[group.name]) for group in groups}
