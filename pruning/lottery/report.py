@@ -1,7 +1,7 @@
-"""What a chain of tickets came to: a table, and plots of quality, of sparsity by block, of overlap.
+"""The report of a chain of tickets: a table, and plots of quality, sparsity by block, and overlap.
 
 FOLDER/
-    summary.json, summary.md   a row a round: what is left, quality, sparsity by block
+    summary.json, summary.md   one row per round: remaining weights, quality, sparsity by block
     quality-*.png              quality against remaining weights, tickets and their controls
     blocks.png                 sparsity by block, round by round
 """
@@ -36,14 +36,14 @@ LABELS = {"val/loss": "validation loss", "eval/class_agreement": "class agreemen
 
 @dataclass(frozen=True)
 class Trained:
-    """What one stage of a chain came to.
+    """The result of one stage of a chain.
 
     Attributes:
-        round_number: 0 is the dense network.
-        kind: ticket, or which control.
-        remaining: share of the maskable weights that its mask leaves.
+        round_number: number of the round; 0 is the dense network.
+        kind: a value of ``NAMES``: ticket, or the name of a control.
+        remaining: share of the maskable weights that its masks keep.
         figures: its figures by name, such as ``val/loss``.
-        blocks: share of the weights of each block that is pruned.
+        blocks: pruned share of the weights of each block.
     """
 
     round_number: int
@@ -54,10 +54,10 @@ class Trained:
 
 
 def ticket_masks(checkpoint: Checkpoint) -> WeightMasks:
-    """The masks in a checkpoint.
+    """Return the masks in a checkpoint.
 
     Raises:
-        CheckpointError: if it has none.
+        CheckpointError: if there are none.
     """
     if MASKS_PART not in checkpoint.parts:
         raise CheckpointError(f"{str(checkpoint.path)!r}: no masks here; expected a network pruned by masks")
@@ -65,7 +65,7 @@ def ticket_masks(checkpoint: Checkpoint) -> WeightMasks:
 
 
 def read_stages(folder: Path) -> list[Trained]:
-    """The finished stages of the chain in a folder, tickets first, by round."""
+    """Return the finished stages of the chain in a folder, tickets first, by round."""
     stages = []
     for result in sorted((folder / ROUNDS).glob(f"*/{RESULT_FILE}")):
         checkpoint = read_checkpoint(result.parent / CHECKPOINTS)
@@ -88,7 +88,7 @@ def read_stages(folder: Path) -> list[Trained]:
 
 
 def write_summary(folder: Path) -> dict[str, Path]:
-    """Write table and plots of the chain in a folder; returns the plots, by the names that they are logged under."""
+    """Write the table and the plots of the chain in a folder. Return the plots, by the names to log them under."""
     stages = read_stages(folder)
     write_json(folder / "summary.json", [asdict(stage) for stage in stages])
     write_text(folder / "summary.md", table(stages))
@@ -104,7 +104,7 @@ def write_summary(folder: Path) -> dict[str, Path]:
 
 
 def table(stages: Sequence[Trained]) -> str:
-    """A row a stage, in Markdown."""
+    """Return a Markdown table with one row per stage."""
     keys = [key for key in LABELS if any(key in stage.figures for stage in stages)]
     blocks = list(dict.fromkeys(block for stage in stages for block in stage.blocks))
     columns = ["round", "trained", "remaining", *(LABELS[key] for key in keys), *blocks]
@@ -121,7 +121,7 @@ def table(stages: Sequence[Trained]) -> str:
 
 
 def plot_quality(stages: Sequence[Trained], key: str, path: Path) -> Path:
-    """Quality against the share of weights that remain, one line for tickets, points for controls."""
+    """Plot quality against the share of remaining weights, with one line for tickets and one per control."""
     figure, axes = _figure(7.0, 4.2)
     for kind, colour in COLOURS.items():
         points = [
@@ -139,7 +139,7 @@ def plot_quality(stages: Sequence[Trained], key: str, path: Path) -> Path:
 
 
 def plot_spread(chains: Sequence[Sequence[Trained]], key: str, title: str, path: Path) -> Path:
-    """Quality of several chains that differ in their seed: mean and range against the share that remains."""
+    """Plot the quality of chains with different seeds: mean and range against the share of remaining weights."""
     figure, axes = _figure(7.0, 4.2)
     for kind, colour in COLOURS.items():
         by_round: dict[int, list[Trained]] = {}
@@ -160,7 +160,7 @@ def plot_spread(chains: Sequence[Sequence[Trained]], key: str, title: str, path:
 
 
 def plot_blocks(stages: Sequence[Trained], path: Path) -> Path:
-    """Sparsity of each block against the share of all weights that remain."""
+    """Plot the sparsity of each block against the share of remaining weights."""
     from matplotlib import colormaps
 
     figure, axes = _figure(7.5, 4.5)
@@ -182,13 +182,13 @@ def plot_blocks(stages: Sequence[Trained], path: Path) -> Path:
 def plot_overlap(
     first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: tuple[str, str], folder: Path
 ) -> dict[str, float]:
-    """Write overlap.png: the Jaccard index of two tickets by block, beside that of independent masks as sparse.
+    """Write overlap.png: the Jaccard index of two tickets by block, and that of equally sparse independent masks.
 
     Returns:
         The index by block, and ``all``.
 
     Raises:
-        ValueError: if they are not of the same network; nothing is written then.
+        ValueError: if the tickets are not of the same network. Then nothing is written.
     """
     shares, chance = overlap(first, second), chance_overlap(first, second)
     figure, axes = _figure(7.0, 3.8)
@@ -206,13 +206,13 @@ def plot_overlap(
 
 
 def _position(block: str) -> tuple[int, str]:
-    """Where a block stands in a plot: in the order of the network, all of it last."""
+    """Return the sort key of a block in plots: the order of the network, with ``all`` last."""
     order = ("time_mlp", "conv_in", "down", "middle", "up", "conv_out", "all")
     return order.index(block.partition(".")[0]), block
 
 
 def _figure(width: float, height: float) -> tuple[Any, Axes]:
-    from matplotlib.figure import Figure  # Slow to import; without pyplot, which keeps state of its own.
+    from matplotlib.figure import Figure  # Slow to import. Without pyplot, which has global state.
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
@@ -222,7 +222,7 @@ def _figure(width: float, height: float) -> tuple[Any, Axes]:
 
 
 def _remaining_axis(axes: Axes, shares: Sequence[float]) -> None:
-    """Dense on the left, sparse on the right, a factor of two a tick."""
+    """Draw the axis of remaining weights: dense at the left, sparse at the right, a factor of two per tick."""
     axes.set_xscale("log", base=2)
     axes.set_xlim(1.1, min(shares) / 1.1)
     ticks = [2.0**-n for n in range(16) if 2.0**-n >= min(shares) / 1.1]

@@ -1,7 +1,7 @@
 """Lottery tickets: subnetworks found by rounds of training, pruning and rewinding (Frankle & Carbin 2019).
 
-Round 0 is the dense network. Round r prunes the smallest of what round r-1 left, goes back to an early step of the
-dense network, and trains that again. Everything here is pure or makes new states; the chain is :mod:`agent.lottery`.
+Round 0 trains the dense network. Round r prunes the smallest weights that round r-1 left, rewinds to an early step of
+the dense network, and trains again. Functions here are pure or create new states. :mod:`agent.lottery` runs the rounds.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from pruning.pruner import PruneReport, heard_knobs, keep_record
 
 
 def remaining(round_number: int, per_round: float) -> float:
-    """Share of the weights that is left after a round, ``(1 - per_round) ** round``, in (0, 1]."""
+    """Return the share of the weights that is left after a round, ``(1 - per_round) ** round``, in (0, 1]."""
     return (1.0 - per_round) ** round_number
 
 
 def most_rounds(weights: int, per_round: float) -> int:
-    """The last round that leaves at least one of so many weights."""
+    """Return the number of the last round that leaves at least one of the weights."""
     count = 0
     while weights - round((1.0 - remaining(count + 1, per_round)) * weights) >= 1:
         count += 1
@@ -42,24 +42,24 @@ def most_rounds(weights: int, per_round: float) -> int:
 
 
 def ticket(weights: Mapping[str, Tensor], masks: Masks, round_number: int, prune: PruneConfig) -> WeightMasks:
-    """The mask of a round: the smallest of the trained weights go, down to :func:`remaining`, exact to one weight.
+    """Return the masks of a round: prune the smallest weights until :func:`remaining` is left, exact to one weight.
 
     Args:
-        weights: the maskable weights at the end of the round before, as trained (not averaged).
-        masks: the mask of the round before; None for the dense network.
-        round_number: from 1.
-        prune: share a round, ranking and profile.
+        weights: the maskable weights at the end of the previous round, as trained (not averaged).
+        masks: the masks of the previous round; None for the dense network.
+        round_number: number of the round, from 1.
+        prune: share per round, ranking and profile.
     """
-    # A profile by block, which depends on the number of resolutions, is not for lotteries.
+    # Lotteries do not support the profile ``blocks``, which needs the number of resolutions.
     choose = by_magnitude(layer_shares(prune, levels=1))
     return choose(weights, masks, 1.0 - remaining(round_number, prune.per_round))
 
 
 def trained_ticket(checkpoint: Checkpoint, round_number: int, prune: PruneConfig) -> WeightMasks:
-    """The mask of a round, from the checkpoint in which the round before ended.
+    """Return the masks of a round, from the final checkpoint of the previous round.
 
     Raises:
-        CheckpointError: if its masks are not those of its network.
+        CheckpointError: if the checkpoint's masks are not those of its network.
     """
     weights = maskable(checkpoint.network("model"))
     masks = None
@@ -71,7 +71,7 @@ def trained_ticket(checkpoint: Checkpoint, round_number: int, prune: PruneConfig
 
 
 def random_mask(masks: Mapping[str, Tensor], seed: int) -> WeightMasks:
-    """A control: in each layer as many weights as the ticket's, at random positions."""
+    """Return a control: random masks that keep as many weights in each layer as the ticket."""
     chosen: WeightMasks = {}
     for name, score in random_scores(masks, seed).items():
         chosen |= keep_highest({name: score}, None, int(masks[name].sum()))
@@ -79,10 +79,10 @@ def random_mask(masks: Mapping[str, Tensor], seed: int) -> WeightMasks:
 
 
 def rewound(early: Checkpoint, masks: WeightMasks, config: CoreConfig, device: torch.device) -> TrainState:
-    """The dense network's training as it was at an early step, pruned.
+    """Return the dense network's training state at an early step, pruned.
 
-    Weights and averages are those of that step times the mask; so are the optimizer's moments. Learning rate, order of
-    the data and noise follow from the step, which is the checkpoint's.
+    Weights, averages and the optimizer's moments are those of that step, times the masks. Learning rate, order of the
+    data and noise depend only on the step, which is that of the checkpoint.
     """
     state = TrainState.restore(early, config.train, config.ema, device)
     hold_masks(state, masks)
@@ -90,7 +90,7 @@ def rewound(early: Checkpoint, masks: WeightMasks, config: CoreConfig, device: t
 
 
 def reinitialised(masks: WeightMasks, num_classes: int, config: CoreConfig, device: torch.device) -> TrainState:
-    """A control: the ticket's mask over weights drawn anew from the initial distribution, at step 0."""
+    """Return a control at step 0: the ticket's masks over weights drawn anew from the initial distribution."""
     drawn = config.model_copy(update={"seed": stream_seed(config.seed, Purpose.REINIT)})
     state = TrainState.start(build_network(drawn, num_classes).to(device), config.train, config.ema)
     hold_masks(state, masks)
@@ -98,10 +98,10 @@ def reinitialised(masks: WeightMasks, num_classes: int, config: CoreConfig, devi
 
 
 def record(state: TrainState, prune: PruneConfig, seed: int) -> None:
-    """Write down in a state which ticket it is of, as pruners do; ``prune.rounds`` is the ticket's round."""
+    """Add a record of its ticket to a state, as pruners do. ``prune.rounds`` is the ticket's round."""
     masks = state.extra_parts[MASKS_PART]
     cost = count_cost(state.network)
-    # Weights that start at zero are not pruned: the mask is counted, not the zeros.
+    # Count masks, not zeros: weights that start at zero are not pruned.
     pruned = sum(int((~mask).sum()) for mask in masks.values())
     report = PruneReport(
         method=prune.method,
@@ -117,12 +117,12 @@ def record(state: TrainState, prune: PruneConfig, seed: int) -> None:
 
 
 def overlap(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, float]:
-    """Jaccard index of two tickets by block, and of all their weights (``all``), in [0, 1].
+    """Return the Jaccard index of two tickets by block, and for all weights (``all``), in [0, 1].
 
-    The weights that both keep, as a share of those that at least one keeps; 1 where neither keeps any.
+    It is the number of weights that both keep, divided by the number that at least one keeps; 1 if neither keeps any.
 
     Raises:
-        ValueError: if they are not of the same network.
+        ValueError: if the tickets are not of the same network.
     """
     if {name: mask.shape for name, mask in first.items()} != {name: mask.shape for name, mask in second.items()}:
         raise ValueError("the tickets are not of the same network: names or shapes of their masks differ")
@@ -132,7 +132,7 @@ def overlap(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[s
 
 
 def chance_overlap(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, float]:
-    """What :func:`overlap` is expected to be of independent masks with as many weights in each layer."""
+    """Return the :func:`overlap` to expect of independent masks that keep as many weights in each layer."""
     sizes = {name: _sizes(mask, second[name]) for name, mask in first.items()}
     return _jaccard({name: (one * two / first[name].numel(), one, two) for name, (one, two) in sizes.items()})
 
@@ -142,7 +142,7 @@ def _sizes(first: Tensor, second: Tensor) -> tuple[int, int]:
 
 
 def _jaccard(layers: Mapping[str, tuple[float, int, int]]) -> dict[str, float]:
-    """From what two masks share of each layer, and what each keeps of it."""
+    """Compute the index from the numbers of weights of each layer that both masks keep, and that each keeps."""
     both: defaultdict[str, float] = defaultdict(float)
     either: defaultdict[str, float] = defaultdict(float)
     for name, (shared, one, two) in layers.items():

@@ -1,4 +1,4 @@
-"""Masks over weights: which there are, and how they are kept while training goes on."""
+"""Masks over weights, and how pruned weights stay at zero during training."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from diffusion_core.training.trainer import TrainState
 from pruning.blocks import block_of
 
 WeightMasks = dict[str, Tensor]
-"""Name of a weight to a bool tensor of its shape: True stays, False is pruned."""
+"""Maps names of weights to bool tensors of their shapes: True is kept, False is pruned."""
 
 MASKS_PART = "masks"
-"""The part of a checkpoint that holds masks."""
+"""The checkpoint's part with the masks."""
 
 _HOOKS: WeakKeyDictionary[torch.optim.Optimizer, list[RemovableHandle]] = WeakKeyDictionary()
-"""What holds the masks of a training state, by its optimizer, so that other masks can take their place."""
+"""The hooks that hold the masks of a training state, by its optimizer, so that other masks can replace them."""
 
 
 def counts(masks: Mapping[str, Tensor]) -> dict[str, int]:
-    """How many weights each mask leaves, by name."""
+    """Return the number of weights that each mask keeps, by name."""
     return {name: int(mask.sum()) for name, mask in masks.items()}
 
 
 def sparsity(masks: Mapping[str, Tensor]) -> float:
-    """Share of the maskable weights that is pruned, in [0, 1]."""
+    """Return the pruned share of the maskable weights, in [0, 1]."""
     total = sum(mask.numel() for mask in masks.values())
     return 1.0 - sum(counts(masks).values()) / total
 
 
 def block_sparsity(masks: Mapping[str, Tensor]) -> dict[str, float]:
-    """Share of the weights of each block that is pruned, in [0, 1], in the order of the network."""
+    """Return the pruned share of the weights of each block, in [0, 1], in the order of the masks."""
     left, total = Counter[str](), Counter[str]()
     for name, mask in masks.items():
         left[block_of(name)] += int(mask.sum())
@@ -46,12 +46,12 @@ def block_sparsity(masks: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def empty_layers(masks: Mapping[str, Tensor]) -> list[str]:
-    """The layers that are left without any weight: nothing passes through them but their bias."""
+    """Return the layers without remaining weights, which only output their bias."""
     return [name.removesuffix(".weight") for name, left in counts(masks).items() if left == 0]
 
 
 def check_masks(network: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Refuse masks that are not those of a network.
+    """Check that masks are those of a network.
 
     Raises:
         ValueError: if names or shapes differ.
@@ -62,7 +62,7 @@ def check_masks(network: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 
 def as_factor(mask: Tensor, weight: Tensor) -> Tensor:
-    """A mask as 0 and 1 on its weight's device, in its type and memory layout: only such a product is computed fast."""
+    """Return a mask as 0 and 1 with its weight's device, type and memory layout, so that their product is fast."""
     if (mask.device, mask.dtype, mask.stride()) == (weight.device, weight.dtype, weight.stride()):
         return mask
     return torch.empty_like(weight).copy_(mask)
@@ -70,7 +70,7 @@ def as_factor(mask: Tensor, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def apply_masks(network: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Set pruned weights to zero, in place; the masks are bool, or what :func:`as_factor` made of them."""
+    """Set pruned weights to zero, in place. Masks are bool, or results of :func:`as_factor`."""
     weights = maskable(network)
     factors = [as_factor(mask, weights[name]) for name, mask in masks.items()]
     torch._foreach_mul_([weights[name] for name in masks], factors)
@@ -78,7 +78,7 @@ def apply_masks(network: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def masked(network: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside this context pruned weights are zero; afterwards all maskable weights are as before, bit for bit.
+    """Set pruned weights to zero inside this context, and restore all maskable weights exactly afterwards.
 
     Raises:
         ValueError: if the masks do not fit the network.
@@ -95,9 +95,9 @@ def masked(network: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def agreed(masks: WeightMasks) -> WeightMasks:
-    """The first process's masks, on all processes; alone, the masks themselves.
+    """Return the first process's masks in all processes. A single process keeps its masks.
 
-    Ranking is deterministic on one machine, but two GPUs of different make may round two near-equal scores differently.
+    Ranking is deterministic on one machine, but different models of GPUs may round nearly equal scores differently.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return masks
@@ -108,17 +108,17 @@ def agreed(masks: WeightMasks) -> WeightMasks:
 
 
 def attach_masks(state: TrainState, masks: Mapping[str, Tensor]) -> None:
-    """Prune a training state and keep it pruned: in the weights, their averages, and the optimizer's moments.
+    """Prune a training state and keep it pruned: weights, averages, and the optimizer's moments.
 
-    From now on gradients of pruned weights are zero, so that they count neither in the clipping norm nor in the
-    moments, and after every optimizer step pruned weights are set to exact zero, whatever momentum or weight decay did.
-    Masks that were attached before give way to these.
+    Gradients of pruned weights become zero, so that they count neither in the clipping norm nor in the moments. After
+    every optimizer step, pruned weights are set to exact zero, regardless of momentum and weight decay. The masks
+    replace those that were attached before.
 
-    Masks are held as 0 and 1 in the weights' own type: multiplying by bool is some 25 times slower on a CPU. A step
-    costs two multiplications a weight more, which is nothing beside the network itself.
+    Masks are stored as 0 and 1 in the type of the weights, because multiplication by bool is about 25 times slower on a
+    CPU. A step costs two more multiplications per weight, which is negligible.
 
     Raises:
-        ValueError: if the masks do not fit the network; nothing has changed then.
+        ValueError: if the masks do not fit the network. Then nothing has changed.
     """
     check_masks(state.network, masks)
     parameters = {name: parameter for name, parameter in state.network.named_parameters() if name in masks}
@@ -147,10 +147,10 @@ def attach_masks(state: TrainState, masks: Mapping[str, Tensor]) -> None:
 
 
 def hold_masks(state: TrainState, masks: WeightMasks) -> None:
-    """Attach masks, and have every later checkpoint carry them; they move to the network's device.
+    """Attach masks, move them to the network's device, and store them in every later checkpoint.
 
     Raises:
-        ValueError: if the masks do not fit the network; nothing has changed then.
+        ValueError: if the masks do not fit the network. Then nothing has changed.
     """
     attach_masks(state, masks)
     device = next(state.network.parameters()).device
@@ -158,5 +158,5 @@ def hold_masks(state: TrainState, masks: WeightMasks) -> None:
 
 
 def held_masks(state: TrainState) -> WeightMasks | None:
-    """The masks that a state is held by, or None."""
+    """Return the masks of a state, or None."""
     return state.extra_parts.get(MASKS_PART)

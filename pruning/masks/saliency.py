@@ -1,7 +1,8 @@
-"""Scores of weights at initialisation: SNIP, from a few batches, and SynFlow, from none.
+"""Scores of weights at initialisation: SNIP, from a few batches, and SynFlow, without data.
 
-Layers that start at zero (the last of each branch, and of the network) would score zero, and every weight before them
-too, for no gradient passes. Both methods look at a stand-in, in which those layers start like all others.
+Layers that start at zero (the last of each branch, and of the network) would score zero, and so would all weights
+before them, because no gradient passes. Both methods therefore score a copy in which those layers are initialised like
+all others.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from pruning.masks.mask import WeightMasks, apply_masks
 from pruning.masks.strategies import Masks, rank_together
 
 SYNFLOW_ITERATIONS = 100
-"""Tanaka et al. 2020: at once, whole layers would go; in 100 steps none does."""
+"""Number of iterations (Tanaka et al. 2020). A single iteration would prune whole layers; 100 iterations do not."""
 
 
 @torch.no_grad()
 def stand_in(network: UNet, seed: int) -> UNet:
-    """A copy of a network in which layers whose weights are all zero are drawn anew (Glorot-uniform)."""
+    """Return a copy of a network in which layers with only zero weights are drawn anew (Glorot-uniform)."""
     copied = copy.deepcopy(network)
     source = generator(seed, Purpose.REINIT)
     for weight in maskable(copied).values():
@@ -39,11 +40,11 @@ def stand_in(network: UNet, seed: int) -> UNet:
 
 
 def snip_scores(weights: Mapping[str, Tensor], gradients: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """How much the loss feels each connection (Lee et al. 2019, SNIP, eq. 5): ``|weight * dL/dweight|``.
+    """Return the sensitivity of the loss to each weight (Lee et al. 2019, SNIP, eq. 5): ``|weight * dL/dweight|``.
 
     Args:
         weights: the maskable weights.
-        gradients: of the mean loss over each of some batches, by name of the parameter.
+        gradients: gradients of the mean loss of each batch, by name of the parameter; they are summed.
     """
     total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for gradient in gradients:
@@ -53,17 +54,17 @@ def snip_scores(weights: Mapping[str, Tensor], gradients: Iterable[Mapping[str, 
 
 
 def synflow_masks(network: UNet, masks: Masks, fraction: float, iterations: int = SYNFLOW_ITERATIONS) -> WeightMasks:
-    """Prune what carries least synaptic flow, step by step, without any data (Tanaka et al. 2020, algorithm 1).
+    """Prune the weights with the least synaptic flow, iteratively, without data (Tanaka et al. 2020, algorithm 1).
 
     Args:
-        network: a stand-in; it is left as it is.
-        masks: what is pruned already, or None.
+        network: a result of :func:`stand_in`; it does not change.
+        masks: masks so far, or None.
         fraction: share of all maskable weights, in [0, 1), that is pruned in the result, exact to one weight.
-        iterations: after the k-th of n, ``keep ** (k / n)`` of the weights are left.
+        iterations: number of iterations. After the k-th of n, ``(1 - fraction) ** (k / n)`` of the weights are left.
     """
     flowing = _positive(network)
     for k in range(1, iterations + 1):
-        # The last one exactly, whatever the power makes of it.
+        # In the last iteration, avoid the rounding of the power.
         share = fraction if k == iterations else 1.0 - (1.0 - fraction) ** (k / iterations)
         if masks is not None:
             apply_masks(flowing, masks)
@@ -74,19 +75,19 @@ def synflow_masks(network: UNet, masks: Masks, fraction: float, iterations: int 
 
 
 def synflow_scores(network: UNet) -> dict[str, Tensor]:
-    """Synaptic flow through each weight (Tanaka et al. 2020, eq. 2): ``|weight * dR/dweight|``, in float64.
+    """Return the synaptic flow through each weight (Tanaka et al. 2020, eq. 2): ``|weight * dR/dweight|``, in float64.
 
-    R is the sum of the outputs for an input of ones, in the network with the absolute values of its weights, without
-    biases, and with everything else linear: activations and norms pass on what they get, and attention adds up queries,
-    keys and values. So R is a sum over paths, of products of the weights on each, and a weight's flow is the part of R
-    that is lost without it.
+    R is the sum of the outputs for an input of ones, in a network with the absolute values of the weights, without
+    biases, and with everything else linear: activations and norms are identities, and attention adds queries, keys and
+    values. R is then a sum over paths of products of weights, and the flow of a weight is the part of R that is lost
+    without it.
     """
     return _flow(_positive(network))
 
 
 @torch.no_grad()
 def _positive(network: UNet) -> UNet:
-    """A copy with absolute weights and nothing else, in float64: flows grow beyond float32 in deep networks."""
+    """Return a copy with absolute weights and zeros elsewhere, in float64: flows exceed float32 in deep networks."""
     copied = copy.deepcopy(network).double().eval().requires_grad_(True)
     weights = maskable(copied)
     for name, parameter in copied.named_parameters():
@@ -116,7 +117,7 @@ def _flow(network: UNet) -> dict[str, Tensor]:
 
 
 class _Linear(TorchFunctionMode):
-    """Inside this context activations and norms pass on what they get, and attention adds up its three inputs."""
+    """Inside this context, activations and norms are identities, and attention adds its three inputs."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (F.silu, F.group_norm):

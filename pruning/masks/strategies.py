@@ -1,7 +1,7 @@
-"""Strategies: pure functions that choose which weights to prune. What is pruned stays pruned.
+"""Strategies: pure functions that choose which weights to prune. Pruned weights stay pruned.
 
-A strategy is ``(weights, masks, fraction) -> masks``. All but the pattern N:M rank weights by a score, of which the
-lowest go: their magnitude, a random number, or what :mod:`pruning.masks.saliency` measured.
+A strategy is ``(weights, masks, fraction) -> masks``. All except the N:M pattern rank weights by a score and prune the
+lowest: magnitudes, random numbers, or scores of :mod:`pruning.masks.saliency`.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from pruning.masks.budgets import Shares, allot
 from pruning.masks.mask import WeightMasks
 
 Masks = Mapping[str, Tensor] | None
-"""What is pruned already, or None for nothing."""
+"""The masks so far; None: nothing is pruned."""
 
 MaskStrategy = Callable[[Mapping[str, Tensor], Masks, float], WeightMasks]
-"""Maskable weights by name, what is pruned already, and the share of all of them, in [0, 1), that is pruned in the
-result: exactly ``round(fraction * count)`` weights, ties broken by position. What is pruned already stays so, also
-where that is more. Nothing that is passed in changes; the result is on the weights' device."""
+"""Maps maskable weights by name, the masks so far, and the share of all weights to prune, in [0, 1), to new masks.
+Exactly ``round(fraction * count)`` weights are pruned in the result, or more if more were pruned before. Ties are
+broken by position. Arguments do not change. The result is on the weights' device."""
 
 
 def keep_highest(scores: Mapping[str, Tensor], masks: Masks, count: int) -> WeightMasks:
-    """Keep the ``count`` highest scores of all, those pruned already left out; of equal ones the last.
+    """Keep the ``count`` highest scores among all weights that are not pruned yet; of equal scores, the last.
 
     Args:
-        scores: by name of the weight; any order of magnitude, but no NaN.
-        masks: what is pruned already; at least ``count`` weights must be left.
+        scores: scores by name of the weight, of any order of magnitude, without NaN.
+        masks: masks so far, which must leave at least ``count`` weights, or None.
     """
     flat = torch.cat([score.detach().flatten() for score in scores.values()])
     if masks is not None:
@@ -39,7 +39,7 @@ def keep_highest(scores: Mapping[str, Tensor], masks: Masks, count: int) -> Weig
     pruned = flat.numel() - count
     keep = torch.ones_like(flat, dtype=torch.bool)
     if pruned:
-        # The highest score that goes; kthvalue has no deterministic algorithm on a GPU.
+        # The highest score to prune. kthvalue has no deterministic algorithm on a GPU.
         threshold = flat.topk(pruned, largest=False, sorted=False).values.max()
         keep = flat >= threshold
         ties = (flat == threshold).nonzero()[:, 0]
@@ -56,13 +56,13 @@ def rank_together(scores: Mapping[str, Tensor], masks: Masks, fraction: float) -
 
 
 def rank_by_layer(scores: Mapping[str, Tensor], masks: Masks, fraction: float, shares: Shares) -> WeightMasks:
-    """Rank each layer by itself (see :data:`MaskStrategy`); how much of each stays is said by a profile.
+    """Rank each layer separately (see :data:`MaskStrategy`). A profile determines how much each layer keeps.
 
     Args:
-        scores: by name of the weight.
-        masks: what is pruned already, or None.
+        scores: scores by name of the weight.
+        masks: masks so far, or None.
         fraction: share of all weights that is pruned in the result, exact to one weight.
-        shares: what each layer is to keep, in proportion (:mod:`pruning.masks.budgets`).
+        shares: the amount that each layer keeps relative to the others (:mod:`pruning.masks.budgets`).
     """
     alive = _alive(scores, masks)
     total = sum(score.numel() for score in scores.values())
@@ -74,26 +74,26 @@ def rank_by_layer(scores: Mapping[str, Tensor], masks: Masks, fraction: float, s
 
 
 def _alive(scores: Mapping[str, Tensor], masks: Masks) -> dict[str, int]:
-    """How many weights of each layer are not pruned yet."""
+    """Return the number of weights of each layer that are not pruned yet."""
     return {name: score.numel() if masks is None else int(masks[name].sum()) for name, score in scores.items()}
 
 
 def magnitudes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The score of magnitude pruning (Han et al. 2015; Frankle & Carbin 2019)."""
+    """Return the scores of magnitude pruning (Han et al. 2015; Frankle & Carbin 2019)."""
     return {name: weight.detach().abs() for name, weight in weights.items()}
 
 
 def global_magnitude(weights: Mapping[str, Tensor], masks: Masks, fraction: float) -> WeightMasks:
     """Prune the smallest weights of the whole network.
 
-    Layers that start at zero (the last of each branch) go whole if they had few steps to grow, and at 95% whole layers
-    collapse in small networks; by layer they do not.
+    Layers that start at zero (the last of each branch) are pruned completely if they had few steps to grow, and at 95%
+    sparsity small networks lose whole layers. Ranking by layer avoids this.
     """
     return rank_together(magnitudes(weights), masks, fraction)
 
 
 def layer_magnitude(shares: Shares) -> MaskStrategy:
-    """Prune the smallest weights of each layer by themselves."""
+    """Return the strategy that prunes the smallest weights of each layer separately."""
 
     def strategy(weights: Mapping[str, Tensor], masks: Masks, fraction: float) -> WeightMasks:
         return rank_by_layer(magnitudes(weights), masks, fraction, shares)
@@ -102,7 +102,7 @@ def layer_magnitude(shares: Shares) -> MaskStrategy:
 
 
 def random_scores(weights: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """A random number a weight, the same for the same seed on every device; drawn layer by layer, in order."""
+    """Return a random number per weight, drawn layer by layer, in order. A seed gives the same on every device."""
     source = generator(seed, Purpose.PRUNE)
     return {
         name: torch.rand(weight.shape, generator=source, dtype=torch.float64).to(weight.device)
@@ -111,7 +111,7 @@ def random_scores(weights: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]
 
 
 def random_weights(seed: int, shares: Shares | None = None) -> MaskStrategy:
-    """Prune weights at random: of the whole network, or in each layer what a profile says."""
+    """Return the strategy that prunes random weights: of the whole network, or of each layer by a profile."""
 
     def strategy(weights: Mapping[str, Tensor], masks: Masks, fraction: float) -> WeightMasks:
         rank = rank_together if shares is None else partial(rank_by_layer, shares=shares)
@@ -121,11 +121,11 @@ def random_weights(seed: int, shares: Shares | None = None) -> MaskStrategy:
 
 
 def n_of_m(n: int, m: int) -> MaskStrategy:
-    """Keep the ``n`` largest of every ``m`` neighbours (Mishra et al. 2021: 2 of 4, which GPUs multiply faster).
+    """Return the strategy that keeps the ``n`` largest of every ``m`` neighbouring weights.
 
-    Neighbours are input channels of one output channel (and one position of the kernel), as sparse matrix products need
-    them. A layer whose inputs are no multiple of ``m``, such as the first, stays dense. The fraction follows from the
-    pattern, so the strategy's argument is not looked at.
+    For 2 of 4, GPUs multiply faster (Mishra et al. 2021). Neighbours are input channels of one output channel (and one
+    kernel position), as sparse matrix products need them. A layer whose number of inputs is not a multiple of ``m``,
+    such as the first, stays dense. The pattern determines the fraction, so the strategy ignores its argument.
     """
 
     def strategy(weights: Mapping[str, Tensor], masks: Masks, _fraction: float) -> WeightMasks:
