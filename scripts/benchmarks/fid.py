@@ -1,4 +1,4 @@
-"""The Frechet distance of two statistics against SciPy's square root, and Inception's features against pytorch-fid."""
+"""Measure the Frechet distance against SciPy's matrix square root, and Inception features against pytorch-fid."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DISTANCE_TARGET, FEATURES_TARGET, EQUAL_TARGET = 5.0, 1.3, 1e-3
 
 
 def random_weights(path: Path) -> None:
-    """pytorch-fid's network, randomly initialised so that features keep their scale, saved in its format."""
+    """Write random weights in pytorch-fid's format, initialised so that features keep their scale."""
     torch.manual_seed(0)
     network = build_inception()
     for module in network.modules():
@@ -33,7 +33,7 @@ def random_weights(path: Path) -> None:
 
 
 def pytorch_fid_network(path: Path) -> nn.Module:
-    """pytorch-fid's own network with the weights of a file, which it would otherwise download."""
+    """Return pytorch-fid's own network with weights from a file, instead of the weights that it would download."""
     from pytorch_fid import inception
 
     download = inception.load_state_dict_from_url
@@ -45,14 +45,14 @@ def pytorch_fid_network(path: Path) -> nn.Module:
 
 
 def statistics(count: int, dim: int, seed: int) -> Statistics:
-    """Statistics of correlated features."""
+    """Return the statistics of correlated random features."""
     source = torch.Generator().manual_seed(seed)
     mixing_DD = torch.randn(dim, dim, generator=source) / dim**0.5
     return Moments.of(torch.randn(count, dim, generator=source) @ mixing_DD).statistics()
 
 
 def scipy_distance(one: Statistics, two: Statistics) -> float:
-    """The distance by the square root of the product, as pytorch-fid computes it (its own call needs SciPy < 1.18)."""
+    """Return the distance by a matrix square root, as pytorch-fid computes it (its own call needs SciPy < 1.18)."""
     from scipy.linalg import sqrtm
 
     difference = (one.mean_D - two.mean_D).numpy()
@@ -62,7 +62,7 @@ def scipy_distance(one: Statistics, two: Statistics) -> float:
 
 
 def measure_distance(options: Options) -> Row:
-    """Two statistics of full rank."""
+    """Measure the distance of two statistics of full rank."""
     dim = SHORT_DIM if options.short else DIM
     one, two = (statistics(4 * dim, dim, seed) for seed in (0, 1))
     found: dict[str, float] = {}
@@ -88,7 +88,7 @@ def measure_distance(options: Options) -> Row:
 
 
 def measure_features(options: Options) -> list[Row]:
-    """Features of the same images: in memory for us, PNG files for pytorch-fid."""
+    """Measure features of the same images: in memory for our network, PNG files for pytorch-fid."""
     from pytorch_fid.fid_score import calculate_activation_statistics
 
     count = SHORT_IMAGES if options.short else IMAGES
@@ -142,5 +142,5 @@ def measure_features(options: Options) -> list[Row]:
 
 
 def measure(options: Options) -> list[Row]:
-    """The distance, then the features."""
+    """Measure the distance and the features."""
     return [measure_distance(options), *measure_features(options)]

@@ -1,4 +1,4 @@
-"""Training and sampling on a GPU against its own floors: the matrix rate and the bandwidth, measured first."""
+"""Measure training and sampling on a GPU against its floors, which are measured too: matrix rate and bandwidth."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ TRAIN_TARGET, TRAIN_SHARE_TARGET, PEER_TARGET = 9000.0, 0.40, 2.5
 SAMPLE_SHARE_TARGET, SAMPLES_TARGET_MIN, SAMPLES = 0.50, 5.0, 50_000
 DIGITS_TARGET, PRUNED_TARGET, START_TARGET_S = 1000.0, 1.6, 15.0
 COMPILING_S, MEASURING_S = 300.0, 300.0
-"""The longest time that all parts together may take to compile, and to measure."""
+"""Time limits in seconds for all parts together: for compiling, and for measuring."""
 
 
 def measure(options: Options) -> list[Row]:
-    """All parts, each in its own process (see :mod:`benchmarks.gpu_parts`). Without a GPU nothing is measured, but for
-    a short run, which tries the code.
+    """Measure all parts, each in its own process (see :mod:`benchmarks.gpu_parts`).
+
+    Without a GPU, nothing is measured, except in a short run, which checks that the code works.
     """
     if not torch.cuda.is_available() and not options.short:
         return [Row(SUBJECT, what, None, note="no GPU here") for what in ("floors", "training", "sampling")]
@@ -70,7 +71,7 @@ def start(part: str, folder: Path, options: Options) -> subprocess.Popen[bytes]:
 
 
 def rows(found: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """What the parts found, beside its targets; a part that found nothing has rows without a figure."""
+    """Return rows with the results of the parts and their targets. Parts without results have rows without values."""
 
     def value(part: str, name: str) -> float | None:
         return found[part].get(name)

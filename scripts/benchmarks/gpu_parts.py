@@ -1,7 +1,7 @@
-"""One part of the GPU benchmark, in a process of its own: ``python -m benchmarks.gpu_parts NAME FOLDER [--short]``.
+"""Run one part of the GPU benchmark in its own process: ``python -m benchmarks.gpu_parts NAME FOLDER [--short]``.
 
-Compiling takes longer than measuring. All parts therefore start at once and compile side by side; each says that it is
-ready, waits for the file ``go`` in FOLDER, and measures alone, under a lock. It writes NAME.json there.
+Compiling takes longer than measuring. All parts therefore start together and compile in parallel. Each creates
+NAME.ready in FOLDER, waits for the file ``go`` there, measures alone under a lock, and writes NAME.json there.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ROUNDS = 5
 
 @dataclass
 class Part:
-    """Where a part computes, how much, and what it found."""
+    """A part of the benchmark: its device, the amount of work, and its results."""
 
     name: str
     folder: Path
@@ -67,7 +67,7 @@ class Part:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Say that all is prepared, and measure when no other part does."""
+        """Report that the part is ready, and wait until no other part measures."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -80,12 +80,12 @@ class Part:
             yield
 
     def rate(self, work: Callable[[], object], amount: int) -> float:
-        """How much of something is done in a second, in the median of several calls."""
+        """Return the amount of work per second, from the median time of several calls."""
         return amount / statistics.median(timed(work) for _ in range(1 if self.short else ROUNDS))
 
 
 def floors(part: Part) -> None:
-    """Floating point operations a second of a bf16 matrix product; bytes a second, read and written, of a copy."""
+    """Measure operations per second of a bf16 matrix product, and bytes per second, read and written, of a copy."""
     size, count = part.size(8192, 256), part.size(2**29, 2**20)
     a, b = (torch.randn(size, size, device=part.device, dtype=torch.bfloat16) for _ in range(2))
     with part.turn():
@@ -97,13 +97,13 @@ def floors(part: Part) -> None:
 
 
 def pruned_to_half(network: UNet, config: CoreConfig) -> UNet:
-    """The network with channels removed until half of its multiply-accumulates are left."""
+    """Return the network with channels removed until half of its multiply-accumulates are left."""
     prune = PruneConfig(method="structured", importance="l2", target="macs", keep=KEEP)
     return prune_channels(network, prune, config.seed)[0]
 
 
 def training(part: Part, change: Callable[[UNet, CoreConfig], UNet] | None = None) -> None:
-    """Images a second of the whole loop, and what the GPU spends its time on."""
+    """Measure images per second of the whole loop, and GPU time by kind of kernel."""
     batch, steps = part.size(512, 4), part.size(20, 1)
     config = part.config(train__batch_size=batch)
     run = our_step(config, part.accelerator, batch, steps, lambda net: change(net, config) if change else net)
@@ -120,7 +120,7 @@ def training(part: Part, change: Callable[[UNet, CoreConfig], UNet] | None = Non
 
 
 def peer(part: Part) -> None:
-    """Images a second of Diffusers' example loop in bf16."""
+    """Measure images per second of Diffusers' example loop in bf16."""
     batch, steps = part.size(512, 4), part.size(10, 1)
     run = peer_step(part.config(train__batch_size=batch), part.accelerator, batch, "bf16", steps)
     with part.turn():
@@ -129,7 +129,7 @@ def peer(part: Part) -> None:
 
 
 def sampling(part: Part, change: Callable[[UNet, CoreConfig], UNet] | None = None) -> None:
-    """Images a second of DDIM; of the dense network also with the features that an FID needs."""
+    """Measure images per second of DDIM, and for the dense network also of Inception features."""
     batch, steps = part.size(1024, 4), part.size(50, 2)
     config = part.config(sample__steps=steps, sample__batch_size=batch)
     network = lively_network(config, part.device)
@@ -165,7 +165,7 @@ def sampling(part: Part, change: Callable[[UNet, CoreConfig], UNet] | None = Non
 
 
 def digits(part: Part) -> None:
-    """Steps a second of the whole loop on digits, batch 256."""
+    """Measure steps per second of the whole loop on digits, batch 256."""
     steps, how = part.size(200, 2), "network" if part.device.type == "cuda" else "none"
     knobs = {"log.progress": False, "train.precision": "bf16", "train.batch_size": 256, "train.compile": how}
     config = build(CoreConfig, PRESETS["digits"], knobs)
@@ -186,7 +186,7 @@ def digits(part: Part) -> None:
 
 
 def start(part: Part) -> None:
-    """Seconds from the start of the process to the end of the first step."""
+    """Measure the seconds from the start of the process to the end of the first step."""
     batch = part.size(512, 4)
     our_step(part.config(train__batch_size=batch), part.accelerator, batch, 1)()
     if part.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Training images a second from a folder of 32 x 32 files, from the second epoch on."""
+"""Measure training images per second from a folder of 32 x 32 files, from the second epoch on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IMAGES, SHORT_IMAGES, BATCH, WORKERS = 4096, 256, 64, 2
 
 
 def write_images(folder: Path, count: int) -> None:
-    """Images of two classes; noise, which PNG decodes no faster than photographs."""
+    """Write images of two classes. They are noise, which PNG does not decode faster than photographs."""
     source = np.random.default_rng(0)
     for index in range(count):
         path = folder / str(index % 2) / f"{index}.png"
@@ -32,7 +32,7 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def measure(options: Options) -> list[Row]:
-    """A whole epoch of ours against one of denoising-diffusion-pytorch's data set and a loader with two workers."""
+    """Measure a whole epoch, against denoising-diffusion-pytorch's data set with a loader of two workers."""
     from denoising_diffusion_pytorch.denoising_diffusion_pytorch import Dataset as PeerDataset
     from torch.utils.data import DataLoader
 

@@ -1,4 +1,4 @@
-"""A structurally pruned network of half the multiply-accumulates against the dense one, forwards."""
+"""Measure the forward pass of a network pruned to half the multiply-accumulates, against the dense network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BATCH, KEEP, TARGET = 16, 0.5, 0.62
 
 
 def measure(options: Options) -> list[Row]:
-    """Latency of a batch, in the default precision and in float32."""
+    """Measure the latency of a batch, in the default precision and in float32."""
     config = cifar_config(options.short)
     device = pick_device(config.train)
     dense = lively_network(config, device).eval()

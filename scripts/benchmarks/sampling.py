@@ -1,4 +1,4 @@
-"""Sampling with DDIM from the 35.7 M parameter network: ours against Diffusers' pipeline with the same weights."""
+"""Measure DDIM with the 35.7 M parameter network, against Diffusers' pipeline with the same weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEFAULT_TARGET, EQUAL_TARGET = 1.6, 1.05
 
 
 def measure(options: Options) -> list[Row]:
-    """The default precision against Diffusers' float32, and both in float32."""
+    """Measure sampling in the default precision and in float32, against Diffusers in float32."""
     from diffusers import DDIMPipeline, DDIMScheduler
 
     steps = SHORT_STEPS if options.short else STEPS
@@ -31,7 +31,7 @@ def measure(options: Options) -> list[Row]:
     pipeline.set_progress_bar_config(disable=True)
     wanted = requests([NO_LABEL], BATCH)
     precision = pick_precision(config.train, device)
-    # Each with weights of its own: precisions differ in how these lie in memory.
+    # Each has its own weights, because their memory layout depends on the precision.
     ours, exact = Generator(copy.deepcopy(network), config, precision), Generator(network, config, "fp32")
     times = alternating(
         {

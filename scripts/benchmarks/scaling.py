@@ -1,4 +1,4 @@
-"""How cost grows with batch size, width, image size, number of steps, and processes; and memory an image."""
+"""Measure how cost grows with batch size, width, image size, number of steps and processes; and memory per image."""
 
 from __future__ import annotations
 
@@ -54,21 +54,21 @@ AXES: dict[str, tuple[str, tuple[int, ...]]] = {
 }
 PROCESSES = (1, 2)
 LARGEST = 2**16
-"""More images at once than anybody trains on."""
+"""Limit of the batch sizes to try, larger than any in practice."""
 PROCESS_STEPS = 60
 
 
 @dataclass(frozen=True)
 class Point:
-    """What one setting costs.
+    """The cost of one setting.
 
     Attributes:
-        axis: what is varied.
+        axis: the quantity that varies.
         value: its value.
-        seconds: of an optimizer step, or of a batch of samples.
-        work: floating point operations of it, counted.
-        memory: bytes that training keeps for each image of a batch; None where nothing is trained.
-        largest: the batch that `train.batch_size=auto` finds on this machine; None likewise.
+        seconds: time of an optimizer step, or of a batch of samples.
+        work: its floating point operations, counted.
+        memory: bytes that training keeps per image of a batch; None without training.
+        largest: the batch size that `train.batch_size=auto` finds on this machine; None without training.
     """
 
     axis: str
@@ -80,14 +80,14 @@ class Point:
 
     @property
     def note(self) -> str:
-        """Memory in words."""
+        """Memory and largest batch size as text."""
         if self.memory is None:
             return ""
         return f"{self.memory / 1e6:.1f} MB an image; train.batch_size=auto: {self.largest:,}"
 
 
 def step_of(config: CoreConfig, accelerator: Accelerator) -> tuple[Callable[[], object], float, int, int]:
-    """An optimizer step, its floating point operations, the bytes that an image takes, and the largest batch."""
+    """Return an optimizer step, its floating point operations, the bytes per image, and the largest batch size."""
     state = TrainState.start(lively_network(config, accelerator.device), config.train, config.ema)
     batch = config.train.images_per_step
     pixels = torch.zeros((batch, *config.data.image_shape), dtype=torch.uint8)
@@ -105,7 +105,7 @@ def next_step(state: TrainState, batches: Batches, config: CoreConfig, accelerat
 
 
 def samples_of(config: CoreConfig, accelerator: Accelerator) -> tuple[Callable[[], object], float]:
-    """A batch of samples, and its floating point operations."""
+    """Return a function that samples a batch, and its floating point operations."""
     network = lively_network(config, accelerator.device).eval()
     generator = Generator(network, config, pick_precision(config.train, accelerator.device))
     wanted = requests([NO_LABEL], config.sample.batch_size)
@@ -114,7 +114,7 @@ def samples_of(config: CoreConfig, accelerator: Accelerator) -> tuple[Callable[[
 
 
 def measure_axis(axis: str, options: Options, accelerator: Accelerator) -> list[Point]:
-    """The points along one axis, timed in turns."""
+    """Measure the points along one axis, in turns."""
     key, values = AXES[axis]
     values = values[:2] if options.short else values
     small = {"model.channels": 16} if options.short and key != "model.channels" else {}
@@ -136,7 +136,7 @@ def _attention(key: str, value: int) -> dict[str, Any]:
 
 
 def measure_processes(options: Options) -> list[Point]:
-    """Steps of the digits preset by one process and by two that share the batch, through accelerate."""
+    """Measure steps of the digits preset with one process, and with two that share the batch, through accelerate."""
     points = []
     steps = 4 if options.short else PROCESS_STEPS
     for count in PROCESSES:
@@ -158,7 +158,7 @@ def measure_processes(options: Options) -> list[Point]:
 
 
 def growth(points: Sequence[Point]) -> float:
-    """The exponent by which time grows with the work: the slope of the logarithms' least-squares line."""
+    """Return the exponent by which time grows with work: the slope of a least-squares line through the logarithms."""
     xs = [math.log(point.work) for point in points]
     ys = [math.log(point.seconds) for point in points]
     mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
@@ -166,7 +166,7 @@ def growth(points: Sequence[Point]) -> float:
 
 
 def plot(axes: dict[str, list[Point]], file: Path) -> None:
-    """A panel an axis: seconds against the value, beside what the counted work would make of the first point."""
+    """Plot one panel per axis: measured seconds, and seconds in proportion to the counted work from the first point."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -191,7 +191,7 @@ def plot(axes: dict[str, list[Point]], file: Path) -> None:
 
 
 def measure(options: Options) -> list[Row]:
-    """A row a point; the last of each axis says how time grows with the work."""
+    """Measure one row per point. The last row of each axis states how time grows with the work."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
     axes = {axis: measure_axis(axis, options, accelerator) for axis in AXES}
     processes = measure_processes(options)

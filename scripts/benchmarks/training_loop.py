@@ -1,4 +1,4 @@
-"""The whole training loop on digits, W&B offline logging on, against a bare loop around the same network."""
+"""Measure the whole training loop on digits, with W&B offline, against a bare loop around the same network."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STEPS, SHORT_STEPS = 100, 5
 
 
 class BareLoop:
-    """Noise, network, squared error, AdamW: nothing else."""
+    """A training loop with noise, network, squared error and AdamW only."""
 
     def __init__(self, config: TrialConfig, dataset: Dataset, device: torch.device) -> None:
         self.network = build_network(config, dataset.num_classes).to(device).train()
@@ -57,7 +57,7 @@ class BareLoop:
 
 
 def measure(options: Options) -> list[Row]:
-    """Steps a second of both, in the default precision."""
+    """Measure the steps of both loops, in the default precision."""
     steps = SHORT_STEPS if options.short else STEPS
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,4 +1,4 @@
-"""One optimizer step of the 35.7 M parameter network: ours against Diffusers' plain training loop."""
+"""Measure an optimizer step of the 35.7 M parameter network, against Diffusers' plain training loop."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def our_step(
     steps: int = 1,
     change: Callable[[UNet], UNet] = lambda network: network,
 ) -> Callable[[], object]:
-    """Steps of our own loop: batch, draws, loss, gradients, clipping, AdamW, average; of a network changed before."""
+    """Return steps of our own loop: batch, draws, loss, gradients, clipping, AdamW, average.
+
+    ``change`` may replace the network before training.
+    """
     state = TrainState.start(change(lively_network(config, accelerator.device)), config.train, config.ema)
     source = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (4 * batch, 3, 32, 32), dtype=torch.uint8, generator=source)
@@ -48,7 +51,10 @@ def our_step(
 def peer_step(
     config: CoreConfig, accelerator: Accelerator, batch: int, precision: str, steps: int = 1
 ) -> Callable[[], object]:
-    """Steps of Diffusers' unconditional example: noise, timesteps, add_noise, accelerate, clipping, AdamW, warm-up."""
+    """Return steps of Diffusers' unconditional example.
+
+    These are noise, timesteps, add_noise, accelerate, clipping, AdamW, and warm-up.
+    """
     from diffusers import DDPMScheduler
     from diffusers.optimization import get_cosine_schedule_with_warmup
 
@@ -80,7 +86,7 @@ def peer_step(
 
 
 def measure(options: Options) -> list[Row]:
-    """The default precision against float32, and both in float32."""
+    """Measure a step in the default precision and in float32, against Diffusers in float32."""
     config = cifar_config(options.short, train__batch_size=BATCH, log__every=1)
     exact = cifar_config(options.short, train__batch_size=BATCH, log__every=1, train__precision="fp32")
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")

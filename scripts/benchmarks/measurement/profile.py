@@ -26,7 +26,7 @@ def kind_of(kernel: str) -> str:
 
 
 def is_range(event: str) -> bool:
-    """Whether an event is a named range around kernels, such as the optimizer's, whose time the kernels have too."""
+    """Return whether an event is a named range, such as the optimizer's, whose time is counted by its kernels."""
     return "#" in event
 
 
