@@ -68,7 +68,7 @@ Pruner = Callable[[TrainState, CoreConfig, PruneConfig, Calibration | None], Pru
 
 def prune_weights(state: TrainState, config: CoreConfig, prune: PruneConfig, calibration: Calibration | None) -> Pruned:
     """Mask weights. Pruned weights stay zero in the network, its averages and the optimizer."""
-    masks = agreed(choose_masks(state.network, held_masks(state), config, prune, calibration))
+    masks = agreed(choose_masks(state.network, held_masks(state), config.seed, prune, calibration))
     hold_masks(state, masks)
     return Pruned(sparsity(masks), {"empty_layers": empty_layers(masks)})
 

@@ -81,7 +81,7 @@ def _before_pruning(
         keep_images(state, {})  # Training may start at the pruning step.
         callbacks.append(keep_images)
     if prune.is_gradual:
-        callbacks.append(GradualPruning(Ramp(start, end, prune.interval), config, prune))
+        callbacks.append(GradualPruning(Ramp(start, end, prune.interval), config.seed, prune))
     return callbacks
 
 

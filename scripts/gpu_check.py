@@ -150,7 +150,7 @@ def masks(machine: Machine) -> list[tuple[str, bool, Any]]:
     """Pruned weights stay zero under replayed steps, and masks go where their weights are."""
     found: list[tuple[str, bool, Any]] = []
     config = machine.config()
-    gradual = GradualPruning(Ramp(2, machine.steps - 2, 4), config, PruneConfig(method="gradual", keep=0.3))
+    gradual = GradualPruning(Ramp(2, machine.steps - 2, 4), config.seed, PruneConfig(method="gradual", keep=0.3))
     state = machine.trained(config, gradual)
     held, weights = held_masks(state) or {}, maskable(state.network)
     zero = all(bool((weight[~held[name]] == 0).all()) for name, weight in weights.items())

@@ -14,6 +14,7 @@ from agent.sweep.macros import command_problems, shortened
 from agent.sweep.parameters import flat_parameters, grid_size, trials_of, values_to_try
 from diffusion_core.config import ConfigError, list_knobs, read_yaml, unknown_key
 from diffusion_core.config.metrics import goal_of, goals
+from diffusion_core.config.plugins import KEY, import_plugins
 from pruning.config import PruneConfig, methods, unheard
 
 METHODS = ("grid", "random", "bayes")
@@ -127,13 +128,28 @@ def check_sweep(config: dict[str, Any], source: str, name: str) -> SweepFile:
     """
     config = {key: value for key, value in config.items() if value is not None}  # An empty `metric:` is None.
     name = config.get("name", name)
-    problems = _setting_problems(config) + _parameter_problems(config.get("parameters"), config.get("method"))
-    problems += _name_problems(name) if isinstance(name, str) else []
+    problems = _plugin_problems(config.get("parameters"))
+    if not problems:  # Without its plugins, a sweep names what is unknown.
+        problems += _setting_problems(config) + _parameter_problems(config.get("parameters"), config.get("method"))
+        problems += _name_problems(name) if isinstance(name, str) else []
     if not problems:
         problems += _unlogged_metric(config)
     if problems:
         raise SweepError("\n".join(f"{source}: {problem}" for problem in dict.fromkeys(problems)))
     return SweepFile(name, config, flat_parameters(config["parameters"]))
+
+
+def _plugin_problems(parameters: Any) -> list[str]:
+    """Import the plugins of all trials. Return what is wrong with the first one that cannot be imported."""
+    spec = parameters.get(KEY) if isinstance(parameters, Mapping) else None
+    if spec is None or _form_problems(KEY, spec, None):  # Reported with the other parameters.
+        return []
+    try:
+        for value in values_to_try(spec):
+            import_plugins({KEY: value})
+    except ConfigError as error:
+        return list(error.problems)
+    return []
 
 
 def _name_problems(name: str) -> list[str]:

@@ -51,8 +51,9 @@ def import_plugins(*layers: Mapping[str, Any]) -> None:
     for name in plugin_names(named[-1] if named else None):
         try:
             importlib.import_module(name)
-        except Exception as error:  # A plugin is foreign code: whatever it raises, the remedy is the user's.
-            reason = one_line(error)
+        except (Exception, SystemExit) as error:
+            # A plugin is foreign code: whatever it raises, the remedy is the user's.
+            reason = one_line(f"it calls sys.exit({error.code!r})" if isinstance(error, SystemExit) else error)
             raise ConfigError(
                 f"{KEY} = {name!r}: cannot import it ({reason}); install it, or add its folder to PYTHONPATH"
             ) from None
@@ -74,16 +75,25 @@ def add_plugins_flag(parser: argparse.ArgumentParser) -> None:
     """Add the flag ``--plugins`` to a script that reads checkpoints; the modules are imported as it is parsed."""
     parser.add_argument(
         "--plugins",
-        type=_imported,
+        action=_ImportPlugins,
         default=[],
         metavar="A,B",
         help="your own modules that the model needs (docs/extending.md); imported only if they are named here",
     )
 
 
-def _imported(text: str) -> list[str]:
-    try:
-        import_plugins({KEY: text})
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return plugin_names(text)
+class _ImportPlugins(argparse.Action):
+    """Import the modules that the flag names. If one cannot be, exit with one line, without argparse's usage."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        try:
+            import_plugins({KEY: values})
+        except ConfigError as error:
+            parser.exit(2, f"error: {error}\n")
+        setattr(namespace, self.dest, plugin_names(values))

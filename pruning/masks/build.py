@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from diffusion_core.config import CoreConfig
 from diffusion_core.model.structure import maskable
 from diffusion_core.model.unet import UNet
 from pruning.blocks import block_shares
@@ -33,7 +32,7 @@ class MaskRequest:
     Attributes:
         network: as it is now.
         masks: what is pruned already, or None; it stays so.
-        config: the run's configuration.
+        seed: seed of random choices.
         prune: the knobs of pruning.
         calibration: training images, for a strategy that needs them.
         progress: share of the way to the final sparsity, in [0, 1] (gradual pruning).
@@ -41,7 +40,7 @@ class MaskRequest:
 
     network: UNet
     masks: Masks
-    config: CoreConfig
+    seed: int
     prune: PruneConfig
     calibration: Calibration | None = None
     progress: float = 1.0
@@ -71,14 +70,14 @@ class MaskRecord:
 def choose_masks(
     network: UNet,
     masks: Masks,
-    config: CoreConfig,
+    seed: int,
     prune: PruneConfig,
     calibration: Calibration | None = None,
     progress: float = 1.0,
 ) -> WeightMasks:
     """The masks that ``prune.method`` asks for (see :class:`MaskRequest`); pure, and the same in every process."""
     record: MaskRecord = MASK_STRATEGIES[prune.method]
-    return record.choose(MaskRequest(network, masks, config, prune, calibration, progress))
+    return record.choose(MaskRequest(network, masks, seed, prune, calibration, progress))
 
 
 def _by_pattern(request: MaskRequest) -> WeightMasks:
@@ -88,13 +87,13 @@ def _by_pattern(request: MaskRequest) -> WeightMasks:
 
 def _by_snip(request: MaskRequest) -> WeightMasks:
     assert request.calibration is not None  # It needs images.
-    ready = stand_in(request.network, request.config.seed)
+    ready = stand_in(request.network, request.seed)
     gradients = request.calibration.gradients(ready, request.prune.calibration_batches)
     return rank_together(snip_scores(maskable(ready), gradients), request.masks, 1.0 - request.prune.keep)
 
 
 def _by_synflow(request: MaskRequest) -> WeightMasks:
-    return synflow_masks(stand_in(request.network, request.config.seed), request.masks, 1.0 - request.prune.keep)
+    return synflow_masks(stand_in(request.network, request.seed), request.masks, 1.0 - request.prune.keep)
 
 
 def _by_magnitude(request: MaskRequest) -> WeightMasks:
@@ -102,7 +101,7 @@ def _by_magnitude(request: MaskRequest) -> WeightMasks:
 
 
 def _at_random(request: MaskRequest) -> WeightMasks:
-    return _ranked(request, lambda shares: random_weights(request.config.seed, shares))
+    return _ranked(request, lambda shares: random_weights(request.seed, shares))
 
 
 def by_magnitude(shares: Shares | None) -> MaskStrategy:
@@ -113,7 +112,7 @@ def by_magnitude(shares: Shares | None) -> MaskStrategy:
 def _ranked(request: MaskRequest, strategy: Callable[[Shares | None], MaskStrategy]) -> WeightMasks:
     """Rank weights together or by layer, as ``prune.scope`` and ``prune.profile`` say."""
     prune, weights = request.prune, maskable(request.network)
-    shares = layer_shares(prune, len(request.config.model.channel_multipliers), request.progress)
+    shares = layer_shares(prune, len(request.network.down), request.progress)
     fraction = (1.0 - prune.keep) * request.progress
     if prune.scope == "layer" and prune.profile == "blocks":
         assert shares is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from diffusion_core.config import CoreConfig
 from diffusion_core.training.trainer import TrainState
 from pruning.config import PruneConfig
 from pruning.masks.build import choose_masks
@@ -44,18 +43,18 @@ class GradualPruning:
 
     Args:
         ramp: when.
-        config: the run's configuration.
+        seed: seed of random choices.
         prune: the knobs of pruning: how far, and how weights are ranked.
     """
 
-    def __init__(self, ramp: Ramp, config: CoreConfig, prune: PruneConfig) -> None:
+    def __init__(self, ramp: Ramp, seed: int, prune: PruneConfig) -> None:
         self.ramp = ramp
-        self.config = config
+        self.seed = seed
         self.prune = prune
 
     def __call__(self, state: TrainState, _row: dict[str, Any]) -> None:
         """Prune up to the ramp's share if a pruning is due at this step."""
         if self.ramp.is_due(state.step):
             progress = self.ramp.progress(state.step)
-            masks = choose_masks(state.network, held_masks(state), self.config, self.prune, progress=progress)
+            masks = choose_masks(state.network, held_masks(state), self.seed, self.prune, progress=progress)
             hold_masks(state, agreed(masks))

@@ -93,7 +93,7 @@ def test_stopped_on_the_way_it_prunes_as_if_it_had_not_been(tmp_path: Path) -> N
 def test_the_callback_prunes_at_its_steps_alone() -> None:
     settings = config()
     state = TrainState.start(tiny_network(settings), settings.train, settings.ema, step=5)
-    callback = GradualPruning(Ramp(2, 12, 2), settings, settings.prune)
+    callback = GradualPruning(Ramp(2, 12, 2), settings.seed, settings.prune)
     callback(state, {})
     assert held_masks(state) is None
     state.step = 6

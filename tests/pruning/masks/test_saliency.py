@@ -107,7 +107,7 @@ def test_networks_at_initialisation_are_ranked_by_stand_ins_for_layers_that_star
         assert (name in zero) or torch.equal(weight, before[name])
     for method in ("snip", "synflow"):
         masks = choose_masks(
-            network, None, CONFIG, PruneConfig(method=method, keep=0.2, calibration_batches=2), calibration(CONFIG)
+            network, None, CONFIG.seed, PruneConfig(method=method, keep=0.2, calibration_batches=2), calibration(CONFIG)
         )
         count = sum(mask.numel() for mask in masks.values())
         assert sum(int((~mask).sum()) for mask in masks.values()) == round(0.8 * count)

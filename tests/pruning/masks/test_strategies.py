@@ -141,13 +141,13 @@ def test_shares_by_block_are_kept_in_every_layer_of_the_block() -> None:
     prune = PruneConfig(
         method="magnitude", scope="layer", profile="blocks", keep=0.5, block_keep=[0.25, 0.5, 1.0, 0.5, 0.5]
     )
-    masks = choose_masks(network, None, tiny_config(), prune)
+    masks = choose_masks(network, None, tiny_config().seed, prune)
     for name, mask in masks.items():
         share = {"down.0": 0.25, "middle": 1.0}.get(block_of(name), 0.5)
         assert abs(int(mask.sum()) - share * mask.numel()) <= 1.0, name
     assert block_sparsity(masks)["middle"] == 0.0
     # On the way there (gradual pruning), the same in proportion.
-    halfway = choose_masks(network, None, tiny_config(), prune, progress=0.5)
+    halfway = choose_masks(network, None, tiny_config().seed, prune, progress=0.5)
     assert block_sparsity(halfway)["down.0"] == pytest.approx(0.375, abs=0.01)
     assert block_sparsity(halfway)["middle"] == 0.0
 
@@ -196,7 +196,7 @@ def test_the_same_knobs_choose_the_same_masks(method: str) -> None:
     network = tiny_network()
 
     def choose(seed: int) -> WeightMasks:
-        return choose_masks(network, None, tiny_config(seed=seed), PruneConfig(method=method, keep=0.3))
+        return choose_masks(network, None, seed, PruneConfig(method=method, keep=0.3))
 
     one, two, other = choose(0), choose(0), choose(1)
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -210,6 +210,6 @@ def test_layers_that_start_at_zero_go_whole_unless_each_is_ranked_by_itself(scop
     from diffusion_core.model.unet import build_network
 
     network = build_network(tiny_config(), 10)
-    masks = choose_masks(network, None, tiny_config(), PruneConfig(method="magnitude", keep=0.3, scope=scope))
+    masks = choose_masks(network, None, tiny_config().seed, PruneConfig(method="magnitude", keep=0.3, scope=scope))
     assert bool(empty_layers(masks)) == empty
     assert ("conv_out" in empty_layers(masks)) == empty
