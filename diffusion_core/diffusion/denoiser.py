@@ -1,4 +1,4 @@
-"""Wrap a network as a denoiser, whatever its parametrisation (:mod:`diffusion_core.diffusion.predictions`).
+"""Wrap a network of any parametrisation as a denoiser (:mod:`diffusion_core.diffusion.predictions`).
 
 Guidance and samplers work on denoisers: ``(x_BCHW, t_B, labels_B | None) -> x0_BCHW``.
 """

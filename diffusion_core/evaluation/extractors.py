@@ -117,7 +117,7 @@ def read_inception(path: Path, device: torch.device) -> InceptionExtractor:
         network.load_state_dict(weights, assign=True)
     except Exception as error:  # torch.load raises errors of many types on damaged files.
         reason = one_line(error)
-        raise ExtractorError(f"{str(path)!r}: no Inception weights in pytorch-fid's format ({reason})") from None
+        raise ExtractorError(f"{str(path)!r}: not Inception weights in pytorch-fid's format ({reason})") from None
     network = network.float().to(device).eval().requires_grad_(False)
     extractor = InceptionExtractor(network, digest)
     check_finite(extractor(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).features_BD, repr(str(path)))
@@ -196,5 +196,5 @@ def read_extractor(path: Path, device: torch.device) -> Extractor:
         network = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         reason = one_line(error)
-        raise ExtractorError(f"{str(path)!r}: no TorchScript ({reason})") from None
+        raise ExtractorError(f"{str(path)!r}: not TorchScript ({reason})") from None
     return ScriptedExtractor(network, space_name(path.stem), digest, device)

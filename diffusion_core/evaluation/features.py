@@ -70,7 +70,7 @@ def with_channels(images_BCHW: Tensor, channels: int) -> Tensor:
     if present == channels:
         return images_BCHW
     if {present, channels} != {1, 3}:
-        raise ExtractorError(f"images of {present} channels for a network of {channels}")
+        raise ExtractorError(f"images of {present} channels: expected {channels}; only 1 and 3 can be converted")
     if present == 1:
         return images_BCHW.expand(-1, 3, -1, -1)
     return images_BCHW.float().mean(1, keepdim=True).round().to(torch.uint8)

@@ -67,7 +67,7 @@ class ImageFolder:
                         raise DataError(
                             f"{str(self.files[position])!r}: {array.shape[1]} x {array.shape[0]} pixels, and the "
                             f"first image of the folder {first_HW[1]} x {first_HW[0]}; expected images of one size "
-                            f"(scripts/prepare_images.py makes them so)"
+                            f"(scripts/prepare_images.py resizes them)"
                         )
                 images_BCHW = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
                 yield images_BCHW, None if self.labels is None else torch.tensor([self.labels[i] for i in chosen])

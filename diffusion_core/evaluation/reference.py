@@ -102,7 +102,7 @@ def read_statistics(path: Path) -> Statistics:
         raise DataError(f"{str(path)!r}: not statistics in pytorch-fid's format ({reason})") from None
     if mean_D.ndim != 1 or covariance_DD.shape != (len(mean_D), len(mean_D)):
         raise DataError(
-            f"{str(path)!r}: mu of {tuple(mean_D.shape)} and sigma of {tuple(covariance_DD.shape)} do not go together"
+            f"{str(path)!r}: mu of {tuple(mean_D.shape)} and sigma of {tuple(covariance_DD.shape)} do not match"
         )
     if not (torch.isfinite(mean_D).all() and torch.isfinite(covariance_DD).all()):
         raise DataError(f"{str(path)!r}: holds values that are not finite")

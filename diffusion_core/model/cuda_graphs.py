@@ -46,7 +46,7 @@ class Replayed:
         self.forget()
 
     def forget(self) -> None:
-        """Free the recording and start over with ordinary calls. Call this if tensors that the work uses are replaced."""
+        """Free the recording and start over with ordinary calls. Call it if tensors that the work uses are replaced."""
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor | None] = []

@@ -44,7 +44,7 @@ def resize(network: UNet, widths: Structure) -> None:
     for name, new_sizes in widths.items():
         module = modules.get(name)
         if module is None or set(new_sizes) != set(sizes(module)):
-            raise ValueError(f"structure of {name!r}: the network has no such layer, or other sizes")
+            raise ValueError(f"structure of {name!r}: the network has no such layer, or it has other sizes")
         if any(not isinstance(size, int) or not 1 <= size <= getattr(module, key) for key, size in new_sizes.items()):
             raise ValueError(f"structure of {name!r} = {new_sizes}: expected 1 to the dense sizes {sizes(module)}")
         for key, size in new_sizes.items():

@@ -60,7 +60,7 @@ def settled(config: Config, accelerator: Accelerator, dataset: Dataset, checkpoi
         share = torch.tensor([largest_share(network, config, accelerator, limit)], device=accelerator.device)
         size = int(accelerator.gather(share).min()) * accelerator.num_processes
         if accelerator.is_main_process:
-            print(f"train.batch_size=auto: {size} images a step fit", file=sys.stderr)
+            print(f"train.batch_size=auto: {size} images per step fit into memory", file=sys.stderr)
     return config.model_copy(update={"train": config.train.model_copy(update={"batch_size": size})})
 
 

@@ -41,7 +41,7 @@ def measure(options: Options) -> list[Row]:
             (folder / f"{part}.ready").exists() or process.poll() is not None for part, process in processes.items()
         ):
             time.sleep(0.2)
-        options.say("all parts are compiled; they measure one after another")
+        options.say("all parts are compiled; measuring one after another")
         (folder / "go").touch()
         deadline = time.monotonic() + MEASURING_S
         for process in processes.values():

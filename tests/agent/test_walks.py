@@ -9,12 +9,12 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from tiny import TINY, digits
 
 from agent.config import TrialConfig
 from agent.trial import run_trial
 from diffusion_core.config import CoreConfig, build
 from diffusion_core.tracking import MemoryTracker
-from tests.tiny import TINY, digits
 
 PROJECT = f"{Path(__file__).resolve().parents[2]}/"
 PRUNINGS = {

@@ -216,7 +216,7 @@ def test_what_cannot_be_judged_is_refused_in_one_line(
         ([str(tmp_path / "mixed"), str(tmp_path / "mixed")], "expected images of one size"),
         ([str(tmp_path / "damaged"), str(tmp_path / "damaged")], "not a readable image"),
         ([real, real, "--inception-weights", str(tmp_path / "none.pth")], "none.pth"),
-        ([real, real, "--inception-weights", str(tmp_path / "w.pth")], "no Inception weights"),
+        ([real, real, "--inception-weights", str(tmp_path / "w.pth")], "not Inception weights"),
         ([real, real, "--extractor", "classifier"], "no data set to train it on"),
         ([real, str(tmp_path / "no.npz"), *extractor], "no.npz"),
         (["--checkpoint", str(tmp_path / "empty")], "no checkpoint here"),

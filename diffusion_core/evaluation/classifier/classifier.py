@@ -123,7 +123,7 @@ def read_classifier(path: Path, device: torch.device) -> Classifier:
         data, share = str(described["data"]), float(described["accuracy"])
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
         reason = one_line(error)
-        raise ExtractorError(f"{str(path)!r}: no classifier of scripts/train_classifier.py ({reason})") from None
+        raise ExtractorError(f"{str(path)!r}: not a classifier of scripts/train_classifier.py ({reason})") from None
     network = network.to(device).eval()
     return Classifier(network, data, share, weights_hash(network), recipe)
 

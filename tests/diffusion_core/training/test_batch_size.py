@@ -54,7 +54,7 @@ def test_a_resumed_run_keeps_its_batch_size(
     words = [f"--{key}={value}" for key, value in AUTO.items()] + [f"--log.dir={tmp_path / 'run'}", "--train.steps=2"]
     monkeypatch.setattr(batch_size, "free_memory", lambda _: memory_for(build_config(AUTO), 16))
     assert main([*words, "--checkpoint.every=1"]) == 0
-    assert "16 images a step fit" in capsys.readouterr().err
+    assert "16 images per step fit into memory" in capsys.readouterr().err
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train.batch_size"] == 16
     monkeypatch.setattr(batch_size, "free_memory", lambda _: 10**12)
     assert main([*words, "--checkpoint.every=1"]) == 0
