@@ -1,4 +1,4 @@
-"""Which weights a configuration prunes: from its knobs to masks, by the strategy that they name."""
+"""Build masks from the knobs of pruning, with the strategy that ``prune.method`` names."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from pruning.registries import MASK_STRATEGIES
 
 @dataclass(frozen=True)
 class MaskRequest:
-    """What a strategy is told.
+    """The input of a mask strategy.
 
     Attributes:
-        network: as it is now.
-        masks: what is pruned already, or None; it stays so.
+        network: the network with its current weights.
+        masks: the masks so far, or None. Pruned weights stay pruned.
         seed: seed of random choices.
         prune: the knobs of pruning.
         calibration: training images, for a strategy that needs them.
-        progress: share of the way to the final sparsity, in [0, 1] (gradual pruning).
+        progress: the current share of the final sparsity, in [0, 1] (gradual pruning).
     """
 
     network: UNet
@@ -48,14 +48,14 @@ class MaskRequest:
 
 @dataclass(frozen=True)
 class MaskRecord:
-    """What is known of a strategy for masks.
+    """A mask strategy that a user can select.
 
     Attributes:
-        choose: the masks that are asked for; pure, and the same in every process.
+        choose: returns the masks of a request. It is pure, and returns the same in every process.
         help: what it does, and its source.
-        knobs: names of the knobs ``prune.*`` that it listens to, besides ``method`` and ``step``.
-        needs_images: whether training images decide what goes.
-        at_start: whether it prunes at initialisation unless ``prune.step`` says otherwise.
+        knobs: names of the knobs ``prune.*`` that it uses, besides ``method`` and ``step``.
+        needs_images: whether it needs training images.
+        at_start: whether it prunes at initialisation unless ``prune.step`` is set.
         gradual: whether it prunes in many small steps, up to ``prune.until``.
     """
 
@@ -75,7 +75,7 @@ def choose_masks(
     calibration: Calibration | None = None,
     progress: float = 1.0,
 ) -> WeightMasks:
-    """The masks that ``prune.method`` asks for (see :class:`MaskRequest`); pure, and the same in every process."""
+    """Return the masks of ``prune.method`` (see :class:`MaskRequest`). Pure, and the same in every process."""
     record: MaskRecord = MASK_STRATEGIES[prune.method]
     return record.choose(MaskRequest(network, masks, seed, prune, calibration, progress))
 
@@ -105,12 +105,12 @@ def _at_random(request: MaskRequest) -> WeightMasks:
 
 
 def by_magnitude(shares: Shares | None) -> MaskStrategy:
-    """Prune the smallest weights: of the whole network (None), or of each layer what it is to keep."""
+    """Return the strategy that prunes the smallest weights: of the whole network (None), or of each layer by shares."""
     return global_magnitude if shares is None else layer_magnitude(shares)
 
 
 def _ranked(request: MaskRequest, strategy: Callable[[Shares | None], MaskStrategy]) -> WeightMasks:
-    """Rank weights together or by layer, as ``prune.scope`` and ``prune.profile`` say."""
+    """Rank weights together or by layer, according to ``prune.scope`` and ``prune.profile``."""
     prune, weights = request.prune, maskable(request.network)
     shares = layer_shares(prune, len(request.network.down), request.progress)
     fraction = (1.0 - prune.keep) * request.progress
@@ -121,36 +121,36 @@ def _ranked(request: MaskRequest, strategy: Callable[[Shares | None], MaskStrate
 
 
 _RANKED = frozenset({"keep", "scope", "profile", "block_keep"})
-MASK_STRATEGIES["magnitude"] = MaskRecord(_by_magnitude, "masks: the smallest weights go", _RANKED)
-MASK_STRATEGIES["random"] = MaskRecord(_at_random, "masks: random weights go, a control", _RANKED)
+MASK_STRATEGIES["magnitude"] = MaskRecord(_by_magnitude, "masks: prune the smallest weights", _RANKED)
+MASK_STRATEGIES["random"] = MaskRecord(_at_random, "masks: prune random weights, a control", _RANKED)
 MASK_STRATEGIES["snip"] = MaskRecord(
     _by_snip,
-    "masks: ranked at initialisation by gradients (Lee et al. 2019)",
+    "masks: rank by gradients at initialisation (Lee et al. 2019)",
     frozenset({"keep", "calibration_batches"}),
     needs_images=True,
     at_start=True,
 )
 MASK_STRATEGIES["synflow"] = MaskRecord(
-    _by_synflow, "masks: ranked at initialisation by synaptic flow (Tanaka et al. 2020)", at_start=True
+    _by_synflow, "masks: rank by synaptic flow at initialisation (Tanaka et al. 2020)", at_start=True
 )
 MASK_STRATEGIES["gradual"] = MaskRecord(
     _by_magnitude,
-    "masks: magnitude in many small steps (Zhu & Gupta 2017)",
+    "masks: prune the smallest weights in many small steps (Zhu & Gupta 2017)",
     _RANKED | {"until", "interval"},
     gradual=True,
 )
 MASK_STRATEGIES["n_of_m"] = MaskRecord(
-    _by_pattern, "masks: a pattern that GPUs multiply faster (Mishra et al. 2021)", frozenset({"pattern"})
+    _by_pattern, "masks: N:M sparsity, which GPUs multiply faster (Mishra et al. 2021)", frozenset({"pattern"})
 )
 
 
 def layer_shares(prune: PruneConfig, levels: int, progress: float = 1.0) -> Shares | None:
-    """What each layer keeps, or None where all weights are ranked together.
+    """Return the amount that each layer keeps relative to the others, or None if all weights are ranked together.
 
     Args:
         prune: the knobs of pruning.
         levels: number of resolutions of the network.
-        progress: share of the way to the final sparsity, in [0, 1].
+        progress: the current share of the final sparsity, in [0, 1].
     """
     if prune.scope != "layer":
         return None

@@ -1,4 +1,4 @@
-"""Gradual pruning: many small prunings while training goes on, more at first, fewer at last (Zhu & Gupta 2017)."""
+"""Gradual pruning: many small prunings during training, larger at first, smaller at the end (Zhu & Gupta 2017)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pruning.masks.mask import agreed, held_masks, hold_masks
 
 @dataclass(frozen=True)
 class Ramp:
-    """When gradual pruning prunes, and how far it has come then.
+    """The steps at which gradual pruning prunes, and the sparsity that it reaches.
 
     Attributes:
-        start: optimizer steps before it; nothing is pruned yet at this one.
-        end: step of the last pruning, which is the pruner's (:func:`pruning.pruner.prune_state`) and is recorded.
+        start: step at which it starts. Nothing is pruned at this step.
+        end: step of the last pruning, which :func:`pruning.pruner.prune_state` makes and records.
         interval: steps between two prunings.
     """
 
@@ -26,25 +26,25 @@ class Ramp:
     interval: int
 
     def progress(self, step: int) -> float:
-        """Share of the final sparsity that is reached at a step, in [0, 1] (eq. 1, from a sparsity of 0)."""
+        """Return the share of the final sparsity at a step, in [0, 1] (eq. 1, from a sparsity of 0)."""
         done = min(1.0, max(0.0, (step - self.start) / (self.end - self.start)))
         return 1.0 - (1.0 - done) ** 3
 
     def is_due(self, step: int) -> bool:
-        """Whether something is pruned at a step, on the way."""
+        """Return whether to prune at a step between start and end."""
         return self.start < step < self.end and (step - self.start) % self.interval == 0
 
 
 class GradualPruning:
-    """A training callback that prunes a little at every step of a ramp that is due.
+    """A training callback that prunes at the steps of a ramp.
 
-    It has no state of its own: the masks so far are the training state's, and which step is due follows from the step,
-    so that a resumed training prunes as the unbroken one does. It comes before all callbacks that look at weights.
+    It has no state of its own: the training state holds the masks so far, and the step determines what is due. A
+    resumed training therefore prunes as an uninterrupted one does. It must precede all callbacks that read weights.
 
     Args:
-        ramp: when.
+        ramp: when to prune.
         seed: seed of random choices.
-        prune: the knobs of pruning: how far, and how weights are ranked.
+        prune: the knobs of pruning: how much to prune, and how to rank weights.
     """
 
     def __init__(self, ramp: Ramp, seed: int, prune: PruneConfig) -> None:
@@ -53,7 +53,7 @@ class GradualPruning:
         self.prune = prune
 
     def __call__(self, state: TrainState, _row: dict[str, Any]) -> None:
-        """Prune up to the ramp's share if a pruning is due at this step."""
+        """Prune to the ramp's sparsity if a pruning is due at this step."""
         if self.ramp.is_due(state.step):
             progress = self.ramp.progress(state.step)
             masks = choose_masks(state.network, held_masks(state), self.seed, self.prune, progress=progress)
