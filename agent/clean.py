@@ -7,35 +7,17 @@ and staged copies of uploads that have arrived. On W&B: versions of models and t
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from agent.command import fail
-from agent.sync import SYNCED
 from agent.tracking.environment import load_environment
 from agent.tracking.project import versions_without_alias
-from diffusion_core.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
+from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError
-from diffusion_core.run_folder import CHECKPOINTS, locked, run_folders
-from diffusion_core.training.checkpoints import kept_checkpoints
-
-
-@dataclass(frozen=True)
-class Leftover:
-    """An unreferenced checkpoint or upload.
-
-    Attributes:
-        name: its path, or its name on W&B.
-        size: in bytes.
-        remove: deletes it.
-    """
-
-    name: str
-    size: int
-    remove: Callable[[], object]
+from diffusion_core.run_folder import locked, run_folders
+from diffusion_core.training.leftovers import Leftover, on_disk
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     load_environment()
     try:
         if arguments.project is not None:
-            found = list(on_wandb(arguments.project))
-            _report(found, arguments.yes)
+            versions = versions_without_alias(arguments.project)
+            _report([Leftover(version.name, version.size, version.delete) for version in versions], arguments.yes)
             return 0
         folder = arguments.folder or Path("runs")
         if not folder.is_dir():
@@ -70,37 +52,6 @@ def _report(found: Sequence[Leftover], remove: bool) -> None:
         print(f"{leftover.size / 1e6:10,.1f} MB  {leftover.name}{'  removed' if remove else ''}")
         if remove:
             leftover.remove()
-
-
-def on_disk(folder: Path) -> Iterator[Leftover]:
-    """Yield the unreferenced checkpoints and uploads in a run's folder."""
-    checkpoints = folder / CHECKPOINTS
-    paths = list_checkpoints(checkpoints)
-    if paths:
-        newest = read_checkpoint(paths[-1], verify=False).metadata
-        best = newest.get("best") or {}
-        kept = kept_checkpoints(checkpoints, int(newest["config"].get("checkpoint.keep", 2)), best.get("step"))
-        yield from (_folder(path) for path in paths if path not in kept)
-    yield from (_folder(path) for path in checkpoints.glob(".step-*.partial"))
-    for run in (folder / "wandb").glob("*run-*"):
-        arrived = not run.name.startswith("offline-") or any(run.glob(f"*{SYNCED}"))
-        if arrived and (run / "staged").is_dir() and not run.is_symlink():
-            yield from (_folder(path) for path in (run / "staged").iterdir())
-
-
-def _folder(path: Path) -> Leftover:
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return Leftover(str(path), size, lambda: shutil.rmtree(path))
-
-
-def on_wandb(project: str) -> Iterator[Leftover]:
-    """Yield the versions of a project's models and training states that have no alias.
-
-    Raises:
-        CheckpointError: if W&B has no such project, or does not answer.
-    """
-    for version in versions_without_alias(project):
-        yield Leftover(version.name, version.size, version.delete)
 
 
 if __name__ == "__main__":

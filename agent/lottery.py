@@ -19,13 +19,14 @@ from accelerate.utils import broadcast_object_list
 
 from agent.config import TrialConfig
 from agent.tracking.rounds import OpenTracker
-from agent.trial import make_accelerator, run_trial, write_run_files
+from agent.trial import run_trial
 from diffusion_core.checkpoint import list_checkpoints, read_checkpoint
 from diffusion_core.config import flatten
 from diffusion_core.data.datasets import Dataset
+from diffusion_core.distributed import make_accelerator
 from diffusion_core.files import write_json_lines
 from diffusion_core.model.unet import build_network
-from diffusion_core.run_folder import CHECKPOINTS, HISTORY_FILE, RESULT_FILE
+from diffusion_core.run_folder import CHECKPOINTS, HISTORY_FILE, RESULT_FILE, write_run_files
 from diffusion_core.tracking import STATE, STEP, NullTracker, Tracker
 from diffusion_core.training.checkpoints import SaveCheckpoints
 from diffusion_core.training.result import TrialResult, read_result, write_result
@@ -41,11 +42,6 @@ from pruning.training import warn_of_empty_layers
 
 if TYPE_CHECKING:
     from agent.tracking.rounds import UploadedRounds
-
-
-def no_tracker(_run_id: str, _folder: Path, _config: TrialConfig) -> Tracker:
-    """Open a tracker that records nothing."""
-    return NullTracker()
 
 
 @dataclass(frozen=True)
@@ -203,7 +199,7 @@ def run_chain(
     run_id: str,
     stop: StopRequest | None = None,
     accelerator: Accelerator | None = None,
-    open_tracker: OpenTracker = no_tracker,
+    open_tracker: OpenTracker = lambda *_: NullTracker(),
     uploaded: UploadedRounds | None = None,
 ) -> TrialResult:
     """Run all rounds of a lottery as one trial. Resume from the folder, or from uploaded rounds.
@@ -217,7 +213,7 @@ def run_chain(
         uploaded: in the first process, the lottery's rounds on W&B.
     """
     started = time.perf_counter()
-    accelerator = accelerator or make_accelerator(config)
+    accelerator = accelerator or make_accelerator(config.train)
     is_main = accelerator.is_main_process
     lottery = Lottery(config, dataset, folder, run_id, accelerator, open_tracker, stop, uploaded)
     check_rounds(config.prune, build_network(config, dataset.num_classes))

@@ -20,24 +20,33 @@ from agent.command import fail
 from agent.config import TrialConfig
 from agent.ending import Ending, ending_of, lost_peer
 from agent.lottery import run_chain
-from agent.sync import mark_synced
 from agent.tracking.artifacts import fetch_best, fetch_checkpoint
 from agent.tracking.environment import find_run, is_offline, load_environment, wandb_mode
 from agent.tracking.rounds import UploadedRounds, round_trackers
 from agent.tracking.run import leave_sweep, may_fetch, start_wandb, wandb_tracker
 from agent.tracking.stop_cause import was_asked_to_end
-from agent.trial import make_accelerator, run_trial
+from agent.trial import run_trial
 from diffusion_core.config import ConfigError, flatten
 from diffusion_core.data.datasets import load_data
-from diffusion_core.distributed import WATCH_EVERY_S, Peers, first_process_first
+from diffusion_core.distributed import WATCH_EVERY_S, Peers, first_process_first, make_accelerator
 from diffusion_core.files import write_json
 from diffusion_core.redact import recorded_console
-from diffusion_core.run_folder import CHECKPOINTS, RUN_FILE, SAMPLES, locked, make_folder, read_history, read_run_file
+from diffusion_core.run_folder import (
+    CHECKPOINTS,
+    RUN_FILE,
+    SAMPLES,
+    locked,
+    make_folder,
+    mark_synced,
+    read_history,
+    read_run_file,
+)
 from diffusion_core.tracking import NullTracker, Tracker
 from diffusion_core.training import callbacks
 from diffusion_core.training.batch_size import settled
 from diffusion_core.training.result import TrialResult
 from diffusion_core.training.stopping import StopRequest
+from pruning.checks import check_processes
 
 if TYPE_CHECKING:
     from agent.tracking.run import Run
@@ -50,7 +59,8 @@ def run_session(config: TrialConfig) -> int:
     """Run a trial with W&B, from reading data to the last upload. Return the exit status."""
     load_environment()
     try:
-        mode, accelerator = wandb_mode(), make_accelerator(config)
+        mode, accelerator = wandb_mode(), make_accelerator(config.train)
+        check_processes(config.prune, accelerator.num_processes)
     except ConfigError as error:
         return fail(str(error))
     peers = Peers(accelerator)

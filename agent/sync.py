@@ -7,12 +7,10 @@ compares with W&B first, and uploads from the run's folder: history, images, che
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from agent.command import fail
 from agent.tracking.environment import has_key, load_environment
@@ -25,16 +23,13 @@ from diffusion_core.run_folder import (
     CONFIG_FILE,
     ENVIRONMENT,
     HISTORY_FILE,
-    RESULT_FILE,
     RUN_FILE,
     locked,
+    mark_synced,
     read_history,
     read_run_file,
     run_folders,
 )
-
-SYNCED = ".synced"
-"""Suffix of W&B's marker beside the file of an uploaded run; `wandb sync` skips files with a marker."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +65,7 @@ def sync(folder: Path) -> None:
     from agent.tracking.artifacts import uploaded_steps
     from diffusion_core.training.callbacks import log_rows
     from diffusion_core.training.checkpoints import log_checkpoint
+    from diffusion_core.training.result import read_result
 
     if not has_key():
         raise ConfigError("WANDB_API_KEY = None: uploads need it; set it (see .env.example) or run `wandb login`")
@@ -82,9 +78,9 @@ def sync(folder: Path) -> None:
     run = start_wandb(run_file["id"], folder, config, "online", or_offline=False)
     tracker = WandbTracker(run, first_step=run.starting_step, keep=sys.maxsize)
     log_rows(tracker, folder, rows)
-    result = _read_result(folder)
+    stored = read_result(folder)
     logged = {key for row in rows for key in row}
-    tracker.summary({key: value for key, value in result.get("figures", {}).items() if key not in logged})
+    tracker.summary({key: value for key, value in (stored[0].figures if stored else {}).items() if key not in logged})
     uploaded = uploaded_steps(run)
     paths = list_checkpoints(folder / CHECKPOINTS) if config.get("checkpoint.upload", True) else []
     best = (read_checkpoint(paths[-1], verify=False).metadata.get("best") or {}) if paths else {}
@@ -92,23 +88,9 @@ def sync(folder: Path) -> None:
         if checkpoint.step not in uploaded:
             is_best, ttl_days = best.get("step") == checkpoint.step, config.get("checkpoint.ttl_days")
             log_checkpoint(tracker, checkpoint, run.id, is_best=is_best, history=rows, ttl_days=ttl_days)
-    tracker.close(0 if result else 1)
+    tracker.close(0 if stored else 1)
     mark_synced(folder)
     print(f"{folder}: complete on W&B ({run.entity}/{run.project}/{run.id})")
-
-
-def mark_synced(folder: Path) -> None:
-    """Make `wandb sync` skip the files of a run that is complete on W&B."""
-    for file in (folder / "wandb").glob("*run-*/*.wandb"):
-        file.with_name(file.name + SYNCED).touch()
-
-
-def _read_result(folder: Path) -> dict[str, Any]:
-    try:
-        result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return result if isinstance(result, dict) else {}
 
 
 if __name__ == "__main__":

@@ -6,30 +6,24 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from agent.config import TrialConfig
 from agent.tracking.artifacts import open_source
-from agent.tracking.environment import belongs_here
-from diffusion_core.config import ConfigError, flatten, to_yaml
+from diffusion_core.config import flatten
 from diffusion_core.data.datasets import Dataset
-from diffusion_core.distributed import first_process_first
+from diffusion_core.distributed import first_process_first, make_accelerator
 from diffusion_core.evaluation.protocol import PREFIX
-from diffusion_core.files import write_json, write_text
-from diffusion_core.hardware import pick_device
+from diffusion_core.files import write_json
 from diffusion_core.model.unet import build_network
-from diffusion_core.redact import redact
 from diffusion_core.run_folder import (
     CHECKPOINTS,
-    CONFIG_FILE,
     DATA_FILE,
-    ENVIRONMENT,
-    RUN_FILE,
     SAMPLES,
     best_figures,
     read_history,
-    read_run_file,
+    write_run_files,
 )
 from diffusion_core.tracking import Tracker
 from diffusion_core.training.callbacks import DrawSamples, LogHistory, WatchQuality
@@ -45,33 +39,6 @@ from pruning.consistency import dense_consistency
 from pruning.pruner import is_pruned, records, resume_pruning
 from pruning.start import check_architecture, start_from
 from pruning.training import train_and_prune
-
-
-def make_accelerator(config: TrialConfig) -> Accelerator:
-    """Set up processes and devices as ``accelerate launch`` asks. ``train.precision`` alone sets the precision.
-
-    Raises:
-        ConfigError: if the processes cannot share the batch evenly, or would each prune another network.
-    """
-    # Exchange gradients in place, without a copy. (A static graph would support unused parameters and recomputed
-    # activations; this network has none.)
-    exchange = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    cpu = pick_device(config.train).type == "cpu"
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[exchange])
-    if config.train.batch_size == "auto":  # A share per process is chosen later.
-        return accelerator
-    share, remainder = divmod(config.train.images_per_step, accelerator.num_processes)
-    if remainder or share % config.train.accumulation:
-        raise ConfigError(
-            f"train.batch_size = {config.train.batch_size}: expected a multiple of the number of processes "
-            f"({accelerator.num_processes}) times train.accumulation ({config.train.accumulation})"
-        )
-    if config.prune.method == "structured" and config.prune.target == "latency" and accelerator.num_processes > 1:
-        raise ConfigError(
-            "prune.target = 'latency': each process would measure another latency; expected channels, params or macs, "
-            "or use scripts/prune.py on one device"
-        )
-    return accelerator
 
 
 def start_state(config: TrialConfig, dataset: Dataset, tracker: Tracker, accelerator: Accelerator) -> TrainState:
@@ -130,7 +97,7 @@ def run_trial(
         Stopped: if ``stop`` was requested.
     """
     started = time.perf_counter()
-    accelerator = accelerator or make_accelerator(config)
+    accelerator = accelerator or make_accelerator(config.train)
     is_main = accelerator.is_main_process
     resumed = find_checkpoint(config, folder / CHECKPOINTS)
     if resumed is not None:
@@ -183,11 +150,3 @@ def run_trial(
     (result,) = broadcast_object_list([result])
     assert result is not None
     return result
-
-
-def write_run_files(config: TrialConfig, folder: Path, run_id: str) -> None:
-    """Write the run's id and its configuration to its folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    known = read_run_file(folder)
-    write_json(folder / RUN_FILE, known | {"id": run_id, ENVIRONMENT: known.get(ENVIRONMENT, {}) | belongs_here()})
-    write_text(folder / CONFIG_FILE, redact(to_yaml(config)))

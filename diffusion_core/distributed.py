@@ -13,9 +13,12 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import broadcast, gather, reduce
 from torch import Tensor, distributed, nn
+
+from diffusion_core.config import ConfigError, TrainConfig
+from diffusion_core.hardware import pick_device
 
 WATCH_EVERY_S = 0.5
 LEAVE_AFTER_S = 5.0
@@ -23,6 +26,28 @@ LEAVE_AFTER_S = 5.0
 
 PATIENCE = timedelta(days=7)
 """Timeout for the first process, which evaluates, samples and uploads alone. :meth:`Peers.watch` detects a dead one."""
+
+
+def make_accelerator(train: TrainConfig) -> Accelerator:
+    """Set up processes and devices as ``accelerate launch`` asks. ``train.precision`` alone sets the precision.
+
+    Raises:
+        ConfigError: if the processes cannot share the batch evenly.
+    """
+    # Exchange gradients in place, without a copy. (A static graph would support unused parameters and recomputed
+    # activations; this network has none.)
+    exchange = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    cpu = pick_device(train).type == "cpu"
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[exchange])
+    if train.batch_size == "auto":  # A share per process is chosen later.
+        return accelerator
+    share, remainder = divmod(train.images_per_step, accelerator.num_processes)
+    if remainder or share % train.accumulation:
+        raise ConfigError(
+            f"train.batch_size = {train.batch_size}: expected a multiple of the number of processes "
+            f"({accelerator.num_processes}) times train.accumulation ({train.accumulation})"
+        )
+    return accelerator
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Shorten errors for messages of one line."""
+"""Words for messages: errors in one line, lengths of time, sizes."""
 
 from __future__ import annotations
 
@@ -13,3 +13,19 @@ def one_line(error: object) -> str:
 def reason_of(error: BaseException) -> str:
     """Return why an operation failed: the system's words for an ``OSError``, else the error in one line."""
     return (isinstance(error, OSError) and error.strerror) or one_line(error)
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time in words: ``34 s``, ``5 min``, ``7.5 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def size_in_words(number: float) -> str:
+    """Return bytes in words: ``12 MB``, ``3.4 GB``."""
+    for unit in ("kB", "MB", "GB"):
+        number /= 1000
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+    return f"{number / 1000:,.3g} TB"

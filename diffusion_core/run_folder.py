@@ -24,8 +24,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusion_core.config import ConfigError
+from pydantic import BaseModel
+
+from diffusion_core.config import ConfigError, to_yaml
 from diffusion_core.config.metrics import goal_of, is_better
+from diffusion_core.files import write_json, write_text
+from diffusion_core.redact import redact
 from diffusion_core.tracking import STEP
 
 RUN_FILE = "run.json"
@@ -41,6 +45,8 @@ PROTOCOLS_FILE = "protocols.json"
 RESULT_FILE = "result.json"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
+SYNCED = ".synced"
+"""Suffix of W&B's marker beside the file of an uploaded run; `wandb sync` skips files with a marker."""
 
 
 def make_folder(folder: Path) -> None:
@@ -164,3 +170,22 @@ def held(file: Path) -> Iterator[None]:
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         yield
+
+
+def belongs_here() -> dict[str, str]:
+    """Return the environment variables that say where on W&B this process's run belongs."""
+    return {name: os.environ[name] for name in BELONGS_BY if name in os.environ}
+
+
+def write_run_files(config: BaseModel, folder: Path, run_id: str) -> None:
+    """Write the run's id and its configuration to its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    known = read_run_file(folder)
+    write_json(folder / RUN_FILE, known | {"id": run_id, ENVIRONMENT: known.get(ENVIRONMENT, {}) | belongs_here()})
+    write_text(folder / CONFIG_FILE, redact(to_yaml(config)))
+
+
+def mark_synced(folder: Path) -> None:
+    """Make `wandb sync` skip the files of a run that is complete on W&B."""
+    for file in (folder / "wandb").glob("*run-*/*.wandb"):
+        file.with_name(file.name + SYNCED).touch()

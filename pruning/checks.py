@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from diffusion_core.config import DistillConfig, EmaConfig, InitConfig, ModelConfig, TrainConfig
+from diffusion_core.config import ConfigError, DistillConfig, EmaConfig, InitConfig, ModelConfig, TrainConfig
 from pruning.config import PruneConfig
 
 
@@ -92,4 +92,17 @@ def _teacher_problems(prune: PruneConfig, distill: DistillConfig) -> Iterator[st
         yield (
             f"distill.output = {distill.output}: the teacher {teacher!r} has no effect while distill.output and "
             "distill.features are 0; set one of them"
+        )
+
+
+def check_processes(prune: PruneConfig, count: int) -> None:
+    """Check that a trial's processes would all prune the same network.
+
+    Raises:
+        ConfigError: if they would not.
+    """
+    if prune.method == "structured" and prune.target == "latency" and count > 1:
+        raise ConfigError(
+            "prune.target = 'latency': each process would measure another latency; expected channels, params or macs, "
+            "or use scripts/prune.py on one device"
         )

@@ -27,7 +27,6 @@ import torch
 from accelerate import PartialState
 
 from agent.command import fail
-from agent.leaderboard import EVALUATION_FILE
 from agent.sweep.results import best_of_sweep
 from agent.tracking.artifacts import download_model
 from agent.tracking.registry import publish
@@ -42,6 +41,7 @@ from diffusion_core.evaluation.extractors import download_inception, read_extrac
 from diffusion_core.evaluation.features import Extractor, ExtractorError, with_channels
 from diffusion_core.evaluation.folders import as_reference, image_folder, is_statistics, see
 from diffusion_core.evaluation.generated import estimate_seconds, generated
+from diffusion_core.evaluation.leaderboard import EVALUATION_FILE
 from diffusion_core.evaluation.measure import needs_every_image
 from diffusion_core.evaluation.protocol import protocol, sampling_protocol
 from diffusion_core.evaluation.reference import write_statistics

@@ -44,6 +44,8 @@ COMPUTED = {"registry.py", "plugins.py"}
 """Modules that import others by computed names: the rooms of a registry, and users' own modules."""
 
 MOST_ENTRIES = {"agent": 14}
+MOST_LINES_IN = {"agent": 4000}
+"""Lines of all modules of a package: the agent stays thin."""
 MOST_MODULES = 16
 MOST_LINES = 350
 LONGER = {"diffusion_core/config/knobs.py"}
@@ -169,6 +171,12 @@ def test_folders_are_small(top: str) -> None:
         assert len(list(folder.glob("*.py"))) <= MOST_MODULES, folder
     if top in MOST_ENTRIES:
         assert len(entries(ROOT / top)) <= MOST_ENTRIES[top], sorted(entries(ROOT / top))
+
+
+@pytest.mark.parametrize("top", MOST_LINES_IN)
+def test_the_agent_is_thin(top: str) -> None:
+    lines = [len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / top).rglob("*.py")]
+    assert sum(lines) <= MOST_LINES_IN[top]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -35,7 +35,7 @@ ONE_TEXT = {
 """The same, as patterns of the text of a line."""
 
 ALLOWED = {
-    ("temporary names: files.replaced_file", "agent/clean.py"): "lists unfinished checkpoints",
+    ("temporary names: files.replaced_file", "diffusion_core/training/leftovers.py"): "lists unfinished checkpoints",
     ("temporary names: files.replaced_file", "diffusion_core/checkpoint.py"): "deletes unfinished checkpoints",
     ("temporary names: files.replaced_file", "diffusion_core/data/preparation/target.py"): "ignores unfinished files",
 }

@@ -13,7 +13,8 @@ from typing import Any
 from agent.config import build_config
 from agent.sweep import engine
 from agent.sweep.file import SweepFile
-from agent.sweep.results import duration, parameters_line
+from agent.sweep.results import parameters_line
+from diffusion_core.messages import duration, size_in_words
 from pruning.estimate import Estimator, TrialEstimate
 
 SAMPLED_TRIALS = 10
@@ -35,15 +36,6 @@ def estimate_trial(estimator: Estimator, parameters: dict[str, Any]) -> TrialEst
     """Estimate the trial of some parameters."""
     config = build_config(parameters)
     return estimator.trial(config, config.prune)
-
-
-def size_in_words(number: float) -> str:
-    """Return bytes in words: ``12 MB``, ``3.4 GB``."""
-    for unit in ("kB", "MB", "GB"):
-        number /= 1000
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-    return f"{number / 1000:,.3g} TB"
 
 
 def describe_sweep(

@@ -129,7 +129,7 @@ def check_sweep(config: dict[str, Any], source: str, name: str) -> SweepFile:
     config = {key: value for key, value in config.items() if value is not None}  # An empty `metric:` is None.
     name = config.get("name", name)
     problems = _plugin_problems(config.get("parameters"))
-    if not problems:  # Without its plugins, a sweep names what is unknown.
+    if not problems:  # Without a plugin, all that it adds is unknown.
         problems += _setting_problems(config) + _parameter_problems(config.get("parameters"), config.get("method"))
         problems += _name_problems(name) if isinstance(name, str) else []
     if not problems:
@@ -141,7 +141,7 @@ def check_sweep(config: dict[str, Any], source: str, name: str) -> SweepFile:
 
 def _plugin_problems(parameters: Any) -> list[str]:
     """Import the plugins of all trials. Return what is wrong with the first one that cannot be imported."""
-    spec = parameters.get(KEY) if isinstance(parameters, Mapping) else None
+    spec = flat_parameters(parameters).get(KEY) if isinstance(parameters, Mapping) else None
     if spec is None or _form_problems(KEY, spec, None):  # Reported with the other parameters.
         return []
     try:

@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 from agent.sweep.file import SweepError, SweepFile, check_sweep
-from agent.sweep.results import TrialRecord, best_first, table
+from agent.sweep.results import TrialRecord, table
 from agent.tracking import sweeps
+from diffusion_core.config.metrics import best_first
 from diffusion_core.machine.processes import forward_signals, start_process
 from diffusion_core.machine.sharing import shares
 
@@ -121,4 +122,4 @@ def _records(path: str, sweep: SweepFile) -> list[TrialRecord]:
         )
         for run in sweeps.runs(path)
     ]
-    return best_first(records, sweep.metric)
+    return best_first(records, sweep.metric, lambda record: record.figures)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agent.sweep.file import SweepFile
-from agent.sweep.results import duration, parameters_line
+from agent.sweep.results import parameters_line
 from agent.sweep.state import DONE, FAILED, FINISHED, STOPPED, SweepState, Trial
 from agent.sweep.trials import TrialReader
+from diffusion_core.messages import duration
 
 
 class SweepProgress:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_core.checkpoint import CheckpointError
-from diffusion_core.config.metrics import is_better
 from diffusion_core.files import write_csv, write_json
 from diffusion_core.tables import cell, text_table
 
@@ -41,19 +40,6 @@ class TrialRecord:
     seconds: float | None = None
 
 
-def best_first(trials: Sequence[TrialRecord], metric: str | None) -> list[TrialRecord]:
-    """Return the trials by the sweep's metric, best first; then those without the metric, in the given order."""
-    if metric is None:
-        return list(trials)
-    measured = [trial for trial in trials if metric in trial.figures]
-    ordered: list[TrialRecord] = []
-    for trial in measured:
-        value = trial.figures[metric]
-        place = next((i for i, other in enumerate(ordered) if is_better(metric, value, other.figures[metric])), None)
-        ordered.insert(len(ordered) if place is None else place, trial)
-    return ordered + [trial for trial in trials if metric not in trial.figures]
-
-
 def table(trials: Sequence[TrialRecord], varied: Sequence[str], metric: str | None = None) -> str:
     """Return a table of trials: rank, id, state, the varied knobs, and figures, first the sweep's metric."""
     candidates = dict.fromkeys([*([metric] if metric else []), *SHOWN_FIGURES])
@@ -76,13 +62,6 @@ def parameters_line(parameters: Mapping[str, Any], varied: Sequence[str]) -> str
     """Return the varied knobs of a trial in one line: ``train.lr=0.0004213 seed=1``."""
     texts = {key: f"{value:.4g}" if isinstance(value := parameters[key], float) else value for key in varied}
     return " ".join(f"{key}={value}" for key, value in texts.items())
-
-
-def duration(seconds: float) -> str:
-    """Return a length of time in words: ``34 s``, ``5 min``, ``7.5 h``."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def write_results(folder: Path, trials: Sequence[TrialRecord]) -> None:

@@ -7,8 +7,9 @@ import shutil
 from typing import Any
 
 from agent.sweep import engine
-from agent.sweep.results import TrialRecord, best_first
+from agent.sweep.results import TrialRecord
 from agent.sweep.state import DONE, FAILED, FINISHED, RUNNING, STOPPED, STOPPING, WAITING, SweepState, Trial
+from diffusion_core.config.metrics import best_first
 from diffusion_core.run_folder import HISTORY_FILE, RESULT_FILE, SAMPLES, best_figures, read_history
 
 ENGINE_STATES = {WAITING: "running", RUNNING: "running", STOPPING: "running", FINISHED: "finished", STOPPED: "finished",
@@ -57,7 +58,7 @@ class TrialReader:
 
     def ranked(self) -> list[TrialRecord]:
         """Return the results of all trials, best first."""
-        return best_first(self.records(), self.metric)
+        return best_first(self.records(), self.metric, lambda record: record.figures)
 
     def record(self, trial: Trial) -> TrialRecord:
         """Return the results of a trial."""

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from dotenv import find_dotenv, load_dotenv
 
 from diffusion_core.config import ConfigError
-from diffusion_core.run_folder import BELONGS_BY, read_run_file
+from diffusion_core.run_folder import read_run_file
 
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
@@ -83,11 +83,6 @@ def find_run(configured: str | None) -> tuple[str, Path]:
         return run_id, Path("runs") / run_id
     folder = Path(configured)
     return run_id or read_run_file(folder).get("id") or secrets.token_hex(4), folder
-
-
-def belongs_here() -> dict[str, str]:
-    """Return the environment variables that say where on W&B this process's run belongs."""
-    return {name: os.environ[name] for name in BELONGS_BY if name in os.environ}
 
 
 def is_offline(run: Run) -> bool:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from functools import cache
+from typing import Literal, TypeVar
 
 from diffusion_core.registries import METRICS
 
+T = TypeVar("T")
 Goal = Literal["minimize", "maximize"]
 
 OTHER_GOALS: dict[str, Goal] = {
@@ -61,6 +64,11 @@ def goals() -> dict[str, Goal]:
 
 def goal_of(name: str) -> Goal | None:
     """Return which way a figure is better, or None if neither way is (a cost, a rate, a count)."""
+    return _goal_of(name, tuple(METRICS))
+
+
+@cache
+def _goal_of(name: str, _known: tuple[str, ...]) -> Goal | None:
     return next((goal for pattern, goal in goals().items() if fnmatchcase(name, pattern)), None)
 
 
@@ -78,6 +86,22 @@ def is_better(metric: str, value: float, than: float | None) -> bool:
     if than is None:
         return True
     return value < than if goal == "minimize" else value > than
+
+
+def best_first(items: Iterable[T], metric: str | None, figures_of: Callable[[T], Mapping[str, float]]) -> list[T]:
+    """Return items by a figure, best first; then those whose figure is NaN or infinite, then those without it."""
+    items = list(items)
+    if metric is None:
+        return items
+    sign = -1.0 if goal_of(metric) == "maximize" else 1.0
+
+    def place(item: T) -> tuple[int, float]:
+        value = figures_of(item).get(metric)
+        if value is None:
+            return 2, 0.0
+        return (0, sign * value) if math.isfinite(value) else (1, 0.0)
+
+    return sorted(items, key=place)
 
 
 def count_name(count: int | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,11 +42,16 @@ def write_result(folder: Path, result: TrialResult, config: Mapping[str, Any]) -
 def read_result(folder: Path) -> tuple[TrialResult, dict[str, Any]] | None:
     """Read the result and the configuration, by dotted key, from a run's folder. None if there is no result.
 
-    The folder may have been moved: the best checkpoint is looked up in it.
+    The folder may have been moved: the best checkpoint is looked up in it. A damaged file counts as none.
     """
-    if not (folder / RESULT_FILE).is_file():
+    file = folder / RESULT_FILE
+    if not file.is_file():
         return None
-    stored = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-    best = folder / CHECKPOINTS / Path(stored["best_checkpoint"]).name
-    result = TrialResult(stored["run_id"], stored["step"], stored["figures"], best, stored["seconds"])
-    return result, stored["config"]
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        best = folder / CHECKPOINTS / Path(stored["best_checkpoint"]).name
+        result = TrialResult(stored["run_id"], int(stored["step"]), dict(stored["figures"]), best, stored["seconds"])
+        return result, dict(stored["config"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        print(f"{file}: ignored, it is damaged", file=sys.stderr)
+        return None

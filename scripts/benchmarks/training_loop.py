@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from agent.config import TrialConfig, build_config
 from agent.tracking.run import start_wandb
 from agent.tracking.tracker import WandbTracker
-from agent.trial import make_accelerator
 from benchmarks.measurement.options import Options
 from benchmarks.measurement.rows import Row, seconds
 from benchmarks.measurement.timing import alternating
@@ -20,6 +19,7 @@ from diffusion_core.config import flatten
 from diffusion_core.data.batches import Batches
 from diffusion_core.data.datasets import Dataset, load_data, to_unit
 from diffusion_core.diffusion.schedule import build_schedule
+from diffusion_core.distributed import make_accelerator
 from diffusion_core.hardware import autocast, pick_precision
 from diffusion_core.model.unet import build_network
 from diffusion_core.training.callbacks import LogHistory
@@ -63,7 +63,7 @@ def measure(options: Options) -> list[Row]:
         folder = Path(name)
         os.environ |= {"WANDB_SILENT": "true", "WANDB_DIR": name, "WANDB_DATA_DIR": name}
         config = build_config({"preset": "digits", "train.steps": 10**6, "log.progress": False})
-        accelerator = make_accelerator(config)
+        accelerator = make_accelerator(config.train)
         dataset = load_data(config.data)
         state = TrainState.start(
             build_network(config, dataset.num_classes).to(accelerator.device), config.train, config.ema

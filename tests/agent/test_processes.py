@@ -160,7 +160,7 @@ from datetime import timedelta
 from accelerate import PartialState
 from agent.config import build_config
 from diffusion_core.distributed import first_process_first
-from agent.trial import make_accelerator
+from diffusion_core.distributed import make_accelerator
 
 # What runs on the GPUs' own group may take as long as this.
 processes = PartialState(cpu=True, timeout=timedelta(seconds=2))
@@ -168,7 +168,7 @@ with first_process_first(processes):
     if processes.is_main_process:
         time.sleep(5)
     print(f"process {processes.process_index} at {time.monotonic()}", flush=True)
-accelerator = make_accelerator(build_config({"preset": "digits", "train.device": "cpu"}))
+accelerator = make_accelerator(build_config({"preset": "digits", "train.device": "cpu"}).train)
 import torch
 network = accelerator.prepare_model(torch.nn.Linear(2, 2))
 network(torch.ones(1, 2)).sum().backward()

@@ -17,7 +17,7 @@ from diffusion_core.config import CoreConfig, build
 from diffusion_core.tracking import MemoryTracker
 
 PROJECT = f"{Path(__file__).resolve().parents[2]}/"
-PRUNINGS = {
+PRUNINGS: dict[str, dict[str, Any]] = {
     "gradual": {"prune.method": "gradual", "prune.step": 1, "prune.until": 3, "prune.interval": 1},
     "snip": {"prune.method": "snip"},
     "structured": {"prune.method": "structured", "prune.keep": 0.5, "distill.features": 1.0},

@@ -9,12 +9,13 @@ import pytest
 from tiny import TINY
 
 from agent.config import TrialConfig, build_config
-from agent.sweep import estimate
 from agent.sweep.estimate import describe_sweep
 from agent.sweep.file import check_sweep
-from agent.trial import make_accelerator, run_trial
+from agent.trial import run_trial
 from diffusion_core.checkpoint import list_checkpoints, read_checkpoint
 from diffusion_core.data.datasets import load_data
+from diffusion_core.distributed import make_accelerator
+from diffusion_core.messages import size_in_words
 from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.tracking import MemoryTracker
 from diffusion_core.training.trainer import is_due
@@ -73,7 +74,7 @@ def trained(config: TrialConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(UNet, "forward", count)
     tracker = MemoryTracker()
     dataset = load_data(config.data)
-    run_trial(config, tracker, dataset=dataset, folder=folder, run_id="t", accelerator=make_accelerator(config))
+    run_trial(config, tracker, dataset=dataset, folder=folder, run_id="t", accelerator=make_accelerator(config.train))
     return tracker, passed[True], passed[False]
 
 
@@ -126,7 +127,7 @@ def described(content: dict[str, Any], trials: int | None, **more: Any) -> str:
 
 def test_the_whole_is_the_sum_of_its_trials(tmp_path: Path) -> None:
     size = checkpoint_bytes(config_of(), PruneConfig(), count_params(config_of()))
-    shown = estimate.size_in_words
+    shown = size_in_words
     assert described(SWEEP, 8) == (
         f"estimate: 8 trials, 1 at a time; {shown(size)} of checkpoints a trial, {shown(8 * size)} in all; "
         "30 s a trial, 4 min in all"
@@ -170,4 +171,4 @@ def test_time_is_unknown_where_it_cannot_be_measured(monkeypatch: pytest.MonkeyP
     ],
 )
 def test_sizes_in_words(number: float, words: str) -> None:
-    assert estimate.size_in_words(number) == words
+    assert size_in_words(number) == words

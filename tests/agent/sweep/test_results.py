@@ -14,7 +14,9 @@ from PIL import Image
 
 from agent.sweep.file import SweepFile, check_sweep
 from agent.sweep.plot import COLOURS, plot_results
-from agent.sweep.results import TrialRecord, best_first, duration, table, write_results
+from agent.sweep.results import TrialRecord, table, write_results
+from diffusion_core.config.metrics import best_first
+from diffusion_core.messages import duration
 
 METRIC = "eval/class_agreement"
 
@@ -42,9 +44,10 @@ TRIALS = [trial(1, 0.2, "stopped"), trial(2, 0.9), trial(3, None, "failed"), tri
 
 
 def test_the_best_come_first_and_what_was_not_measured_last() -> None:
-    ranked = best_first(TRIALS[:4], METRIC)
+    ranked = best_first(TRIALS[:4], METRIC, lambda trial: trial.figures)
     assert [record.id for record in ranked] == ["t2", "t4", "t1", "t3"]
-    assert [record.id for record in best_first(TRIALS[:4], None)] == ["t1", "t2", "t3", "t4"]
+    unordered = best_first(TRIALS[:4], None, lambda trial: trial.figures)
+    assert [record.id for record in unordered] == ["t1", "t2", "t3", "t4"]
     lines = table(ranked, ["train.lr"], METRIC).splitlines()
     assert lines[0].split() == ["trial", "state", "train.lr", METRIC, "seconds"]
     assert lines[2].split() == ["1", "t2", "finished", "0.01", "0.9", "120"]
@@ -52,7 +55,7 @@ def test_the_best_come_first_and_what_was_not_measured_last() -> None:
 
 
 def test_the_files_hold_every_trial_in_that_order(tmp_path: Path) -> None:
-    ranked = best_first(TRIALS[:4], METRIC)
+    ranked = best_first(TRIALS[:4], METRIC, lambda trial: trial.figures)
     write_results(tmp_path, ranked)
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))

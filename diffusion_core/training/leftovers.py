@@ -1,0 +1,48 @@
+"""Find checkpoints and staged uploads in a run's folder that nothing refers to."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusion_core.checkpoint import list_checkpoints, read_checkpoint
+from diffusion_core.run_folder import CHECKPOINTS, SYNCED
+from diffusion_core.training.checkpoints import kept_checkpoints
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """An unreferenced checkpoint or upload.
+
+    Attributes:
+        name: its path, or its name on W&B.
+        size: in bytes.
+        remove: deletes it.
+    """
+
+    name: str
+    size: int
+    remove: Callable[[], object]
+
+
+def on_disk(folder: Path) -> Iterator[Leftover]:
+    """Yield the unreferenced checkpoints and uploads in a run's folder."""
+    checkpoints = folder / CHECKPOINTS
+    paths = list_checkpoints(checkpoints)
+    if paths:
+        newest = read_checkpoint(paths[-1], verify=False).metadata
+        best = newest.get("best") or {}
+        kept = kept_checkpoints(checkpoints, int(newest["config"].get("checkpoint.keep", 2)), best.get("step"))
+        yield from (_folder(path) for path in paths if path not in kept)
+    yield from (_folder(path) for path in checkpoints.glob(".step-*.partial"))
+    for run in (folder / "wandb").glob("*run-*"):
+        arrived = not run.name.startswith("offline-") or any(run.glob(f"*{SYNCED}"))
+        if arrived and (run / "staged").is_dir() and not run.is_symlink():
+            yield from (_folder(path) for path in (run / "staged").iterdir())
+
+
+def _folder(path: Path) -> Leftover:
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return Leftover(str(path), size, lambda: shutil.rmtree(path))
