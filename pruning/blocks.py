@@ -11,19 +11,11 @@ def block_of(name: str) -> str:
     return ".".join(words[:2]) if words[0] in ("down", "up") else words[0]
 
 
-def block_names(levels: int) -> list[str]:
-    """Return the blocks with weights of a network with ``levels`` resolutions. ``up.0`` is the lowest resolution."""
-    return [
-        "time_mlp",
-        "conv_in",
-        *(f"down.{i}" for i in range(levels)),
-        "middle",
-        *(f"up.{i}" for i in range(levels)),
-        "conv_out",
-    ]
+def shared_blocks(levels: int) -> list[str]:
+    """Return the blocks of ``prune.block_keep`` of a network with ``levels`` resolutions; ``up.0`` is the lowest."""
+    return [*(f"down.{i}" for i in range(levels)), "middle", *(f"up.{i}" for i in range(levels))]
 
 
 def block_shares(shares: Sequence[float], levels: int) -> dict[str, float]:
     """Return the shares of ``prune.block_keep`` by block: ``down.*``, ``middle``, ``up.*``; empty without shares."""
-    names = [name for name in block_names(levels) if name.startswith(("down.", "middle", "up."))]
-    return dict(zip(names, shares, strict=True)) if shares else {}
+    return dict(zip(shared_blocks(levels), shares, strict=True)) if shares else {}

@@ -13,6 +13,7 @@ from benchmarks.measurement.machine import machine
 from benchmarks.measurement.options import Options
 from benchmarks.measurement.rows import HEADER, Row
 
+from diffusion_core.files import write_json
 from diffusion_core.tables import text_table
 
 DESCRIPTION = """\
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                   "rows": [asdict(row) | {"holds": row.holds} for row in rows]}  # fmt: skip
         if arguments.out:  # After each subject: what was measured stays, whatever happens to the next.
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
+            write_json(arguments.out, report)
     if arguments.json:
         print(json.dumps(report, indent=1))
     else:

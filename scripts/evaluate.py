@@ -17,7 +17,6 @@ contain the name of the space.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -46,6 +45,7 @@ from diffusion_core.evaluation.measure import needs_every_image
 from diffusion_core.evaluation.protocol import protocol, sampling_protocol
 from diffusion_core.evaluation.reference import write_statistics
 from diffusion_core.evaluation.suite import Judgement, Suite
+from diffusion_core.files import write_json
 from diffusion_core.hardware import pick_precision
 from diffusion_core.messages import reason_of
 from diffusion_core.registries import DATASETS, METRICS
@@ -162,7 +162,7 @@ def report(found: Judgement, file: Path | None) -> None:
         print(f"\n{shown}:\n  {line}")
     if file is not None:
         try:
-            file.write_text(json.dumps({"figures": found.figures, "protocols": found.protocols}, indent=1))
+            write_json(file, {"figures": found.figures, "protocols": found.protocols})
         except OSError as error:
             raise DataError(f"--json = {str(file)!r}: {reason_of(error)}; choose another file") from None
         print(f"\nwritten to {file}")

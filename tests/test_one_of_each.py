@@ -27,6 +27,7 @@ ONE_OF_EACH = {
 ONE_TEXT = {
     "errors in one line: messages.one_line": (r"\.join\(\s*str\(error\)", "diffusion_core/messages.py"),
     "temporary names: files.replaced_file": (r"\.partial\"", "diffusion_core/files.py"),
+    "write text: files.write_text": (r"\.write_text\(", "diffusion_core/files.py"),
     "git's description of the code: summary.commit": (r"\"git\",", "diffusion_core/training/summary.py"),
     "labels in turn: generation.round_robin": (r"Request\([^()]*%", "diffusion_core/sampling/generation.py"),
     "Markdown tables: tables.markdown_table": (r"\"\| |\|---", "diffusion_core/tables.py"),
@@ -35,6 +36,7 @@ ONE_TEXT = {
 """The same, as patterns of the text of a line."""
 
 ALLOWED = {
+    ("write text: files.write_text", "diffusion_core/diffusers_io/exporter.py"): "inside files.replaced_folder",
     ("temporary names: files.replaced_file", "diffusion_core/training/leftovers.py"): "lists unfinished checkpoints",
     ("temporary names: files.replaced_file", "diffusion_core/checkpoint.py"): "deletes unfinished checkpoints",
     ("temporary names: files.replaced_file", "diffusion_core/data/preparation/target.py"): "ignores unfinished files",

@@ -15,10 +15,11 @@ from diffusion_core.model.cost import LATENCY_BATCH, count_sizes, latencies, net
 from diffusion_core.model.structure import resize
 from diffusion_core.model.unet import AttentionBlock, UNet
 from diffusion_core.randomness import Purpose, stream_seed
+from pruning.blocks import shared_blocks
 from pruning.calibration import Calibration
 from pruning.channels.groups import ChannelGroup, Kept, channel_groups, kept_places
 from pruning.channels.importance import channel_scores
-from pruning.channels.search import STEPS, Counts, block_names, choose_all, find_counts, layer_sizes, shrunk_sizes
+from pruning.channels.search import STEPS, Counts, choose_all, find_counts, layer_sizes, shrunk_sizes
 from pruning.config import PruneConfig
 from pruning.registries import IMPORTANCES
 
@@ -65,10 +66,10 @@ def prune_channels(
         ConfigError: if the target is out of reach, or ``prune.block_keep`` does not have one share per block.
     """
     groups = channel_groups(network)
-    if prune.block_keep and len(prune.block_keep) != len(block_names(network)):
+    blocks = shared_blocks(len(network.down))
+    if prune.block_keep and len(prune.block_keep) != len(blocks):
         raise ConfigError(
-            f"prune.block_keep = {prune.block_keep}: expected {len(block_names(network))} shares, for "
-            f"{', '.join(block_names(network))}"
+            f"prune.block_keep = {prune.block_keep}: expected {len(blocks)} shares, for {', '.join(blocks)}"
         )
     kept: Kept = {group.name: torch.ones(group.width, dtype=torch.bool) for group in groups}
     for iteration in range(1, prune.iterations + 1):

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from diffusion_core.config import ConfigError
 from diffusion_core.model.structure import Structure, sizes
 from diffusion_core.model.unet import UNet
+from pruning.blocks import shared_blocks
 from pruning.channels.groups import ChannelGroup, Kept, size_key
 from pruning.config import PruneConfig
 
@@ -139,11 +140,6 @@ def _removal(
     return alike
 
 
-def block_names(network: UNet) -> list[str]:
-    """Return the blocks of ``prune.block_keep``: resolutions on the way down, the middle, resolutions on the way up."""
-    return [*(f"down.{i}" for i in range(len(network.down))), "middle", *(f"up.{i}" for i in range(len(network.up)))]
-
-
 def block_share(network: UNet, group: ChannelGroup, block_keep: list[float]) -> float:
     """Return the share of a group in ``prune.block_keep``; 0 without shares.
 
@@ -151,7 +147,7 @@ def block_share(network: UNet, group: ChannelGroup, block_keep: list[float]) -> 
     """
     if not block_keep:
         return 0.0
-    names = block_names(network)
+    names = shared_blocks(len(network.down))
     if group.name == "conv_in":
         return block_keep[0]
     return next(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import json
 import statistics
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from diffusion_core.data.batches import Batches
 from diffusion_core.data.datasets import load_data
 from diffusion_core.evaluation.distances import Moments
 from diffusion_core.evaluation.extractors import read_inception
+from diffusion_core.files import write_json
 from diffusion_core.model.compilation import forward_flops
 from diffusion_core.model.unet import NO_LABEL, UNet, build_network
 from diffusion_core.sampling.generation import Generator, requests
@@ -217,7 +217,7 @@ def main(argv: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     part = Part(arguments.name, arguments.folder, arguments.short, device)
     (PARTS | {"start": start})[arguments.name](part)
-    (arguments.folder / f"{arguments.name}.json").write_text(json.dumps(part.found))
+    write_json(arguments.folder / f"{arguments.name}.json", part.found)
 
 
 STARTED = time.time()

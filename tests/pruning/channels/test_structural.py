@@ -31,10 +31,10 @@ from diffusion_core.model.cost import Cost, count_cost
 from diffusion_core.model.structure import maskable
 from diffusion_core.model.unet import AttentionBlock, UNet
 from diffusion_core.training.trainer import TrainState, train
+from pruning.blocks import shared_blocks
 from pruning.calibration import Calibration
 from pruning.channels.groups import channel_groups
 from pruning.channels.removal import Removal, prune_channels, remove
-from pruning.channels.search import block_names
 from pruning.config import PruneConfig
 from pruning.masks.mask import MASKS_PART
 from pruning.pruner import is_pruned, prune_state, records
@@ -226,7 +226,7 @@ def block(network: UNet, name: str) -> Any:
 
 def test_blocks_lose_as_they_were_told_to() -> None:
     network = tiny_network(config())
-    names = block_names(network)
+    names = shared_blocks(len(network.down))
     assert names == ["down.0", "down.1", "middle", "up.0", "up.1"]
     smaller = smaller_one(network, 0.7, target="params", block_keep=[1.0, 0.75, 0.5, 0.75, 1.0])
     assert share(smaller, network, "params") == pytest.approx(0.7, rel=0.02)

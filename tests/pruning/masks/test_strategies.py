@@ -13,7 +13,7 @@ from tiny import tiny_config, tiny_network
 from torch import Tensor
 
 from diffusion_core.model.structure import maskable
-from pruning.blocks import block_names, block_of, block_shares
+from pruning.blocks import block_of, block_shares, shared_blocks
 from pruning.config import PruneConfig
 from pruning.masks.budgets import allot, erdos_renyi_kernel, uniform
 from pruning.masks.build import choose_masks
@@ -153,7 +153,8 @@ def test_shares_by_block_are_kept_in_every_layer_of_the_block() -> None:
 
 
 def test_blocks_are_those_of_the_network() -> None:
-    assert {block_of(name) for name in maskable(tiny_network())} == set(block_names(2))
+    named = {block_of(name) for name in maskable(tiny_network())}
+    assert named == {"time_mlp", "conv_in", *shared_blocks(2), "conv_out"}
     shares = block_shares([0.1, 0.2, 0.3, 0.4, 0.5], 2)
     assert shares == {"down.0": 0.1, "down.1": 0.2, "middle": 0.3, "up.0": 0.4, "up.1": 0.5}
 
