@@ -15,6 +15,12 @@ def reason_of(error: BaseException) -> str:
     return (isinstance(error, OSError) and error.strerror) or one_line(error)
 
 
+def shortened(value: object) -> str:
+    """Return a value for a message, cut to ``MOST_CHARACTERS``."""
+    text = repr(value)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
+
+
 def duration(seconds: float) -> str:
     """Return a length of time in words: ``34 s``, ``5 min``, ``7.5 h``."""
     if seconds < 100:

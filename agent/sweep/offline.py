@@ -36,6 +36,8 @@ from diffusion_core.machine.sharing import shares
 
 LOG_FILE = "console.log"
 """File in a trial's folder with its output, if several trials run at once."""
+PARAMETERS_FILE = "parameters.json"
+"""File in a trial's folder with its parameters, if the sweep's command asks for it."""
 
 POLL_SECONDS = 0.1
 ATTEMPTS = 2
@@ -179,7 +181,6 @@ class OfflineSweep:
         """Start the process of a trial."""
         slot = min(set(range(len(self.shares))) - {running.slot for running in self.running})
         folder = self.state.trial_folder(trial)
-        arguments = [f"--{key}={value}" for key, value in trial.parameters.items()] + [f"--log.dir={folder}"]
         environment = (
             dict(os.environ)
             | self.shares[slot]
@@ -192,7 +193,8 @@ class OfflineSweep:
                 "WANDB_SILENT": os.environ.get("WANDB_SILENT", "true"),
             }
         )
-        command = expand_command(self.sweep.config["command"], arguments, self.sweep.config.get("program"))
+        config, parameters = self.sweep.config, trial.parameters | {"log.dir": str(folder)}
+        command = expand_command(config.get("command"), parameters, config.get("program"), folder / PARAMETERS_FILE)
         # Write the state first: after a kill, the next sweep process must know that the trial may have a process.
         trial.state = RUNNING
         self.state.write()

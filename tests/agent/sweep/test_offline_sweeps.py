@@ -23,7 +23,6 @@ from agent.sweep import __main__ as sweep
 from agent.sweep import engine, offline
 from agent.sweep import state as sweep_state
 from agent.sweep.file import SweepError, SweepFile, check_sweep
-from agent.sweep.macros import expand_command
 from agent.sweep.offline import NothingWorks, OfflineSweep
 from diffusion_core.machine import processes, sharing
 from diffusion_core.machine.sharing import SHARERS
@@ -425,14 +424,6 @@ def test_every_trial_keeps_to_its_share(tmp_path: Path, notes: Path, monkeypatch
 
 
 # The command line
-
-
-def test_the_command_of_a_trial_is_filled_in_as_wandb_agent_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PLACE", "here")
-    monkeypatch.delenv("NOWHERE", raising=False)
-    words = ["${env}", "${interpreter}", "${program}", "--at=${envvar:PLACE}", "${envvar:NOWHERE}", 3, "${args}"]
-    filled = expand_command(words, ["--a=1", "--b=2"], program="train.py")
-    assert filled == ["/usr/bin/env", sys.executable, "train.py", "--at=here", "NOWHERE", "3", "--a=1", "--b=2"]
 
 
 def test_the_real_command_estimates_runs_and_ranks(tmp_path: Path, notes: Path) -> None:
