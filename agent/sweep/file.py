@@ -92,6 +92,11 @@ class SweepFile:
         return self.config.get("metric", {}).get("goal") == "maximize"
 
     @property
+    def target(self) -> float | None:
+        """Value of the metric at which no further trials begin, or None."""
+        return self.config.get("metric", {}).get("target")
+
+    @property
     def varied(self) -> list[str]:
         """The parameters that differ between trials."""
         return [

@@ -107,7 +107,7 @@ class OfflineSweep:
         return [trial for trial in self.state.trials if trial.state in DONE]
 
     def run(self, count: int | None = None) -> list[TrialRecord]:
-        """Run trials until the search is exhausted, ``run_cap`` is reached, or ``count`` of them were run.
+        """Run trials until none is left, ``count`` were run, or ``run_cap`` or the metric's target is reached.
 
         Returns:
             All trials of the sweep, best first.
@@ -167,6 +167,10 @@ class OfflineSweep:
         if waiting or self.exhausted or not may_begin:
             return waiting[0] if waiting else None
         if self.sweep.run_cap is not None and len(trials) >= self.sweep.run_cap:
+            return None
+        if self.reader.reached(self.sweep.target):
+            print(f"metric.target = {self.sweep.target}: reached; no further trial begins", flush=True)
+            self.exhausted = True
             return None
         parameters = engine.suggest(self.sweep.engine_config(), self.reader.engine_runs())
         if parameters is None:
