@@ -21,7 +21,7 @@ DEFAULT_COMMAND = ["${env}", "${interpreter}", "${program}", "${args}"]
 ENVIRONMENT_MACRO = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")
 JSON_FILE = "${args_json_file}"
 NO_FALSE = "${args_no_boolean_flags}"
-OURS = re.compile(r"agent|(.*/)?(train_cifar|agent/__main__)\.py")
+OURS = re.compile(r"agent|(.*/)?train_cifar\.py")
 """The programs that read knobs as ``python -m agent`` does. Of others, only the parameters are known."""
 
 

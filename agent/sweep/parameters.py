@@ -58,12 +58,13 @@ def trials_of(spec: Mapping[str, Any]) -> int | None:
 
 
 def choices(spec: Mapping[str, Any]) -> float:
-    """Return the number of values that a search can draw of a parameter."""
-    count = len({repr(value) for value in spec["values"]}) if "values" in spec else trials_of(spec)
-    if count is None and "min" in spec and spec.get("distribution", "").startswith("q_"):
+    """Return the number of values that a random search can draw of a parameter."""
+    if "values" in spec:
+        return len({repr(value) for value in spec["values"]})
+    if "min" in spec and spec.get("distribution", "").startswith("q_"):
         low, *_, high = values_to_try(spec)
-        return round((high - low) / spec.get("q", 1.0)) + 1
-    return math.inf if count is None else count
+        return 1 + round((high - low) / spec.get("q", 1.0))
+    return float(trials_of(spec) or math.inf)
 
 
 def is_whole(spec: Mapping[str, Any]) -> bool:

@@ -159,6 +159,11 @@ def as_number(value: Any, field: FieldInfo) -> Any:
     return value
 
 
+def is_fraction(field: FieldInfo) -> bool:
+    """Whether a knob takes numbers between two whole ones."""
+    return float in _kinds(field)
+
+
 def _parse_list(text: str) -> Any:
     with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         literal = ast.literal_eval(text)  # Texts in quotes, as Python spells a list of them.
