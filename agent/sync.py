@@ -6,7 +6,6 @@ compares with W&B first, and uploads from the run's folder: history, images, che
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from agent.tracking.run import forget_environment, start_wandb
 from agent.tracking.tracker import WandbTracker
 from diffusion_core.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
 from diffusion_core.config import ConfigError, read_yaml
+from diffusion_core.messages import Parser
 from diffusion_core.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -34,7 +34,7 @@ from diffusion_core.run_folder import (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status: 0, 1 if an upload did not arrive, 2 if there is nothing to upload."""
-    parser = argparse.ArgumentParser("python -m agent.sync", description=__doc__, allow_abbrev=False)
+    parser = Parser("python -m agent.sync", description=__doc__, allow_abbrev=False)
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="folder of a run, or of several runs")
     arguments = parser.parse_args(argv)
     load_environment()

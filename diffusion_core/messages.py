@@ -1,13 +1,33 @@
-"""Words for messages: errors in one line, lengths of time, sizes."""
+"""Words for messages: errors in one line and without secrets, lengths of time, sizes."""
 
 from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from diffusion_core.redact import redact
 
 MOST_CHARACTERS = 300
 
 
+class UserError(ValueError):
+    """An error whose text is for the user. The text names wrong values, but shows no secrets."""
+
+    def __str__(self) -> str:
+        return redact(super().__str__())
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of the command line whose errors show no secrets."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and the message, and exit."""
+        super().error(redact(message))
+
+
 def one_line(error: object) -> str:
-    """Return an error's text in one line of at most ``MOST_CHARACTERS``; the error's type if it has no text."""
-    return " ".join(str(error).split())[:MOST_CHARACTERS] or type(error).__name__
+    """Return an error's text in one line of at most ``MOST_CHARACTERS``, without secrets; its type without a text."""
+    return redact(" ".join(str(error).split()))[:MOST_CHARACTERS] or type(error).__name__
 
 
 def reason_of(error: BaseException) -> str:
@@ -16,8 +36,8 @@ def reason_of(error: BaseException) -> str:
 
 
 def shortened(value: object) -> str:
-    """Return a value for a message, cut to ``MOST_CHARACTERS``."""
-    text = repr(value)
+    """Return a value for a message, without secrets and cut to ``MOST_CHARACTERS``."""
+    text = redact(repr(value))
     return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
 
 

@@ -12,6 +12,7 @@ from agent.command import UNUSABLE, fail
 from agent.sweep.file import SweepError, SweepFile, load_sweep
 from agent.tracking.environment import load_environment, wandb_mode
 from diffusion_core.config import ConfigError
+from diffusion_core.run_folder import check_recorded
 
 if TYPE_CHECKING:
     from agent.sweep.offline import OfflineSweep
@@ -68,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sweep = None if arguments.file is None else load_sweep(arguments.file)
         if sweep is not None and arguments.name is not None:
             sweep = sweep.renamed(arguments.name)
+        if sweep is not None:
+            places = {"--name": sweep.name, "--out": str(arguments.out)}
+            check_recorded({**sweep.config, **places}, "a sweep is recorded as it is")
         if arguments.offline or (wandb_mode() != "online" and not (arguments.agents or arguments.attach)):
             return offline(sweep, arguments)
         return online(sweep, arguments)

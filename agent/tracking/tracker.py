@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from agent.tracking.environment import is_offline
 from agent.tracking.uploads import UploadQueue
 from diffusion_core.config.metrics import goal_of
+from diffusion_core.redact import redact, redacted
 from diffusion_core.tracking import MODEL, STEP, Tracker, Upload
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class WandbTracker(Tracker):
 
     def summary(self, figures: Mapping[str, Any]) -> None:
         """Set figures in the run's summary."""
-        self.run.summary.update(dict(figures))
+        self.run.summary.update(redacted(dict(figures)))
 
     def artifact(self, upload: Upload) -> None:
         """Upload a version of an artifact, or keep what would be uploaded."""
@@ -71,7 +72,7 @@ class WandbTracker(Tracker):
     def _send(self, upload: Upload) -> None:
         import wandb
 
-        artifact = wandb.Artifact(upload.name, type=upload.kind, metadata=dict(upload.metadata))
+        artifact = wandb.Artifact(upload.name, type=upload.kind, metadata=redacted(dict(upload.metadata)))
         if upload.ttl_days is not None:
             artifact.ttl = timedelta(days=upload.ttl_days)
         for path in upload.files:
@@ -104,7 +105,7 @@ class WandbTracker(Tracker):
 
     def alert(self, title: str, text: str) -> None:
         """Send an alert of level WARN."""
-        self.run.alert(title, text, level="WARN")
+        self.run.alert(title, redact(text), level="WARN")
 
     def close(self, exit_code: int = 0) -> None:
         """Send what is left, within the run's finish_timeout.
