@@ -115,13 +115,15 @@ def run_trial(
     after_step: list[Callback] = [*callbacks, Evaluate(config, dataset, accelerator, tracker, folder, is_dense)]
     if is_main:
         write_run_files(config, folder, run_id)
+        history = LogHistory(tracker, folder, resumed)
+        metric = config.checkpoint.best_metric
         write_json(folder / DATA_FILE, describe_data(config.data.name, dataset))
         if resumed is None:
             tracker.use(f"data-{config.data.name}", "dataset", [folder / DATA_FILE])
         after_step += [
             DrawSamples(config, dataset, accelerator, folder / SAMPLES),
-            WatchQuality(config.checkpoint.best_metric, saver.best["value"] if saver.best else None, tracker),
-            LogHistory(tracker, folder, resumed),
+            WatchQuality(metric, best_figures(read_history(folder)).get(metric), tracker),
+            history,
             saver,
         ]
         tracker.summary(system_facts(config.train, accelerator, dataset, ("torch", "accelerate", "wandb")))
@@ -130,6 +132,7 @@ def run_trial(
     try:
         train_and_prune(state, config, config.prune, config.distill, dataset, after_step, saver, accelerator)
     except Stopped:
+        state.since_row.share(accelerator)
         if is_main:
             saver.save(state)
         raise
