@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from diffusion_core.model.unet import build_network
 from diffusion_core.run_folder import (
     CHECKPOINTS,
     DATA_FILE,
+    RESULT_FILE,
     SAMPLES,
     best_figures,
     read_history,
@@ -30,7 +32,7 @@ from diffusion_core.training.callbacks import DrawSamples, LogHistory, WatchQual
 from diffusion_core.training.checkpoints import SaveCheckpoints
 from diffusion_core.training.evaluation import Evaluate
 from diffusion_core.training.result import TrialResult, write_result
-from diffusion_core.training.resume import find_checkpoint
+from diffusion_core.training.resume import describe_longer, find_checkpoint
 from diffusion_core.training.stopping import Stopped, StopRequest
 from diffusion_core.training.summary import costs_of, describe_data, system_facts
 from diffusion_core.training.teacher import keep_teacher
@@ -99,7 +101,7 @@ def run_trial(
     started = time.perf_counter()
     accelerator = accelerator or make_accelerator(config.train)
     is_main = accelerator.is_main_process
-    resumed = find_checkpoint(config, folder / CHECKPOINTS)
+    resumed = find_checkpoint(config, folder / CHECKPOINTS, longer=True)
     if resumed is not None:
         state = TrainState.restore(resumed, config.train, config.ema, accelerator.device)
         resume_pruning(state)
@@ -117,6 +119,9 @@ def run_trial(
         write_run_files(config, folder, run_id)
         history = LogHistory(tracker, folder, resumed)
         metric = config.checkpoint.best_metric
+        if resumed is not None and (note := describe_longer(config, resumed)):
+            (folder / RESULT_FILE).unlink(missing_ok=True)  # It is of the shorter run.
+            print(note, file=sys.stderr)
         write_json(folder / DATA_FILE, describe_data(config.data.name, dataset))
         if resumed is None:
             tracker.use(f"data-{config.data.name}", "dataset", [folder / DATA_FILE])
