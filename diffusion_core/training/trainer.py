@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -234,7 +234,10 @@ def train(
     if is_replayed(settings.cuda_graphs, device, accelerator.num_processes):
         update = Replayed(update_weights, partial(set_capturable, state.optimizer))
     revision = state.revision
-    with bar, algorithms(settings, precision):
+    with ExitStack() as stack:
+        stack.enter_context(bar)
+        stack.enter_context(algorithms(settings, precision))
+        stack.callback(accelerator.free_memory)  # It keeps every network that it prepared, until the process ends.
         while state.step < until:
             if config.model.dropout:
                 torch.manual_seed(stream_seed(config.seed, Purpose.DROPOUT, state.step, accelerator.process_index))
