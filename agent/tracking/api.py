@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError
 from diffusion_core.messages import one_line
+
+if TYPE_CHECKING:
+    from wandb.sdk.wandb_run import Run
 
 DEFAULT_PROJECT = "diffusion-sweeps"
 
@@ -44,6 +47,36 @@ def failures() -> tuple[type[Exception], ...]:
     from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
     return (wandb.errors.Error, WandbApiFailedError, ValueError, KeyError, TypeError, OSError)
+
+
+def server_status(within_s: float = 5.0) -> int | None:
+    """Return the HTTP status of W&B's answer to a question that every valid API key may ask; None without an answer."""
+    import requests
+    import wandb
+
+    key = os.environ.get("WANDB_API_KEY")
+    try:
+        return requests.post(
+            f"{wandb.setup().settings.base_url}/graphql",
+            json={"query": "query Viewer { viewer { id } }"},
+            auth=("api", key) if key else None,  # requests reads the netrc file itself.
+            timeout=within_s,
+        ).status_code
+    except requests.RequestException:
+        return None
+
+
+def ask(run: Run, query: str, within_s: int = 20, **variables: Any) -> Any:
+    """Return what the server says of a run: the part below ``project { run { ... } }`` of the answer to a query.
+
+    For fields that W&B's public API does not expose.
+    """
+    import wandb
+
+    names = {"entity": run.entity, "project": run.project, "run": run.id}
+    service = wandb.Api(timeout=within_s)._service_api
+    answer: Any = service.execute_graphql(query, variables=names | variables, timeout=within_s)
+    return answer["project"]["run"]
 
 
 @contextmanager

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from agent.tracking.api import api_errors, entity_name, failures, full_name
 from agent.tracking.environment import has_key, load_environment
@@ -30,6 +31,19 @@ from pruning.start import Source
 if TYPE_CHECKING:
     from wandb import Artifact
     from wandb.sdk.wandb_run import Run
+
+
+T = TypeVar("T")
+
+DOWNLOAD_WITHIN = "DIFFUSION_SWEEPS_DOWNLOAD_WITHIN"
+"""Environment variable: seconds after which a trial gives up downloading its checkpoint."""
+
+DOWNLOAD_WITHIN_S = 300.0
+FIRST_PAUSE_S, MOST_PAUSE_S = 2.0, 30.0
+
+
+class NotDownloaded(CheckpointError):
+    """W&B did not hand out a checkpoint. Without it, the run would lose what it has learned."""
 
 
 @dataclass(frozen=True)
@@ -132,13 +146,17 @@ def fetch_checkpoint(
         without: parts to leave out.
 
     Returns:
-        The verified checkpoint; None if W&B has no newer intact one, or does not answer.
+        The verified checkpoint; None if W&B has no newer intact one.
+
+    Raises:
+        NotDownloaded: if W&B does not answer, or not with the files.
     """
     try:
         here = newest_checkpoint(folder, NEEDED)
     except CheckpointError:  # All of them are damaged.
         here = None
-    try:
+
+    def fetch() -> Checkpoint | None:
         models, states = uploaded_versions(run, run_id or run.id)
         for step in sorted(models.keys() & states.keys(), reverse=True):
             if here is not None and step <= here.step:
@@ -147,9 +165,9 @@ def fetch_checkpoint(
                 return _download([models[step], states[step]], folder, step, without)
             except CheckpointError as error:
                 print(f"W&B: skipped the checkpoint of step {step}: {error}", file=sys.stderr)
-    except failures() as error:
-        print(f"W&B: could not download a checkpoint of this run ({one_line(error)})", file=sys.stderr)
-    return None
+        return None
+
+    return _again_and_again(fetch)
 
 
 def fetch_best(run: Run, folder: Path) -> None:
@@ -159,16 +177,39 @@ def fetch_best(run: Run, folder: Path) -> None:
         run: the run of this process.
         folder: folder of the checkpoints. The newest one names the best step.
     """
-    try:
-        newest = newest_checkpoint(folder, NEEDED)
-        best = newest.metadata.get("best") if newest else None
-        if not best or (folder / step_folder(best["step"])).exists():
-            return
+    newest = newest_checkpoint(folder, NEEDED)
+    best = newest.metadata.get("best") if newest else None
+    if not best or (folder / step_folder(best["step"])).exists():
+        return
+
+    def fetch() -> None:
         models, _ = uploaded_versions(run, run.id)
         if best["step"] in models:
             _download([models[best["step"]]], folder, best["step"], ())
-    except failures() as error:
-        print(f"W&B: could not download the best checkpoint of this run ({one_line(error)})", file=sys.stderr)
+
+    _again_and_again(fetch)
+
+
+def _again_and_again(fetch: Callable[[], T]) -> T:
+    """Call a function that reads from W&B until it succeeds, for a limited time.
+
+    Raises:
+        NotDownloaded: if it keeps failing.
+    """
+    end, pause = time.monotonic() + float(os.environ.get(DOWNLOAD_WITHIN, DOWNLOAD_WITHIN_S)), FIRST_PAUSE_S
+    while True:
+        try:
+            return fetch()
+        except failures() as error:
+            reason = one_line(error)
+            if time.monotonic() + pause > end:
+                raise NotDownloaded(
+                    f"W&B has a checkpoint of this run, or may have one, but did not hand it out ({reason}); run the "
+                    "same command again, or start over with --checkpoint.resume=false"
+                ) from None
+        print(f"W&B: could not download a checkpoint of this run ({reason}); trying again", file=sys.stderr)
+        time.sleep(pause)
+        pause = min(2 * pause, MOST_PAUSE_S)
 
 
 def uploaded_steps(run: Run) -> set[int]:

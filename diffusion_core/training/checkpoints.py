@@ -194,8 +194,9 @@ def log_checkpoint(
     }
     rows = checkpoint.path / HISTORY_FILE
     write_json_lines(rows, (row for row in history if row[STEP] <= checkpoint.step))
-    tracker.artifact(Upload(f"{MODEL}-{run_id}", MODEL, model_files(checkpoint), aliases, described))
+    uploads = [Upload(f"{MODEL}-{run_id}", MODEL, model_files(checkpoint), aliases, described)]
     training = [checkpoint.path / f"{part}.safetensors" for part in checkpoint.parts if part not in SAMPLING_PARTS]
     if training:  # A checkpoint that was downloaded for sampling has none.
         files = [checkpoint.path / METADATA_FILE, *training, rows]
-        tracker.artifact(Upload(f"{STATE}-{run_id}", STATE, files, aliases, described, ttl_days))
+        uploads.append(Upload(f"{STATE}-{run_id}", STATE, files, aliases, described, ttl_days))
+    tracker.artifact(*uploads)
