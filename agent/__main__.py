@@ -22,7 +22,8 @@ and checkpoints to Weights & Biases (offline if there is no API key). Sweeps run
   python -m agent --data.name=folder --data.path=DIR     your own images, one sub-folder per class
   python -m agent --log.dir=runs/abc ...                 continue the run in that folder
 
-  --config FILE.yaml   read values from a file (keys dotted or nested); the command line overrides them
+  --config FILE.yaml   read values from a file (keys dotted or nested; several files: in order); the command line
+                       overrides them
   --print-config       print all values as YAML, which --config reads, and stop
   --dry-run            check everything, print the size and cost of the model, and stop
   --help               print this text

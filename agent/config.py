@@ -42,12 +42,11 @@ def build_config(*layers: Mapping[str, Any]) -> TrialConfig:
     return build(TrialConfig, start, *layers)
 
 
-def config_from_words(words: Mapping[str, str]) -> TrialConfig:
-    """Build a trial's configuration from command-line words. ``config`` names a YAML file, which they override.
+def config_from_words(words: Mapping[str, Any]) -> TrialConfig:
+    """Build a trial's configuration from command-line words. ``config`` lists YAML files, which they override.
 
     Raises:
-        ConfigError: if the file, a key, a value or a combination is wrong.
+        ConfigError: if a file, a key, a value or a combination is wrong.
     """
     overrides = {key: value for key, value in words.items() if key != "config"}
-    layers = [read_yaml(Path(words["config"]))] if "config" in words else []
-    return build_config(*layers, overrides)
+    return build_config(*(read_yaml(Path(name)) for name in words.get("config", ())), overrides)

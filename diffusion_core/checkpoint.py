@@ -27,7 +27,7 @@ from torch import Tensor
 
 from diffusion_core.config import ConfigError, CoreConfig, build, list_knobs
 from diffusion_core.config.plugins import missing_plugins
-from diffusion_core.files import replaced_folder, sha256, sha256_of_file
+from diffusion_core.files import first_not_finite, replaced_folder, sha256, sha256_of_file
 from diffusion_core.messages import one_line, reason_of
 from diffusion_core.model.structure import resize
 from diffusion_core.model.unet import UNet
@@ -84,11 +84,20 @@ class Checkpoint:
             raise CheckpointError(f"{str(self.path)!r}: {reason}") from None
 
     def tensors(self, part: str) -> dict[str, Tensor]:
-        """The tensors of a part (``ema``, ``model``, ``optimizer``, ``masks``), on the CPU."""
+        """The tensors of a part (``ema``, ``model``, ``optimizer``, ``masks``), on the CPU.
+
+        Raises:
+            CheckpointError: if the file cannot be read, or a value in it is not finite.
+        """
         try:
-            return load_file(self.path / f"{part}.safetensors")
+            tensors = load_file(self.path / f"{part}.safetensors")
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{str(self.path)!r}: cannot read its part {part!r}: {error}") from None
+        if bad := first_not_finite(tensors):
+            raise CheckpointError(
+                f"{str(self.path)!r}: its {part} {bad!r} holds values that are not finite; take another checkpoint"
+            )
+        return tensors
 
     def network(self, part: str = "ema") -> UNet:
         """The network with the weights of a part, in evaluation mode, on the CPU.
@@ -125,9 +134,8 @@ def write_checkpoint(
         CheckpointError: if a weight is not finite, or the disk takes no more; nothing half-written remains.
     """
     for part, tensors in parts.items():
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise CheckpointError(f"step {step}: {part} {name!r} holds values that are not finite; not saved")
+        if bad := first_not_finite(tensors):
+            raise CheckpointError(f"step {step}: {part} {bad!r} holds values that are not finite; not saved")
     final = folder / step_folder(step)
     try:
         for unfinished in folder.glob(".step-*.partial"):  # A process was killed while it wrote them.

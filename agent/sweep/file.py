@@ -14,7 +14,7 @@ from agent.sweep.macros import command_problems, shortened
 from agent.sweep.parameters import flat_parameters, grid_size, trials_of, values_to_try
 from diffusion_core.config import ConfigError, list_knobs, read_yaml, unknown_key
 from diffusion_core.config.metrics import goal_of, goals
-from diffusion_core.config.plugins import KEY, import_plugins
+from diffusion_core.config.plugins import KEY, plugin_problems
 from pruning.config import PruneConfig, methods, unheard
 
 METHODS = ("grid", "random", "bayes")
@@ -144,12 +144,7 @@ def _plugin_problems(parameters: Any) -> list[str]:
     spec = flat_parameters(parameters).get(KEY) if isinstance(parameters, Mapping) else None
     if spec is None or _form_problems(KEY, spec, None):  # Reported with the other parameters.
         return []
-    try:
-        for value in values_to_try(spec):
-            import_plugins({KEY: value})
-    except ConfigError as error:
-        return list(error.problems)
-    return []
+    return plugin_problems(values_to_try(spec))
 
 
 def _name_problems(name: str) -> list[str]:

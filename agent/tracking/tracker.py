@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from agent.tracking.arrival import lacking
 from agent.tracking.environment import is_offline
 from agent.tracking.uploads import UploadQueue
-from diffusion_core.config.metrics import goals
+from diffusion_core.config.metrics import goal_of
 from diffusion_core.messages import one_line
 from diffusion_core.tracking import MODEL, STEP, Tracker, Upload
 
@@ -59,12 +59,16 @@ class WandbTracker(Tracker):
         self.uploads = UploadQueue(self._send, Path(run.settings.sync_dir) / "staged", keep, discard=self.live)
         run.define_metric(STEP, hidden=True)
         run.define_metric("*", step_metric=STEP)
-        for name, goal in goals().items():
-            run.define_metric(name, step_metric=STEP, summary="min" if goal == "minimize" else "max")
+        self._defined: set[str] = set()
 
     def log(self, row: Mapping[str, float | Path], step: int) -> None:
         """Send one row to W&B, unless the server has that step already."""
         if step >= self.first_step:
+            for name in row.keys() - self._defined:
+                # By its full name, so that the summary keeps the best value: of patterns that match, W&B applies any.
+                if (goal := goal_of(name)) is not None and "*" not in name:
+                    self.run.define_metric(name, step_metric=STEP, summary="min" if goal == "minimize" else "max")
+            self._defined |= row.keys()
             # Commit at once: an uncommitted row is lost if this process dies.
             self.last_step = step
             values = {STEP: step, **{name: _wandb_value(value) for name, value in row.items()}}

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import json
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -32,6 +34,8 @@ MAX_YAML_VALUES = 100_000
 
 NONE_WORDS = frozenset({"None", "none", "null", "Null", "NULL", "~"})
 
+BARE_WORD = re.compile(r"\+{0,2}([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
+"""A key and its value without hyphens: the spellings of ``wandb agent`` for Hydra."""
 
 REFUSED = object()
 """Stands for a value that pydantic would take although it is of another kind (true for a number)."""
@@ -135,12 +139,24 @@ def _parse(value: Any, field: FieldInfo) -> Any:
             return None
         if list in kinds:
             return _parse_list(text)
-        return text if str not in kinds else value
+        return as_number(text, field) if str not in kinds else value
     if isinstance(value, bool) and bool not in kinds:
         return REFUSED
     if list in kinds and isinstance(value, list | tuple):
         return [REFUSED if isinstance(entry, bool) else entry for entry in value]
     return [value] if list in kinds and isinstance(value, int | float) else value
+
+
+def as_number(value: Any, field: FieldInfo) -> Any:
+    """A number that was given as text, such as 1e-5, which YAML takes for text, if the knob is one; else the value."""
+    kinds = _kinds(field)
+    if isinstance(value, str) and str not in kinds and kinds & {int, float}:
+        with contextlib.suppress(ValueError):
+            return int(value)
+        with contextlib.suppress(ValueError):
+            number = float(value)
+            return int(number) if number.is_integer() and float not in kinds else number
+    return value
 
 
 def _parse_list(text: str) -> Any:
@@ -258,21 +274,44 @@ def to_yaml(config: BaseModel) -> str:
     return yaml.safe_dump(flatten(config), sort_keys=False, default_flow_style=None)
 
 
-def split_argv(argv: list[str]) -> dict[str, str]:
-    """Command-line words as a dictionary: ``--key=value``, ``--key value``, and ``--key`` alone for true.
+def split_argv(argv: list[str]) -> dict[str, Any]:
+    """Command-line words as a dictionary. A key that is given again counts where it is given last.
+
+    Keys come as ``--key=value``, ``--key value``, and ``--key`` alone for true, or in the other forms that ``wandb
+    agent`` can be told to use: ``key=value``, ``+key=value``, ``++key=value``, and a JSON object, whose values keep
+    their types. ``--config`` adds up to a list of files.
 
     Raises:
-        ConfigError: on a word that is neither a key nor the value of one.
+        ConfigError: on a word that is none of these.
     """
-    values: dict[str, str] = {}
+    values: dict[str, Any] = {}
+
+    def give(key: str, value: Any) -> None:
+        before = values.pop(key, [])  # The order of the keys decides between train.lr and a whole section train.
+        values[key] = [*before, value] if key == "config" else value
+
     words = iter(range(len(argv)))
     for i in words:
         word = argv[i]
-        if not word.startswith("--") or word == "--":
+        if word.startswith("{"):
+            for key, value in _json_object(word).items():
+                give(key, value)
+        elif bare := BARE_WORD.fullmatch(word):
+            give(*bare.groups())
+        elif not word.startswith("--") or word == "--":
             raise ConfigError(f"{word!r}: expected --key=value; --help lists all keys")
-        key, equals, value = word[2:].partition("=")
-        if not equals:
-            has_value = i + 1 < len(argv) and not argv[i + 1].startswith("--")
-            value = argv[next(words)] if has_value else "true"
-        values[key] = value
+        else:
+            key, equals, text = word[2:].partition("=")
+            if not equals:
+                has_value = i + 1 < len(argv) and not argv[i + 1].startswith("--")
+                text = argv[next(words)] if has_value else "true"
+            give(key, text)
     return values
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{one_line(text)!r}: not valid JSON: {one_line(error)}") from None
+    return content

@@ -12,7 +12,7 @@ import contextlib
 import importlib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from diffusion_core.config.parsing import ConfigError
@@ -57,6 +57,16 @@ def import_plugins(*layers: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{KEY} = {name!r}: cannot import it ({reason}); install it, or add its folder to PYTHONPATH"
             ) from None
+
+
+def plugin_problems(values: Iterable[Any]) -> list[str]:
+    """Import the plugins that several values of the knob name. Return what is wrong with the first one that fails."""
+    try:
+        for value in values:
+            import_plugins({KEY: value})
+    except ConfigError as error:
+        return list(error.problems)
+    return []
 
 
 def missing_plugins(config: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from diffusion_core.diffusers_io.names import modern_tensors
 from diffusion_core.diffusers_io.scheduler import scheduler_defaults, scheduler_knobs
 from diffusion_core.diffusers_io.unet import unet_knobs
 from diffusion_core.diffusers_io.values import defaults
+from diffusion_core.files import first_not_finite
 from diffusion_core.messages import one_line
 
 INDEX_FILE = "model_index.json"
@@ -176,6 +177,8 @@ def read_weights(folder: Path, notes: list[str]) -> dict[str, Tensor]:
         if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
             raise ConfigError("cannot be read as weights: expected tensors by name")
         modern = modern_tensors(tensors)
+        if bad := first_not_finite(tensors):
+            raise ConfigError(f"{bad!r} holds values that are not finite; take another model")
     kinds = sorted({str(tensor.dtype) for tensor in modern.values()} - {"torch.float32"})
     if kinds:
         notes.append(f"weights of type {', '.join(kinds)} become torch.float32")

@@ -24,6 +24,7 @@ from diffusion_core.evaluation.features import (
     ExtractorError,
     Judged,
     check_finite,
+    check_weights,
     weights_file_hash,
     with_channels,
 )
@@ -107,7 +108,7 @@ def read_inception(path: Path, device: torch.device) -> InceptionExtractor:
     """Return pytorch-fid's network with weights from a file, without running code from the file.
 
     Raises:
-        ExtractorError: if the file is missing, damaged, or not of that network.
+        ExtractorError: if the file is missing, damaged, or not of that network, or a weight is not finite.
     """
     digest = weights_file_hash(path)
     try:
@@ -118,6 +119,7 @@ def read_inception(path: Path, device: torch.device) -> InceptionExtractor:
     except Exception as error:  # torch.load raises errors of many types on damaged files.
         reason = one_line(error)
         raise ExtractorError(f"{str(path)!r}: not Inception weights in pytorch-fid's format ({reason})") from None
+    check_weights(network.state_dict(), path)
     network = network.float().to(device).eval().requires_grad_(False)
     extractor = InceptionExtractor(network, digest)
     check_finite(extractor(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).features_BD, repr(str(path)))
@@ -184,7 +186,7 @@ def read_extractor(path: Path, device: torch.device) -> Extractor:
     """Return the feature network in a file: TorchScript (``.pt``), or a classifier (``.safetensors``).
 
     Raises:
-        ExtractorError: if the file is missing, damaged or of another format.
+        ExtractorError: if the file is missing, damaged or of another format, or a weight is not finite.
     """
     digest = weights_file_hash(path)[:HASH_DIGITS]
     if path.suffix == ".safetensors":
@@ -197,4 +199,5 @@ def read_extractor(path: Path, device: torch.device) -> Extractor:
     except (RuntimeError, ValueError) as error:
         reason = one_line(error)
         raise ExtractorError(f"{str(path)!r}: not TorchScript ({reason})") from None
+    check_weights(network.state_dict(), path)
     return ScriptedExtractor(network, space_name(path.stem), digest, device)

@@ -5,6 +5,7 @@ Axes: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion_core.data.datasets import Images
-from diffusion_core.files import sha256, sha256_of_file
+from diffusion_core.files import first_not_finite, sha256, sha256_of_file
 
 HASH_DIGITS = 16
 """Number of hexadecimal digits of a SHA-256 in names and protocols."""
@@ -84,6 +85,16 @@ def check_finite(features_BD: Tensor, what: str) -> None:
     """
     if not torch.isfinite(features_BD).all():
         raise ExtractorError(f"{what}: its features are not finite; the weights are damaged or do not belong to it")
+
+
+def check_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Check that the weights in a file are finite.
+
+    Raises:
+        ExtractorError: if one is not. Its features need not show it.
+    """
+    if bad := first_not_finite(tensors):
+        raise ExtractorError(f"{str(path)!r}: {bad!r} holds values that are not finite; take another file")
 
 
 class Judged(NamedTuple):

@@ -21,7 +21,7 @@ from diffusion_core.distributed import own_positions, sum_over_processes
 from diffusion_core.evaluation.distances import Statistics
 from diffusion_core.evaluation.features import HASH_DIGITS, Extractor, images_hash
 from diffusion_core.evaluation.measure import Reference, look
-from diffusion_core.files import sha256
+from diffusion_core.files import first_not_finite, sha256
 from diffusion_core.messages import one_line, reason_of
 
 BATCH = 64
@@ -78,6 +78,8 @@ def _kept(statistics_file: Path, features_file: Path | None) -> tuple[Statistics
         return None
     try:
         features_ND = None if features_file is None else load_file(features_file)["features"]
+        if features_ND is not None and first_not_finite({"features": features_ND}):
+            raise DataError(f"{str(features_file)!r}: holds values that are not finite")
         return read_statistics(statistics_file), features_ND
     except (DataError, SafetensorError, OSError, KeyError) as error:
         print(f"computing {statistics_file.stem} again: {error}", file=sys.stderr)
@@ -104,7 +106,7 @@ def read_statistics(path: Path) -> Statistics:
         raise DataError(
             f"{str(path)!r}: mu of {tuple(mean_D.shape)} and sigma of {tuple(covariance_DD.shape)} do not match"
         )
-    if not (torch.isfinite(mean_D).all() and torch.isfinite(covariance_DD).all()):
+    if first_not_finite({"mu": mean_D, "sigma": covariance_DD}):
         raise DataError(f"{str(path)!r}: holds values that are not finite")
     return Statistics(count, mean_D, covariance_DD)
 

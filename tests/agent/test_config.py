@@ -81,6 +81,22 @@ def test_of_a_word_given_twice_the_last_counts() -> None:
     assert parse("--train.lr=0.1", "--train.lr=0.2").train.lr == 0.2
 
 
+def test_of_a_section_and_its_knob_the_last_counts() -> None:
+    knob, section = "--train.lr=0.1", "--train={'lr': 0.2}"
+    assert parse(knob, section).train.lr == 0.2
+    assert parse(section, knob).train.lr == 0.1
+    assert parse(knob, section, knob).train.lr == 0.1
+
+
+def test_several_files_are_read_in_order(tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    first = config_file(tmp_path, "preset: digits\ntrain.lr: 0.5\ntrain.steps: 7\n")
+    second = config_file(tmp_path / "more", "train: {lr: 0.25}\n")
+    config = parse(first, "--seed=3", second)
+    assert (config.preset, config.train.lr, config.train.steps, config.seed) == ("digits", 0.25, 7, 3)
+    assert parse(second, first).train.lr == 0.5
+
+
 def test_yaml_keys_may_be_dotted_nested_or_both(tmp_path: Path) -> None:
     dotted = parse(config_file(tmp_path, "preset: digits\ntrain.lr: 0.5\nmodel.num_heads: 2\n"))
     nested = parse(config_file(tmp_path, "preset: digits\ntrain: {lr: 0.5}\nmodel:\n  num_heads: 2\n"))
@@ -111,6 +127,7 @@ SPELLINGS: list[tuple[str, str, Any]] = [
     ("train.steps", "64", 64),
     ("train.steps", "64.0", 64),
     ("train.steps", "1_000", 1000),
+    ("train.steps", "1e3", 1000),
     ("ema.warmup", "True", True),
     ("ema.warmup", "true", True),
     ("ema.warmup", "1", True),
@@ -178,6 +195,7 @@ TYPED: list[tuple[str, str, Any]] = [
     ("train.lr", "1e-3", 1e-3),  # Text to YAML 1.1, which wants a dot in it.
     ("train.lr", "1", 1.0),
     ("train.steps", "64.0", 64),
+    ("train.steps", "1e3", 1000),
     ("ema.warmup", "false", False),
     ("ema.warmup", "off", False),
     ("train.grad_clip", "null", None),
@@ -238,16 +256,28 @@ AGENT_VALUES: dict[str, Any] = {
     "data.val_fraction": "0.1",
     "_wandb": {"t": 1},
 }
+FORMS = ["args", "args_no_equals", "args_no_hyphens", "args_json", "args_append_hydra", "args_override_hydra"]
 
 
-@pytest.mark.parametrize("form", ["args", "args_no_equals"])
-def test_words_made_by_wandb_itself_are_understood(form: str) -> None:
+@pytest.mark.parametrize("form", [*FORMS, "args_json_file"])
+def test_words_made_by_wandb_itself_are_understood(form: str, tmp_path: Path) -> None:
     command = {"args": {key: {"value": entry} for key, entry in AGENT_VALUES.items()}}
-    words = create_sweep_command_args(command)[form]
+    made = create_sweep_command_args(command)
+    if form == "args_json_file":
+        (tmp_path / "parameters.json").write_text(made["args_json"][0])
+        words = ["--config", str(tmp_path / "parameters.json")]
+    else:
+        words = made[form]
     config = parse(*words)
     assert config == build_config(AGENT_VALUES)
     assert (config.train.lr, config.train.steps, config.ema.warmup, config.train.grad_clip) == (1e-5, 64, False, None)
     assert (config.model.channel_multipliers, config.model.dropout, config.model.num_heads) == ([1, 2], 0.25, 2)
+
+
+def test_without_flags_for_false_wandb_passes_true_as_a_flag() -> None:
+    command = {"args": {"seed": {"value": 3}, "ema.warmup": {"value": True}, "train.lr": {"value": 0.5}}}
+    config = parse("--ema.warmup=false", *create_sweep_command_args(command)["args_no_boolean_flags"])
+    assert (config.seed, config.ema.warmup, config.train.lr) == (3, True, 0.5)
 
 
 def test_configurations_cannot_be_changed() -> None:

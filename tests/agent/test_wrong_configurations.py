@@ -57,7 +57,14 @@ UNKNOWN: list[Case] = [
 
 STRAY: list[Case] = [
     ("digits", "'digits'", "expected --key=value"),
-    ("train.lr=0.1", "'train.lr=0.1'", "expected --key=value"),
+    ("train.lr=2", "train.lr = '2'", "expected a number > 0 and <= 1"),
+    ("+train.lrr=1", "train.lrr = '1'", "did you mean train.lr?"),
+    ("+++train.lr=0.1", "'+++train.lr=0.1'", "expected --key=value"),
+    ('{"train.lrr":1}', "train.lrr = 1", "did you mean train.lr?"),
+    ('{"train.steps":true}', "train.steps = True", "expected an integer >= 1"),
+    ('{"train.lr":', """'{"train.lr":'""", "not valid JSON"),
+    ('{"a":' * 5000, """'{"a":{"a":""", "not valid JSON"),
+    ("--ema.warmup train.lr=0.1", "ema.warmup = 'train.lr=0.1'", "expected true or false"),
     ("-train.lr=0.1", "'-train.lr=0.1'", "expected --key=value"),
     ("--", "'--'", "expected --key=value"),
     ("--preset=digits 5", "'5'", "expected --key=value"),
@@ -82,7 +89,7 @@ TYPES: list[Case] = [
     # Integers
     ("--train.steps=many", "train.steps = 'many'", f"{INTEGER} >= 1"),
     ("--train.steps=1.5", "train.steps = '1.5'", f"{INTEGER} >= 1"),
-    ("--train.steps=1e3", "train.steps = '1e3'", f"{INTEGER} >= 1"),
+    ("--train.steps=1e-3", "train.steps = '1e-3'", f"{INTEGER} >= 1"),
     ("--train.steps=", "train.steps = ''", f"{INTEGER} >= 1"),
     ("--train.steps", "train.steps = 'true'", f"{INTEGER} >= 1"),
     ("--train.steps=True", "train.steps = 'True'", f"{INTEGER} >= 1"),

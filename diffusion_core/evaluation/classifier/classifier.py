@@ -24,6 +24,7 @@ from diffusion_core.evaluation.features import (
     HASH_DIGITS,
     ExtractorError,
     Judged,
+    check_weights,
     images_hash,
     weights_file_hash,
     with_channels,
@@ -105,7 +106,7 @@ def read_classifier(path: Path, device: torch.device) -> Classifier:
     """Read a classifier without running code from the file.
 
     Raises:
-        ExtractorError: if the file is missing, damaged, or not a classifier.
+        ExtractorError: if the file is missing, damaged, or not a classifier, or a weight is not finite.
     """
     weights_file_hash(path)  # Raises a readable error if the file cannot be read.
     try:
@@ -124,6 +125,7 @@ def read_classifier(path: Path, device: torch.device) -> Classifier:
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
         reason = one_line(error)
         raise ExtractorError(f"{str(path)!r}: not a classifier of scripts/train_classifier.py ({reason})") from None
+    check_weights(tensors, path)
     network = network.to(device).eval()
     return Classifier(network, data, share, weights_hash(network), recipe)
 

@@ -71,7 +71,8 @@ images = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
 media.grid(images, 2).save(folder / "grid.png")
 media.save_gif([media.grid(images.flip(0), 2), media.grid(images, 2)], folder / "two.gif")
 for step, (loss, agreement) in enumerate([(0.5, 0.2), (0.25, 0.9), (0.75, 0.6)]):
-    tracker.log({"train/loss": loss, "val/loss": loss, "eval/class_agreement": agreement}, 10 * step)
+    distance = {"eval/kd_classifier-digits_20_train": loss, "eval/kd_x_20_train/a*b": loss}
+    tracker.log({"train/loss": loss, "val/loss": loss, "eval/class_agreement": agreement} | distance, 10 * step)
 tracker.log({"samples": folder / "grid.png", "diffusion": folder / "two.gif"}, 30)
 tracker.summary({"model/params": 7})
 weights = folder / "weights.bin"
@@ -155,8 +156,10 @@ def test_wandb_offline_plots_over_steps_and_summarises_by_goal(offline: dict[str
     by_name = {metric.name: metric for metric in metrics}
     assert by_name["val/loss"].summary.min
     assert by_name["eval/class_agreement"].summary.max
+    assert by_name["eval/kd_classifier-digits_20_train"].summary.min
     assert by_name["val/loss"].step_metric == "step"
-    assert any(metric.glob_name == "*" and metric.step_metric == "step" for metric in metrics)
+    # Of two patterns that match a name, W&B takes any.
+    assert [(metric.glob_name, metric.step_metric) for metric in metrics if metric.glob_name] == [("*", "step")]
 
 
 def test_wandb_offline_keeps_the_artifact_after_its_file_is_gone(offline: dict[str, Any]) -> None:
