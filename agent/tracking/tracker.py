@@ -64,15 +64,17 @@ class WandbTracker(Tracker):
     def log(self, row: Mapping[str, float | Path], step: int) -> None:
         """Send one row to W&B, unless the server has that step already."""
         if step >= self.first_step:
-            for name in row.keys() - self._defined:
-                # By its full name, so that the summary keeps the best value: of patterns that match, W&B applies any.
-                if (goal := goal_of(name)) is not None and "*" not in name:
-                    self.run.define_metric(name, step_metric=STEP, summary="min" if goal == "minimize" else "max")
-            self._defined |= row.keys()
-            # Commit at once: an uncommitted row is lost if this process dies.
             self.last_step = step
-            values = {STEP: step, **{name: _wandb_value(value) for name, value in row.items()}}
-            self._tell(lambda: self.run.log(values, step=step, commit=True))
+            self._tell(lambda: self._log(row, step))
+
+    def _log(self, row: Mapping[str, float | Path], step: int) -> None:
+        for name in row.keys() - self._defined:
+            # By its full name, so that the summary keeps the best value: of patterns that match, W&B applies any.
+            if (goal := goal_of(name)) is not None and "*" not in name:
+                self.run.define_metric(name, step_metric=STEP, summary="min" if goal == "minimize" else "max")
+        self._defined |= row.keys()
+        # Commit at once: an uncommitted row is lost if this process dies.
+        self.run.log({STEP: step, **{name: _wandb_value(value) for name, value in row.items()}}, step=step, commit=True)
 
     def summary(self, figures: Mapping[str, Any]) -> None:
         """Set figures in the run's summary."""
