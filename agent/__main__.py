@@ -72,7 +72,7 @@ def dry_run(config: TrialConfig) -> int:
     network = build_network(config, DATASETS[config.data.name].num_classes or 10)
     cost = count_cost(network)
     checkpoint_bytes = 4 * 4 * cost.params
-    print(to_yaml(config), end="")
+    print(to_yaml(config, without_secrets=True), end="")
     print(f"# model: {cost.params:,} parameters, {cost.macs:,} MACs an image of {channels} x {size} x {size}")
     print(f"# checkpoint: about {checkpoint_bytes / 1e6:,.0f} MB, {config.checkpoint.keep} kept and the best one")
     return 0

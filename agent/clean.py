@@ -6,7 +6,6 @@ and staged copies of uploads that have arrived. On W&B: versions of models and t
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +15,14 @@ from agent.tracking.environment import load_environment
 from agent.tracking.project import versions_without_alias
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError
+from diffusion_core.messages import Parser
 from diffusion_core.run_folder import locked, run_folders
 from diffusion_core.training.leftovers import Leftover, on_disk
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status: 0, or 2 if the folder or project does not exist."""
-    parser = argparse.ArgumentParser("python -m agent.clean", description=__doc__, allow_abbrev=False)
+    parser = Parser("python -m agent.clean", description=__doc__, allow_abbrev=False)
     parser.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="folder of runs or of one run (runs)")
     parser.add_argument("--project", metavar="ENTITY/PROJECT", help="search a W&B project instead")
     parser.add_argument("--yes", action="store_true", help="delete them")

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from diffusion_core.redact import redact
+
 UNUSABLE = 2
 """Exit status of a command that cannot use its input."""
 
@@ -34,5 +36,5 @@ def run_and_leave(main: Callable[[], int]) -> NoReturn:
 
 def fail(message: str) -> int:
     """Print one line for the user on stderr. Return the exit status of unusable input."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {redact(message)}", file=sys.stderr)
     return UNUSABLE

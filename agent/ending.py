@@ -12,6 +12,7 @@ from agent.tracking.artifacts import NotDownloaded
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError
 from diffusion_core.data.datasets import DataError
+from diffusion_core.redact import redact
 from diffusion_core.training.callbacks import DIVERGED
 from diffusion_core.training.stopping import Stopped
 from diffusion_core.training.trainer import TrainingDiverged
@@ -85,4 +86,5 @@ def ending_of(error: BaseException | None, folder: Path | None) -> Ending:
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         text = f"{str(error.filename or folder)!r}: {error.strerror}; free some space, and continue with"
         return Ending(FAILED, FAILED, f"error: {text} --log.dir={folder}", together=False)
-    return Ending(FAILED, FAILED, "".join(traceback.format_exception(error)).rstrip(), together=False, known=False)
+    text = redact("".join(traceback.format_exception(error)).rstrip())
+    return Ending(FAILED, FAILED, text, together=False, known=False)

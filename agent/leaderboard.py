@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from diffusion_core.config.metrics import goal_of
 from diffusion_core.evaluation.leaderboard import Entry, entry, from_folders, ordered, rows_of, show
 from diffusion_core.evaluation.protocol import PREFIX
 from diffusion_core.files import write_csv, write_json
+from diffusion_core.messages import Parser
 
 FILE = "leaderboard"
 
@@ -41,7 +41,7 @@ def upload(name: str, entries: Sequence[Entry]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status: 0, or 2 if there is nothing to show."""
-    parser = argparse.ArgumentParser("python -m agent.leaderboard", description=__doc__, allow_abbrev=False)
+    parser = Parser("python -m agent.leaderboard", description=__doc__, allow_abbrev=False)
     parser.add_argument("folder", type=Path, nargs="*", help="folders of runs (default: runs)")
     parser.add_argument("--project", metavar="[ENTITY/]PROJECT", help="show the runs of a W&B project instead")
     parser.add_argument("--upload", action="store_true", help="with --project: log the table there")

@@ -28,9 +28,10 @@ from torch import Tensor
 from diffusion_core.config import ConfigError, CoreConfig, build, list_knobs
 from diffusion_core.config.plugins import missing_plugins
 from diffusion_core.files import first_not_finite, replaced_folder, sha256, sha256_of_file
-from diffusion_core.messages import one_line, reason_of
+from diffusion_core.messages import UserError, one_line, reason_of
 from diffusion_core.model.structure import resize
 from diffusion_core.model.unet import UNet
+from diffusion_core.redact import redact
 
 FORMAT = 1
 METADATA_FILE = "checkpoint.json"
@@ -41,7 +42,7 @@ SAMPLING_PARTS = ("ema",)
 """What goes into the `model` artifact; all other parts go into the `training-state` artifact."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be written, read or used; the message is one line meant for the user."""
 
 
@@ -233,7 +234,7 @@ def _metadata_problem(metadata: Any) -> str | None:
             return f"files does not name {part}.safetensors"
     for name, entry in metadata["files"].items():
         if not FILE_NAME.fullmatch(name):
-            return f"files names {name[:100]!r}, which is not a file of a checkpoint"
+            return f"files names {redact(name)[:100]!r}, which is not a file of a checkpoint"
         if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int) or "sha256" not in entry:
             return f"files has no size and hash for {name!r}"
     return None

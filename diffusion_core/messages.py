@@ -1,18 +1,44 @@
-"""Words for messages: errors in one line, lengths of time, sizes."""
+"""Words for messages: errors in one line and without secrets, lengths of time, sizes."""
 
 from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from diffusion_core.redact import redact
 
 MOST_CHARACTERS = 300
 
 
+class UserError(ValueError):
+    """An error whose text is for the user. The text names wrong values, but shows no secrets."""
+
+    def __str__(self) -> str:
+        return redact(super().__str__())
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of the command line whose errors show no secrets."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and the message, and exit."""
+        super().error(redact(message))
+
+
 def one_line(error: object) -> str:
-    """Return an error's text in one line of at most ``MOST_CHARACTERS``; the error's type if it has no text."""
-    return " ".join(str(error).split())[:MOST_CHARACTERS] or type(error).__name__
+    """Return an error's text in one line of at most ``MOST_CHARACTERS``, without secrets; its type without a text."""
+    return redact(" ".join(str(error).split()))[:MOST_CHARACTERS] or type(error).__name__
 
 
 def reason_of(error: BaseException) -> str:
     """Return why an operation failed: the system's words for an ``OSError``, else the error in one line."""
     return (isinstance(error, OSError) and error.strerror) or one_line(error)
+
+
+def shortened(value: object) -> str:
+    """Return a value for a message, without secrets and cut to ``MOST_CHARACTERS``."""
+    text = redact(repr(value))
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
 
 
 def duration(seconds: float) -> str:

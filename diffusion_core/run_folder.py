@@ -29,7 +29,7 @@ from pydantic import BaseModel
 from diffusion_core.config import ConfigError, to_yaml
 from diffusion_core.config.metrics import goal_of, is_better
 from diffusion_core.files import write_json, write_text
-from diffusion_core.redact import redact
+from diffusion_core.redact import redacted
 from diffusion_core.tracking import STEP
 
 RUN_FILE = "run.json"
@@ -50,6 +50,39 @@ CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
 SYNCED = ".synced"
 """Suffix of W&B's marker beside the file of an uploaded run; `wandb sync` skips files with a marker."""
+
+
+def check_recorded(values: Mapping[str, Any], why: str) -> None:
+    """Check that values which are recorded as they are, such as paths, hold no secrets.
+
+    Args:
+        values: by option or variable; may be nested.
+        why: what records them, for the message.
+
+    Raises:
+        ConfigError: if one holds what looks like a key, or the value of a secret variable.
+    """
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            check_recorded({f"{name}.{key}": entry for key, entry in value.items()}, why)
+        elif (shown := redacted(value)) != value:
+            raise ConfigError(
+                f"{name} = {shown!r}: holds a key, or the value of a secret variable, and {why}; choose another value "
+                "(40 hexadecimal digits count as a key: shorten hashes of commits)"
+            )
+
+
+def check_paths(folder: Path | str | None) -> None:
+    """Check that the paths of a run, which W&B records, hold no secrets.
+
+    Args:
+        folder: the run's folder, if it is chosen.
+
+    Raises:
+        ConfigError: if one does.
+    """
+    places = {name: os.environ[name] for name in ("WANDB_DIR", "WANDB_DATA_DIR") if name in os.environ}
+    check_recorded(places | ({} if folder is None else {"log.dir": str(folder)}), "W&B records the paths of a run")
 
 
 def make_folder(folder: Path) -> None:
@@ -193,7 +226,7 @@ def write_run_files(config: BaseModel, folder: Path, run_id: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     known = read_run_file(folder)
     write_json(folder / RUN_FILE, known | {"id": run_id, ENVIRONMENT: known.get(ENVIRONMENT, {}) | belongs_here()})
-    write_text(folder / CONFIG_FILE, redact(to_yaml(config)))
+    write_text(folder / CONFIG_FILE, to_yaml(config, without_secrets=True))
 
 
 def mark_synced(folder: Path) -> None:

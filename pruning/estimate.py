@@ -128,6 +128,21 @@ def checkpoints_saved(config: CoreConfig) -> int:
     return math.ceil(config.train.steps / every) if every else 1
 
 
+def times_logged(config: CoreConfig, prune: PruneConfig, metric: str) -> float:
+    """Return how often a trial logs a figure; infinite for a lottery, whose rounds log it one after the other.
+
+    Before pruning, the figures of ``eval.every`` have other names.
+    """
+    if prune.method == "lottery":
+        return math.inf
+    every, steps, before = config.eval.every, config.train.steps, 0
+    if metric == "train/loss":
+        every = config.log.every
+    elif prune.method != "none":
+        before = prune.end(steps)
+    return steps // every - before // every + (steps % every > 0) if every else 1
+
+
 def forward_passes(config: CoreConfig, prune: PruneConfig) -> float:
     """Return the images that pass through the network in a trial, where a backward pass counts as several."""
     sample, evaluation, steps = config.sample, config.eval, config.train.steps

@@ -10,6 +10,7 @@ import torch
 
 from diffusion_core.checkpoint import Checkpoint, CheckpointError
 from diffusion_core.config import ConfigError, CoreConfig, flatten, list_knobs
+from diffusion_core.redact import redact
 from diffusion_core.training.trainer import TrainState
 from pruning.consistency import inherit_dense_images
 from pruning.masks.mask import MASKS_PART
@@ -39,7 +40,7 @@ class Source:
     def parent(self) -> dict[str, Any]:
         """Describe the checkpoint, for the metadata of those that follow from it."""
         return {
-            "checkpoint": str(self.checkpoint.path),
+            "checkpoint": redact(str(self.checkpoint.path)),
             "artifact": self.artifact,
             "step": self.checkpoint.step,
             "sha256": self.checkpoint.metadata["files"]["ema.safetensors"]["sha256"],

@@ -14,6 +14,7 @@ from benchmarks.measurement.options import Options
 from benchmarks.measurement.rows import HEADER, Row
 
 from diffusion_core.files import write_json
+from diffusion_core.messages import Parser
 from diffusion_core.tables import text_table
 
 DESCRIPTION = """\
@@ -52,9 +53,7 @@ SUBJECTS = (
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "benchmark.py", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("benchmark.py", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "subject", nargs="+", choices=["all", *SUBJECTS], metavar="SUBJECT", help="one or more of these"
     )

@@ -39,13 +39,11 @@ from diffusion_core.config import ConfigError
 from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.diffusers_io import CLASSES_FILE, export_model, import_model
 from diffusion_core.files import replaced_folder
-from diffusion_core.messages import one_line, reason_of
+from diffusion_core.messages import Parser, one_line, reason_of
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     directions = parser.add_subparsers(dest="direction", required=True)
     reading = directions.add_parser("import", help="convert a Diffusers model to a checkpoint", allow_abbrev=False)
     reading.add_argument("source", metavar="SOURCE", help="folder of a DDPMPipeline or UNet2DModel, or a hub name")

@@ -47,7 +47,7 @@ from diffusion_core.evaluation.reference import write_statistics
 from diffusion_core.evaluation.suite import Judgement, Suite
 from diffusion_core.files import write_json
 from diffusion_core.hardware import pick_precision
-from diffusion_core.messages import reason_of
+from diffusion_core.messages import Parser, reason_of
 from diffusion_core.registries import DATASETS, METRICS
 from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs
 from diffusion_core.sampling.generation import Generator
@@ -60,9 +60,7 @@ def metrics_of_images() -> list[str]:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("path", type=Path, nargs="*", help="one or two folders of images, or .npz statistics")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--artifact", metavar="NAME:ALIAS", help="a `model` artifact on W&B, such as model-abc123:best")

@@ -31,7 +31,7 @@ from diffusion_core.data.datasets import Dataset, load_data
 from diffusion_core.evaluation.classifier.training import RECIPES, train_classifier
 from diffusion_core.files import write_json
 from diffusion_core.hardware import algorithms
-from diffusion_core.messages import one_line
+from diffusion_core.messages import Parser, one_line
 from diffusion_core.model.cost import peak_memory
 from diffusion_core.model.structure import maskable
 from diffusion_core.model.unet import build_network
@@ -216,9 +216,7 @@ CHECKS: dict[str, Callable[[Machine], list[tuple[str, bool, Any]]]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 1 if a check failed."""
-    parser = argparse.ArgumentParser(
-        "gpu_check.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("gpu_check.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("check", nargs="*", metavar="CHECK", help=f"one or more of {', '.join(CHECKS)} (all)")
     parser.add_argument("--steps", type=int, default=30, metavar="N", help="training steps of each check (30)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there as JSON")

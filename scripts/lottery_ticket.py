@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from agent.__main__ import main as run_trial
 from agent.command import fail
 from diffusion_core.checkpoint import CheckpointError, read_checkpoint
+from diffusion_core.messages import Parser
 from pruning.lottery.report import plot_overlap, ticket_masks
 
 USAGE = """\
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(words: Sequence[str]) -> int:
     """Plot and print which weights two tickets share."""
-    parser = argparse.ArgumentParser(description="Which weights two tickets share, by block.", allow_abbrev=False)
+    parser = Parser(description="Which weights two tickets share, by block.", allow_abbrev=False)
     parser.add_argument(
         OVERLAP, type=Path, nargs=2, required=True, metavar="TICKET", help="a checkpoint, or a round's folder"
     )

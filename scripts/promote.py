@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from agent.tracking.environment import has_key, load_environment
 from agent.tracking.registry import best_model, promote
 from diffusion_core.checkpoint import CheckpointError
+from diffusion_core.messages import Parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__, allow_abbrev=False)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--sweep", metavar="ENTITY/PROJECT/ID", help="the best model of its best run, by its metric")
     source.add_argument("--artifact", metavar="NAME:ALIAS", help="a model, such as model-RUN_ID:best")

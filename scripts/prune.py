@@ -35,6 +35,7 @@ from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.data.datasets import DataError, load_data
 from diffusion_core.evaluation.consistency import consistency_of_models
 from diffusion_core.hardware import pick_device, pick_precision
+from diffusion_core.messages import Parser
 from diffusion_core.model.cost import LATENCY_BATCH, count_cost, latencies, peak_memory
 from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.registries import DATASETS
@@ -70,9 +71,7 @@ class PruningTask:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", metavar="PATH", help="a checkpoint, or a run's folder (its newest)")
     source.add_argument("--artifact", metavar="NAME:ALIAS", help="a `model` artifact on W&B, such as model-abc123:best")

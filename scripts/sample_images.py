@@ -32,6 +32,7 @@ from diffusion_core.config import ConfigError, CoreConfig, build, flatten
 from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.distributed import first_process_first
 from diffusion_core.hardware import pick_device, pick_precision
+from diffusion_core.messages import Parser
 from diffusion_core.model.unet import NO_LABEL, UNet
 from diffusion_core.sampling import media
 from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs
@@ -45,9 +46,7 @@ STRIP_COLUMNS = 10
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--artifact", metavar="NAME:ALIAS", help="a `model` artifact on W&B, such as model-abc123:best")
     source.add_argument("--checkpoint", type=Path, metavar="PATH", help="a checkpoint, or a run's folder (its newest)")

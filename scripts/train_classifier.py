@@ -23,13 +23,12 @@ from diffusion_core.evaluation.classifier.classifier import classifier_for
 from diffusion_core.evaluation.classifier.training import RECIPES, recipe_for
 from diffusion_core.evaluation.features import ExtractorError
 from diffusion_core.hardware import pick_device
+from diffusion_core.messages import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 if something asked for cannot be had."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--recipe", choices=RECIPES, help="how it is trained (default: what suits images and device)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write it here as well (.safetensors)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

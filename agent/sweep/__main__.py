@@ -12,6 +12,7 @@ from agent.command import UNUSABLE, fail
 from agent.sweep.file import SweepError, SweepFile, load_sweep
 from agent.tracking.environment import load_environment, wandb_mode
 from diffusion_core.config import ConfigError
+from diffusion_core.run_folder import check_recorded
 
 if TYPE_CHECKING:
     from agent.sweep.offline import OfflineSweep
@@ -23,8 +24,6 @@ command offline, or use --attach online."""
 
 SHOWN_TRIALS = 5
 """Number of trials that --dry-run lists."""
-MANY_TRIALS = 1000
-"""A warning is printed for more trials: a large grid may be a mistake."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sweep = None if arguments.file is None else load_sweep(arguments.file)
         if sweep is not None and arguments.name is not None:
             sweep = sweep.renamed(arguments.name)
+        if sweep is not None:
+            places = {"--name": sweep.name, "--out": str(arguments.out)}
+            check_recorded({**sweep.config, **places}, "a sweep is recorded as it is")
         if arguments.offline or (wandb_mode() != "online" and not (arguments.agents or arguments.attach)):
             return offline(sweep, arguments)
         return online(sweep, arguments)
@@ -127,6 +129,7 @@ def tell_cost(sweep: SweepFile, arguments: argparse.Namespace, jobs: int, begun:
         jobs: trials at once.
         begun: the offline sweep, some of whose trials may have ended.
     """
+    from agent.sweep.advice import advice
     from agent.sweep.estimate import describe_sweep, list_trials
     from diffusion_core.machine.sharing import threads_each
     from pruning.estimate import Estimator
@@ -146,8 +149,8 @@ def tell_cost(sweep: SweepFile, arguments: argparse.Namespace, jobs: int, begun:
         print(list_trials(sweep, estimator, arguments.count or SHOWN_TRIALS))
     folder = Path("runs") if begun is None else begun.folder
     print(describe_sweep(sweep, estimator, jobs=jobs, trials=trials, folder=folder), flush=True)
-    if trials is not None and trials > MANY_TRIALS:
-        print(f"warning: {trials:,} trials; --count N or run_cap: N runs fewer", file=sys.stderr)
+    for line in advice(sweep, trials, offline=begun is not None):
+        print(f"warning: {line}", file=sys.stderr)
 
 
 if __name__ == "__main__":

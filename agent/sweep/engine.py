@@ -13,6 +13,8 @@ import numpy as np
 from diffusion_core.randomness import stream_seed
 
 SEARCH_SEED = 0
+ACCEPTED = "min/max specify base-e exponents"
+"""What the schema says of ``log_uniform`` and its like. W&B advises against them, and runs them."""
 
 
 def _call(name: str, /, *arguments: Any, **options: Any) -> Any:
@@ -26,9 +28,10 @@ def _call(name: str, /, *arguments: Any, **options: Any) -> Any:
 def violations(config: Mapping[str, Any]) -> list[str]:
     """Return what W&B's schema finds wrong in a sweep's configuration."""
     try:
-        return list(_call("schema_violations_from_proposed_config", config))
+        found = _call("schema_violations_from_proposed_config", config)
     except ValueError as error:
         return [str(error)]
+    return [reason for reason in found if ACCEPTED not in reason]
 
 
 def past_run(name: str, parameters: Mapping[str, Any], state: str, summary: Mapping[str, float], history: Any) -> Any:
@@ -69,6 +72,21 @@ def suggest(config: Mapping[str, Any], runs: Sequence[Any]) -> dict[str, Any] | 
 def doomed(config: Mapping[str, Any], runs: Sequence[Any]) -> set[str]:
     """Return the names of the running trials that early termination stops."""
     return {run.name for run in _call("stop_runs", dict(config), list(runs))}
+
+
+def bands(early_terminate: Mapping[str, Any]) -> list[int]:
+    """Return the bands of hyperband: a running trial is judged once it has logged the metric more often than a band.
+
+    Raises:
+        ValueError: if the engine cannot use these settings.
+    """
+    run = past_run("trial", {}, "running", {}, [])
+    config = {"method": "random", "metric": {"name": "x"}, "early_terminate": dict(early_terminate), "parameters": {}}
+    try:
+        doomed(config, [run])
+    except (KeyError, TypeError) as error:
+        raise ValueError(error) from None
+    return list(run.early_terminate_info["bands"])
 
 
 def plain(value: Any) -> Any:

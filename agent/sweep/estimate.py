@@ -10,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from agent.config import build_config
 from agent.sweep import engine
 from agent.sweep.file import SweepFile
 from agent.sweep.results import parameters_line
@@ -32,9 +31,9 @@ def first_trials(sweep: SweepFile) -> Iterator[dict[str, Any]]:
         runs.append(engine.past_run(str(len(runs)), parameters, "running", {}, []))
 
 
-def estimate_trial(estimator: Estimator, parameters: dict[str, Any]) -> TrialEstimate:
+def estimate_trial(sweep: SweepFile, estimator: Estimator, parameters: dict[str, Any]) -> TrialEstimate:
     """Estimate the trial of some parameters."""
-    config = build_config(parameters)
+    config = sweep.trial(parameters)
     return estimator.trial(config, config.prune)
 
 
@@ -50,7 +49,7 @@ def describe_sweep(
         trials: number of trials to run; None if the search has no end.
         folder: where they go, if on this disk.
     """
-    found = [estimate_trial(estimator, parameters) for parameters in islice(first_trials(sweep), SAMPLED_TRIALS)]
+    found = [estimate_trial(sweep, estimator, parameters) for parameters in islice(first_trials(sweep), SAMPLED_TRIALS)]
     disk = statistics.mean(trial.disk_bytes for trial in found)
     upload = statistics.mean(trial.upload_bytes for trial in found)
     times = [trial.seconds for trial in found if trial.seconds is not None]
@@ -80,7 +79,7 @@ def list_trials(sweep: SweepFile, estimator: Estimator, count: int) -> str:
     """Return the first trials and what each will cost, two lines per trial."""
     lines = []
     for number, parameters in enumerate(islice(first_trials(sweep), count), start=1):
-        estimate = estimate_trial(estimator, parameters)
+        estimate = estimate_trial(sweep, estimator, parameters)
         seconds = "time unknown" if estimate.seconds is None else f"about {duration(estimate.seconds)}"
         lines.append(f"[{number}] {parameters_line(parameters, sweep.varied)}")
         lines.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice, product
 from pathlib import Path
@@ -10,16 +11,20 @@ from typing import Any
 
 from agent.config import TrialConfig, build_config
 from agent.sweep import engine
-from agent.sweep.macros import command_problems, shortened
-from agent.sweep.parameters import flat_parameters, grid_size, trials_of, values_to_try
-from diffusion_core.config import ConfigError, list_knobs, read_yaml, unknown_key
+from agent.sweep.macros import TrialCommand, read_command
+from agent.sweep.parameters import flat_parameters, grid_size, trials_of, values_to_try, with_numbers
+from diffusion_core.config import ConfigError, flatten, list_knobs, read_yaml, unknown_key
 from diffusion_core.config.metrics import goal_of, goals
 from diffusion_core.config.plugins import KEY, plugin_problems
-from pruning.config import PruneConfig, methods, unheard
+from diffusion_core.messages import shortened
+from pruning.config import methods, unheard
 
 METHODS = ("grid", "random", "bayes")
-EXPECTED = {"early_terminate": "type: hyperband, with min_iter:, or with max_iter: and s:"}
+EXPECTED = {"early_terminate": "type: hyperband, with min_iter: alone, or with max_iter: > eta and a whole number s:"}
 """What a setting may be, if W&B's schema does not say it in words."""
+
+EXPONENTS = ("log_uniform", "inv_log_uniform", "q_log_uniform")
+"""Distributions whose ends are exponents of e. W&B advises against them, and accepts them."""
 
 MAX_NAME_BYTES = 200
 """Length of a sweep's name. A folder's name may have 255 bytes."""
@@ -46,11 +51,35 @@ class SweepFile:
         name: the sweep's name, or the file's.
         config: the file's content, in W&B's format.
         parameters: the parameters, flat, by dotted key.
+        command: what a trial reads besides them.
     """
 
     name: str
     config: dict[str, Any]
     parameters: dict[str, dict[str, Any]]
+    command: TrialCommand
+
+    def trial(self, chosen: Mapping[str, Any]) -> TrialConfig:
+        """Return the configuration of a trial for which the search chose these values.
+
+        Raises:
+            ConfigError: if they do not make one.
+        """
+        return build_config(*self.command.values(chosen))
+
+    def trials(self, *varied: str) -> Iterator[tuple[dict[str, Any], TrialConfig]]:
+        """Yield the values and the configurations of trials in which parameters that begin so have all their values.
+
+        The others have their first. At most ``MOST_COMBINATIONS`` are tried. Those that are no configuration are left
+        out: such a trial fails before it starts.
+        """
+        values = {key: values_to_try(spec) for key, spec in self.parameters.items()}
+        first = {key: tried[0] for key, tried in values.items()}
+        keys = [key for key, tried in values.items() if len(tried) > 1 and key.startswith(varied)]
+        for combination in islice(product(*(values[key] for key in keys)), MOST_COMBINATIONS):
+            chosen = dict(zip(keys, combination, strict=True))
+            with suppress(ConfigError):
+                yield chosen, self.trial(first | chosen)
 
     @property
     def metric(self) -> str | None:
@@ -61,6 +90,11 @@ class SweepFile:
     def maximize(self) -> bool:
         """Whether larger values of the metric are better."""
         return self.config.get("metric", {}).get("goal") == "maximize"
+
+    @property
+    def target(self) -> float | None:
+        """Value of the metric at which no further trials begin, or None."""
+        return self.config.get("metric", {}).get("target")
 
     @property
     def varied(self) -> list[str]:
@@ -128,23 +162,35 @@ def check_sweep(config: dict[str, Any], source: str, name: str) -> SweepFile:
     """
     config = {key: value for key, value in config.items() if value is not None}  # An empty `metric:` is None.
     name = config.get("name", name)
-    problems = _plugin_problems(config.get("parameters"))
-    if not problems:  # Without a plugin, all that it adds is unknown.
-        problems += _setting_problems(config) + _parameter_problems(config.get("parameters"), config.get("method"))
+    problems: list[str] = []
+    command = TrialCommand()
+    try:
+        command = read_command(config.get("command"), config.get("program"))
+    except ConfigError as error:
+        problems += error.problems
+    given = config.get("parameters")
+    fields = dict(list_knobs(TrialConfig))
+    flat = flat_parameters(given) if isinstance(given, Mapping) else {}
+    sweep = SweepFile(name, config, {key: with_numbers(spec, fields.get(key)) for key, spec in flat.items()}, command)
+    unloaded = _plugin_problems(sweep)
+    problems += unloaded
+    if not unloaded:  # Without a plugin, all that it adds is unknown.
+        problems += [*_setting_problems(config), *_parameter_problems(sweep)]
         problems += _name_problems(name) if isinstance(name, str) else []
     if not problems:
-        problems += _unlogged_metric(config)
+        problems += _unlogged_metric(sweep)
     if problems:
         raise SweepError("\n".join(f"{source}: {problem}" for problem in dict.fromkeys(problems)))
-    return SweepFile(name, config, flat_parameters(config["parameters"]))
+    return sweep
 
 
-def _plugin_problems(parameters: Any) -> list[str]:
+def _plugin_problems(sweep: SweepFile) -> list[str]:
     """Import the plugins of all trials. Return what is wrong with the first one that cannot be imported."""
-    spec = flat_parameters(parameters).get(KEY) if isinstance(parameters, Mapping) else None
-    if spec is None or _form_problems(KEY, spec, None):  # Reported with the other parameters.
-        return []
-    return plugin_problems(values_to_try(spec))
+    named = [layer[KEY] for layer in sweep.command.layers if layer is not None and KEY in layer]
+    spec = sweep.parameters.get(KEY)
+    if spec is not None and not _form_problems(KEY, spec, None):  # Else reported with the other parameters.
+        named += values_to_try(spec)
+    return plugin_problems(named)
 
 
 def _name_problems(name: str) -> list[str]:
@@ -162,11 +208,24 @@ def _setting_problems(config: Mapping[str, Any]) -> list[str]:
     run_cap = config.get("run_cap")
     if run_cap is not None and (not isinstance(run_cap, int) or isinstance(run_cap, bool) or run_cap < 1):
         problems.append(f"run_cap = {run_cap!r}: expected an integer >= 1")
-    problems += command_problems(config.get("command"))
-    checked = {"method", "metric", "run_cap", "command", "parameters"}
+    checked = {"method", "metric", "run_cap", "command", "parameters", "early_terminate"}
     for key, value in config.items():
         if key not in checked:
             problems += _violations(key, value, {key: value})
+    return problems + _early_problems(config.get("early_terminate"))
+
+
+def _early_problems(early: Any) -> list[str]:
+    if early is None:
+        return []
+    if isinstance(early, Mapping) and isinstance(early.get("strict"), bool):  # Newer than the engine's schema.
+        early = {key: value for key, value in early.items() if key != "strict"}
+    problems = _violations("early_terminate", early, {"early_terminate": early})
+    if not problems:
+        try:
+            engine.bands(early)
+        except ValueError:
+            problems = [f"early_terminate = {shortened(early)}: expected {EXPECTED['early_terminate']}"]
     return problems
 
 
@@ -187,21 +246,11 @@ def _metric_problems(config: Mapping[str, Any]) -> list[str]:
     return _violations("metric", metric, {"metric": metric})
 
 
-def _unlogged_metric(config: Mapping[str, Any]) -> Iterator[str]:
+def _unlogged_metric(sweep: SweepFile) -> Iterator[str]:
     """Check that every trial logs the metric, whatever the sweep chooses for it."""
-    metric = (config.get("metric") or {}).get("name")
-    if metric is None:
-        return
-    values = {key: values_to_try(spec) for key, spec in flat_parameters(config["parameters"]).items()}
-    deciding = [key for key, tried in values.items() if len(tried) > 1 and key.startswith(DECIDE_FIGURES)]
-    first = {key: tried[0] for key, tried in values.items()}
-    for combination in islice(product(*(values[key] for key in deciding)), MOST_COMBINATIONS):
-        chosen = dict(zip(deciding, combination, strict=True))
-        try:
-            trial = build_config(first | chosen)
-        except ConfigError:  # Such a trial fails before it starts.
-            continue
-        if not trial.logs(metric):
+    metric = sweep.metric
+    for chosen, trial in sweep.trials(*DECIDE_FIGURES) if metric else ():
+        if not trial.logs(str(metric)):
             where = " with " + ", ".join(f"{key}={value}" for key, value in chosen.items()) if chosen else ""
             yield (
                 f"metric.name = {metric!r}: a trial{where} does not log it; expected one of "
@@ -224,27 +273,27 @@ def _violations(key: str, value: Any, content: Mapping[str, Any]) -> list[str]:
     return [f"{key} = {shortened(value)}: {'; '.join(dict.fromkeys(reasons)) or f'expected {expected}'}"]
 
 
-def _parameter_problems(parameters: Any, method: Any) -> list[str]:
+def _parameter_problems(sweep: SweepFile) -> list[str]:
     """Return what is wrong with the parameters: their form, and the configurations that they make."""
-    if not isinstance(parameters, Mapping) or not parameters:
-        return [f"parameters = {shortened(parameters)}: expected a mapping from knobs such as train.lr to their values"]
+    given, method = sweep.config.get("parameters"), sweep.config.get("method")
+    if not isinstance(given, Mapping) or not given:
+        return [f"parameters = {shortened(given)}: expected a mapping from knobs such as train.lr to their values"]
     fields = dict(list_knobs(TrialConfig))
-    tried: dict[str, list[Any]] = {}
+    right: dict[str, dict[str, Any]] = {}
     problems: list[str] = []
-    for key, spec in flat_parameters(parameters).items():
+    for key, spec in sweep.parameters.items():
         wrong = _form_problems(key, spec, method)
         known = key.partition(".")[0] in TrialConfig.model_fields
         if not known or ("." in key and key not in fields):
             wrong = [unknown_key(key, spec, fields)]
         problems += wrong
         if not wrong:
-            tried[key] = values_to_try(spec)
-    flat = {key: spec for key, spec in flat_parameters(parameters).items() if key in tried}
-    if method == "grid" and grid_size(flat) > MAX_GRID:
-        problems.append(f"parameters: {grid_size(flat):,} combinations; expected at most {MAX_GRID:,} for method=grid")
-    if method == "bayes" and not problems and all("value" in spec for spec in flat.values()):
+            right[key] = spec
+    if method == "grid" and grid_size(right) > MAX_GRID:
+        problems.append(f"parameters: {grid_size(right):,} combinations; expected at most {MAX_GRID:,} for method=grid")
+    if method == "bayes" and not problems and all("value" in spec for spec in right.values()):
         problems.append("parameters: expected one that varies, for method=bayes to search")
-    return problems + _value_problems(tried)
+    return problems + _value_problems(replace(sweep, parameters=right))
 
 
 def _form_problems(key: str, spec: Any, method: Any) -> list[str]:
@@ -252,28 +301,45 @@ def _form_problems(key: str, spec: Any, method: Any) -> list[str]:
     wrong = _violations(key, spec, {"parameters": {key: spec}})
     if wrong:
         return wrong
-    ends = {type(spec[end]) for end in ("min", "max")} if {"min", "max"} <= spec.keys() else set()
-    if len(ends) > 1 and "distribution" not in spec:
-        wrong = [f"{key} = {shortened(spec)}: expected two integers or two numbers with a point, or a distribution:"]
-    elif method == "bayes" and "probabilities" in spec:
-        wrong = [f"{key} = {shortened(spec)}: expected values: without probabilities:, which method=bayes cannot use"]
-    elif method == "grid" and trials_of(spec) is None:
-        wrong = [f"{key} = {shortened(spec)}: expected value: or values:, which method=grid needs"]
-    return wrong
+    if method == "bayes" and "probabilities" in spec:
+        return [f"{key} = {shortened(spec)}: expected values: without probabilities:, which method=bayes cannot use"]
+    if method == "grid" and trials_of(spec) is None:
+        return [f"{key} = {shortened(spec)}: expected value: or values:, which method=grid needs"]
+    return []
 
 
-def _value_problems(tried: Mapping[str, list[Any]]) -> list[str]:
+def _value_problems(sweep: SweepFile) -> list[str]:
     """Return what is wrong with the configurations that the values of the parameters make."""
     problems: list[str] = []
+    tried = {key: values_to_try(spec) for key, spec in sweep.parameters.items()}
     first = {key: values[0] for key, values in tried.items()}
-    named = map(str, tried.get("prune.method", [PruneConfig().method]))
-    wanted = [name for name in named if name in methods()]
+    named = [name for name in map(str, tried.get("prune.method", [])) if name in methods()]
     for key, values in tried.items():
+        takes_exponents = sweep.parameters[key].get("distribution") in EXPONENTS
         for value in values:
+            chosen = first | {key: value}
             try:
-                config = build_config(first | {key: value})
+                config = sweep.trial(chosen)
+                problems += _lost_values(sweep.command, chosen, config)
             except ConfigError as error:
-                problems += error.problems
+                note = (
+                    "; min and max are exponents of e: log_uniform_values takes the values" if takes_exponents else ""
+                )
+                problems += [f"{problem}{note if problem.startswith(key) else ''}" for problem in error.problems]
             else:
-                problems += unheard(config.prune, wanted)
+                problems += unheard(config.prune, named or [config.prune.method])
     return problems
+
+
+def _lost_values(command: TrialCommand, chosen: Mapping[str, Any], config: TrialConfig) -> Iterator[str]:
+    """Yield one line if a value that the sweep chose for a trial is another one in the trial's configuration."""
+    if command.passes_all:
+        return
+    wanted, got = flatten(build_config(*command.values(chosen), chosen)), flatten(config)
+    for key, value in wanted.items():
+        if value != got[key] and (key in chosen or key.partition(".")[0] in chosen):
+            if value is False:
+                yield f"{key} = False: the command leaves out false values, and {got[key]} is used; use ${{args}}"
+            else:
+                yield f"command = '{key}={got[key]}': overrides what the sweep chooses; put it before the parameters"
+            return

@@ -36,6 +36,8 @@ from diffusion_core.machine.sharing import shares
 
 LOG_FILE = "console.log"
 """File in a trial's folder with its output, if several trials run at once."""
+PARAMETERS_FILE = "parameters.json"
+"""File in a trial's folder with its parameters, if the sweep's command asks for it."""
 
 POLL_SECONDS = 0.1
 ATTEMPTS = 2
@@ -105,7 +107,7 @@ class OfflineSweep:
         return [trial for trial in self.state.trials if trial.state in DONE]
 
     def run(self, count: int | None = None) -> list[TrialRecord]:
-        """Run trials until the search is exhausted, ``run_cap`` is reached, or ``count`` of them were run.
+        """Run trials until none is left, ``count`` were run, or ``run_cap`` or the metric's target is reached.
 
         Returns:
             All trials of the sweep, best first.
@@ -166,6 +168,10 @@ class OfflineSweep:
             return waiting[0] if waiting else None
         if self.sweep.run_cap is not None and len(trials) >= self.sweep.run_cap:
             return None
+        if self.reader.reached(self.sweep.target):
+            print(f"metric.target = {self.sweep.target}: reached; no further trial begins", flush=True)
+            self.exhausted = True
+            return None
         parameters = engine.suggest(self.sweep.engine_config(), self.reader.engine_runs())
         if parameters is None:
             self.exhausted = True
@@ -179,7 +185,6 @@ class OfflineSweep:
         """Start the process of a trial."""
         slot = min(set(range(len(self.shares))) - {running.slot for running in self.running})
         folder = self.state.trial_folder(trial)
-        arguments = [f"--{key}={value}" for key, value in trial.parameters.items()] + [f"--log.dir={folder}"]
         environment = (
             dict(os.environ)
             | self.shares[slot]
@@ -192,7 +197,8 @@ class OfflineSweep:
                 "WANDB_SILENT": os.environ.get("WANDB_SILENT", "true"),
             }
         )
-        command = expand_command(self.sweep.config["command"], arguments, self.sweep.config.get("program"))
+        config, parameters = self.sweep.config, trial.parameters | {"log.dir": str(folder)}
+        command = expand_command(config.get("command"), parameters, config.get("program"), folder / PARAMETERS_FILE)
         # Write the state first: after a kill, the next sweep process must know that the trial may have a process.
         trial.state = RUNNING
         self.state.write()

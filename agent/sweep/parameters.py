@@ -6,6 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic.fields import FieldInfo
+
+from diffusion_core.config import as_number
+
+LARGEST_EXPONENT = 700.0
+"""A distribution over exponents of e reaches no further: a float would overflow."""
+
 SPREAD = 3.0
 """Standard deviations from its mean at which a normal distribution is checked."""
 
@@ -19,6 +26,17 @@ def flat_parameters(parameters: Mapping[str, Any], prefix: str = "") -> dict[str
         else:
             flat[prefix + str(key)] = spec
     return flat
+
+
+def with_numbers(spec: Any, field: FieldInfo | None) -> Any:
+    """Return a parameter with numbers in place of text such as 1e-5, which YAML takes for text, if the knob is one."""
+    if field is None or not isinstance(spec, Mapping):
+        return spec
+
+    def number(value: Any) -> Any:
+        return [as_number(entry, field) for entry in value] if isinstance(value, list) else as_number(value, field)
+
+    return {word: value if word == "distribution" else number(value) for word, value in spec.items()}
 
 
 def grid_size(parameters: Mapping[str, Mapping[str, Any]]) -> int:
@@ -39,6 +57,16 @@ def trials_of(spec: Mapping[str, Any]) -> int | None:
     )
 
 
+def choices(spec: Mapping[str, Any]) -> float:
+    """Return the number of values that a random search can draw of a parameter."""
+    if "values" in spec:
+        return len({repr(value) for value in spec["values"]})
+    if "min" in spec and spec.get("distribution", "").startswith("q_"):
+        low, *_, high = values_to_try(spec)
+        return 1 + round((high - low) / spec.get("q", 1.0))
+    return float(trials_of(spec) or math.inf)
+
+
 def is_whole(spec: Mapping[str, Any]) -> bool:
     """Return whether a distribution draws integers: ``int_uniform``, the default for integer ends."""
     ends = spec.get("min"), spec.get("max")
@@ -55,17 +83,21 @@ def values_to_try(spec: Mapping[str, Any]) -> list[Any]:
     if "normal" in kind:
         mu, spread = spec.get("mu", 0.0), SPREAD * spec.get("sigma", 1.0)
         ends = [mu - spread, mu, mu + spread]
-        ends = [math.exp(end) for end in ends] if "log" in kind else ends
+        ends = [_exp(end) for end in ends] if "log" in kind else ends
     elif "beta" in kind:
         ends = [0.0, 0.5, 1.0]
     else:
         low, high = spec["min"], spec["max"]
         if kind in ("log_uniform", "q_log_uniform"):
-            low, high = math.exp(low), math.exp(high)
+            low, high = _exp(low), _exp(high)
         elif kind == "inv_log_uniform":
-            low, high = math.exp(-high), math.exp(-low)
+            low, high = _exp(-high), _exp(-low)
         ends = [low, (low + high) // 2 if is_whole(spec) else 0.382 * low + 0.618 * high, high]
     if kind.startswith("q_"):
         quantum = spec.get("q", 1.0)
         ends = [round(end / quantum) * quantum for end in ends]
     return ends
+
+
+def _exp(exponent: float) -> float:
+    return math.exp(min(exponent, LARGEST_EXPONENT))

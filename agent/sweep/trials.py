@@ -9,7 +9,7 @@ from typing import Any
 from agent.sweep import engine
 from agent.sweep.results import TrialRecord
 from agent.sweep.state import DONE, FAILED, FINISHED, RUNNING, STOPPED, STOPPING, WAITING, SweepState, Trial
-from diffusion_core.config.metrics import best_first
+from diffusion_core.config.metrics import best_first, is_better
 from diffusion_core.run_folder import HISTORY_FILE, RESULT_FILE, SAMPLES, best_figures, read_history
 
 ENGINE_STATES = {WAITING: "running", RUNNING: "running", STOPPING: "running", FINISHED: "finished", STOPPED: "finished",
@@ -59,6 +59,13 @@ class TrialReader:
     def ranked(self) -> list[TrialRecord]:
         """Return the results of all trials, best first."""
         return best_first(self.records(), self.metric, lambda record: record.figures)
+
+    def reached(self, target: float | None) -> bool:
+        """Return whether the metric of a trial is as good as a value."""
+        if target is None or self.metric is None:
+            return False
+        reached = [record.figures[self.metric] for record in self.records() if self.metric in record.figures]
+        return any(value == target or is_better(self.metric, value, target) for value in reached)
 
     def record(self, trial: Trial) -> TrialRecord:
         """Return the results of a trial."""

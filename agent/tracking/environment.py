@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 from dotenv import find_dotenv, load_dotenv
 
 from diffusion_core.config import ConfigError
-from diffusion_core.run_folder import read_run_file
+from diffusion_core.redact import clean_environment
+from diffusion_core.run_folder import check_paths, read_run_file
 
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
@@ -27,9 +28,10 @@ MODES = {"online": "online", "run": "online", "shared": "online", "offline": "of
 def load_environment() -> None:
     """Read ``.env`` from the working directory or the nearest parent. Variables that are set already win.
 
-    Remove empty W&B variables (``WANDB_ENTITY=``), some of which make W&B fail.
+    Remove empty W&B variables (``WANDB_ENTITY=``), some of which make W&B fail, and secrets that W&B would record.
     """
     load_dotenv(find_dotenv(usecwd=True))
+    clean_environment()
     for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
         del os.environ[name]
 
@@ -75,8 +77,9 @@ def find_run(configured: str | None) -> tuple[str, Path]:
     ``configured``, or ``runs/<id>``.
 
     Raises:
-        ConfigError: if the folder's ``run.json`` is damaged.
+        ConfigError: if the folder's ``run.json`` is damaged, or its path holds a secret.
     """
+    check_paths(configured)
     run_id = os.environ.get("WANDB_RUN_ID")
     if configured is None:
         run_id = run_id or secrets.token_hex(4)

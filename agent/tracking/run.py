@@ -14,8 +14,8 @@ from agent.tracking.retention import Retention
 from agent.tracking.tracker import PATIENCE_S, WandbTracker
 from diffusion_core.config import CheckpointConfig, ConfigError
 from diffusion_core.messages import one_line
-from diffusion_core.redact import redact, redacted, redacted_arguments
-from diffusion_core.run_folder import read_history
+from diffusion_core.redact import redacted, redacted_arguments
+from diffusion_core.run_folder import check_paths, read_history
 from diffusion_core.tracking import STEP
 
 if TYPE_CHECKING:
@@ -53,10 +53,12 @@ def start_wandb(
         on_stop: called when a user stops the run on W&B; None: interrupt this process.
 
     Raises:
-        ConfigError: if the server refuses the run, or does not answer and ``or_offline`` is false.
+        ConfigError: if the server refuses the run, or does not answer and ``or_offline`` is false, or a path holds a
+            secret, which W&B would record.
     """
     import wandb  # Slow to import, and not needed for --help and --dry-run.
 
+    check_paths(folder)
     if mode == "offline" and "WANDB_MODE" not in os.environ and not beside:
         print("W&B: no API key, so this run is recorded offline (wandb login or WANDB_API_KEY to go online)",
               file=sys.stderr)  # fmt: skip
@@ -91,11 +93,11 @@ def start_wandb(
     try:
         return start(mode)
     except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
-        raise ConfigError(f"W&B: {redact(one_line(error))}") from None
+        raise ConfigError(f"W&B: {one_line(error)}") from None
     except (wandb.errors.Error, TimeoutError) as error:
         if mode != "online":
             raise
-        reason = redact(one_line(error))
+        reason = one_line(error)
         status = server_status()
         if status in (401, 403):
             raise ConfigError(
@@ -110,7 +112,7 @@ def start_wandb(
             except (wandb.errors.Error, TimeoutError) as again:
                 if server_status() == 200:
                     raise ConfigError(
-                        f"W&B refuses this run ({redact(one_line(again))}); check WANDB_ENTITY and WANDB_PROJECT, or "
+                        f"W&B refuses this run ({one_line(again)}); check WANDB_ENTITY and WANDB_PROJECT, or "
                         "set WANDB_MODE=offline"
                     ) from None
         if not or_offline:

@@ -14,6 +14,7 @@ from agent.tracking.environment import is_offline
 from agent.tracking.uploads import UploadQueue
 from diffusion_core.config.metrics import goal_of
 from diffusion_core.messages import one_line
+from diffusion_core.redact import redact, redacted
 from diffusion_core.tracking import MODEL, STEP, Tracker, Upload
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class WandbTracker(Tracker):
 
     def summary(self, figures: Mapping[str, Any]) -> None:
         """Set figures in the run's summary."""
-        self._tell(lambda: self.run.summary.update(dict(figures)))
+        self._tell(lambda: self.run.summary.update(redacted(dict(figures))))
 
     def _tell(self, send: Callable[[], object]) -> None:
         """Tell W&B's client something. A client that broke must not stop training: history is on the disk as well."""
@@ -103,7 +104,7 @@ class WandbTracker(Tracker):
     def _log_artifact(self, upload: Upload) -> Any:
         import wandb
 
-        artifact = wandb.Artifact(upload.name, type=upload.kind, metadata=dict(upload.metadata))
+        artifact = wandb.Artifact(upload.name, type=upload.kind, metadata=redacted(dict(upload.metadata)))
         if upload.ttl_days is not None:
             artifact.ttl = timedelta(days=upload.ttl_days)
         for path in upload.files:
@@ -135,7 +136,7 @@ class WandbTracker(Tracker):
 
     def alert(self, title: str, text: str) -> None:
         """Send an alert of level WARN."""
-        self._tell(lambda: self.run.alert(title, text, level="WARN"))
+        self._tell(lambda: self.run.alert(title, redact(text), level="WARN"))
 
     def close(self, exit_code: int = 0) -> list[str]:
         """Send what is left, within the run's finish_timeout. Return the names of what W&B has not got."""

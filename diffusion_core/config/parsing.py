@@ -22,7 +22,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from diffusion_core.config.description import allowed, list_knobs
-from diffusion_core.messages import one_line
+from diffusion_core.messages import UserError, one_line
+from diffusion_core.redact import redacted
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -41,7 +42,7 @@ REFUSED = object()
 """Stands for a value that pydantic would take although it is of another kind (true for a number)."""
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that cannot be used; the message is one line meant for the user.
 
     Attributes:
@@ -159,6 +160,11 @@ def as_number(value: Any, field: FieldInfo) -> Any:
     return value
 
 
+def is_fraction(field: FieldInfo) -> bool:
+    """Whether a knob takes numbers between two whole ones."""
+    return float in _kinds(field)
+
+
 def _parse_list(text: str) -> Any:
     with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         literal = ast.literal_eval(text)  # Texts in quotes, as Python spells a list of them.
@@ -269,9 +275,10 @@ def _is_bounded(content: Any) -> bool:
     return seen <= MAX_YAML_VALUES
 
 
-def to_yaml(config: BaseModel) -> str:
+def to_yaml(config: BaseModel, *, without_secrets: bool = False) -> str:
     """The configuration as YAML with dotted keys: a valid ``--config`` file."""
-    return yaml.safe_dump(flatten(config), sort_keys=False, default_flow_style=None)
+    values = redacted(flatten(config)) if without_secrets else flatten(config)
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
 
 
 def split_argv(argv: list[str]) -> dict[str, Any]:

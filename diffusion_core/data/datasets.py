@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from diffusion_core.config import DataConfig
 from diffusion_core.data.image_files import IMAGE_SUFFIXES, ImageFileError, read_rgb, square
-from diffusion_core.messages import one_line, reason_of
+from diffusion_core.messages import UserError, one_line, reason_of
 from diffusion_core.randomness import Purpose, generator
 from diffusion_core.registries import DATASETS
 
@@ -30,7 +30,7 @@ SPLIT_SEED = 0
 """The held-out split does not follow the run's seed: runs with different seeds are compared on the same images."""
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Images that cannot be had or used; the message is one line meant for the user."""
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from diffusion_core.messages import one_line
+from diffusion_core.messages import UserError, one_line
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"})
 
 
-class ImageFileError(ValueError):
+class ImageFileError(UserError):
     """A file that is not a readable image; the message is the reason, without the name of the file."""
 
 

@@ -12,6 +12,7 @@ from diffusion_core.diffusers_io.networks import compare, compare_schedules, des
 from diffusion_core.diffusers_io.scheduler import EXTRA, fewer_steps, scheduler_defaults
 from diffusion_core.diffusers_io.source import find_source, read_diffusers
 from diffusion_core.model.unet import NO_LABEL
+from diffusion_core.redact import redact, redacted
 
 
 def import_model(name: str, folder: Path, *, null_class: bool = False) -> Iterator[str]:
@@ -37,15 +38,15 @@ def import_model(name: str, folder: Path, *, null_class: bool = False) -> Iterat
     compare_schedules(config, source.scheduler)
 
     metadata = {
-        "config": flatten(config),
+        "config": redacted(flatten(config)),
         "image_shape": [network.in_channels, network.image_size, network.image_size],
         "num_classes": network.num_classes,
-        "class_names": list(source.class_names),
+        "class_names": redacted(list(source.class_names)),
         "structure": {},
         "figures": {},
         "best": None,
         "ema_updates": 0,
-        "extra": {EXTRA: {"source": name, **fewer_steps(scheduler_defaults() | dict(source.scheduler))}},
+        "extra": {EXTRA: {"source": redact(name), **fewer_steps(scheduler_defaults() | dict(source.scheduler))}},
     }
     tensors = dict(network.state_dict())
     written = write_checkpoint(folder / "writing", 0, metadata, {"ema": tensors, "model": tensors})

@@ -29,6 +29,7 @@ from diffusion_core.evaluation.features import (
     with_channels,
 )
 from diffusion_core.messages import one_line
+from diffusion_core.redact import redact
 
 if TYPE_CHECKING:
     from torchvision.models import Inception3
@@ -200,4 +201,4 @@ def read_extractor(path: Path, device: torch.device) -> Extractor:
         reason = one_line(error)
         raise ExtractorError(f"{str(path)!r}: not TorchScript ({reason})") from None
     check_weights(network.state_dict(), path)
-    return ScriptedExtractor(network, space_name(path.stem), digest, device)
+    return ScriptedExtractor(network, space_name(redact(path.stem)), digest, device)

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from diffusion_core.data.datasets import Images
 from diffusion_core.files import first_not_finite, sha256, sha256_of_file
+from diffusion_core.messages import UserError
 
 HASH_DIGITS = 16
 """Number of hexadecimal digits of a SHA-256 in names and protocols."""
 
 
-class ExtractorError(ValueError):
+class ExtractorError(UserError):
     """A feature network cannot be loaded or used; the message is one line for the user."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffusion_core.config import SampleConfig
 from diffusion_core.evaluation.features import Extractor
+from diffusion_core.redact import redact
 
 PREFIX = "protocol/"
 """Prefix of the name of a figure's protocol; the figure's name follows."""
@@ -36,4 +37,4 @@ def protocol(count: int | None, images: str, extractor: Extractor | None = None,
     parts += [f"n={'unknown' if count is None else count}", images]
     if extractor is not None:
         parts += [f"extractor={extractor.name}", f"weights={extractor.weights}"]
-    return ", ".join(parts)
+    return redact(", ".join(parts))

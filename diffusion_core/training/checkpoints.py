@@ -35,7 +35,7 @@ def describe(state: TrainState, config: CoreConfig, class_names: Sequence[str]) 
         "config": redacted(flatten(config)),
         "image_shape": [network.in_channels, network.image_size, network.image_size],
         "num_classes": network.num_classes,
-        "class_names": list(class_names),
+        "class_names": redacted(list(class_names)),
         "structure": structure(network, config.model),
         "figures": {},
         **state.metadata(),

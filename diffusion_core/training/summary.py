@@ -21,6 +21,7 @@ from diffusion_core.files import sha256
 from diffusion_core.hardware import pick_precision
 from diffusion_core.model.cost import LATENCY_BATCH, count_cost, latencies, peak_memory
 from diffusion_core.model.unet import UNet
+from diffusion_core.redact import redacted
 
 
 def costs_of(network: UNet, averaged: UNet, checkpoint: Path) -> dict[str, float]:
@@ -48,7 +49,7 @@ def describe_data(name: str, dataset: Dataset) -> dict[str, Any]:
     return {
         "name": name,
         "image_shape": list(dataset.shape_CHW),
-        "class_names": list(dataset.class_names),
+        "class_names": redacted(list(dataset.class_names)),
         "train_images": len(dataset.train),
         "val_images": len(dataset.val),
         "sha256": dataset_sha256(dataset),

@@ -6,7 +6,6 @@ NAME.ready in FOLDER, waits for the file ``go`` there, measures alone under a lo
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import statistics
 import sys
@@ -32,6 +31,7 @@ from diffusion_core.data.datasets import load_data
 from diffusion_core.evaluation.distances import Moments
 from diffusion_core.evaluation.extractors import read_inception
 from diffusion_core.files import write_json
+from diffusion_core.messages import Parser
 from diffusion_core.model.compilation import forward_flops
 from diffusion_core.model.unet import NO_LABEL, UNet, build_network
 from diffusion_core.sampling.generation import Generator, requests
@@ -206,7 +206,7 @@ PARTS: dict[str, Callable[[Part], None]] = {
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("gpu_parts")
+    parser = Parser("gpu_parts")
     parser.add_argument("name", choices=[*PARTS, "start"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--short", action="store_true")

@@ -11,13 +11,14 @@ from typing import TypeVar
 from agent.command import fail
 from diffusion_core.config import ConfigError
 from diffusion_core.data.datasets import DataError
+from diffusion_core.messages import Parser
 
 T = TypeVar("T", int, float)
 
 
 def parser_of(description: str | None, out: str, usage: str | None = None) -> argparse.ArgumentParser:
     """Return a parser with the option ``--out``, the folder of all results."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, usage=usage
     )
     parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help=f"folder of all results ({out})")

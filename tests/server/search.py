@@ -36,19 +36,32 @@ def _engine() -> ModuleType:
     return module
 
 
+ADVICE = "min/max specify base-e exponents"
+"""What the schema says of some distributions. The server takes them, and passes the words on."""
+
+
 def violations(config: Json) -> list[str]:
     """What is wrong with a sweep config."""
-    found = list(_engine().schema_violations_from_proposed_config(_searchable(config)))
+    found = [reason for reason in _schema_violations(config) if ADVICE not in reason]
     if "metric" not in config and (config.get("method") == "bayes" or "early_terminate" in config):
         found.append("bayes and early_terminate require a metric")
     return found
+
+
+def warnings_about(config: Json) -> list[str]:
+    """What the server only warns of in a sweep config."""
+    return [reason for reason in _schema_violations(config) if ADVICE in reason]
+
+
+def _schema_violations(config: Json) -> list[str]:
+    return list(_engine().schema_violations_from_proposed_config(_searchable(config)))
 
 
 def suggest(sweep: Sweep) -> Json | None:
     """The parameters of the next trial as `{name: {"value": ...}}`; None where the search is at its end."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        run = _engine().next_run(_searchable(sweep.config), _engine_runs(sweep), validate=True)
+        run = _engine().next_run(_searchable(sweep.config), _engine_runs(sweep))
     return None if run is None else _plain(run.config)
 
 
@@ -58,7 +71,7 @@ def to_stop(sweep: Sweep) -> list[str]:
         return []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        stopped = _engine().stop_runs(_searchable(sweep.config), _engine_runs(sweep), validate=True)
+        stopped = _engine().stop_runs(_searchable(sweep.config), _engine_runs(sweep))
     return [run.name for run in stopped]
 
 
@@ -82,8 +95,12 @@ def _grid_size(parameters: Json) -> int:
 
 
 def _searchable(config: Json) -> Json:
-    # The engine's schema is older than run_cap.
-    return {key: value for key, value in config.items() if key != "run_cap"}
+    # The engine's schema is older than run_cap and early_terminate.strict.
+    searchable = {key: value for key, value in config.items() if key != "run_cap"}
+    if "early_terminate" in config:
+        early = {key: value for key, value in config["early_terminate"].items() if key != "strict"}
+        searchable["early_terminate"] = early
+    return searchable
 
 
 def _engine_runs(sweep: Sweep) -> list[Any]:

@@ -58,7 +58,7 @@ class SweepOperations:
         sweep.controller = given.get("controller", sweep.controller)
         sweep.scheduler = given.get("scheduler", sweep.scheduler)
         sweep.updated_at = time.time()
-        return {"sweep": self.node(sweep), "configValidationWarnings": []}
+        return {"sweep": self.node(sweep), "configValidationWarnings": search.warnings_about(sweep.config)}
 
     def adopt(self, run: Run, sweep_id: str) -> None:
         """A client says that its run belongs to a sweep: one that was handed out, or one of its own making."""

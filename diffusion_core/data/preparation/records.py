@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffusion_core.messages import UserError
+
 DATA_SETS = ("cifar10", "cifar100", "mnist", "fashion_mnist")
 UNREADABLE = "unreadable"
 
 
-class InputError(ValueError):
+class InputError(UserError):
     """An unusable argument; the message is one line for the user."""
 
 

@@ -6,6 +6,7 @@ Scheduling is tested with real processes of tests/stub_trial.py; a coordinator t
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -23,8 +24,8 @@ from agent.sweep import __main__ as sweep
 from agent.sweep import engine, offline
 from agent.sweep import state as sweep_state
 from agent.sweep.file import SweepError, SweepFile, check_sweep
-from agent.sweep.macros import expand_command
 from agent.sweep.offline import NothingWorks, OfflineSweep
+from agent.sweep.trials import TrialReader
 from diffusion_core.machine import processes, sharing
 from diffusion_core.machine.sharing import SHARERS
 
@@ -191,6 +192,53 @@ def test_a_sweep_is_extended_by_a_higher_cap(tmp_path: Path, notes: Path) -> Non
     assert [trial.id for trial in more.state.trials[:2]] == [trial.id for trial in first.state.trials]
     assert len(noted(notes)) == 3
     assert_each_step_once(notes)
+
+
+TARGET = {"name": "val/loss", "goal": "minimize", "target": 0.5}
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_when_a_trial_reaches_the_target_no_further_one_begins(
+    jobs: int, tmp_path: Path, notes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As W&B documents it: what runs at that moment runs to its end."""
+    loaded = stub_sweep("grid", {"train.lr": {"values": [0.9, 0.2, 0.8, 0.1, 0.7, 0.6]}}, metric=TARGET)
+    coordinator = OfflineSweep(loaded, tmp_path / "out", jobs)
+    coordinator.run()
+    count = {1: [2], 2: [2, 3]}[jobs]  # A second process takes the third as soon as the first is done.
+    assert len(coordinator.state.trials) in count
+    assert set(states(coordinator)) == {"finished"}
+    assert_each_step_once(notes)
+    said = "metric.target = 0.5: reached; no further trial begins"
+    assert capsys.readouterr().out.count(said) == 1
+    again = OfflineSweep(loaded, tmp_path / "out", jobs)
+    again.run()
+    assert again.state.trials == coordinator.state.trials
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "target", "expected"),
+    [
+        ("val/loss", 0.5, 0.5, True),
+        ("val/loss", 0.4, 0.5, True),
+        ("val/loss", 0.6, 0.5, False),
+        ("val/loss", math.nan, 0.5, False),
+        ("val/loss", 0.4, None, False),
+        ("eval/class_agreement", 0.9, 0.8, True),
+        ("eval/class_agreement", 0.7, 0.8, False),
+    ],
+)
+def test_a_target_is_reached_in_the_better_direction(
+    metric: str, value: float, target: float | None, expected: bool, tmp_path: Path
+) -> None:
+    state = sweep_state.SweepState(SWEEPS["grid"][0], tmp_path)
+    state.trials.append(sweep_state.Trial("t", {}))
+    reader = TrialReader(state, metric)
+    assert not reader.reached(target)
+    state.trial_folder(state.trials[0]).mkdir(parents=True)
+    (state.trial_folder(state.trials[0]) / "history.jsonl").write_text(json.dumps({"step": 1, metric: value}) + "\n")
+    assert reader.reached(target) == expected
 
 
 # Stopped and started again
@@ -425,14 +473,6 @@ def test_every_trial_keeps_to_its_share(tmp_path: Path, notes: Path, monkeypatch
 
 
 # The command line
-
-
-def test_the_command_of_a_trial_is_filled_in_as_wandb_agent_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PLACE", "here")
-    monkeypatch.delenv("NOWHERE", raising=False)
-    words = ["${env}", "${interpreter}", "${program}", "--at=${envvar:PLACE}", "${envvar:NOWHERE}", 3, "${args}"]
-    filled = expand_command(words, ["--a=1", "--b=2"], program="train.py")
-    assert filled == ["/usr/bin/env", sys.executable, "train.py", "--at=here", "NOWHERE", "3", "--a=1", "--b=2"]
 
 
 def test_the_real_command_estimates_runs_and_ranks(tmp_path: Path, notes: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -20,7 +21,9 @@ from server import Run, WandbServer
 from wandb_client import ROOT, TIMEOUT, Client, finish
 
 from agent.sweep import engine
+from agent.sweep.file import check_sweep
 from agent.tracking.api import summary_figures
+from diffusion_core.config import flatten
 
 FIXED: dict[str, Any] = {
     "preset": "digits",
@@ -56,6 +59,67 @@ def server() -> Iterator[WandbServer]:
 
 def losses(run: Run) -> list[tuple[int, float]]:
     return [(row["step"], row["val/loss"]) for row in run.history if "val/loss" in row]
+
+
+QUICK = FIXED | {"train.steps": 2, "eval.every": 0, "log.every": 2, "eval.classifier": "none"}
+QUICK |= {"checkpoint.best_metric": "val/loss", "checkpoint.upload": False, "checkpoint.resume": False}
+OWN = ["--seed=3", "--train.weight_decay", "0.25"]
+AGENT = COMMAND[:-1]
+RATE: dict[str, Any] = {"train.lr": {"values": [0.002]}}
+FORMS: dict[str, dict[str, Any]] = {
+    "a program without a command, and exponents": {
+        "method": "random",
+        "run_cap": 1,
+        "command": None,
+        "program": str(ROOT / "scripts/train_cifar.py"),
+        "parameters": {"train.lr": {"distribution": "log_uniform", "min": -9.0, "max": -6.0}},
+    },
+    "blanks, strictness, a number without a point": {
+        "command": [*AGENT, *OWN, "${args_no_equals}"],
+        "early_terminate": {"type": "hyperband", "min_iter": 3, "strict": True},
+        "parameters": {"train.lr": {"value": "2e-3"}, "ema.warmup": {"values": [False]}},
+    },
+    "no hyphens": {"command": [*AGENT, *OWN, "${args_no_hyphens}"], "parameters": RATE},
+    "flags": {
+        "command": [*AGENT, "--log.progress=false", "${args_no_boolean_flags}", *OWN],
+        "parameters": RATE | {"ema.warmup": {"value": True}},
+    },
+    "JSON": {"command": [*AGENT, "${args_json}", *OWN], "parameters": RATE},
+    "a JSON file": {
+        "command": [*AGENT, "--config", "base.yaml", "--config", "${args_json_file}", *OWN],
+        "parameters": RATE,
+    },
+}
+
+
+@pytest.mark.slow
+def test_each_form_of_a_sweep_runs_through_wandb_s_agent_as_it_was_checked(server: WandbServer, tmp_path: Path) -> None:
+    """The configuration on W&B is the one that the check computed before the start."""
+    client = Client(server, tmp_path)
+    (tmp_path / "base.yaml").write_text("train: {lr: 0.5, beta2: 0.75}\n")
+    sweeps = []
+    for form in FORMS.values():
+        quick = {key: {"value": value} for key, value in QUICK.items()}
+        given = content("grid", {}) | form | {"parameters": quick | form["parameters"]}
+        sweeps.append({key: value for key, value in given.items() if value is not None})
+    before = set(server.sweeps)
+    client.script(f"import wandb\nfor sweep in {sweeps!r}:\n    wandb.sweep(sweep, project='test')")
+    made = [server.sweeps[key] for key in server.sweeps if key not in before]
+    with contextlib.chdir(tmp_path):
+        checked = [check_sweep(dict(sweep.config), "x", "x") for sweep in made]
+    # Each agent waits ten seconds and computes ten: together they take a third of the time.
+    for start in range(0, len(made), 3):
+        agents = [client.agent(sweep, "--count", "1") for sweep in made[start : start + 3]]
+        for agent in agents:
+            finish(agent)
+    for sweep, known in zip(made, checked, strict=True):
+        (run,) = sweep.runs
+        assert run.state == "finished", sweep.config["command"]
+        assert run.suggested is not None
+        expected = flatten(known.trial({key: entry["value"] for key, entry in run.suggested.items()}))
+        assert {key: run.config[key] for key in expected} == expected
+        assert 2 in [row["step"] for row in run.history]
+        assert run.config["seed"] == (3 if "command" in sweep.config else 0)
 
 
 @pytest.mark.slow
