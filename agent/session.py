@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import signal
 import sys
 import threading
 import time
@@ -31,6 +32,7 @@ from diffusion_core.config import ConfigError, flatten
 from diffusion_core.data.datasets import load_data
 from diffusion_core.distributed import WATCH_EVERY_S, Peers, first_process_first, make_accelerator
 from diffusion_core.files import write_json
+from diffusion_core.machine.launchers import watch_launchers
 from diffusion_core.redact import recorded_console
 from diffusion_core.run_folder import (
     CHECKPOINTS,
@@ -64,7 +66,13 @@ def run_session(config: TrialConfig) -> int:
         return fail(str(error))
     peers = Peers(accelerator)
     with StopRequest(peers.agree).listening() as stop, ExitStack() as stack:
+        watch_launchers(functools.partial(_abandoned, stop))
         return Session(config, mode, accelerator, peers, stop, stack).run()
+
+
+def _abandoned(stop: StopRequest, launcher: int) -> None:
+    print(f"process {launcher}, which started this trial, is gone; the trial stops", file=sys.stderr)
+    stop.ask(signal.SIGTERM)
 
 
 @dataclass

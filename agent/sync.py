@@ -6,6 +6,7 @@ compares with W&B first, and uploads from the run's folder: history, images, che
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
