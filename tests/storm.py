@@ -2,7 +2,7 @@
 
   python tests/storm.py --trials 100 --agents 2 --seed 0 --out storm.json
 
-While the agents run, a fault happens every second or so: a status from 400 to 599, a broken connection, a lost answer
+While the agents run, a fault happens every few seconds: a status from 400 to 599, a broken connection, a lost answer
 or a hang for some operation; SIGTERM or SIGKILL to a trial, an agent, W&B's core or all of them; no space on the disk;
 the folder of a trial that is not running, deleted. Then the weather is fine again, each run gets at most one command,
 and the report says for every run whether it is on W&B once, with its whole history, and with the weights of a quiet
@@ -85,9 +85,10 @@ class Storm:
         trials: number of trials, which differ by their seed.
         agents: number of agents.
         seed: of the faults.
+        every_s: seconds between two faults, on average.
     """
 
-    def __init__(self, server: WandbServer, folder: Path, trials: int, agents: int, seed: int) -> None:
+    def __init__(self, server: WandbServer, folder: Path, trials: int, agents: int, seed: int, every_s: float) -> None:
         self.server = server
         self.chance = random.Random(seed)
         self.machines = [Client(server, folder / f"machine-{number}") for number in range(agents)]
@@ -95,9 +96,11 @@ class Storm:
             machine.env |= RETRIES | {"WANDB_FINISH_TIMEOUT": "15", "WANDB_INIT_TIMEOUT": "15"}
             machine.env |= {"DIFFUSION_SWEEPS_DOWNLOAD_WITHIN": "5"}
         self.count = trials
+        self.every_s = every_s
         self.faults: Counter[str] = Counter()
         self.commands: Counter[str] = Counter()
         self.agents: list[subprocess.Popen[bytes] | None] = [None] * agents
+        self.started = [-5.0] * agents
         self.sweep = self._sweep()
 
     def _sweep(self) -> Sweep:
@@ -138,7 +141,8 @@ class Storm:
     def _agents_at_work(self) -> None:
         for number, machine in enumerate(self.machines):
             agent = self.agents[number]
-            if agent is None or agent.poll() is not None:
+            if (agent is None or agent.poll() is not None) and time.monotonic() > self.started[number] + 5.0:
+                self.started[number] = time.monotonic()
                 log = (machine.directory / "agent.txt").open("ab")
                 self.agents[number] = subprocess.Popen(
                     [sys.executable, "-m", "wandb", "agent", f"tester/test/{self.sweep.id}"],
@@ -161,7 +165,7 @@ class Storm:
                     yield process
 
     def _weather(self, over: threading.Event) -> None:
-        while not over.wait(self.chance.uniform(0.3, 1.5)):
+        while not over.wait(self.chance.uniform(0.2, 1.8) * self.every_s):
             kind = self.chance.choice(
                 ["status"] * 4 + ["drop", "lose", "hang", "term", "kill", "term all", "kill core", "kill agent"]
                 + ["full disk", "free disk", "free disk", "empty disk"]
@@ -280,12 +284,12 @@ def quiet_weights(folder: Path, count: int) -> dict[int, str]:
     return found
 
 
-def storm(folder: Path, trials: int, agents: int, seed: int, patience_s: float) -> Report:
+def storm(folder: Path, trials: int, agents: int, seed: int, patience_s: float, every_s: float = 4.0) -> Report:
     """Run a sweep in a storm, mend its runs, and say what is wrong."""
     began = time.monotonic()
     quiet = quiet_weights(folder / "quiet", trials)
     with WandbServer() as server:
-        weather = Storm(server, folder, trials, agents, seed)
+        weather = Storm(server, folder, trials, agents, seed, every_s)
         weather.run(patience_s)
         for run in weather.sweep.runs:
             if run.state in ("running", "preempting"):
@@ -303,6 +307,7 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--agents", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", type=float, default=4.0, metavar="S", help="seconds between two faults, on average")
     parser.add_argument("--hours", type=float, default=2.0, help="give up after so long")
     parser.add_argument("--out", type=Path, help="write the report as JSON")
     parser.add_argument("--keep", action="store_true", help="keep the folders")
@@ -310,7 +315,7 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     folder = Path(tempfile.mkdtemp(prefix="storm-"))
     report: dict[str, Any] = asdict(
-        storm(folder, arguments.trials, arguments.agents, arguments.seed, 3600 * arguments.hours)
+        storm(folder, arguments.trials, arguments.agents, arguments.seed, 3600 * arguments.hours, arguments.every)
     )
     print(json.dumps(report, indent=1))
     if arguments.out:
