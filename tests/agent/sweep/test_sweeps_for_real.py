@@ -62,7 +62,7 @@ def losses(run: Run) -> list[tuple[int, float]]:
 
 
 QUICK = FIXED | {"train.steps": 2, "eval.every": 0, "log.every": 2, "eval.classifier": "none"}
-QUICK |= {"checkpoint.best_metric": "val/loss", "checkpoint.upload": False, "checkpoint.resume": False}
+QUICK |= {"checkpoint.best_metric": "val/loss", "checkpoint.upload": False}
 OWN = ["--seed=3", "--train.weight_decay", "0.25"]
 AGENT = COMMAND[:-1]
 RATE: dict[str, Any] = {"train.lr": {"values": [0.002]}}
@@ -81,7 +81,7 @@ FORMS: dict[str, dict[str, Any]] = {
     },
     "no hyphens": {"command": [*AGENT, *OWN, "${args_no_hyphens}"], "parameters": RATE},
     "flags": {
-        "command": [*AGENT, "--log.progress=false", "${args_no_boolean_flags}", *OWN],
+        "command": [*AGENT, "--log.progress=false", "--checkpoint.upload=0", "${args_no_boolean_flags}", *OWN],
         "parameters": RATE | {"ema.warmup": {"value": True}},
     },
     "JSON": {"command": [*AGENT, "${args_json}", *OWN], "parameters": RATE},
@@ -97,16 +97,14 @@ def test_each_form_of_a_sweep_runs_through_wandb_s_agent_as_it_was_checked(serve
     """The configuration on W&B is the one that the check computed before the start."""
     client = Client(server, tmp_path)
     (tmp_path / "base.yaml").write_text("train: {lr: 0.5, beta2: 0.75}\n")
-    sweeps = []
-    for form in FORMS.values():
-        quick = {key: {"value": value} for key, value in QUICK.items()}
-        given = content("grid", {}) | form | {"parameters": quick | form["parameters"]}
-        sweeps.append({key: value for key, value in given.items() if value is not None})
-    before = set(server.sweeps)
-    client.script(f"import wandb\nfor sweep in {sweeps!r}:\n    wandb.sweep(sweep, project='test')")
-    made = [server.sweeps[key] for key in server.sweeps if key not in before]
+    quick = {key: {"value": value} for key, value in QUICK.items()}
+    given = [content("grid", {}) | form | {"parameters": quick | form["parameters"]} for form in FORMS.values()]
     with contextlib.chdir(tmp_path):
-        checked = [check_sweep(dict(sweep.config), "x", "x") for sweep in made]
+        checked = [check_sweep(sweep, "x", "x") for sweep in given]
+    created = [sweep.config | {"parameters": sweep.parameters} for sweep in checked]  # As create_sweep does.
+    before = set(server.sweeps)
+    client.script(f"import wandb\nfor sweep in {created!r}:\n    wandb.sweep(sweep, project='test')")
+    made = [server.sweeps[key] for key in server.sweeps if key not in before]
     # Each agent waits ten seconds and computes ten: together they take a third of the time.
     for start in range(0, len(made), 3):
         agents = [client.agent(sweep, "--count", "1") for sweep in made[start : start + 3]]
@@ -117,7 +115,7 @@ def test_each_form_of_a_sweep_runs_through_wandb_s_agent_as_it_was_checked(serve
         assert run.state == "finished", sweep.config["command"]
         assert run.suggested is not None
         expected = flatten(known.trial({key: entry["value"] for key, entry in run.suggested.items()}))
-        assert {key: run.config[key] for key in expected} == expected
+        assert {key: run.config[key] for key in expected} == expected | {"log.dir": f"runs/{run.id}"}
         assert 2 in [row["step"] for row in run.history]
         assert run.config["seed"] == (3 if "command" in sweep.config else 0)
 
