@@ -10,6 +10,7 @@ from agent.command import fail, run_and_leave
 from agent.config import TrialConfig, config_from_words
 from agent.tracking.environment import agent_parameters, in_sweep
 from diffusion_core.config import ConfigError, flatten, help_text, split_argv, to_yaml
+from diffusion_core.machine.threads import settle_threads
 from pruning.config import unheard
 
 USAGE = """\
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None, usage: str = USAGE, defaults: Sequen
         defaults: words before ``argv``, which overrides them.
     """
     words = [*defaults, *(sys.argv[1:] if argv is None else argv)]
+    threads = settle_threads()  # First of all: the registries of the configuration import PyTorch.
     if "--help" in words or "-h" in words:
         print(usage)
         print(help_text(TrialConfig))
@@ -57,6 +59,8 @@ def main(argv: Sequence[str] | None = None, usage: str = USAGE, defaults: Sequen
         return 0
     if "--dry-run" in words:
         return dry_run(config)
+    if threads:
+        print(threads, file=sys.stderr)
     from agent.session import run_session  # Slow to import, and not needed for the commands above.
 
     return run_session(config)

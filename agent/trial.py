@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
@@ -101,6 +102,7 @@ def run_trial(
     is_main = accelerator.is_main_process
     resumed = find_checkpoint(config, folder / CHECKPOINTS)
     if resumed is not None:
+        torch.set_num_threads(resumed.metadata.get("threads", torch.get_num_threads()))
         state = TrainState.restore(resumed, config.train, config.ema, accelerator.device)
         resume_pruning(state)
     elif start is not None:

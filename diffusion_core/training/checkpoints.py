@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffusion_core.checkpoint import (
     METADATA_FILE,
     SAMPLING_PARTS,
@@ -38,6 +40,7 @@ def describe(state: TrainState, config: CoreConfig, class_names: Sequence[str]) 
         "class_names": redacted(list(class_names)),
         "structure": structure(network, config.model),
         "figures": {},
+        "threads": torch.get_num_threads(),  # They decide the last bits of sums on a processor.
         **state.metadata(),
     }
 
