@@ -225,7 +225,7 @@ class Storm:
         else:
             self.commands["agent"] += 1
             machine = max(self.machines, key=lambda machine: newest(folders[machine]))
-            command = ["-m", "agent", *TRIAL, f"--seed={run.raw_config['seed']}", f"--log.dir=runs/{run.id}"]
+            command = ["-m", "agent", *TRIAL, f"--seed={run.config['seed']}", f"--log.dir=runs/{run.id}"]
         env = machine.env | {"WANDB_RUN_ID": run.id, "WANDB_SWEEP_ID": self.sweep.id}
         with (machine.directory / "mended.txt").open("ab") as log:
             subprocess.run(
@@ -235,12 +235,12 @@ class Storm:
     def wrong(self, quiet: dict[int, str]) -> dict[str, str]:
         """What is wrong with the runs, by their ids."""
         found = {}
-        seeds = Counter(run.raw_config["seed"] for run in self.sweep.runs)
+        seeds = Counter(run.config["seed"] for run in self.sweep.runs)
         for run in self.sweep.runs:
             reason = missing(run) or ("" if run.state == "finished" else f"it is {run.state}")
-            if not reason and seeds[run.raw_config["seed"]] != 1:
+            if not reason and seeds[run.config["seed"]] != 1:
                 reason = "its trial is there twice"
-            if not reason and weights(run) != {quiet[run.raw_config["seed"]]}:
+            if not reason and weights(run) != {quiet[run.config["seed"]]}:
                 reason = "its weights are others than those of a quiet run"
             if reason:
                 found[run.id] = reason
