@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from diffusion_core.model.unet import build_network
 from diffusion_core.run_folder import (
     CHECKPOINTS,
     DATA_FILE,
+    RESULT_FILE,
     SAMPLES,
     best_figures,
     read_history,
@@ -31,7 +33,7 @@ from diffusion_core.training.callbacks import DrawSamples, LogHistory, WatchQual
 from diffusion_core.training.checkpoints import SaveCheckpoints
 from diffusion_core.training.evaluation import Evaluate
 from diffusion_core.training.result import TrialResult, write_result
-from diffusion_core.training.resume import find_checkpoint
+from diffusion_core.training.resume import describe_longer, find_checkpoint
 from diffusion_core.training.stopping import Stopped, StopRequest
 from diffusion_core.training.summary import costs_of, describe_data, system_facts
 from diffusion_core.training.teacher import keep_teacher
@@ -100,7 +102,7 @@ def run_trial(
     started = time.perf_counter()
     accelerator = accelerator or make_accelerator(config.train)
     is_main = accelerator.is_main_process
-    resumed = find_checkpoint(config, folder / CHECKPOINTS)
+    resumed = find_checkpoint(config, folder / CHECKPOINTS, longer=True)
     if resumed is not None:
         torch.set_num_threads(resumed.metadata.get("threads", torch.get_num_threads()))
         state = TrainState.restore(resumed, config.train, config.ema, accelerator.device)
@@ -117,13 +119,18 @@ def run_trial(
     after_step: list[Callback] = [*callbacks, Evaluate(config, dataset, accelerator, tracker, folder, is_dense)]
     if is_main:
         write_run_files(config, folder, run_id)
+        history = LogHistory(tracker, folder, resumed)
+        metric = config.checkpoint.best_metric
+        if resumed is not None and (note := describe_longer(config, resumed)):
+            (folder / RESULT_FILE).unlink(missing_ok=True)  # It is of the shorter run.
+            print(note, file=sys.stderr)
         write_json(folder / DATA_FILE, describe_data(config.data.name, dataset))
         if resumed is None:
             tracker.use(f"data-{config.data.name}", "dataset", [folder / DATA_FILE])
         after_step += [
             DrawSamples(config, dataset, accelerator, folder / SAMPLES),
-            WatchQuality(config.checkpoint.best_metric, saver.best["value"] if saver.best else None, tracker),
-            LogHistory(tracker, folder, resumed),
+            WatchQuality(metric, best_figures(read_history(folder)).get(metric), tracker),
+            history,
             saver,
         ]
         tracker.summary(system_facts(config.train, accelerator, dataset, ("torch", "accelerate", "wandb")))
@@ -132,6 +139,7 @@ def run_trial(
     try:
         train_and_prune(state, config, config.prune, config.distill, dataset, after_step, saver, accelerator)
     except Stopped:
+        state.since_row.share(accelerator)
         if is_main:
             saver.save(state)
         raise

@@ -19,6 +19,7 @@ from torch import Tensor, distributed, nn
 
 from diffusion_core.config import ConfigError, TrainConfig
 from diffusion_core.hardware import pick_device
+from diffusion_core.machine.launch import launch_errors
 
 WATCH_EVERY_S = 0.5
 LEAVE_AFTER_S = 5.0
@@ -32,13 +33,14 @@ def make_accelerator(train: TrainConfig) -> Accelerator:
     """Set up processes and devices as ``accelerate launch`` asks. ``train.precision`` alone sets the precision.
 
     Raises:
-        ConfigError: if the processes cannot share the batch evenly.
+        ConfigError: if the processes cannot find each other, or cannot share the batch evenly.
     """
     # Exchange gradients in place, without a copy. (A static graph would support unused parameters and recomputed
     # activations; this network has none.)
     exchange = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     cpu = pick_device(train).type == "cpu"
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[exchange])
+    with launch_errors():
+        accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[exchange])
     if train.batch_size == "auto":  # A share per process is chosen later.
         return accelerator
     share, remainder = divmod(train.images_per_step, accelerator.num_processes)

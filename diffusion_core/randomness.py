@@ -7,9 +7,12 @@ unbroken one would have.
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Purpose(IntEnum):
@@ -38,4 +41,6 @@ def stream_seed(*key: int) -> int:
 
 def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator at the start of the stream that the integers name, on a device (devices draw differently)."""
+    import torch  # Slow to import, and not needed for seeds.
+
     return torch.Generator(device).manual_seed(stream_seed(*key))

@@ -1,10 +1,14 @@
-"""Handle signals inside a context."""
+"""Handle signals: inside a context, and before a command has handlers of its own."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import FrameType
+
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
@@ -30,3 +34,23 @@ def ignore_interrupts() -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def leave_at_once() -> None:
+    """From now on, on SIGINT or SIGTERM, print one line and exit with 128 + the signal's number, without clean-up.
+
+    Commands call this before slow imports. An exception in the middle of an import shows as a traceback, or as another
+    error. A signal that is ignored, as SIGINT in a shell's background jobs, stays ignored.
+    """
+    for number in heeded_interrupts():
+        signal.signal(number, _leave)
+
+
+def heeded_interrupts() -> list[signal.Signals]:
+    """Return those of SIGINT and SIGTERM that this process does not ignore."""
+    return [number for number in INTERRUPTS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    os.write(2, b"interrupted\n")  # Not print: the signal may have come in the middle of one.
+    os._exit(128 + number)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from diffusion_core.signals import leave_at_once
+
+    leave_at_once()  # Until main handles signals: the imports take seconds.
+
 import argparse
 import json
 import sys
@@ -13,6 +18,7 @@ from benchmarks.measurement.machine import machine
 from benchmarks.measurement.options import Options
 from benchmarks.measurement.rows import HEADER, Row
 
+from agent.command import run_and_leave
 from diffusion_core.files import write_json
 from diffusion_core.messages import Parser
 from diffusion_core.tables import text_table
@@ -126,4 +132,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave(main, interruptible=True)

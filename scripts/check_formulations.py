@@ -12,6 +12,11 @@ argument is unusable.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from diffusion_core.signals import leave_at_once
+
+    leave_at_once()  # Until main handles signals: the imports take seconds.
+
 import argparse
 import json
 import sys
@@ -24,6 +29,7 @@ from typing import Any
 from studies.command import parser_of, some_of, status_of
 from studies.table import write_table
 
+from agent.command import run_and_leave
 from agent.config import TrialConfig, build_config
 from agent.trial import run_trial
 from diffusion_core.config import FORMULATIONS, ConfigError, split_argv
@@ -148,4 +154,4 @@ def table_rows(results: Mapping[str, Measured]) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave(main, interruptible=True)

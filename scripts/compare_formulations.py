@@ -9,6 +9,11 @@ Writes results.json and table.md. Stop it and run it again: finished measurement
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from diffusion_core.signals import leave_at_once
+
+    leave_at_once()  # Until main handles signals: the imports take seconds.
+
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +24,7 @@ from studies.command import at_least, parser_of, seeds_of, some_of, status_of
 from studies.study import Results
 from studies.table import mean_and_range, write_table
 
+from agent.command import run_and_leave
 from agent.config import build_config
 from agent.trial import TrialResult, run_trial
 from diffusion_core.checkpoint import read_checkpoint
@@ -138,4 +144,4 @@ def table_rows(results: Results, names: Sequence[str], seeds: Sequence[int], ste
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave(main, interruptible=True)

@@ -10,13 +10,19 @@ lacks is measured with the stored networks.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from diffusion_core.signals import leave_at_once
+
+    leave_at_once()  # Until main handles signals: the imports take seconds.
+
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 
 from studies import structured
 from studies.command import at_least, numbers, parser_of, seeds_of, some_of, status_of
 from studies.study import Study
+
+from agent.command import run_and_leave
 
 TABLES: dict[str, Callable[[Study], None]] = {"structured": structured.compare}
 """The function of each table: measures what is missing, and writes the table."""
@@ -52,4 +58,4 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave(main, interruptible=True)

@@ -11,9 +11,13 @@ plots. Stop it and run it again: finished rounds are kept, and the interrupted o
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from diffusion_core.signals import leave_at_once
+
+    leave_at_once()  # Until main handles signals: the imports take seconds.
+
 import argparse
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +26,7 @@ from typing import Any
 from studies.command import numbers, parser_of, seeds_of, status_of
 from studies.table import mean_and_range, write_table
 
+from agent.command import run_and_leave
 from agent.config import TrialConfig, build_config
 from agent.lottery import run_chain
 from diffusion_core.data.datasets import load_data
@@ -119,4 +124,4 @@ def table_lines(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave(main, interruptible=True)

@@ -24,6 +24,11 @@ is added to the bias of the time embedding, which changes only rounding. A DDPMP
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from diffusion_core.signals import leave_at_once
+
+    leave_at_once()  # Until main handles signals: the imports take seconds.
+
 import argparse
 import logging
 import os
@@ -34,6 +39,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from agent.command import run_and_leave
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError
 from diffusion_core.config.plugins import add_plugins_flag
@@ -116,4 +122,4 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave(main, interruptible=True)

@@ -16,6 +16,11 @@ contain the name of the space.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from diffusion_core.signals import leave_at_once
+
+    leave_at_once()  # Until main handles signals: the imports take seconds.
+
 import argparse
 import sys
 import time
@@ -25,7 +30,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from agent.command import fail
+from agent.command import fail, run_and_leave
 from agent.sweep.results import best_of_sweep
 from agent.tracking.artifacts import download_model
 from agent.tracking.registry import publish
@@ -47,6 +52,7 @@ from diffusion_core.evaluation.reference import write_statistics
 from diffusion_core.evaluation.suite import Judgement, Suite
 from diffusion_core.files import write_json
 from diffusion_core.hardware import pick_precision
+from diffusion_core.machine.launch import launch_errors
 from diffusion_core.messages import Parser, reason_of
 from diffusion_core.registries import DATASETS, METRICS
 from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs
@@ -126,8 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     if arguments.device not in ("auto", "cpu", "cuda") and not arguments.device.startswith("cuda:"):
         return fail(f"--device = {arguments.device!r}: expected auto, cpu or cuda")
-    processes = PartialState(cpu=arguments.device == "cpu")
     try:
+        with launch_errors():
+            processes = PartialState(cpu=arguments.device == "cpu")
         if arguments.device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"--device = {arguments.device!r}: this machine has no usable GPU; expected auto or cpu")
         file, model = arguments.json, None
@@ -295,4 +302,4 @@ def of_two_models(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave(main, interruptible=True)

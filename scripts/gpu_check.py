@@ -9,9 +9,13 @@ Each check prints one line: pass or FAIL, and its figure. The exit status is 1 i
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from diffusion_core.signals import leave_at_once
+
+    leave_at_once()  # Until main handles signals: the imports take seconds.
+
 import argparse
 import copy
-import sys
 import time
 import traceback
 import warnings
@@ -25,6 +29,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from agent.command import run_and_leave
 from diffusion_core.config import PRESETS, CoreConfig, build
 from diffusion_core.data.batches import Batches
 from diffusion_core.data.datasets import Dataset, load_data
@@ -249,4 +254,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave(main, interruptible=True)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from diffusion_core.signals import leave_at_once
+
+    leave_at_once()  # Until main handles signals: the imports take seconds.
+
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from agent.__main__ import main as run_trial
-from agent.command import fail
+from agent.command import fail, run_and_leave
 from diffusion_core.checkpoint import CheckpointError, read_checkpoint
 from diffusion_core.messages import Parser
 from pruning.lottery.report import plot_overlap, ticket_masks
@@ -82,4 +87,4 @@ def compare(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave(main)

@@ -20,6 +20,11 @@ SOURCE changed: TARGET is updated. Exit status: 0; 1 if no image is usable; 2 if
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from diffusion_core.signals import leave_at_once
+
+    leave_at_once()  # Until main handles signals: the imports take seconds.
+
 import argparse
 import os
 import shlex
@@ -29,6 +34,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from agent.command import run_and_leave
 from diffusion_core.data.preparation import (
     DATA_SETS,
     REPORT_FILE,
@@ -173,4 +179,4 @@ def choice(key: str, text: str | None, choices: tuple[str, ...]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave(main, interruptible=True)

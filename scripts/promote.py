@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from diffusion_core.signals import leave_at_once
+
+    leave_at_once()  # Until main handles signals: the imports take seconds.
+
 import sys
 
+from agent.command import run_and_leave
 from agent.tracking.environment import has_key, load_environment
 from agent.tracking.registry import best_model, promote
 from diffusion_core.checkpoint import CheckpointError
@@ -33,4 +39,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave(main, interruptible=True)

@@ -14,6 +14,11 @@ Any knob may follow, such as --prune.scope=global, --prune.round_to=8, --prune.i
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from diffusion_core.signals import leave_at_once
+
+    leave_at_once()  # Until main handles signals: the imports take seconds.
+
 import argparse
 import json
 import secrets
@@ -23,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from agent.command import fail
+from agent.command import fail, run_and_leave
 from agent.config import TrialConfig, build_config
 from agent.tracking.artifacts import open_source
 from agent.tracking.environment import has_key, load_environment
@@ -278,4 +283,4 @@ def shown(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave(main, interruptible=True)

@@ -17,6 +17,11 @@ The image of a (seed, label, index) is always the same, whatever else is sampled
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from diffusion_core.signals import leave_at_once
+
+    leave_at_once()  # Until main handles signals: the imports take seconds.
+
 import argparse
 import sys
 from collections.abc import Sequence
@@ -26,12 +31,14 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from agent.command import run_and_leave
 from agent.tracking.artifacts import download_model
 from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from diffusion_core.config import ConfigError, CoreConfig, build, flatten
 from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.distributed import first_process_first
 from diffusion_core.hardware import pick_device, pick_precision
+from diffusion_core.machine.launch import launch_errors
 from diffusion_core.messages import Parser
 from diffusion_core.model.unet import NO_LABEL, UNet
 from diffusion_core.sampling import media
@@ -128,7 +135,8 @@ def prepare(arguments: argparse.Namespace) -> SamplingTask:
         CheckpointError: if a model cannot be had.
         ConfigError: if something that was asked for cannot be done.
     """
-    processes = PartialState(cpu=arguments.device == "cpu")
+    with launch_errors():
+        processes = PartialState(cpu=arguments.device == "cpu")
     with first_process_first(processes):
         path = download_model(arguments.artifact).path if arguments.artifact else arguments.checkpoint
         guide_path = (
@@ -294,4 +302,4 @@ def pick_seeds(text: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave(main, interruptible=True)

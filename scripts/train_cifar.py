@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from diffusion_core.signals import leave_at_once
+
+    leave_at_once()  # Until main handles signals: the imports take seconds.
+
 from agent.__main__ import main
 from agent.command import run_and_leave
 

@@ -9,13 +9,17 @@ It is kept in the cache, where evaluation finds it, and written to --out. All ot
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from diffusion_core.signals import leave_at_once
+
+    leave_at_once()  # Until main handles signals: the imports take seconds.
+
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from agent.command import fail
+from agent.command import fail, run_and_leave
 from agent.config import config_from_words
 from diffusion_core.config import ConfigError, TrainConfig, split_argv
 from diffusion_core.data.datasets import DataError, load_data
@@ -63,4 +67,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave(main, interruptible=True)

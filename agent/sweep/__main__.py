@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from agent.command import UNUSABLE, fail
 from agent.sweep.file import SweepError, SweepFile, load_sweep
+from agent.sweep.offline import OfflineSweep, run_offline
+from agent.sweep.online import OnlineSweep, create_sweep, find_sweep, online_sweep, run_agents
 from agent.tracking.environment import load_environment, wandb_mode
 from diffusion_core.config import ConfigError
+from diffusion_core.config.metrics import Goal, given_goals, goals
+from diffusion_core.machine.child import in_child
+from diffusion_core.machine.sharing import shares, threads_each, visible_gpus
 from diffusion_core.run_folder import check_recorded
-
-if TYPE_CHECKING:
-    from agent.sweep.offline import OfflineSweep
 
 DESCRIPTION = """\
 Check every parameter of a W&B sweep file, then run its trials: online (create the sweep on W&B, and run W&B's agents
@@ -61,46 +64,82 @@ def positive(text: str) -> int:
     return int(text)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What to run. Plain data: it is made in a child process, so that this one imports neither PyTorch nor W&B.
+
+    Attributes:
+        sweep: the checked sweep.
+        goals: which way each figure is better.
+        shares: environment variables with which trials or agents share this machine.
+        online: the sweep on W&B; None: run it without a server.
+    """
+
+    sweep: SweepFile
+    goals: dict[str, Goal]
+    shares: list[dict[str, str]]
+    online: OnlineSweep | None = None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Return the exit status: 0, 1 if a trial failed, 2 if the sweep cannot be run, 130 if it was stopped."""
     arguments = parse_arguments(argv)
     load_environment()
     try:
-        sweep = None if arguments.file is None else load_sweep(arguments.file)
-        if sweep is not None and arguments.name is not None:
-            sweep = sweep.renamed(arguments.name)
-        if sweep is not None:
-            places = {"--name": sweep.name, "--out": str(arguments.out)}
-            check_recorded({**sweep.config, **places}, "a sweep is recorded as it is")
-        if arguments.offline or (wandb_mode() != "online" and not (arguments.agents or arguments.attach)):
-            return offline(sweep, arguments)
-        return online(sweep, arguments)
+        plan = in_child(lambda: make_plan(arguments))
+        if arguments.dry_run:
+            return 0
+        with given_goals(plan.goals):
+            if plan.online is not None:
+                return run_agents(plan.online, plan.sweep, plan.shares, arguments.count)
+            return run_offline(
+                OfflineSweep(plan.sweep, offline_folder(plan.sweep, arguments), shares_of_trials=plan.shares),
+                arguments.count,
+            )
     except ConfigError as error:
         for line in str(error).splitlines():
             fail(line)
         return UNUSABLE
 
 
-def offline(sweep: SweepFile | None, arguments: argparse.Namespace) -> int:
-    """Run a sweep on this machine without a server."""
+def make_plan(arguments: argparse.Namespace) -> Plan:
+    """Check the sweep, print what it will cost, and create it on W&B if it is to run there.
+
+    Raises:
+        ConfigError: if it cannot be run.
+    """
+    sweep = None if arguments.file is None else load_sweep(arguments.file)
+    if sweep is not None and arguments.name is not None:
+        sweep = sweep.renamed(arguments.name)
+    if sweep is not None:
+        places = {"--name": sweep.name, "--out": str(arguments.out)}
+        check_recorded({**sweep.config, **places}, "a sweep is recorded as it is")
+    if arguments.offline or (wandb_mode() != "online" and not (arguments.agents or arguments.attach)):
+        return plan_offline(sweep, arguments)
+    return plan_online(sweep, arguments)
+
+
+def plan_offline(sweep: SweepFile | None, arguments: argparse.Namespace) -> Plan:
+    """Plan to run a sweep on this machine without a server."""
     if sweep is None or arguments.attach or arguments.agents:
         raise SweepError("--attach, --agents: for sweeps on W&B; leave --offline out (offline there is --jobs)")
-    from agent.sweep.offline import OfflineSweep, run_offline
-
     jobs = arguments.jobs or one_per_gpu()
-    coordinator = OfflineSweep(sweep, (arguments.out or Path("runs/sweeps")) / sweep.name, jobs)
+    coordinator = OfflineSweep(sweep, offline_folder(sweep, arguments), jobs)
     tell_cost(sweep, arguments, jobs, coordinator)
-    return 0 if arguments.dry_run else run_offline(coordinator, arguments.count)
+    return Plan(sweep, goals(), coordinator.shares)
 
 
-def online(sweep: SweepFile | None, arguments: argparse.Namespace) -> int:
-    """Create a sweep on W&B, or join one, and run agents on this machine."""
+def offline_folder(sweep: SweepFile, arguments: argparse.Namespace) -> Path:
+    """Return the folder of an offline sweep."""
+    return (arguments.out or Path("runs/sweeps")) / sweep.name
+
+
+def plan_online(sweep: SweepFile | None, arguments: argparse.Namespace) -> Plan:
+    """Plan to create a sweep on W&B, or to join one, and to run agents on this machine."""
     if arguments.jobs or arguments.out:
         raise SweepError("--jobs, --out: for sweeps without a server; add --offline, or use --agents")
     if wandb_mode() != "online":
         raise SweepError("--attach, --agents: W&B is needed: set WANDB_API_KEY (see .env.example), or `wandb login`")
-    from agent.sweep.online import create_sweep, find_sweep, run_agents
-
     path = None
     if arguments.attach:
         path, sweep = find_sweep(arguments.attach, sweep)
@@ -108,15 +147,12 @@ def online(sweep: SweepFile | None, arguments: argparse.Namespace) -> int:
     agents = arguments.agents or one_per_gpu()
     if path is None or arguments.dry_run:  # Some trials of an existing sweep may be done.
         tell_cost(sweep, arguments, agents)
-    if arguments.dry_run:
-        return 0
-    return run_agents(path or create_sweep(sweep), sweep, agents, arguments.count)
+    online = None if arguments.dry_run else online_sweep(path or create_sweep(sweep), sweep)
+    return Plan(sweep, goals(), shares(agents), online)
 
 
 def one_per_gpu() -> int:
     """Return the number of visible GPUs, at least one."""
-    from diffusion_core.machine.sharing import visible_gpus
-
     return max(1, len(visible_gpus()))
 
 
@@ -131,7 +167,6 @@ def tell_cost(sweep: SweepFile, arguments: argparse.Namespace, jobs: int, begun:
     """
     from agent.sweep.advice import advice
     from agent.sweep.estimate import describe_sweep, list_trials
-    from diffusion_core.machine.sharing import threads_each
     from pruning.estimate import Estimator
 
     ended = [] if begun is None else begun.ended_trials()

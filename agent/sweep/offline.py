@@ -87,18 +87,21 @@ class OfflineSweep:
         sweep: a checked sweep file.
         folder: the sweep's folder. A sweep in it is resumed.
         jobs: number of trials at once.
+        shares_of_trials: environment variables with which they share this machine; None: find them out.
 
     Raises:
         SweepError: if the folder holds a sweep with another content, or a damaged one.
     """
 
-    def __init__(self, sweep: SweepFile, folder: Path, jobs: int = 1) -> None:
+    def __init__(
+        self, sweep: SweepFile, folder: Path, jobs: int = 1, shares_of_trials: list[dict[str, str]] | None = None
+    ) -> None:
         self.sweep = sweep
         self.folder = folder
         self.state = SweepState(sweep, folder)
         self.reader = TrialReader(self.state, sweep.metric)
-        self.progress = SweepProgress(sweep, self.state, self.reader, jobs)
-        self.shares = shares(jobs)
+        self.shares = shares_of_trials or shares(jobs)
+        self.progress = SweepProgress(sweep, self.state, self.reader, len(self.shares))
         self.running: list[Running] = []
         self.exhausted = False
 

@@ -1,4 +1,7 @@
-"""Sweeps on W&B: create or join one, and run W&B's agents on this machine."""
+"""Sweeps on W&B: create or join one, and run W&B's agents on this machine.
+
+What asks the server runs in child processes. The process that waits for the agents imports neither W&B nor PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,15 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from agent.sweep.file import SweepError, SweepFile, check_sweep
 from agent.sweep.results import TrialRecord, table
-from agent.tracking import sweeps
 from diffusion_core.config.metrics import best_first
+from diffusion_core.machine.child import in_child
 from diffusion_core.machine.processes import forward_signals, start_process
-from diffusion_core.machine.sharing import shares
 
 LOGS = Path("runs/agents")
 """Folder of the agents' output if several run at once."""
@@ -23,12 +27,29 @@ PATIENT = {"WANDB_AGENT_DISABLE_FLAPPING": "true", "WANDB_AGENT_MAX_INITIAL_FAIL
 """Environment of agents with early termination. They count stopped trials as failed, and give up after a few."""
 
 
+@dataclass(frozen=True)
+class OnlineSweep:
+    """A sweep on W&B.
+
+    Attributes:
+        path: ``ENTITY/PROJECT/ID``.
+        url: its web address.
+        environment: that of its agents.
+    """
+
+    path: str
+    url: str
+    environment: dict[str, str]
+
+
 def create_sweep(sweep: SweepFile) -> str:
     """Create a sweep on W&B. Return its path, ``ENTITY/PROJECT/ID``.
 
     Raises:
         ConfigError: if W&B refuses, or cannot be reached.
     """
+    from agent.tracking import sweeps
+
     # Flat: agents pass a nested parameter as one word, and W&B's tables have one column per flat parameter.
     return sweeps.create(sweep.config | {"name": sweep.name, "parameters": sweep.parameters})
 
@@ -46,6 +67,8 @@ def find_sweep(name: str, expected: SweepFile | None = None) -> tuple[str, Sweep
     Raises:
         ConfigError: if it does not exist, cannot be run, or differs from ``expected``.
     """
+    from agent.tracking import sweeps
+
     path, config = sweeps.find(name)
     found = check_sweep(config, path, path.rpartition("/")[2])
     if expected is not None:
@@ -61,24 +84,39 @@ def _compare(path: str, found: SweepFile, expected: SweepFile) -> None:
             raise SweepError(f"{key} = {here}: in {path} it is {there}; leave the file out to run what is there")
 
 
-def run_agents(path: str, sweep: SweepFile, agents: int, count: int | None) -> int:
+def online_sweep(path: str, sweep: SweepFile) -> OnlineSweep:
+    """Return what its agents need of a sweep on W&B.
+
+    Raises:
+        ConfigError: if the sweep does not exist, or W&B cannot be reached.
+    """
+    from agent.tracking import sweeps
+
+    # For W&B's agent, `${interpreter}` is `python`: put this interpreter first in the search path.
+    search_path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    patient = PATIENT if "early_terminate" in sweep.config else {}
+    environment = sweeps.agent_environment(dict(os.environ) | {"PATH": search_path} | patient)
+    return OnlineSweep(path, sweeps.address(path), environment)
+
+
+def run_agents(online: OnlineSweep, sweep: SweepFile, shares: Sequence[dict[str, str]], count: int | None) -> int:
     """Run W&B's agents on a sweep until it ends, and print the table of its trials.
 
     Args:
-        path: the sweep's path, ``ENTITY/PROJECT/ID``.
+        online: the sweep on W&B.
         sweep: its content.
-        agents: number of agents at once, which share GPUs and cores.
+        shares: for each agent, the environment variables with which it shares this machine.
         count: number of trials that they run together; None: no limit.
 
     Returns:
         The exit status: 0, 1 if a trial or an agent failed, 130 if this process was told to stop.
     """
-    url = sweeps.address(path)
-    print(f"sweep {sweep.name}: {url}")
+    path, agents = online.path, len(shares)
+    print(f"sweep {sweep.name}: {online.url}")
     print(f"to go on later, and on other machines: python -m agent.sweep --attach {path}", flush=True)
     processes: list[subprocess.Popen[bytes]] = []
     with forward_signals(lambda: processes) as received:
-        for number, share in enumerate(shares(agents)):
+        for number, share in enumerate(shares):
             own = None if count is None else count // agents + (number < count % agents)
             if received or own == 0:
                 continue
@@ -89,29 +127,23 @@ def run_agents(path: str, sweep: SweepFile, agents: int, count: int | None) -> i
                 print(" ".join([f"agent {number + 1}:", *(f"{k}={v}" for k, v in share.items()), str(log)]), flush=True)
             command = [sys.executable, "-m", "wandb", "agent", "--forward-signals"]
             command += [path] if own is None else ["--count", str(own), path]
-            processes.append(start_process(command, _environment(sweep) | share, log=log))
+            processes.append(start_process(command, online.environment | share, log=log))
         while any(process.poll() is None for process in processes):
             time.sleep(POLL_SECONDS)
-    records = _records(path, sweep)
+    records = in_child(lambda: _records(path, sweep))
     print(f"\n{sweep.name}: {len(records)} trials" + (f", best {sweep.metric} first" if sweep.metric else ""))
     print(table(records, sweep.varied, sweep.metric))
-    print(url)
+    print(online.url)
     if received:
         return 130
     failed = any(process.returncode for process in processes)
     return 1 if failed or any(record.state in ("failed", "crashed") for record in records) else 0
 
 
-def _environment(sweep: SweepFile) -> dict[str, str]:
-    """Return the environment of the agents."""
-    # For W&B's agent, `${interpreter}` is `python`: put this interpreter first in the search path.
-    search_path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    patient = PATIENT if "early_terminate" in sweep.config else {}
-    return sweeps.agent_environment(dict(os.environ) | {"PATH": search_path} | patient)
-
-
 def _records(path: str, sweep: SweepFile) -> list[TrialRecord]:
     """Return the trials of a sweep on the server, best first."""
+    from agent.tracking import sweeps
+
     records = [
         TrialRecord(
             id=run.id,

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.files import write_csv, write_json
 from diffusion_core.tables import cell, text_table
 
@@ -90,6 +89,8 @@ def best_of_sweep(folder: Path) -> Path:
     Raises:
         CheckpointError: if the folder holds no results, or no trial has a checkpoint.
     """
+    from diffusion_core.checkpoint import CheckpointError  # Slow to import, and large.
+
     try:
         trials = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
         return Path(next(trial["best_checkpoint"] for trial in trials if trial["best_checkpoint"]))

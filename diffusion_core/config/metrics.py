@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from diffusion_core.registries import METRICS
 
@@ -54,8 +56,26 @@ class Part:
         return dict.fromkeys(names, self.goal)
 
 
+_GIVEN: ContextVar[Mapping[str, Goal] | None] = ContextVar("goals", default=None)
+
+
+@contextmanager
+def given_goals(table: Mapping[str, Goal]) -> Iterator[None]:
+    """Inside this context, take the goals of figures from a table, which :func:`goals` returned in another process.
+
+    Records of ``METRICS`` are then not looked up, so that the modules behind them are not imported.
+    """
+    token = _GIVEN.set(table)
+    try:
+        yield
+    finally:
+        _GIVEN.reset(token)
+
+
 def goals() -> dict[str, Goal]:
     """Return the goal of each figure, by name or pattern (``*``)."""
+    if (given := _GIVEN.get()) is not None:
+        return dict(given)
     found = dict(OTHER_GOALS)
     for name, record in METRICS.items():
         found |= record.goals(name)
@@ -64,11 +84,12 @@ def goals() -> dict[str, Goal]:
 
 def goal_of(name: str) -> Goal | None:
     """Return which way a figure is better, or None if neither way is (a cost, a rate, a count)."""
-    return _goal_of(name, tuple(METRICS))
+    given = _GIVEN.get()
+    return _goal_of(name, tuple(METRICS if given is None else given.items()))
 
 
 @cache
-def _goal_of(name: str, _known: tuple[str, ...]) -> Goal | None:
+def _goal_of(name: str, _known: tuple[Any, ...]) -> Goal | None:
     return next((goal for pattern, goal in goals().items() if fnmatchcase(name, pattern)), None)
 
 

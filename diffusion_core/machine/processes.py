@@ -25,6 +25,19 @@ PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
+def end_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
+    """Let this process receive a signal when its parent dies, even from SIGKILL (on Linux). Call it after a fork.
+
+    Args:
+        parent: the parent's process id.
+        number: the signal.
+    """
+    if _LIBC is not None:
+        _LIBC.prctl(PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:  # The parent died before the request.
+            os._exit(1)
+
+
 def start_process(
     command: Sequence[str], environment: Mapping[str, str], folder: Path | None = None, log: Path | None = None
 ) -> subprocess.Popen[bytes]:
@@ -44,10 +57,7 @@ def start_process(
     parent = os.getpid()
 
     def before_program() -> None:
-        if _LIBC is not None:
-            _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:  # The parent died before the request.
-                os._exit(1)
+        end_with_parent(parent)
         if lock is not None:
             os.ftruncate(lock, 0)
             os.pwrite(lock, str(os.getpid()).encode(), 0)

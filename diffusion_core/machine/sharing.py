@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 from collections import Counter
 from pathlib import Path
+
+from diffusion_core.machine.child import in_child
 
 SHARERS = "DIFFUSION_SWEEPS_SHARERS"
 """Environment variable: the number of trials that share one GPU, or without GPUs the machine's memory."""
@@ -23,9 +26,15 @@ def visible_gpus() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [] if named.strip() == "-1" else [name.strip() for name in named.split(",") if name.strip()]
-    import torch  # Slow to import. Counting does not initialise the GPUs.
+    count = _count_gpus() if "torch" in sys.modules else in_child(_count_gpus)
+    return [str(number) for number in range(count)]
 
-    return [str(number) for number in range(torch.cuda.device_count())]
+
+def _count_gpus() -> int:
+    """Return the number of GPUs. This does not initialise them."""
+    import torch  # Slow to import, and large: a process that only starts others does without.
+
+    return torch.cuda.device_count()
 
 
 def usable_cores(groups: Path = Path("/sys/fs/cgroup")) -> int:

@@ -26,12 +26,16 @@ FREE_TO_CHANGE = (
 """Knobs that may change when a run resumes. All others decide what is trained."""
 
 
-def find_checkpoint(config: CoreConfig, folder: Path) -> Checkpoint | None:
+LENGTH = "train.steps"
+
+
+def find_checkpoint(config: CoreConfig, folder: Path, *, longer: bool = False) -> Checkpoint | None:
     """Return the newest checkpoint to resume from, after a check of its configuration. None if there is none.
 
     Args:
         config: configuration of the run.
         folder: folder of the run's checkpoints.
+        longer: whether ``train.steps`` may have grown.
 
     Raises:
         ConfigError: if there are checkpoints and ``checkpoint.resume`` is false, or a knob that decides what is trained
@@ -46,24 +50,49 @@ def find_checkpoint(config: CoreConfig, folder: Path) -> Checkpoint | None:
         return None
     checkpoint = newest_checkpoint(folder, NEEDED)
     if checkpoint is not None:
-        check_same_run(config, checkpoint.metadata["config"], folder.parent)
+        check_same_run(config, checkpoint.metadata["config"], folder.parent, longer=longer)
     return checkpoint
 
 
-def check_same_run(config: CoreConfig, then: Mapping[str, Any], folder: Path) -> None:
+def check_same_run(config: CoreConfig, then: Mapping[str, Any], folder: Path, *, longer: bool = False) -> None:
     """Check that a run may resume with a configuration.
 
     Args:
         config: configuration to resume with.
         then: configuration that the run was started with, by dotted key.
         folder: the run's folder, for messages.
+        longer: whether ``train.steps`` may have grown.
 
     Raises:
         ConfigError: if a knob that decides what is trained differs.
     """
+    grown = longer and is_longer(config, then)
     for key, value in redacted(flatten(config)).items():
-        if key in then and then[key] != value and not key.startswith(FREE_TO_CHANGE):
+        if key in then and then[key] != value and not key.startswith(FREE_TO_CHANGE) and not (grown and key == LENGTH):
+            hint = "; it may only grow" if longer and key == LENGTH else ""
             raise ConfigError(
-                f"{key} = {value!r}: the run in {str(folder)!r} was started with {then[key]!r}; choose another "
+                f"{key} = {value!r}: the run in {str(folder)!r} was started with {then[key]!r}{hint}; choose another "
                 f"log.dir, or set it back to continue"
             )
+
+
+def is_longer(config: CoreConfig, then: Mapping[str, Any]) -> bool:
+    """Return whether a run is to be trained for more steps than it was started with."""
+    before = then.get(LENGTH)
+    return type(before) is int and config.train.steps > before
+
+
+def describe_longer(config: CoreConfig, resumed: Checkpoint) -> str | None:
+    """Return one line on how a run continues whose ``train.steps`` has grown. None if it has not."""
+    then = resumed.metadata["config"]
+    if not is_longer(config, then):
+        return None
+    how = "the learning rate goes on as before"
+    if config.train.lr_schedule == "cosine":
+        how = (
+            "from there the cosine of the learning rate follows the new length, which one long run would not have done"
+        )
+    return (
+        f"{LENGTH} = {config.train.steps}: the run was started with {then[LENGTH]} and continues from step "
+        f"{resumed.step}; {how}"
+    )

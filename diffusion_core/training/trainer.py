@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -33,6 +33,7 @@ from diffusion_core.model.unet import UNet
 from diffusion_core.randomness import Purpose, stream_seed
 from diffusion_core.training.distillation import Distillation
 from diffusion_core.training.ema import Ema, profiles, sampled_profile
+from diffusion_core.training.sums import RowSums
 
 Callback = Callable[["TrainState", dict[str, Any]], None]
 PROGRESS_EVERY_S = 0.5
@@ -57,6 +58,8 @@ class TrainState:
     """Further JSON to store in checkpoints."""
     revision: int = 0
     """Incremented when something changes what a step computes, such as masks. A recorded CUDA graph is then renewed."""
+    since_row: RowSums = field(default_factory=RowSums)
+    """Sums over the steps since the last row."""
 
     @classmethod
     def start(cls, network: UNet, train: TrainConfig, ema: EmaConfig, step: int = 0) -> TrainState:
@@ -77,7 +80,7 @@ class TrainState:
 
     def metadata(self) -> dict[str, Any]:
         """Return the JSON of a checkpoint that depends on training."""
-        return {"ema_updates": self.ema.updates, "extra": self.extra_metadata}
+        return {"ema_updates": self.ema.updates, "extra": self.extra_metadata, "since_row": self.since_row.stored()}
 
     @classmethod
     def restore(cls, checkpoint: Checkpoint, train: TrainConfig, ema: EmaConfig, device: torch.device) -> TrainState:
@@ -98,6 +101,10 @@ class TrainState:
         state._load_optimizer(checkpoint.tensors("optimizer"))
         state.extra_parts = {part: checkpoint.tensors(part) for part in set(checkpoint.parts) - own_parts}
         state.extra_metadata = dict(checkpoint.metadata["extra"])
+        try:
+            state.since_row = RowSums.restored(checkpoint.metadata.get("since_row"))
+        except ValueError as error:
+            raise CheckpointError(f"{str(checkpoint.path)!r}: since_row: {error}; take another checkpoint") from None
         return state
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
@@ -182,8 +189,8 @@ def train(
     """Train from ``state.step`` to step ``until``. The state is changed in place.
 
     Every ``log.every`` steps, and at the last one, the row holds ``train/loss`` (mean over the steps since the last
-    row), ``train/lr``, ``train/grad_norm`` (before clipping), ``train/images_per_second`` (without the time of
-    callbacks) and ``train/epoch``.
+    row, also those before a checkpoint that the state was restored from), ``train/lr``, ``train/grad_norm`` (likewise,
+    before clipping), ``train/images_per_second`` (likewise, without the time of callbacks) and ``train/epoch``.
 
     Args:
         state: what to train.
@@ -205,8 +212,8 @@ def train(
     network.train()
     weights = list(network.parameters())
     denoiser = Denoiser.from_config(network, config.diffusion, config.model, device)
-    loss_sum, norm_sum = torch.zeros((), device=device), torch.zeros((), device=device)
-    counted, paused, started = 0, 0.0, time.perf_counter()
+    sums, resumed_at = state.since_row, time.perf_counter()
+    sums.place(accelerator)
     bar = tqdm(
         total=settings.steps,
         initial=state.step,
@@ -227,7 +234,10 @@ def train(
     if is_replayed(settings.cuda_graphs, device, accelerator.num_processes):
         update = Replayed(update_weights, partial(set_capturable, state.optimizer))
     revision = state.revision
-    with bar, algorithms(settings, precision):
+    with ExitStack() as stack:
+        stack.enter_context(bar)
+        stack.enter_context(algorithms(settings, precision))
+        stack.callback(accelerator.free_memory)  # It keeps every network that it prepared, until the process ends.
         while state.step < until:
             if config.model.dropout:
                 torch.manual_seed(stream_seed(config.seed, Purpose.DROPOUT, state.step, accelerator.process_index))
@@ -239,37 +249,35 @@ def train(
             loss, norm = update(*draw(state.step, batches, config, denoiser.schedule).tensors())
             state.ema.update(state.network)
             state.step += 1
-            loss_sum += loss
-            norm_sum += norm
-            counted += 1
+            sums.add(loss, norm)
             bar.update()
 
             row: dict[str, Any] = {}
-            if is_due(state.step, config.log.every, until):
-                means = torch.stack([loss_sum, norm_sum]) / counted
-                mean_loss, mean_norm = accelerator.reduce(means, "mean").tolist()  # The only GPU synchronisation.
+            mean_loss = mean_norm = 0.0
+            if due := is_due(state.step, config.log.every, until):  # The only GPU synchronisation.
+                mean_loss, mean_norm = accelerator.reduce(sums.means(), "mean").tolist()
+            sums.seconds += time.perf_counter() - resumed_at
+            if due:
                 if not math.isfinite(mean_loss):
                     raise TrainingDiverged(
                         f"train/loss = {mean_loss} at step {state.step}: training diverged; lower train.lr "
                         f"({settings.lr:g}), lengthen train.warmup_steps ({settings.warmup_steps}), or set "
                         f"train.precision=fp32 ({precision} now)"
                     )
-                elapsed = time.perf_counter() - started - paused
                 row = {
                     "train/loss": mean_loss,
                     "train/lr": rate,
                     "train/grad_norm": mean_norm,
-                    "train/images_per_second": counted * batches.batch_size / elapsed,
+                    "train/images_per_second": sums.steps * batches.batch_size / sums.seconds,
                     "train/epoch": state.step * batches.batch_size / len(batches.images),
                 }
                 bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_s=f"{row['train/images_per_second']:.0f}")
-                loss_sum.zero_()
-                norm_sum.zero_()
-                counted, paused, started = 0, 0.0, time.perf_counter()
-            entered = time.perf_counter()
+                sums.reset()
+            if is_due(state.step, config.checkpoint.every, settings.steps):
+                sums.share(accelerator)
             for callback in callbacks:
                 callback(state, row)
-            paused += time.perf_counter() - entered
+            resumed_at = time.perf_counter()
     return state
 
 

@@ -85,6 +85,7 @@ def rewound(early: Checkpoint, masks: WeightMasks, config: CoreConfig, device: t
     data and noise depend only on the step, which is that of the checkpoint.
     """
     state = TrainState.restore(early, config.train, config.ema, device)
+    state.since_row.reset()  # Those steps were the dense network's.
     hold_masks(state, masks)
     return state
 

@@ -271,7 +271,7 @@ def test_a_killed_process_fails_its_trial_and_the_agent_goes_on(tmp_path: Path) 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path: Path) -> None:
     """If they did not agree, one would wait for the other in vain."""
-    words = ["--train.steps=1000000", "--log.dir=run", "--checkpoint.every=0"]
+    words = ["--train.steps=1000000", "--log.dir=run", "--checkpoint.every=0", "--log.every=9"]
     process = launch(tmp_path, 2, *words)
     history = tmp_path / "run" / "history.jsonl"
     wait_for(lambda: history.exists() and history.read_text().count("\n") > 3)
@@ -286,8 +286,11 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path: Path) 
     assert process.returncode != 0
     assert err.count("stopped by SIGTERM; continue with the same command") == 1, err
     rows = [json.loads(line)["step"] for line in history.read_text().splitlines()]
-    stopped = read_checkpoint(tmp_path / "run").step
-    assert rows == list(range(1, stopped + 1))
+    stopped = read_checkpoint(tmp_path / "run")
+    assert rows == list(range(9, stopped.step + 1, 9))
+    since = stopped.metadata["since_row"]  # The sums of both, who will each continue with its own.
+    assert since["steps"] == stopped.step % 9
+    assert len(since["sums"]) == (2 if since["steps"] else 0)
 
 
 def _parent(process: Path) -> int:

@@ -181,3 +181,21 @@ def test_a_run_with_pruning(tmp_path: Path, case: str, forks: Forks, unbroken: C
         for part in ("model", "ema"):
             weights = run.checkpoint().tensors(part)
             assert sum(int((weights[name] == 0).sum()) for name in masks) == round(0.6 * total)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [3, 7])
+def test_rows_span_stops_and_kills(tmp_path: Path, forks: Forks, every: int) -> None:
+    """Stopped after steps that have no row, again and again, and once killed: every row is the unbroken run's."""
+    words = [*WORDS, *CASES["none"], f"--log.every={every}", "--checkpoint.every=10"]
+    unbroken = forks.start([*words, "--log.dir=run"], tmp_path / "unbroken")
+    run = Run(forks, tmp_path / "broken" / "run", "none")
+    run.words = lambda: [*words, f"--log.dir={run.folder}"]  # type: ignore[method-assign]
+    steps = [run.interrupt(step) for step in range(20, 120, 20)]
+    assert run.interrupt(125, signal.SIGKILL) % 10 == 0
+    run.finish()
+    assert any(step % every for step in steps), steps
+    assert unbroken.wait() == 0, unbroken.output
+    whole = Run(forks, tmp_path / "unbroken" / "run", "none").history()
+    assert [row["step"] for row in whole] == [*range(every, STEPS, every), *([] if STEPS % every == 0 else [STEPS])]
+    assert [figures(row) for row in run.history()] == [figures(row) for row in whole]

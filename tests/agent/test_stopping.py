@@ -74,6 +74,7 @@ class Story:
         here: the folder of the second machine.
         output: of the second machine's agent.
         handed_back: the state of the first run, and its rows, when its first machine was gone.
+        rows: of the unbroken run.
     """
 
     server: WandbServer
@@ -83,6 +84,7 @@ class Story:
     here: Path
     output: str
     handed_back: tuple[str, int]
+    rows: list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +119,8 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         assert undisturbed.wait() == 0
         unbroken = newest_checkpoint(quiet / "run" / "checkpoints")
         assert unbroken is not None
-        yield Story(server, moved, made.runs[1], unbroken, other, output, handed_back)
+        rows = [json.loads(line) for line in (quiet / "run" / "history.jsonl").read_text().splitlines()]
+        yield Story(server, moved, made.runs[1], unbroken, other, output, handed_back, rows)
         assert server.errors == []
 
 
@@ -138,6 +141,9 @@ def test_it_goes_on_on_an_empty_disk_and_ends_as_if_nothing_had_happened(story: 
     for part in story.unbroken.parts:
         assert_same_tensors(here.tensors(part), story.unbroken.tensors(part))
     assert [row["step"] for row in moved.history] == list(range(5, STEPS + 1, 5))
+    for ours, theirs in zip(moved.history, story.rows, strict=True):  # Also the row that spans the stop.
+        for name in theirs.keys() - {"train/images_per_second"}:
+            assert ours[name] == theirs[name], (name, theirs["step"])
     assert moved.summary["preemptions"] == 1
     assert steps_on_disk(story.here / "runs" / moved.id) == STEPS
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,12 @@ from tiny import NUM_CLASSES, assert_same_tensors, digits, one_line, tiny_config
 
 from agent.config import TrialConfig, build_config
 from agent.lottery import run_chain
-from agent.trial import TrialResult
+from agent.trial import TrialResult, run_trial
 from diffusion_core.checkpoint import CheckpointError, read_checkpoint
 from diffusion_core.config import ConfigError, flatten
+from diffusion_core.distributed import make_accelerator
 from diffusion_core.model.structure import maskable
+from diffusion_core.model.unet import UNet
 from diffusion_core.run_folder import read_history
 from diffusion_core.tracking import MemoryTracker, Tracker
 from diffusion_core.training.stopping import Stopped
@@ -97,6 +101,35 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
         changes: dict[str, Any] = {"prune.control": control}
         chain(folder, **changes)
     return folder
+
+
+def networks() -> list[UNet]:
+    """All networks that are alive in this process."""
+    gc.collect()
+    return [found for found in gc.get_objects() if type(found) is UNet]
+
+
+@pytest.mark.parametrize("method", ["lottery", "structured", "magnitude", "none"])
+def test_no_network_outlives_its_training(tmp_path: Path, method: str) -> None:
+    """A process that trains many networks, as a chain and the comparing scripts do, does not grow."""
+    before = weakref.WeakSet(networks())
+    seen: list[int] = []
+    accelerator = make_accelerator(config().train)
+    if method == "lottery":
+
+        class Counting(Trackers):
+            def __call__(self, *round_of: Any) -> Tracker:  # When a round begins, nothing of the one before is left.
+                seen.append(len([network for network in networks() if network not in before]))
+                return super().__call__(*round_of)
+
+        run_chain(config(**{"prune.rounds": 2}), MemoryTracker(), dataset=digits(), folder=tmp_path, run_id="c",
+                  accelerator=accelerator, open_tracker=Counting())  # fmt: skip
+        assert seen == [0, 0, 0]
+    else:
+        plain = build_config(flatten(config()), {"prune.method": method, "prune.rounds": 35, "prune.per_round": 0.2,
+                                                 "prune.rewind_step": 0})  # fmt: skip
+        run_trial(plain, MemoryTracker(), dataset=digits(), folder=tmp_path, run_id="t", accelerator=accelerator)
+    assert [network for network in networks() if network not in before] == []
 
 
 def masks_of(folder: Path, stage: str) -> WeightMasks:
