@@ -9,6 +9,7 @@ from agent.tracking.api import api_errors, flat_summary
 from agent.tracking.environment import load_environment
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.choice import wanted_step
+from diffusion_core.redact import redacted_arguments
 from diffusion_core.tracking import BEST, MODEL, STATE
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def log_table(project: str, name: str, columns: Sequence[str], rows: Sequence[Se
     import wandb
 
     entity, _, project = project.rpartition("/")
-    with wandb.init(entity=entity or None, project=project, job_type=name, name=name) as run:
+    with redacted_arguments(), wandb.init(entity=entity or None, project=project, job_type=name, name=name) as run:
         run.log({name: wandb.Table(columns=list[str | int](columns), data=[list(row) for row in rows])})
 
 
