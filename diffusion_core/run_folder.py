@@ -48,6 +48,9 @@ PROTOCOLS_FILE = "protocols.json"
 RESULT_FILE = "result.json"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
+SWEEP_RESULTS = "results.json"
+"""File in an offline sweep's folder with its trials, best first."""
+
 SYNCED = ".synced"
 """Suffix of W&B's marker beside the file of an uploaded run; `wandb sync` skips files with a marker."""
 

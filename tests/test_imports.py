@@ -25,6 +25,7 @@ CORE_LAYERS = (
     {"model"},
     {"diffusion"},
     {"checkpoint"},
+    {"choice"},
     {"sampling"},
     {"evaluation"},
     {"training"},

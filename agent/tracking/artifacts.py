@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from agent.tracking.api import api_errors, entity_name, failures, full_name
+from agent.tracking.api import api_errors, failures, find_artifact
 from agent.tracking.environment import has_key, load_environment
 from diffusion_core.checkpoint import (
     FILE_NAME,
@@ -21,10 +21,11 @@ from diffusion_core.checkpoint import (
     read_checkpoint,
     step_folder,
 )
+from diffusion_core.choice import choose
 from diffusion_core.files import replaced_folder
 from diffusion_core.messages import one_line
 from diffusion_core.run_folder import HISTORY_FILE
-from diffusion_core.tracking import MODEL, STATE
+from diffusion_core.tracking import BEST, MODEL, STATE
 from diffusion_core.training.resume import NEEDED
 from pruning.start import Source
 
@@ -59,13 +60,14 @@ class Model:
     name: str
 
 
-def download_model(name: str, option: str = "--artifact", instead: str = "--checkpoint") -> Model:
+def download_model(name: str, option: str = "--artifact", instead: str = "--checkpoint", which: str = BEST) -> Model:
     """Download a `model` artifact, unless W&B has cached it.
 
     Args:
-        name: ``NAME:ALIAS``, optionally preceded by ``PROJECT/`` or ``ENTITY/PROJECT/``.
+        name: ``NAME`` or ``NAME:ALIAS``, optionally preceded by ``PROJECT/`` or ``ENTITY/PROJECT/``.
         option: the option that gave the name, for messages.
         instead: the option that takes a checkpoint on disk, for messages.
+        which: version to take if the name has no alias: ``best``, ``newest`` or a step.
 
     Raises:
         CheckpointError: if the artifact does not exist, is no checkpoint, or W&B cannot be reached.
@@ -76,34 +78,32 @@ def download_model(name: str, option: str = "--artifact", instead: str = "--chec
             f"{option} = {name!r}: no W&B API key; set WANDB_API_KEY (see .env.example), run `wandb login`, or use "
             f"{instead}"
         )
-    import wandb  # Slow to import, and not needed with --checkpoint.
-
     with api_errors(f"{option} = {name!r}", CheckpointError):
-        wanted = full_name(name, entity_name())
-        artifact = wandb.Api().artifact(wanted)
+        artifact = find_artifact(name, which)
         if artifact.type != MODEL:
-            raise CheckpointError(f"{option} = {wanted!r}: its type is {artifact.type!r}; expected 'model'")
+            raise CheckpointError(f"{option} = {name!r}: its type is {artifact.type!r}; expected 'model'")
         folder = Path(os.environ.get("WANDB_ARTIFACT_DIR", "artifacts")) / artifact.name.replace(":", "-")
         download_files(artifact, folder)
         bare = artifact.name.partition(":")[0]  # Drop the alias, which may move to another version.
         return Model(folder, f"{artifact.entity}/{artifact.project}/{bare}:{artifact.version}")
 
 
-def open_source(checkpoint: str | None, artifact: str | None, option: str) -> Source | None:
+def open_source(checkpoint: str | Path | None, artifact: str | None, option: str, which: str = BEST) -> Source | None:
     """Read the checkpoint that is given by its path or its artifact. None if neither is given.
 
     Args:
         checkpoint: its path.
         artifact: its artifact.
         option: prefix of both options: ``init.``, ``distill.`` or ``--``. For messages.
+        which: checkpoint of a run's folder, or version of an artifact without alias: ``best``, ``newest`` or a step.
 
     Raises:
         CheckpointError: if it cannot be read or downloaded.
     """
     if artifact is not None:
-        model = download_model(artifact, f"{option}artifact", f"{option}checkpoint")
-        return Source(read_checkpoint(model.path), model.name, option)
-    return Source(read_checkpoint(Path(checkpoint)), None, option) if checkpoint is not None else None
+        model = download_model(artifact, f"{option}artifact", f"{option}checkpoint", which)
+        return Source(choose(model.path, name=model.name), model.name, option)
+    return Source(choose(Path(checkpoint), which), None, option) if checkpoint is not None else None
 
 
 def download_files(artifact: Artifact, folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:

@@ -64,6 +64,7 @@ class SaveCheckpoints:
 
     Attributes:
         best: metric, value and step of the best checkpoint so far, or None.
+        figures: what was measured at the current step.
     """
 
     def __init__(
@@ -84,13 +85,13 @@ class SaveCheckpoints:
         best = resumed.metadata.get("best") if resumed else None
         # The run may resume with another metric, whose values cannot be compared.
         self.best: dict[str, Any] | None = best if best and best["metric"] == config.checkpoint.best_metric else None
-        self.figures: dict[str, float] = dict(resumed.metadata["figures"]) if resumed else {}
+        self.figures: dict[str, float] = {}
 
     def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
-        """Collect the row's finite figures, and save if a checkpoint is due."""
-        self.figures.update(
-            {key: value for key, value in row.items() if isinstance(value, int | float) and math.isfinite(value)}
-        )
+        """Keep the row's finite figures, and save if a checkpoint is due."""
+        self.figures = {
+            key: value for key, value in row.items() if isinstance(value, int | float) and math.isfinite(value)
+        }
         if is_due(state.step, self.config.checkpoint.every, self.config.train.steps):
             self.save(state, row.get(self.config.checkpoint.best_metric))
 
@@ -100,6 +101,7 @@ class SaveCheckpoints:
         Lineage then leads from the dense model to the pruned one, and on to the models trained from it.
         """
         self.saved_step = None  # The dense network may have been saved at this step.
+        self.figures = {}  # They were measured on the dense network.
         checkpoint = self.save(state)
         if self.config.checkpoint.upload and checkpoint is not None:
             name = f"pruned-{self.run_id}"
