@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from diffusion_core.machine.watcher import GRACE_SECONDS, watch
 from diffusion_core.signals import signal_handler
 
 LOCK_FILE = ".process"
 """A file in a process's folder that is locked while the process lives. It holds the process's id."""
 
-ORPHAN_GRACE_SECONDS = 300.0
-"""Seconds that a process whose parent was killed may take to write its checkpoint before it is killed."""
-
+ORPHAN_GRACE_SECONDS = GRACE_SECONDS
 PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -43,6 +42,8 @@ def start_process(
 ) -> subprocess.Popen[bytes]:
     """Start a process that receives SIGTERM when this one dies, even from SIGKILL (on Linux).
 
+    What the process starts, such as the command of a shell, ends as well: see :mod:`diffusion_core.machine.watcher`.
+
     Args:
         command: its words.
         environment: all its variables.
@@ -63,18 +64,20 @@ def start_process(
             os.pwrite(lock, str(os.getpid()).encode(), 0)
 
     try:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             env=environment,
-            # Use a new process group: otherwise Ctrl-C arrives twice, from the terminal and from this process. Such a
-            # group cannot read from the terminal.
-            process_group=0,
+            # Use a new session: otherwise Ctrl-C arrives twice, from the terminal and from this process. A session also
+            # keeps together what the process starts. It cannot read from the terminal.
+            start_new_session=True,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT if output else None,
             pass_fds=() if lock is None else (lock,),
             preexec_fn=before_program,
         )
+        watch(process.pid)
+        return process
     finally:
         if output is not None:
             output.close()

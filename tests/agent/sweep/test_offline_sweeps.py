@@ -274,6 +274,25 @@ def test_killed_and_started_again_no_trial_is_lost_or_run_twice(
     ]
 
 
+def test_trials_behind_a_shell_end_with_their_killed_coordinator(
+    tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell dies of the SIGTERM that it receives, and does not pass it on."""
+    loaded = stub_sweep("grid", GRID, command=["/bin/sh", "-c", f'"$0" -S {STUB} "$@"; exit $?', "${interpreter}",
+                                               "${args}"])  # fmt: skip
+    monkeypatch.setenv("STUB_HOLD", "1")
+    with coordinator_process(loaded, tmp_path / "out") as pid:
+        wait_for(lambda: len(held(notes)) == 2)
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not any(alive(events[0]["pid"]) for events in noted(notes).values()))
+    assert [events[-1]["event"] for events in noted(notes).values()] == ["stop", "stop"]
+    monkeypatch.delenv("STUB_HOLD")
+    coordinator = OfflineSweep(loaded, tmp_path / "out", jobs=2)
+    coordinator.run()
+    assert states(coordinator) == ["finished"] * 4
+    assert_each_step_once(notes)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_told_to_stop_it_waits_for_its_trials_and_goes_on_later(
     number: signal.Signals,

@@ -122,7 +122,8 @@ def test_no_network_outlives_its_training(tmp_path: Path, method: str) -> None:
                 seen.append(len([network for network in networks() if network not in before]))
                 return super().__call__(*round_of)
 
-        run_chain(config(None, **{"prune.rounds": 2}), MemoryTracker(), dataset=digits(), folder=tmp_path, run_id="c",
+        changes: dict[str, Any] = {"prune.rounds": 2}
+        run_chain(config(**changes), MemoryTracker(), dataset=digits(), folder=tmp_path, run_id="c",
                   accelerator=accelerator, open_tracker=Counting())  # fmt: skip
         assert seen == [0, 0, 0]
     else:

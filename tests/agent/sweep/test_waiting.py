@@ -1,4 +1,4 @@
-"""The process that waits for the trials of a sweep is small: it imports neither PyTorch nor W&B."""
+"""The process that waits for the trials of a sweep: it is small, and what it started ends with it."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ CONTENT: dict[str, Any] = {
 }
 WAITING_TRIAL = """
 import os, sys, time
+with open("pids", "a") as file:
+    file.write(f"{os.getpid()}\\n")
 open(f"started-{os.environ['WANDB_RUN_ID']}", "w").close()
 while not os.path.exists("release"):
     time.sleep(0.05)
@@ -98,6 +100,29 @@ def test_the_process_that_waits_for_agents_is_small(tmp_path: Path) -> None:
         output = finish(process, code=1)  # To W&B, a trial without a run has crashed.
     assert len(list(tmp_path.glob("started-*"))) == 2
     assert "sweep mine: http" in output
+
+
+@pytest.mark.slow
+def test_agents_and_trials_end_when_their_process_is_killed(tmp_path: Path) -> None:
+    """Also behind a shell that W&B's agent starts in a group of its own."""
+    with WandbServer() as server:
+        client = Client(server, tmp_path)
+        client.write("trial.py", WAITING_TRIAL)
+        command = ["/bin/sh", "-c", '"$0" trial.py "$@"; true', "${interpreter}", "${args}"]
+        (tmp_path / "mine.yaml").write_text(json.dumps(CONTENT | {"command": command}))
+        process = client.popen(sys.executable, "-m", "agent.sweep", "mine.yaml", "--agents", "1")
+        until(lambda: process.poll() is not None or any(tmp_path.glob("started-*")))
+        agents = children(process.pid)
+        process.kill()
+        process.communicate(timeout=60)
+        pids = [*agents, int((tmp_path / "pids").read_text())]
+        assert len(pids) >= 2
+        until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+    assert len(list(tmp_path.glob("started-*"))) == 1
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_goals_of_another_process_are_those_of_the_figures() -> None:
