@@ -53,9 +53,9 @@ class Story:
     def run_file(self, machine: str = "one") -> dict[str, Any]:
         return json.loads((self.folder / machine / "run" / "run.json").read_text())
 
-    def check_whole(self, state: str = "finished") -> None:
+    def check_whole(self, machine: str = "one") -> None:
         """Nothing is missing, nothing is there twice."""
-        assert self.run.state == state
+        assert self.run.state == "finished"
         assert [row["_step"] for row in self.run.history] == list(range(1, STEPS + 1))
         for kind in ("model", "training-state"):
             aliases = {alias for item in self.run.output_artifacts if item.type == kind for alias in item.aliases}
@@ -63,7 +63,7 @@ class Story:
         for row in self.run.history:
             if "samples" in row:
                 assert self.run.files[row["samples"]["path"]].startswith(b"\x89PNG")
-        assert not self.run_file().get("unsent")
+        assert not self.run_file(machine).get("unsent")
         assert self.server.errors == []
 
 
@@ -226,3 +226,16 @@ def test_training_goes_on_if_the_client_dies(story: Story) -> None:
     assert trial.wait() == 0, trial.output
     assert "Traceback" not in trial.output
     story.check_whole()
+
+
+def test_runs_that_were_recorded_offline_are_sent_from_wherever_they_are(story: Story) -> None:
+    trial = story.start(WANDB_MODE="offline")
+    assert trial.wait() == 0, trial.output
+    assert "to put this run on W&B: python -m agent.sync run\n" in trial.output
+    (story.folder / "one" / "run").rename(story.folder / "moved")
+    (story.folder / "two").mkdir()
+    (story.folder / "moved").rename(story.folder / "two" / "run")
+    for _ in range(2):
+        sync = story.start(".", machine="two", module="agent.sync")
+        assert sync.wait() == 0, sync.output
+        story.check_whole("two")
