@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from agent.command import fail, run_and_leave
 from agent.config import TrialConfig, config_from_words
-from agent.tracking.environment import in_sweep
-from diffusion_core.config import ConfigError, help_text, split_argv, to_yaml
+from agent.tracking.environment import agent_parameters, in_sweep
+from diffusion_core.config import ConfigError, flatten, help_text, split_argv, to_yaml
+from diffusion_core.machine.threads import settle_threads
 from pruning.config import unheard
 
 USAGE = """\
@@ -40,13 +42,14 @@ def main(argv: Sequence[str] | None = None, usage: str = USAGE, defaults: Sequen
         defaults: words before ``argv``, which overrides them.
     """
     words = [*defaults, *(sys.argv[1:] if argv is None else argv)]
+    threads = settle_threads()  # First of all: the registries of the configuration import PyTorch.
     if "--help" in words or "-h" in words:
         print(usage)
         print(help_text(TrialConfig))
         return 0
     try:
         values = split_argv([word for word in words if word not in ("--print-config", "--dry-run")])
-        config = config_from_words(values)
+        config = as_chosen(config_from_words(values), values)
         if not in_sweep() and (problems := list(unheard(config.prune))):
             raise ConfigError(*problems)
     except ConfigError as error:
@@ -56,9 +59,31 @@ def main(argv: Sequence[str] | None = None, usage: str = USAGE, defaults: Sequen
         return 0
     if "--dry-run" in words:
         return dry_run(config)
+    if threads:
+        print(threads, file=sys.stderr)
     from agent.session import run_session  # Slow to import, and not needed for the commands above.
 
     return run_session(config)
+
+
+def as_chosen(config: TrialConfig, values: Mapping[str, Any]) -> TrialConfig:
+    """Return the configuration with the values that a W&B agent chose, which W&B records; print where they differ.
+
+    A sweep's command may lose parameters: without a macro for them, or because a macro drops a value.
+
+    Args:
+        config: built from the command line.
+        values: words of the command line.
+    """
+    chosen = agent_parameters()
+    if not chosen:
+        return config
+    recorded = config_from_words({**values, **chosen})
+    ran, wanted = flatten(config), flatten(recorded)
+    for key, value in wanted.items():
+        if value != ran[key]:
+            print(f"{key} = {ran[key]!r} by the command: the sweep chose {value!r}, which is used", file=sys.stderr)
+    return recorded
 
 
 def dry_run(config: TrialConfig) -> int:

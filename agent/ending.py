@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.command import UNUSABLE
+from agent.tracking.artifacts import NotDownloaded
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError
 from diffusion_core.data.datasets import DataError
@@ -17,6 +18,9 @@ from diffusion_core.training.stopping import Stopped
 from diffusion_core.training.trainer import TrainingDiverged
 
 FAILED = 1
+UNSENT = 75
+"""Exit status when W&B has not received something, or not handed it out: try again (EX_TEMPFAIL of sysexits.h)."""
+
 INTERRUPTED = 130
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -70,6 +74,9 @@ def ending_of(error: BaseException | None, folder: Path | None) -> Ending:
             return Ending(0, error.signal_code, f"{error}, as W&B asked; the run is over", everywhere=False)
         text = f"{error}; continue with the same command and --log.dir={folder}"
         return Ending(error.signal_code, error.signal_code, text, everywhere=False, preempted=True)
+    if isinstance(error, NotDownloaded):
+        text = f"error: {error}"
+        return Ending(UNSENT, UNSENT, text, alert="Checkpoint not downloaded", preempted=True, together=False)
     if isinstance(error, ConfigError | DataError):
         return Ending(UNUSABLE, UNUSABLE, f"error: {error}", together=False)
     if isinstance(error, TrainingDiverged):

@@ -1,35 +1,37 @@
-"""``python -m agent.leaderboard``: show the finished runs of a project in one table, with their costs and figures."""
+"""``python -m agent.leaderboard``: show a checkpoint of each finished run in one table, with its costs and figures."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from agent.command import fail
 from agent.tracking import project
+from diffusion_core.checkpoint import CheckpointError
+from diffusion_core.choice import add_which_flag
 from diffusion_core.config import ConfigError
 from diffusion_core.config.metrics import goal_of
-from diffusion_core.evaluation.leaderboard import Entry, entry, from_folders, ordered, rows_of, show
+from diffusion_core.evaluation.leaderboard import FILE, Entry, entry, from_folders, ordered, rows_of, show, write
 from diffusion_core.evaluation.protocol import PREFIX
-from diffusion_core.files import write_csv, write_json
 from diffusion_core.messages import Parser
 
-FILE = "leaderboard"
 
+def from_project(name: str, which: str) -> list[Entry]:
+    """Return a checkpoint of each finished run of a W&B project, ``PROJECT`` or ``ENTITY/PROJECT``.
 
-def from_project(name: str) -> list[Entry]:
-    """Return the finished runs of a W&B project, ``PROJECT`` or ``ENTITY/PROJECT``.
+    Its figures are those in the metadata of the `model` artifact that ``which`` chooses. For a run without one they are
+    those of the run's summary.
 
     Raises:
         ConfigError: if W&B does not answer, or has no such project.
     """
     entries = []
-    for run_id, summary in project.finished_runs(name):
+    for run_id, summary, model in project.finished_runs(name, which):
         protocols = {key.removeprefix(PREFIX): str(line) for key, line in summary.items() if key.startswith(PREFIX)}
         if any(column.startswith("model/") for column in summary):
-            entries.append(entry(run_id, summary, protocols))
+            protocols |= model.get("protocols", {})
+            entries.append(entry(run_id, model.get("step"), summary, model.get("figures", summary), protocols))
     return entries
 
 
@@ -46,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--project", metavar="[ENTITY/]PROJECT", help="show the runs of a W&B project instead")
     parser.add_argument("--upload", action="store_true", help="with --project: log the table there")
     parser.add_argument("--by", metavar="FIGURE", help="sort by this figure, best first, such as eval/fid50k_train")
+    add_which_flag(parser, "each run")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"write {FILE}.csv and {FILE}.json into this folder")
     arguments = parser.parse_args(argv)
     if arguments.by and goal_of(arguments.by) is None:
@@ -54,18 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--upload: expected --project, the project to log to")
     try:
         folders = arguments.folder or [Path("runs")]
-        found = from_project(arguments.project) if arguments.project else list(from_folders(folders))
+        which, of_project = arguments.which, arguments.project
+        found = from_project(of_project, which) if of_project else list(from_folders(folders, which))
         if not found:
             raise ConfigError("no finished run to show; expected folders of runs, or --project")
         entries = ordered(found, arguments.by)
+        print(f"checkpoint: {which} of each run", file=sys.stderr)
         print(show(entries))
         if arguments.out:
-            arguments.out.mkdir(parents=True, exist_ok=True)
-            write_json(arguments.out / f"{FILE}.json", [asdict(item) for item in entries])
-            write_csv(arguments.out / f"{FILE}.csv", *rows_of(entries))
+            write(entries, arguments.out)
         if arguments.upload:
             upload(arguments.project, entries)
-    except (ConfigError, OSError) as error:
+    except (CheckpointError, ConfigError, OSError) as error:
         return fail(str(error))
     return 0
 

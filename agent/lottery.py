@@ -7,7 +7,6 @@ from W&B (agent/tracking/rounds.py). The layout of the folder is described in pr
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from agent.config import TrialConfig
+from agent.tracking.repair import close_run
 from agent.tracking.rounds import OpenTracker
 from agent.trial import run_trial
 from diffusion_core.checkpoint import list_checkpoints, read_checkpoint
@@ -140,7 +140,7 @@ class Lottery:
             status = stopped.signal_code
             raise
         finally:
-            _close(tracker, status, folder)
+            close_run(tracker, folder, status, preempted=status > 128)
         return result
 
     def _start(self, this: Round, config: TrialConfig, tracker: Tracker) -> TrainState:
@@ -180,14 +180,6 @@ class Lottery:
             tracker.use(f"{STATE}-{self.run_id_of(this.before)}:latest", STATE)
             if this.rewinds:
                 tracker.use(f"{STATE}-{self.run_id}-{REWIND}:latest", STATE)
-
-
-def _close(tracker: Tracker, exit_code: int, folder: Path) -> None:
-    """End a round's run on W&B. Whatever was not sent in time can be sent later."""
-    try:
-        tracker.close(exit_code)
-    except TimeoutError as left:
-        print(f"W&B: this has not arrived yet: {left}; to send it: python -m agent.sync {folder}", file=sys.stderr)
 
 
 def run_chain(

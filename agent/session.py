@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import signal
 import sys
 import threading
 import time
@@ -18,10 +19,11 @@ from accelerate.utils import broadcast_object_list
 
 from agent.command import fail
 from agent.config import TrialConfig
-from agent.ending import Ending, ending_of, lost_peer
+from agent.ending import UNSENT, Ending, ending_of, lost_peer
 from agent.lottery import run_chain
 from agent.tracking.artifacts import fetch_best, fetch_checkpoint
 from agent.tracking.environment import find_run, is_offline, load_environment, wandb_mode
+from agent.tracking.repair import close_run
 from agent.tracking.rounds import UploadedRounds, round_trackers
 from agent.tracking.run import leave_sweep, may_fetch, start_wandb, wandb_tracker
 from agent.tracking.stop_cause import was_asked_to_end
@@ -30,6 +32,7 @@ from diffusion_core.config import ConfigError, flatten
 from diffusion_core.data.datasets import load_data
 from diffusion_core.distributed import WATCH_EVERY_S, Peers, first_process_first, make_accelerator
 from diffusion_core.files import write_json
+from diffusion_core.machine.launchers import watch_launchers
 from diffusion_core.redact import recorded_console
 from diffusion_core.run_folder import (
     CHECKPOINTS,
@@ -37,8 +40,6 @@ from diffusion_core.run_folder import (
     SAMPLES,
     locked,
     make_folder,
-    mark_synced,
-    read_history,
     read_run_file,
 )
 from diffusion_core.tracking import NullTracker, Tracker
@@ -65,7 +66,13 @@ def run_session(config: TrialConfig) -> int:
         return fail(str(error))
     peers = Peers(accelerator)
     with StopRequest(peers.agree).listening() as stop, ExitStack() as stack:
+        watch_launchers(functools.partial(_abandoned, stop))
         return Session(config, mode, accelerator, peers, stop, stack).run()
+
+
+def _abandoned(stop: StopRequest, launcher: int) -> None:
+    print(f"process {launcher}, which started this trial, is gone; the trial stops", file=sys.stderr)
+    stop.ask(signal.SIGTERM)
 
 
 @dataclass
@@ -80,11 +87,11 @@ class Session:
         stop: whether a signal asked to stop.
         stack: closed when the session is over.
         folder: the run's folder, once it is known.
+        run_id: the run's id, likewise.
         tracker: receives figures.
         wandb_run: the W&B run, once it has started.
         uploaded: a lottery's rounds on W&B, if it continues from them.
         preemptions: number of times that the run was preempted.
-        is_new: whether the folder held no history of the run when the trial began.
     """
 
     config: TrialConfig
@@ -94,11 +101,11 @@ class Session:
     stop: StopRequest
     stack: ExitStack
     folder: Path | None = None
+    run_id: str = ""
     tracker: Tracker = field(default_factory=NullTracker)
     wandb_run: Run | None = None
     uploaded: UploadedRounds | None = None
     preemptions: int = 0
-    is_new: bool = True
 
     @property
     def is_main(self) -> bool:
@@ -112,6 +119,8 @@ class Session:
 
     def run(self) -> int:
         """Run the trial and leave. Return the exit status."""
+        if self.is_main and self.mode != "disabled":
+            self.stop.later()
         self.peers.watch(lambda: self._close_in_time(lost_peer(self.peers.loss())))
         try:
             error: Exception | None = None
@@ -141,50 +150,47 @@ class Session:
     def _leave(self, ending: Ending) -> int:
         """Leave the trial, however it ended: note it, print it, tell W&B. Return the exit status."""
         if ending.preempted and self.is_main and self.folder is not None:
-            self._note_preemption(self.folder)
+            self._hand_back(self.folder)
         if ending.alert is not None:
             self.tracker.alert(ending.alert, ending.message.removeprefix("error: "))
         if ending.message and (ending.everywhere or self.is_main):
             print(ending.message, file=sys.stderr)
+        status = ending.status
         if ending.together:
-            self._close(ending.told)
+            status = self._close(ending)
             self.peers.wait()  # Launchers stop all processes once one has ended, and the first one still uploads.
         elif self.peers.count == 1 and not ending.hurry:
-            self._close(ending.told)
+            status = self._close(ending)
         else:
             self.peers.part()
             if not self._close_in_time(ending):
                 os._exit(ending.status)  # At a normal exit, W&B's client would wait for the server.
         self.peers.part()
-        return ending.status
+        return status
 
-    def _note_preemption(self, folder: Path) -> None:
-        """Count a preemption, in the run's folder and on W&B. Alert when there are many."""
+    def _hand_back(self, folder: Path) -> None:
+        """Have W&B give the trial to another agent, and count the preemption. Alert when there are many."""
+        if self.wandb_run is None and self.mode == "online" and "WANDB_RUN_ID" in os.environ:
+            # The signal came before the run had started here. W&B knows it: an agent or a launcher created it.
+            make_folder(folder)
+            self._start_run(self.config, self.run_id, folder)
+        if self.wandb_run is not None and not is_offline(self.wandb_run) and not self.stop.asked_to_end():
+            self._mark_preempting(self.wandb_run)
         self.preemptions += 1
-        write_json(folder / RUN_FILE, read_run_file(folder) | {"preemptions": self.preemptions})
+        write_json(folder / RUN_FILE, read_run_file(folder) | {"id": self.run_id, "preemptions": self.preemptions})
         self.tracker.summary({"preemptions": self.preemptions})
         if self.preemptions == callbacks.PREEMPTIONS:
             self.tracker.alert(callbacks.PREEMPTED, f"This trial was preempted {self.preemptions} times")
 
-    def _close(self, told: int) -> None:
-        """Send what is left to W&B, for a limited time, and print how to send the rest."""
-        try:
-            self.tracker.close(told)
-        except TimeoutError as left:
-            print(f"W&B: this has not arrived yet: {left}; to send it: python -m agent.sync {self.folder}",
-                  file=sys.stderr)  # fmt: skip
-            return
-        if self.wandb_run is None or self.folder is None:
-            return
-        if self.tracker.live:
-            mark_synced(self.folder)
-            return
-        command = f"wandb sync {self.wandb_run.settings.sync_dir}" if self.is_new else "python -m agent.sync"
-        print(f"to put this run on W&B: {command}{'' if self.is_new else f' {self.folder}'}", file=sys.stderr)
+    def _close(self, ending: Ending) -> int:
+        """End the W&B run. Return the exit status: that of the ending, or UNSENT if only W&B lacks something."""
+        if self.folder is None or close_run(self.tracker, self.folder, ending.told, preempted=ending.preempted):
+            return ending.status
+        return ending.status or UNSENT
 
     def _close_in_time(self, ending: Ending) -> bool:
         """Close within LAST_WORDS_S. Return whether that was enough."""
-        closing = threading.Thread(target=self._close, args=(ending.told,), daemon=True)
+        closing = threading.Thread(target=self.tracker.close, args=(ending.told,), daemon=True)
         closing.start()
         closing.join(LAST_WORDS_S)
         return not closing.is_alive()
@@ -192,11 +198,13 @@ class Session:
     def _run_trial(self) -> TrialResult:
         config, accelerator = self.config, self.accelerator
         # All processes use the first one's folder, and find the same checkpoint in it.
-        run_id, self.folder = broadcast_object_list([*find_run(config.log.dir)])
+        self.run_id, self.folder = run_id, _ = broadcast_object_list([*find_run(config.log.dir)])
         config = config.model_copy(update={"log": config.log.model_copy(update={"dir": str(self.folder)})})
-        with first_process_first(accelerator):  # The first process downloads, the others read its files.
-            dataset = load_data(config.data, progress=config.log.progress and self.is_main)
-        config = settled(config, accelerator, dataset, self.folder / CHECKPOINTS)
+        with self.stop.at_once():  # There is nothing to save yet.
+            with first_process_first(accelerator):  # The first process downloads, the others read its files.
+                dataset = load_data(config.data, progress=config.log.progress and self.is_main)
+            config = settled(config, accelerator, dataset, self.folder / CHECKPOINTS)
+        self.stop.check_now()
         if self.is_main:
             make_folder(self.folder)
             self.stack.enter_context(locked(self.folder))
@@ -219,26 +227,31 @@ class Session:
 
     def _start_tracking(self, config: TrialConfig, run_id: str, folder: Path) -> None:
         """Start the W&B run, make its tracker, and fetch the checkpoints to continue from."""
+        run = self._start_run(config, run_id, folder)
+        if may_fetch(run, config.checkpoint):
+            with self.stop.at_once():
+                if self.is_lottery:
+                    self.uploaded = UploadedRounds(run)
+                else:
+                    fetch_checkpoint(run, folder / CHECKPOINTS)
+                    fetch_best(run, folder / CHECKPOINTS)
+        if os.environ.get("WANDB_CONSOLE") != "off" and hasattr(run, "write_logs"):
+            self.stack.enter_context(recorded_console(run.write_logs))
+
+    def _start_run(self, config: TrialConfig, run_id: str, folder: Path) -> Run:
         sweep_id = leave_sweep() if self.is_lottery else None
         group = run_id if self.is_lottery and "WANDB_RUN_GROUP" not in os.environ else None
         run = self.wandb_run = start_wandb(
             run_id, folder, flatten(config), self.mode, group=group, sweep_id=sweep_id, on_stop=self.stop.ask
         )
-        self.is_new = not read_history(folder)
-        self.tracker = wandb_tracker(run, folder, config.checkpoint)
+        self.tracker = wandb_tracker(run, folder, config.checkpoint, self.mode)
         self.stop.asked_to_end = functools.partial(was_asked_to_end, run)
         if not is_offline(run):
             self.stop.mark_preempting = functools.partial(self._mark_preempting, run)
             if run.resumed:
                 self.preemptions = max(self.preemptions, int(run.summary.get("preemptions") or 0))
-        if may_fetch(run, config.checkpoint):
-            if self.is_lottery:
-                self.uploaded = UploadedRounds(run)
-            else:
-                fetch_checkpoint(run, folder / CHECKPOINTS)
-                fetch_best(run, folder / CHECKPOINTS)
-        if os.environ.get("WANDB_CONSOLE") != "off" and hasattr(run, "write_logs"):
-            self.stack.enter_context(recorded_console(run.write_logs))
+        self.stop.ready()
+        return run
 
     def _mark_preempting(self, run: Run) -> None:
         # A launcher also sends SIGTERM after one process died. Such a trial failed, and must not be repeated.

@@ -6,9 +6,11 @@ compares with W&B first, and uploads from the run's folder: history, images, che
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from agent.command import fail
@@ -26,41 +28,55 @@ from diffusion_core.run_folder import (
     RUN_FILE,
     locked,
     mark_synced,
+    note_unsent,
     read_history,
     read_run_file,
     run_folders,
 )
 
 
+class Unsent(Exception):
+    """Something did not arrive on W&B; the message names it."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit status: 0, 1 if an upload did not arrive, 2 if there is nothing to upload."""
+    """Run the command; return the exit status: 0, 1 if something did not arrive, 2 if there is nothing to upload."""
     parser = Parser("python -m agent.sync", description=__doc__, allow_abbrev=False)
-    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="folder of a run, or of several runs")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="a run, a sweep, a lottery, or several")
+    # A trial whose client has broken calls this, with the exit status that W&B is to be told.
+    parser.add_argument("--ended", type=int, metavar="STATUS", help=argparse.SUPPRESS)
+    parser.add_argument("--preempted", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     load_environment()
-    status = 0
+    folders: dict[Path, None] = {}
     for root in arguments.folders:
-        folders = run_folders(root)
-        if not folders:
+        if not (found := run_folders(root)):
             return fail(f"FOLDER = {str(root)!r}: no run here; expected {RUN_FILE} and {HISTORY_FILE}")
-        for folder in folders:
-            try:
-                with locked(folder):
-                    sync(folder)
-            except (ConfigError, CheckpointError) as error:
-                status = fail(str(error))
-            except TimeoutError as error:
-                print(f"error: {str(folder)!r}: uploads did not arrive: {error}; try again", file=sys.stderr)
-                status = 1
+        folders |= dict.fromkeys(found)
+    status = 0
+    for number, folder in enumerate(folders, start=1):
+        try:
+            with nullcontext() if arguments.ended is not None else locked(folder):  # The trial has locked its folder.
+                print(f"[{number}/{len(folders)}] {sync(folder, arguments.ended, preempted=arguments.preempted)}")
+        except (ConfigError, CheckpointError) as error:
+            status = fail(str(error))
+        except Unsent as error:
+            print(f"error: {str(folder)!r}: did not arrive: {error}; try again", file=sys.stderr)
+            status = 1
     return status
 
 
-def sync(folder: Path) -> None:
-    """Upload what W&B lacks of the run in a folder.
+def sync(folder: Path, ended: int | None = None, *, preempted: bool = False) -> str:
+    """Upload what W&B lacks of the run in a folder. Return what was done, in words.
+
+    Args:
+        folder: the run's folder.
+        ended: exit status that W&B is told; None: 0 if the run has a result, else 1.
+        preempted: whether the run is to be resumed elsewhere.
 
     Raises:
         ConfigError: if W&B does not answer, or the folder holds no readable run.
-        TimeoutError: if an upload did not arrive in time.
+        Unsent: if something did not arrive in time.
     """
     from agent.tracking.artifacts import uploaded_steps
     from diffusion_core.training.callbacks import log_rows
@@ -76,6 +92,8 @@ def sync(folder: Path) -> None:
     config = read_yaml(folder / CONFIG_FILE)
     rows = read_history(folder)
     run = start_wandb(run_file["id"], folder, config, "online", or_offline=False)
+    if preempted:
+        run.mark_preempting()
     tracker = WandbTracker(run, first_step=run.starting_step, keep=sys.maxsize)
     log_rows(tracker, folder, rows)
     stored = read_result(folder)
@@ -88,9 +106,12 @@ def sync(folder: Path) -> None:
         if checkpoint.step not in uploaded:
             is_best, ttl_days = best.get("step") == checkpoint.step, config.get("checkpoint.ttl_days")
             log_checkpoint(tracker, checkpoint, run.id, is_best=is_best, history=rows, ttl_days=ttl_days)
-    tracker.close(0 if stored else 1)
+    left = tracker.close((0 if stored else 1) if ended is None else ended)
+    note_unsent(folder, left)
+    if left:
+        raise Unsent(", ".join(left))
     mark_synced(folder)
-    print(f"{folder}: complete on W&B ({run.entity}/{run.project}/{run.id})")
+    return f"{folder}: complete on W&B ({run.entity}/{run.project}/{run.id})"
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from agent.config import TrialConfig
 from agent.tracking.artifacts import open_source
+from diffusion_core.choice import announce
 from diffusion_core.config import flatten
 from diffusion_core.data.datasets import Dataset
 from diffusion_core.distributed import first_process_first, make_accelerator
@@ -61,8 +63,9 @@ def start_state(config: TrialConfig, dataset: Dataset, tracker: Tracker, acceler
     if teacher is not None:
         check_architecture(teacher, config, dataset.num_classes)
         keep_teacher(state, teacher.checkpoint.network(), config.model)
-    for used in (source, teacher):
-        if used is not None and used.artifact is not None:
+    for used in filter(None, (source, teacher)):
+        announce(used.checkpoint)
+        if used.artifact is not None:
             tracker.use(used.artifact)
     return state
 
@@ -103,6 +106,7 @@ def run_trial(
     is_main = accelerator.is_main_process
     resumed = find_checkpoint(config, folder / CHECKPOINTS, longer=True)
     if resumed is not None:
+        torch.set_num_threads(resumed.metadata.get("threads", torch.get_num_threads()))
         state = TrainState.restore(resumed, config.train, config.ema, accelerator.device)
         resume_pruning(state)
     elif start is not None:

@@ -13,10 +13,11 @@ The first two files are all that sampling needs.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,17 @@ class CheckpointError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk whose metadata was read and whose files were verified."""
+    """A checkpoint on disk whose metadata was read and whose files were verified.
+
+    Attributes:
+        path: its folder.
+        metadata: the content of ``checkpoint.json``.
+        chosen: which one it is and why it was chosen, in one line, if there was a choice.
+    """
 
     path: Path
     metadata: Mapping[str, Any]
+    chosen: str = field(default="", compare=False)
 
     @property
     def step(self) -> int:
@@ -126,6 +134,12 @@ def step_folder(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int | None:
+    """Return the step of a checkpoint by the name of its folder; None if it has another name."""
+    digits = path.name.removeprefix("step-")
+    return int(digits) if digits != path.name and digits.isascii() and digits.isdecimal() else None
+
+
 def write_checkpoint(
     folder: Path, step: int, metadata: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]]
 ) -> Checkpoint:
@@ -168,7 +182,7 @@ def read_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
     Raises:
         CheckpointError: if there is none, or it is damaged, or of an unknown format.
     """
-    if not (path / METADATA_FILE).is_file():
+    if not os.path.isfile(path / METADATA_FILE):  # Raises no error, whatever the path is.
         for folder in (path, path / "checkpoints"):
             newest = newest_checkpoint(folder)
             if newest is not None:
@@ -242,6 +256,8 @@ def _metadata_problem(metadata: Any) -> str | None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints below a folder, oldest first; half-written ones do not count."""
+    if not os.path.isdir(folder):
+        return []
     return sorted(path for path in folder.glob("step-*") if (path / METADATA_FILE).is_file())
 
 

@@ -3,7 +3,7 @@
 Each name has one record, which holds everything that the code needs to know about the option. Register a record next
 to the function that it describes::
 
-    SAMPLERS["mine"] = Sampler(mine, "what it does (source)")
+    SAMPLERS["mine"] = SamplerRecord(mine, "what it does (source)")
 
 A knob annotated with :class:`Choice` takes its allowed values and its help from the registry. Modules of users can
 register records too; the knob ``plugins`` names these modules.

@@ -1,7 +1,7 @@
 """The folder of a run: its files, and how to read them.
 
 runs/ID/
-    run.json              the W&B run id, entity, project and sweep, and the number of preemptions
+    run.json              the W&B run id, entity, project and sweep, the number of preemptions, what W&B lacks
     data.json             the data set: name, counts, SHA-256
     lock                  held by the process that works on the run
     config.yaml           every knob; --config reads it
@@ -36,6 +36,9 @@ RUN_FILE = "run.json"
 DATA_FILE = "data.json"
 LOCK_FILE = "lock"
 ENVIRONMENT = "environment"
+UNSENT = "unsent"
+"""Key of `run.json`: what W&B has not got of the run."""
+
 BELONGS_BY = ("WANDB_ENTITY", "WANDB_PROJECT", "WANDB_SWEEP_ID", "WANDB_RUN_GROUP")
 """Variables that name a run's place on W&B, kept in `run.json`. The server's address is not: it gets the API key."""
 
@@ -45,6 +48,9 @@ PROTOCOLS_FILE = "protocols.json"
 RESULT_FILE = "result.json"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
+SWEEP_RESULTS = "results.json"
+"""File in an offline sweep's folder with its trials, best first."""
+
 SYNCED = ".synced"
 """Suffix of W&B's marker beside the file of an uploaded run; `wandb sync` skips files with a marker."""
 
@@ -129,11 +135,19 @@ def read_run_file(folder: Path) -> dict[str, Any]:
         content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         belongs = {name: str(value) for name, value in content.get(ENVIRONMENT, {}).items() if name in BELONGS_BY}
         preemptions = int(content.get("preemptions", 0))
-        return {"id": str(content["id"]), "preemptions": preemptions, ENVIRONMENT: belongs}
+        unsent = [str(name) for name in content.get(UNSENT, [])]
+        return {"id": str(content["id"]), "preemptions": preemptions, ENVIRONMENT: belongs, UNSENT: unsent}
     except OSError as error:
         raise ConfigError(f"log.dir = {str(folder)!r}: {error.strerror}; choose another folder") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(f"log.dir = {str(folder)!r}: its {RUN_FILE} is damaged; choose another folder") from None
+
+
+def note_unsent(folder: Path, names: Sequence[str]) -> None:
+    """Note in ``run.json`` what W&B has not got of a run."""
+    known = read_run_file(folder)
+    if known and known[UNSENT] != list(names):
+        write_json(folder / RUN_FILE, known | {UNSENT: list(names)})
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

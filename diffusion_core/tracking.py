@@ -58,8 +58,8 @@ class Tracker:
     def summary(self, figures: Mapping[str, Any]) -> None:
         """Record figures of the run as a whole."""
 
-    def artifact(self, upload: Upload) -> None:
-        """Record a version of an artifact. The caller may then delete its files, but not change them."""
+    def artifact(self, *uploads: Upload) -> None:
+        """Record versions of artifacts that are of use together only. The caller may then delete their files."""
 
     def use(self, name: str, kind: str = MODEL, files: Sequence[Path] = ()) -> None:
         """Record that the run uses an artifact: an existing one, or one that consists of ``files``."""
@@ -67,8 +67,9 @@ class Tracker:
     def alert(self, title: str, text: str) -> None:
         """Notify the user."""
 
-    def close(self, exit_code: int = 0) -> None:
-        """Send what is left. Nothing may be recorded afterwards."""
+    def close(self, exit_code: int = 0) -> list[str]:
+        """Send what is left. Return the names of what did not arrive. Nothing may be recorded afterwards."""
+        return []
 
 
 class NullTracker(Tracker):
@@ -95,9 +96,9 @@ class MemoryTracker(Tracker):
         """Update the figures."""
         self.figures.update(figures)
 
-    def artifact(self, upload: Upload) -> None:
-        """Upload a version of an artifact, or keep what would be uploaded."""
-        self.artifacts.append(
+    def artifact(self, *uploads: Upload) -> None:
+        """Append a description of each version."""
+        self.artifacts += [
             {
                 "name": upload.name,
                 "type": upload.kind,
@@ -106,7 +107,8 @@ class MemoryTracker(Tracker):
                 "ttl_days": upload.ttl_days,
                 "files": {path.name: path.stat().st_size for path in upload.files},
             }
-        )
+            for upload in uploads
+        ]
 
     def use(self, name: str, kind: str = MODEL, files: Sequence[Path] = ()) -> None:
         """Append (type, name)."""
@@ -116,6 +118,7 @@ class MemoryTracker(Tracker):
         """Append (title, text)."""
         self.alerts.append((title, text))
 
-    def close(self, exit_code: int = 0) -> None:
+    def close(self, exit_code: int = 0) -> list[str]:
         """Keep the exit status."""
         self.exit_code = exit_code
+        return []

@@ -38,6 +38,7 @@ subjects:
   fid             Frechet distance and features, against pytorch-fid
   cold-trial      import to first step, and a whole trial of one step
   accuracy        that bf16 and the compiler change no result
+  contention      training on digits beside other busy processes, against a fair share
   scaling         cost against batch, width, image size, steps and processes: a table and a plot
   gpu             matrix rate and bandwidth of the GPU; training, sampling, FID and pruning against them"""
 
@@ -53,6 +54,7 @@ SUBJECTS = (
     "fid",
     "cold-trial",
     "accuracy",
+    "contention",
     "scaling",
     "gpu",
 )
@@ -79,6 +81,7 @@ def measures() -> dict[str, Measure]:
     from benchmarks import (
         accuracy,
         cold_trial,
+        contention,
         ema,
         fid,
         gpu,
@@ -90,7 +93,8 @@ def measures() -> dict[str, Measure]:
         training_step,
     )
 
-    modules = (training_step, training_loop, sampling, loading, ema, pruned, fid, cold_trial, accuracy, scaling, gpu)
+    modules = [training_step, training_loop, sampling, loading, ema, pruned, fid, cold_trial, accuracy]
+    modules += [contention, scaling, gpu]
     return {module.SUBJECT: module.measure for module in modules}
 
 

@@ -41,6 +41,7 @@ from safetensors import SafetensorError
 
 from agent.command import run_and_leave
 from diffusion_core.checkpoint import CheckpointError
+from diffusion_core.choice import add_which_flag
 from diffusion_core.config import ConfigError
 from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.diffusers_io import CLASSES_FILE, export_model, import_model
@@ -57,11 +58,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     reading.add_argument("--null-class", action="store_true", help='the last class stands for "no class"; needed only '
                          f"without {CLASSES_FILE}")  # fmt: skip
     writing = directions.add_parser("export", help="convert a checkpoint to a DDPMPipeline", allow_abbrev=False)
-    writing.add_argument("source", type=Path, metavar="SOURCE", help="a checkpoint, or a run folder (its newest one)")
+    writing.add_argument("source", type=Path, metavar="SOURCE", help="a checkpoint, or a run's folder")
     writing.add_argument("target", type=Path, metavar="TARGET", help="folder of the pipeline; must not exist")
     writing.add_argument(
         "--weights", choices=("ema", "model"), default="ema", help="averaged weights (default), or as trained"
     )
+    add_which_flag(writing)
     writing.add_argument("--label", metavar="CLASS", help="export only this class, by number or name, or none; "
                          "the pipeline then needs no labels")  # fmt: skip
     add_plugins_flag(parser)
@@ -77,7 +79,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments.direction == "import":
                 lines = list(import_model(arguments.source, folder, null_class=arguments.null_class))
             else:
-                lines = list(export_model(arguments.source, folder, weights=arguments.weights, label=arguments.label))
+                lines = list(
+                    export_model(
+                        arguments.source,
+                        folder,
+                        weights=arguments.weights,
+                        label=arguments.label,
+                        which=arguments.which,
+                    )
+                )
         print(f"{arguments.target}: " + "\n".join(lines))
     except (CheckpointError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)

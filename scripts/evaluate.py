@@ -31,10 +31,10 @@ import torch
 from accelerate import PartialState
 
 from agent.command import fail, run_and_leave
-from agent.sweep.results import best_of_sweep
-from agent.tracking.artifacts import download_model
+from agent.tracking.artifacts import open_source
 from agent.tracking.registry import publish
-from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from diffusion_core.checkpoint import Checkpoint, CheckpointError
+from diffusion_core.choice import add_which_flag, announce, best_of_sweep, choose
 from diffusion_core.config import ConfigError, CoreConfig, DataConfig, EvalConfig, build, flatten
 from diffusion_core.config.metrics import INCEPTION
 from diffusion_core.config.plugins import add_plugins_flag
@@ -72,6 +72,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--artifact", metavar="NAME:ALIAS", help="a `model` artifact on W&B, such as model-abc123:best")
     source.add_argument("--checkpoint", type=Path, metavar="PATH", help="a checkpoint, or a run's folder")
     source.add_argument("--sweep", type=Path, metavar="DIR", help="an offline sweep's folder: its best trial")
+    add_which_flag(parser, "a run's folder or a sweep's best trial, or version of an artifact without alias")
     parser.add_argument("--against", type=Path, metavar="PATH", help="another model, to compare images with")
     known = [name for name, record in DATASETS.items() if record.path != "required"]
     parser.add_argument("--data", choices=known, metavar="NAME",
@@ -137,22 +138,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             processes = PartialState(cpu=arguments.device == "cpu")
         if arguments.device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"--device = {arguments.device!r}: this machine has no usable GPU; expected auto or cpu")
-        file, model = arguments.json, None
+        file, source = arguments.json, None
         if len(arguments.path) == 2:
             found = of_two_paths(arguments, processes)
         elif arguments.path:
             found = of_folder(arguments, processes)
         else:
             with first_process_first(processes):
-                model = download_model(arguments.artifact) if arguments.artifact else None
-            path = model.path if model else arguments.checkpoint or best_of_sweep(arguments.sweep)
-            checkpoint = read_checkpoint(path)
-            found = of_model(arguments, checkpoint, processes)
-            file = file or checkpoint.path / EVALUATION_FILE
+                path = best_of_sweep(arguments.sweep) if arguments.sweep else arguments.checkpoint
+                source = open_source(path, arguments.artifact, "--", arguments.which)
+            assert source is not None
+            found = of_model(arguments, source.checkpoint, processes)
+            file = file or source.checkpoint.path / EVALUATION_FILE
         if processes.is_main_process and found is not None:
             report(found, file)
-            if arguments.wandb and model:
-                print(f"W&B: {publish(model.name, found.figures, found.protocols)}")
+            if arguments.wandb and source and source.artifact:
+                print(f"W&B: {publish(source.artifact, found.figures, found.protocols)}")
     except (CheckpointError, ConfigError, DataError, ExtractorError) as error:
         return fail(str(error))
     return 0
@@ -267,10 +268,11 @@ def of_model(arguments: argparse.Namespace, checkpoint: Checkpoint, processes: P
         checkpoint.network().to(processes.device), config, pick_precision(config.train, processes.device)
     )
     if arguments.against:
-        return of_two_models(arguments, generator, read_checkpoint(arguments.against), processes)
+        return of_two_models(arguments, checkpoint, generator, choose(arguments.against), processes)
     total, sample = arguments.num_images, config.sample
     conditional = bool(checkpoint.metadata["num_classes"])
     suite = suite_of(arguments, config.data, processes.device, count=total, conditional=conditional)
+    announce(checkpoint)
     if processes.is_main_process:
         seconds = estimate_seconds(generator, total, sample, suite.networks)
         print(f"{checkpoint.path}: {total:,} images, about {seconds:.0f} s", file=sys.stderr)
@@ -284,7 +286,7 @@ def of_model(arguments: argparse.Namespace, checkpoint: Checkpoint, processes: P
 
 
 def of_two_models(
-    arguments: argparse.Namespace, one: Generator, other: Checkpoint, processes: PartialState
+    arguments: argparse.Namespace, first: Checkpoint, one: Generator, other: Checkpoint, processes: PartialState
 ) -> Judgement:
     """Measure how similar the images of two models are, for equal seeds and labels."""
     config = other.config()
@@ -294,6 +296,7 @@ def of_two_models(
             f"--against = {str(arguments.against)!r}: images of {two.shape_CHW}, {two.network.num_classes} classes; "
             f"expected {one.shape_CHW}, {one.network.num_classes} classes, as of the first model"
         )
+    announce(first, other)
     total, sample = arguments.num_images, one.config.sample
     alike = consistency_of_models(one, two, total, sample, arguments.seed, progress=processes.is_main_process)
     figures = alike.figures("eval")

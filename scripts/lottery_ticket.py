@@ -14,9 +14,11 @@ from pathlib import Path
 
 from agent.__main__ import main as run_trial
 from agent.command import fail, run_and_leave
-from diffusion_core.checkpoint import CheckpointError, read_checkpoint
+from diffusion_core.checkpoint import CheckpointError
+from diffusion_core.choice import announce, choose
 from diffusion_core.messages import Parser
 from pruning.lottery.report import plot_overlap, ticket_masks
+from pruning.masks.mask import MASKS_PART
 
 USAGE = """\
 usage: python scripts/lottery_ticket.py --out DIR [--key=value ...] [--print-config | --dry-run]
@@ -77,10 +79,12 @@ def compare(words: Sequence[str]) -> int:
     arguments = parser.parse_args(words)
     first, second = arguments.overlap
     try:
-        masks = [ticket_masks(read_checkpoint(path)) for path in (first, second)]
+        tickets = [choose(path, parts=(MASKS_PART,)) for path in (first, second)]
+        masks = [ticket_masks(ticket) for ticket in tickets]
         shares = plot_overlap(masks[0], masks[1], (str(first), str(second)), arguments.out)
     except (CheckpointError, ValueError) as error:
         return fail(f"{OVERLAP}: {error}")
+    announce(*tickets)
     for block, share in shares.items():
         print(f"{block:10s} {share:.4f}")
     return 0

@@ -35,6 +35,7 @@ from agent.tracking.environment import has_key, load_environment
 from agent.tracking.run import start_wandb
 from agent.tracking.tracker import WandbTracker
 from diffusion_core.checkpoint import CheckpointError, list_checkpoints, write_checkpoint
+from diffusion_core.choice import add_which_flag, announce
 from diffusion_core.config import ConfigError, flatten, list_knobs, split_argv
 from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.data.datasets import DataError, load_data
@@ -78,7 +79,8 @@ class PruningTask:
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint", metavar="PATH", help="a checkpoint, or a run's folder (its newest)")
+    source.add_argument("--checkpoint", metavar="PATH", help="a checkpoint, or a run's folder")
+    add_which_flag(parser, "a run's folder, or version of an artifact without alias")
     source.add_argument("--artifact", metavar="NAME:ALIAS", help="a `model` artifact on W&B, such as model-abc123:best")
     source.add_argument("--preset", metavar="NAME", help="an untrained model: cifar10, cifar100, mnist, digits")
     parser.add_argument(
@@ -174,7 +176,7 @@ def prepare(arguments: argparse.Namespace, words: Sequence[str]) -> PruningTask:
         "prune.target": what,
         "prune.keep": share,
     }
-    source = open_source(arguments.checkpoint, arguments.artifact, "--")
+    source = open_source(arguments.checkpoint, arguments.artifact, "--", arguments.which)
     stored: dict[str, Any] = {"preset": arguments.preset} if arguments.preset else {}
     if source is not None:
         known = {key for key, _ in list_knobs(TrialConfig)}
@@ -203,6 +205,8 @@ def run(job: PruningTask, batch: int) -> dict[str, Any]:
         state = start_from(job.source, config, len(class_names), "ema", device)
         state.step = checkpoint.step
     calibration = Calibration.of(dataset.train, config, device, config.log.progress) if dataset else None
+    if job.source is not None:
+        announce(job.source.checkpoint)
     dense = state.network
     report = prune_state(state, config, config.prune, calibration)
     alike = None
@@ -240,6 +244,7 @@ def run(job: PruningTask, batch: int) -> dict[str, Any]:
             tracker.use(job.source.artifact)
         tracker.summary({f"model/{name}": value for name, value in after.items()} | same_seeds)
         described = {key: result[key] for key in ("importance", "target", "keep", "kept", "parent")}
+        described |= {"step": written.step, "figures": figures}
         tracker.artifact(Upload(f"model-{run_id}", MODEL, model_files(written), ["latest", "pruned"], described))
         tracker.close(0)
         result["artifact"] = f"model-{run_id}:pruned"

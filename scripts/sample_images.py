@@ -32,8 +32,9 @@ import torch
 from accelerate import PartialState
 
 from agent.command import run_and_leave
-from agent.tracking.artifacts import download_model
-from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from agent.tracking.artifacts import open_source
+from diffusion_core.checkpoint import Checkpoint, CheckpointError
+from diffusion_core.choice import add_which_flag, announce
 from diffusion_core.config import ConfigError, CoreConfig, build, flatten
 from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.distributed import first_process_first
@@ -56,7 +57,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--artifact", metavar="NAME:ALIAS", help="a `model` artifact on W&B, such as model-abc123:best")
-    source.add_argument("--checkpoint", type=Path, metavar="PATH", help="a checkpoint, or a run's folder (its newest)")
+    source.add_argument("--checkpoint", type=Path, metavar="PATH", help="a checkpoint, or a run's folder")
+    add_which_flag(parser, "a run's folder, or version of an artifact without alias")
     parser.add_argument("--mode", choices=MODES, default="sample", help="see above (sample)")
     parser.add_argument("--labels", default="all", help="classes by number or name, such as 0,3,7 or cat,dog; or all")
     parser.add_argument(
@@ -112,6 +114,7 @@ class SamplingTask:
     """The checked arguments of a call."""
 
     checkpoint: Checkpoint
+    guide: Checkpoint | None
     config: CoreConfig
     generator: Generator
     labels: list[int]
@@ -122,6 +125,10 @@ class SamplingTask:
     def names(self, labels: Sequence[int]) -> list[str]:
         """The class names of labels, for the rows of a picture."""
         return ["" if label == NO_LABEL else self.checkpoint.class_names[label] for label in labels]
+
+    def announce(self) -> None:
+        """Print which checkpoints are sampled."""
+        announce(self.checkpoint, *([self.guide] if self.guide else []))
 
     def wanted(self) -> list[Request]:
         """Return the images to sample; labels take turns."""
@@ -138,19 +145,17 @@ def prepare(arguments: argparse.Namespace) -> SamplingTask:
     with launch_errors():
         processes = PartialState(cpu=arguments.device == "cpu")
     with first_process_first(processes):
-        path = download_model(arguments.artifact).path if arguments.artifact else arguments.checkpoint
-        guide_path = (
-            download_model(arguments.guide_artifact).path if arguments.guide_artifact else arguments.guide_checkpoint
-        )
-    checkpoint = read_checkpoint(path)
+        source = open_source(arguments.checkpoint, arguments.artifact, "--", arguments.which)
+        weaker = open_source(arguments.guide_checkpoint, arguments.guide_artifact, "--guide-")
+    assert source is not None
+    checkpoint, guide = source.checkpoint, weaker.checkpoint if weaker else None
     hardware = {"train.device": arguments.device, "train.precision": arguments.precision, "seed": arguments.seed}
     # With a weaker model to guide away from, guidance does without labels and without their absence.
-    lifted = {"model.class_conditional": True, "train.label_dropout": 0.1} if guide_path else {}
+    lifted = {"model.class_conditional": True, "train.label_dropout": 0.1} if guide else {}
     config = build(CoreConfig, flatten(checkpoint.config()), lifted, sampling_knobs(arguments), hardware)
-    if guide_path and config.sample.guidance == 1.0:
+    if guide and config.sample.guidance == 1.0:
         raise ConfigError("sample.guidance = 1.0: ignores the model to guide away from; expected another value")
     pick_device(config.train)
-    guide = read_checkpoint(guide_path) if guide_path else None
     reference = load_generator(guide, config, "ema", processes) if guide else None
     generator = load_generator(checkpoint, config, arguments.weights, processes, reference)
     labels = pick_labels(arguments.labels, checkpoint)
@@ -159,7 +164,7 @@ def prepare(arguments: argparse.Namespace) -> SamplingTask:
     count = pick_count(arguments.num_images, 1 if one_row else len(labels) * each)
     with first_process_first(processes):
         check_folder(arguments.out, settings(arguments.mode, checkpoint, guide, config, arguments.weights))
-    return SamplingTask(checkpoint, config, generator, labels, count, arguments.out, processes)
+    return SamplingTask(checkpoint, guide, config, generator, labels, count, arguments.out, processes)
 
 
 def load_generator(
@@ -200,6 +205,7 @@ def check_guide(guide: Generator, network: UNet) -> None:
 
 def sample(task: SamplingTask, gif: bool) -> None:
     """Single images and a grid; images that are there from an earlier, equal call are kept."""
+    task.announce()
     wanted = task.wanted()
     missing = [request for request in wanted if not (task.folder / file_name(request)).is_file()]
     task.processes.wait_for_everyone()  # All have seen the same folder before anyone writes.
@@ -229,6 +235,7 @@ def show_steps(task: SamplingTask, mode: str) -> None:
     """How images come about: a strip with a row an image, and an animation."""
     if not task.processes.is_main_process:
         return
+    task.announce()
     wanted = task.wanted()
     keep = media.spread(task.config.sample.steps)
     frames = task.generator.trajectory(wanted, task.config.sample, task.config.seed, keep, clean=mode == "progressive")
@@ -258,6 +265,7 @@ def interpolate(task: SamplingTask, seeds: str | None) -> None:
         names = [" to ".join(task.names(task.labels))] * task.count
     if not task.processes.is_main_process:
         return
+    task.announce()
     media.grid(torch.cat(rows), len(weights), names).save(task.folder / "interpolate.png")
     frames = [media.grid(torch.stack(frame), 1, names) for frame in zip(*rows, strict=True)]
     media.save_gif([*frames, *frames[-2::-1]], task.folder / "interpolate.gif")

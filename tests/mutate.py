@@ -57,6 +57,14 @@ PRELOADED = ("pytest", "torch", "torchvision", "numpy", "scipy.linalg", "sklearn
              "hypothesis", "wandb", "sweeps", "torch_pruning", "matplotlib.pyplot")  # fmt: skip
 """What tests import besides the project. Runs are forked from this process, which has it all."""
 
+
+def test_files(root: Path, name: str) -> list[Path]:
+    """The files of tests with a name, which is that of one."""
+    found = list((root / "tests").rglob(f"{name}.py"))
+    assert len(found) == 1, f"{name}: {found}"
+    return found
+
+
 SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And,
@@ -192,7 +200,7 @@ class Tree:
 def mutate(tree: Tree, module: str, count: int, seed: int) -> list[dict[str, Any]]:
     """Try mutants of one module."""
     file = tree.root / f"{module.replace('.', '/')}.py"
-    files = [f"tests/{name}.py" for name in TESTS[module].split()]
+    files = [str(file.relative_to(tree.root)) for name in TESTS[module].split() for file in test_files(tree.root, name)]
     source = file.read_text(encoding="utf-8")
     status, usual, failed = tree.run(files, timeout=600)
     if status != 0:

@@ -164,7 +164,7 @@ def test_the_interfaces_are_in_the_source() -> None:
 def test_the_rooms_are_the_folders_and_name_every_module() -> None:
     named: dict[str, set[str]] = {}
     folder = ""
-    for folders, modules, _ in rows("The rooms"):
+    for folders, modules, _ in rows("Folders and modules"):
         folder = quoted(folders)[0] if folders else folder
         named.setdefault(folder, set()).update(quoted(modules))
     there: dict[str, set[str]] = {}
@@ -172,9 +172,9 @@ def test_the_rooms_are_the_folders_and_name_every_module() -> None:
         for path in (ROOT / package).rglob("*.py"):
             there.setdefault(f"{path.parent.relative_to(ROOT)}/", set()).add(path.stem)
     there = {folder: names - {"__init__", "__main__"} for folder, names in there.items()}
-    assert named.keys() == there.keys(), "docs/architecture.md, The rooms: list each folder once"
+    assert named.keys() == there.keys(), "docs/architecture.md, Folders and modules: list each folder once"
     for folder, names in there.items():
-        assert named[folder] == names, f"docs/architecture.md, The rooms: list the modules of {folder}"
+        assert named[folder] == names, f"docs/architecture.md, Folders and modules: list the modules of {folder}"
 
 
 def test_the_version_is_the_same_everywhere() -> None:

@@ -36,6 +36,7 @@ ONE_TEXT = {
 """The same, as patterns of the text of a line."""
 
 ALLOWED = {
+    ("git's description of the code: summary.commit", "diffusion_core/redact.py"): "asks for the remote",
     ("write text: files.write_text", "diffusion_core/diffusers_io/exporter.py"): "inside files.replaced_folder",
     ("temporary names: files.replaced_file", "diffusion_core/training/leftovers.py"): "lists unfinished checkpoints",
     ("temporary names: files.replaced_file", "diffusion_core/checkpoint.py"): "deletes unfinished checkpoints",

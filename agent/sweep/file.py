@@ -315,20 +315,21 @@ def _value_problems(sweep: SweepFile) -> list[str]:
     first = {key: values[0] for key, values in tried.items()}
     named = [name for name in map(str, tried.get("prune.method", [])) if name in methods()]
     for key, values in tried.items():
-        takes_exponents = sweep.parameters[key].get("distribution") in EXPONENTS
         for value in values:
             chosen = first | {key: value}
             try:
                 config = sweep.trial(chosen)
                 problems += _lost_values(sweep.command, chosen, config)
             except ConfigError as error:
-                note = (
-                    "; min and max are exponents of e: log_uniform_values takes the values" if takes_exponents else ""
-                )
-                problems += [f"{problem}{note if problem.startswith(key) else ''}" for problem in error.problems]
+                problems += [problem + _about_exponents(sweep, problem) for problem in error.problems]
             else:
                 problems += unheard(config.prune, named or [config.prune.method])
     return problems
+
+
+def _about_exponents(sweep: SweepFile, problem: str) -> str:
+    exponents = sweep.parameters.get(problem.partition(" = ")[0], {}).get("distribution") in EXPONENTS
+    return "; min and max are exponents of e: log_uniform_values takes the values" if exponents else ""
 
 
 def _lost_values(command: TrialCommand, chosen: Mapping[str, Any], config: TrialConfig) -> Iterator[str]:

@@ -290,5 +290,5 @@ def run_offline(coordinator: OfflineSweep, count: int | None) -> int:
     print(f"\n{sweep.name}: {len(records)} trials" + (f", best {sweep.metric} first" if sweep.metric else ""))
     print(table(records, sweep.varied, sweep.metric))
     print(f"\nresults.csv, results.json, results.png, sample grids and GIFs: {folder}/")
-    print(f"to put it all on W&B: wandb sync {folder}/trials/*/wandb/offline-run-*")
+    print(f"to put it all on W&B: python -m agent.sync {folder}")
     return 0 if all(record.state != FAILED for record in records) else 1

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from diffusion_core.files import write_csv, write_json
+from diffusion_core.run_folder import SWEEP_RESULTS
 from diffusion_core.tables import cell, text_table
 
 CSV_FILE = "results.csv"
-JSON_FILE = "results.json"
+JSON_FILE = SWEEP_RESULTS
 SHOWN_FIGURES = ("val/loss", "eval/class_agreement", "prune/sparsity", "model/nonzero_params", "model/macs")
 
 
@@ -81,20 +81,3 @@ def write_results(folder: Path, trials: Sequence[TrialRecord]) -> None:
         columns |= dict.fromkeys(row)
         rows.append(row)
     write_csv(folder / CSV_FILE, list(columns), rows)
-
-
-def best_of_sweep(folder: Path) -> Path:
-    """Return the best checkpoint of the best trial of an offline sweep.
-
-    Raises:
-        CheckpointError: if the folder holds no results, or no trial has a checkpoint.
-    """
-    from diffusion_core.checkpoint import CheckpointError  # Slow to import, and large.
-
-    try:
-        trials = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))
-        return Path(next(trial["best_checkpoint"] for trial in trials if trial["best_checkpoint"]))
-    except (OSError, ValueError, StopIteration, KeyError, TypeError):
-        raise CheckpointError(
-            f"--sweep = {str(folder)!r}: no finished trial in its {JSON_FILE}; name the folder of an offline sweep"
-        ) from None

@@ -5,13 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusion_core.checkpoint import CheckpointError
+from diffusion_core.choice import wanted_step
 from diffusion_core.config import ConfigError
 from diffusion_core.messages import one_line
+from diffusion_core.tracking import BEST
+
+if TYPE_CHECKING:
+    from wandb import Artifact
+
+if TYPE_CHECKING:
+    from wandb.sdk.wandb_run import Run
 
 DEFAULT_PROJECT = "diffusion-sweeps"
+STEP_ALIAS = "step-"
+"""Prefix of the alias of the checkpoint of a step."""
 
 
 def project_name() -> str:
@@ -26,16 +36,27 @@ def entity_name() -> str | None:
     return os.environ.get("WANDB_ENTITY") or wandb.Api().default_entity
 
 
-def full_name(name: str, entity: str | None) -> str:
-    """Complete ``NAME``, ``NAME:ALIAS`` or ``PROJECT/NAME:ALIAS`` to ``ENTITY/PROJECT/NAME:ALIAS``.
+def find_artifact(name: str, which: str = BEST) -> Artifact:
+    """Return an artifact by ``NAME`` or ``NAME:ALIAS``, optionally preceded by ``PROJECT/`` or ``ENTITY/PROJECT/``.
 
-    A missing alias becomes ``latest``.
+    Without an alias, ``which`` chooses the version as :mod:`diffusion_core.choice` chooses a checkpoint: the best one,
+    or the newest if none is the best; the newest; or that of a step.
     """
-    if ":" not in name:
-        name = f"{name}:latest"
+    import wandb
+
+    api, step = wandb.Api(), wanted_step(which)
     if name.count("/") == 0:
         name = f"{project_name()}/{name}"
-    return f"{entity}/{name}" if name.count("/") == 1 and entity else name
+    if name.count("/") == 1 and (entity := entity_name()):
+        name = f"{entity}/{name}"
+    if ":" in name and which != BEST:
+        raise CheckpointError(f"--which = {which!r}: {name!r} names a version already; leave one of them out")
+    if ":" in name:
+        return api.artifact(name)
+    if step is not None:
+        return api.artifact(f"{name}:{STEP_ALIAS}{step}")
+    is_best = which == BEST and api.artifact_exists(f"{name}:{BEST}")
+    return api.artifact(f"{name}:{BEST if is_best else 'latest'}")
 
 
 def failures() -> tuple[type[Exception], ...]:
@@ -44,6 +65,36 @@ def failures() -> tuple[type[Exception], ...]:
     from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
     return (wandb.errors.Error, WandbApiFailedError, ValueError, KeyError, TypeError, OSError)
+
+
+def server_status(within_s: float = 5.0) -> int | None:
+    """Return the HTTP status of W&B's answer to a question that every valid API key may ask; None without an answer."""
+    import requests
+    import wandb
+
+    key = os.environ.get("WANDB_API_KEY")
+    try:
+        return requests.post(
+            f"{wandb.setup().settings.base_url}/graphql",
+            json={"query": "query Viewer { viewer { id } }"},
+            auth=("api", key) if key else None,  # requests reads the netrc file itself.
+            timeout=within_s,
+        ).status_code
+    except requests.RequestException:
+        return None
+
+
+def ask(run: Run, query: str, within_s: int = 20, **variables: Any) -> Any:
+    """Return what the server says of a run: the part below ``project { run { ... } }`` of the answer to a query.
+
+    For fields that W&B's public API does not expose.
+    """
+    import wandb
+
+    names = {"entity": run.entity, "project": run.project, "run": run.id}
+    service = wandb.Api(timeout=within_s)._service_api
+    answer: Any = service.execute_graphql(query, variables=names | variables, timeout=within_s)
+    return answer["project"]["run"]
 
 
 @contextmanager

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from agent.tracking.api import api_errors, entity_name, failures, full_name
+from agent.tracking.api import api_errors, failures, find_artifact
 from agent.tracking.environment import has_key, load_environment
 from diffusion_core.checkpoint import (
     FILE_NAME,
@@ -20,16 +21,30 @@ from diffusion_core.checkpoint import (
     read_checkpoint,
     step_folder,
 )
+from diffusion_core.choice import choose
 from diffusion_core.files import replaced_folder
 from diffusion_core.messages import one_line
 from diffusion_core.run_folder import HISTORY_FILE
-from diffusion_core.tracking import MODEL, STATE
+from diffusion_core.tracking import BEST, MODEL, STATE
 from diffusion_core.training.resume import NEEDED
 from pruning.start import Source
 
 if TYPE_CHECKING:
     from wandb import Artifact
     from wandb.sdk.wandb_run import Run
+
+
+T = TypeVar("T")
+
+DOWNLOAD_WITHIN = "DIFFUSION_SWEEPS_DOWNLOAD_WITHIN"
+"""Environment variable: seconds after which a trial gives up downloading its checkpoint."""
+
+DOWNLOAD_WITHIN_S = 300.0
+FIRST_PAUSE_S, MOST_PAUSE_S = 2.0, 30.0
+
+
+class NotDownloaded(CheckpointError):
+    """W&B did not hand out a checkpoint. Without it, the run would lose what it has learned."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +60,14 @@ class Model:
     name: str
 
 
-def download_model(name: str, option: str = "--artifact", instead: str = "--checkpoint") -> Model:
+def download_model(name: str, option: str = "--artifact", instead: str = "--checkpoint", which: str = BEST) -> Model:
     """Download a `model` artifact, unless W&B has cached it.
 
     Args:
-        name: ``NAME:ALIAS``, optionally preceded by ``PROJECT/`` or ``ENTITY/PROJECT/``.
+        name: ``NAME`` or ``NAME:ALIAS``, optionally preceded by ``PROJECT/`` or ``ENTITY/PROJECT/``.
         option: the option that gave the name, for messages.
         instead: the option that takes a checkpoint on disk, for messages.
+        which: version to take if the name has no alias: ``best``, ``newest`` or a step.
 
     Raises:
         CheckpointError: if the artifact does not exist, is no checkpoint, or W&B cannot be reached.
@@ -62,34 +78,32 @@ def download_model(name: str, option: str = "--artifact", instead: str = "--chec
             f"{option} = {name!r}: no W&B API key; set WANDB_API_KEY (see .env.example), run `wandb login`, or use "
             f"{instead}"
         )
-    import wandb  # Slow to import, and not needed with --checkpoint.
-
     with api_errors(f"{option} = {name!r}", CheckpointError):
-        wanted = full_name(name, entity_name())
-        artifact = wandb.Api().artifact(wanted)
+        artifact = find_artifact(name, which)
         if artifact.type != MODEL:
-            raise CheckpointError(f"{option} = {wanted!r}: its type is {artifact.type!r}; expected 'model'")
+            raise CheckpointError(f"{option} = {name!r}: its type is {artifact.type!r}; expected 'model'")
         folder = Path(os.environ.get("WANDB_ARTIFACT_DIR", "artifacts")) / artifact.name.replace(":", "-")
         download_files(artifact, folder)
         bare = artifact.name.partition(":")[0]  # Drop the alias, which may move to another version.
         return Model(folder, f"{artifact.entity}/{artifact.project}/{bare}:{artifact.version}")
 
 
-def open_source(checkpoint: str | None, artifact: str | None, option: str) -> Source | None:
+def open_source(checkpoint: str | Path | None, artifact: str | None, option: str, which: str = BEST) -> Source | None:
     """Read the checkpoint that is given by its path or its artifact. None if neither is given.
 
     Args:
         checkpoint: its path.
         artifact: its artifact.
         option: prefix of both options: ``init.``, ``distill.`` or ``--``. For messages.
+        which: checkpoint of a run's folder, or version of an artifact without alias: ``best``, ``newest`` or a step.
 
     Raises:
         CheckpointError: if it cannot be read or downloaded.
     """
     if artifact is not None:
-        model = download_model(artifact, f"{option}artifact", f"{option}checkpoint")
-        return Source(read_checkpoint(model.path), model.name, option)
-    return Source(read_checkpoint(Path(checkpoint)), None, option) if checkpoint is not None else None
+        model = download_model(artifact, f"{option}artifact", f"{option}checkpoint", which)
+        return Source(choose(model.path, name=model.name), model.name, option)
+    return Source(choose(Path(checkpoint), which), None, option) if checkpoint is not None else None
 
 
 def download_files(artifact: Artifact, folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
@@ -132,13 +146,17 @@ def fetch_checkpoint(
         without: parts to leave out.
 
     Returns:
-        The verified checkpoint; None if W&B has no newer intact one, or does not answer.
+        The verified checkpoint; None if W&B has no newer intact one.
+
+    Raises:
+        NotDownloaded: if W&B does not answer, or not with the files.
     """
     try:
         here = newest_checkpoint(folder, NEEDED)
     except CheckpointError:  # All of them are damaged.
         here = None
-    try:
+
+    def fetch() -> Checkpoint | None:
         models, states = uploaded_versions(run, run_id or run.id)
         for step in sorted(models.keys() & states.keys(), reverse=True):
             if here is not None and step <= here.step:
@@ -147,9 +165,9 @@ def fetch_checkpoint(
                 return _download([models[step], states[step]], folder, step, without)
             except CheckpointError as error:
                 print(f"W&B: skipped the checkpoint of step {step}: {error}", file=sys.stderr)
-    except failures() as error:
-        print(f"W&B: could not download a checkpoint of this run ({one_line(error)})", file=sys.stderr)
-    return None
+        return None
+
+    return _again_and_again(fetch)
 
 
 def fetch_best(run: Run, folder: Path) -> None:
@@ -159,16 +177,39 @@ def fetch_best(run: Run, folder: Path) -> None:
         run: the run of this process.
         folder: folder of the checkpoints. The newest one names the best step.
     """
-    try:
-        newest = newest_checkpoint(folder, NEEDED)
-        best = newest.metadata.get("best") if newest else None
-        if not best or (folder / step_folder(best["step"])).exists():
-            return
+    newest = newest_checkpoint(folder, NEEDED)
+    best = newest.metadata.get("best") if newest else None
+    if not best or (folder / step_folder(best["step"])).exists():
+        return
+
+    def fetch() -> None:
         models, _ = uploaded_versions(run, run.id)
         if best["step"] in models:
             _download([models[best["step"]]], folder, best["step"], ())
-    except failures() as error:
-        print(f"W&B: could not download the best checkpoint of this run ({one_line(error)})", file=sys.stderr)
+
+    _again_and_again(fetch)
+
+
+def _again_and_again(fetch: Callable[[], T]) -> T:
+    """Call a function that reads from W&B until it succeeds, for a limited time.
+
+    Raises:
+        NotDownloaded: if it keeps failing.
+    """
+    end, pause = time.monotonic() + float(os.environ.get(DOWNLOAD_WITHIN, DOWNLOAD_WITHIN_S)), FIRST_PAUSE_S
+    while True:
+        try:
+            return fetch()
+        except failures() as error:
+            reason = one_line(error)
+            if time.monotonic() + pause > end:
+                raise NotDownloaded(
+                    f"W&B has a checkpoint of this run, or may have one, but did not hand it out ({reason}); run the "
+                    "same command again, or start over with --checkpoint.resume=false"
+                ) from None
+        print(f"W&B: could not download a checkpoint of this run ({reason}); trying again", file=sys.stderr)
+        time.sleep(pause)
+        pause = min(2 * pause, MOST_PAUSE_S)
 
 
 def uploaded_steps(run: Run) -> set[int]:

@@ -6,12 +6,12 @@ import netrc
 import os
 import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from dotenv import find_dotenv, load_dotenv
 
-from diffusion_core.config import ConfigError
+from diffusion_core.config import ConfigError, read_yaml
 from diffusion_core.redact import clean_environment
 from diffusion_core.run_folder import check_paths, read_run_file
 
@@ -39,6 +39,19 @@ def load_environment() -> None:
 def in_sweep() -> bool:
     """Return whether a sweep chose this process's trial: a W&B agent or an offline sweep."""
     return "WANDB_SWEEP_ID" in os.environ or OFFLINE_SWEEP in os.environ
+
+
+def agent_parameters() -> dict[str, Any]:
+    """Return the parameters that a W&B agent chose for this process's trial, which W&B records; empty without an agent.
+
+    Raises:
+        ConfigError: if the agent's file cannot be read.
+    """
+    file = os.environ.get("WANDB_SWEEP_PARAM_PATH")
+    if not file or not Path(file).is_file():
+        return {}
+    content = read_yaml(Path(file))
+    return {key: spec["value"] for key, spec in content.items() if isinstance(spec, dict) and "value" in spec}
 
 
 def wandb_mode() -> str:

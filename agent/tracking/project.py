@@ -8,24 +8,37 @@ from typing import TYPE_CHECKING, Any
 from agent.tracking.api import api_errors, flat_summary
 from agent.tracking.environment import load_environment
 from diffusion_core.checkpoint import CheckpointError
-from diffusion_core.tracking import MODEL, STATE
+from diffusion_core.choice import wanted_step
+from diffusion_core.redact import redacted_arguments
+from diffusion_core.tracking import BEST, MODEL, STATE
 
 if TYPE_CHECKING:
     from wandb import Artifact
 
 
-def finished_runs(name: str) -> list[tuple[str, dict[str, Any]]]:
-    """Return id and summary of each finished run of a project, ``PROJECT`` or ``ENTITY/PROJECT``.
+def finished_runs(name: str, which: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Yield id, summary and metadata of the model of each finished run of a project.
+
+    Args:
+        name: ``PROJECT`` or ``ENTITY/PROJECT``.
+        which: version of the model, as in :mod:`diffusion_core.choice`: ``best``, ``newest`` or a step. Runs without
+            that step are left out. Otherwise the metadata of a run without a model are empty.
 
     Raises:
         ConfigError: if W&B cannot be reached, or has no such project.
+        CheckpointError: if ``which`` is something else.
     """
     load_environment()
     import wandb  # Slow to import.
 
+    step = wanted_step(which)
     with api_errors(f"--project = {name!r}"):
-        runs = wandb.Api().runs(name, filters={"state": "finished"})
-        return [(run.id, flat_summary(run.summary)) for run in runs]
+        for run in wandb.Api().runs(name, filters={"state": "finished"}):
+            models = [model for model in run.logged_artifacts() if model.name.startswith(f"{MODEL}-{run.id}:")]
+            models.sort(key=lambda model: (which == BEST and BEST in model.aliases, model.metadata.get("step", -1)))
+            described = [dict(model.metadata) for model in models if step in (None, model.metadata.get("step"))]
+            if described or step is None:
+                yield run.id, flat_summary(run.summary), described[-1] if described else {}
 
 
 def log_table(project: str, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -33,7 +46,7 @@ def log_table(project: str, name: str, columns: Sequence[str], rows: Sequence[Se
     import wandb
 
     entity, _, project = project.rpartition("/")
-    with wandb.init(entity=entity or None, project=project, job_type=name, name=name) as run:
+    with redacted_arguments(), wandb.init(entity=entity or None, project=project, job_type=name, name=name) as run:
         run.log({name: wandb.Table(columns=list[str | int](columns), data=[list(row) for row in rows])})
 
 

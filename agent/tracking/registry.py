@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from agent.tracking.api import api_errors, full_name, summary_figures
+from agent.tracking.api import api_errors, find_artifact, summary_figures
 from agent.tracking.environment import load_environment
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config.metrics import goal_of, goals, is_better
@@ -45,7 +45,7 @@ def promote(name: str, registry: str, collection: str, aliases: Sequence[str]) -
     """Link a model to a collection of a registry. Return the collection's path.
 
     Args:
-        name: the artifact: ``model-RUN_ID:best``, optionally preceded by project and entity.
+        name: the artifact, as :func:`agent.tracking.api.find_artifact` takes it.
         registry: name of the registry, such as ``model``, optionally preceded by ``ORGANIZATION/``.
         collection: name of the collection. It is created if it does not exist.
         aliases: aliases of the version in the collection, besides ``latest``.
@@ -53,13 +53,12 @@ def promote(name: str, registry: str, collection: str, aliases: Sequence[str]) -
     Raises:
         CheckpointError: if the model does not exist, or the entity has no registry.
     """
-    import wandb
-
     organization, _, registry = registry.rpartition("/")
     target = "/".join([*([organization] if organization else []), f"wandb-registry-{registry}", collection])
     with api_errors(f"--artifact = {name!r}", CheckpointError):
-        api = wandb.Api()
-        artifact = api.artifact(full_name(name, api.default_entity), type=MODEL)
+        artifact = find_artifact(name)
+        if artifact.type != MODEL:
+            raise CheckpointError(f"--artifact = {name!r}: its type is {artifact.type!r}; expected 'model'")
     try:
         with api_errors(f"--registry = {registry!r}", CheckpointError):
             artifact.link(target, aliases=list(aliases))
@@ -74,17 +73,16 @@ def promote(name: str, registry: str, collection: str, aliases: Sequence[str]) -
 
 
 def publish(artifact_name: str, figures: Mapping[str, float], protocols: Mapping[str, str]) -> str:
-    """Add figures to a `model` artifact's metadata and its run's summary. Return the artifact's full name.
+    """Add figures to a `model` artifact's metadata. Return the artifact's full name.
+
+    They are added to its run's summary as well if it is the run's best model, or the newest one if none is the best.
 
     Raises:
         CheckpointError: if W&B cannot be reached, or refuses.
     """
     load_environment()
-    import wandb  # Slow to import.
-
     with api_errors("--wandb", CheckpointError):
-        api = wandb.Api()
-        artifact = api.artifact(full_name(artifact_name, api.default_entity))
+        artifact = find_artifact(artifact_name)
         metadata: dict[str, Any] = dict(artifact.metadata)
         artifact.metadata = metadata | {
             "figures": dict(metadata.get("figures", {})) | dict(figures),
@@ -92,6 +90,6 @@ def publish(artifact_name: str, figures: Mapping[str, float], protocols: Mapping
         }
         artifact.save()
         run = artifact.logged_by()
-        if run is not None:
+        if run is not None and find_artifact(artifact_name.partition(":")[0]).version == artifact.version:
             run.summary.update({**figures, **{f"{PREFIX}{name}": line for name, line in protocols.items()}})
         return str(artifact.qualified_name)

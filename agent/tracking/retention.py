@@ -6,12 +6,11 @@ import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from agent.tracking.api import STEP_ALIAS
 from diffusion_core.messages import one_line
 
 if TYPE_CHECKING:
     from wandb import Artifact
-
-STEP_ALIAS = "step-"
 
 
 class Retention:

@@ -99,6 +99,6 @@ def round_trackers(lottery_id: str, mode: str) -> OpenTracker:
         run = start_wandb(run_id, folder, flatten(config), mode, group=lottery_id, beside=True)
         if may_fetch(run, config.checkpoint):
             fetch_checkpoint(run, folder / CHECKPOINTS)
-        return wandb_tracker(run, folder, config.checkpoint)
+        return wandb_tracker(run, folder, config.checkpoint, mode)
 
     return open_tracker

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent.tracking.api import DEFAULT_PROJECT
+from agent.tracking.api import DEFAULT_PROJECT, server_status
 from agent.tracking.environment import is_offline
 from agent.tracking.retention import Retention
 from agent.tracking.tracker import PATIENCE_S, WandbTracker
@@ -98,6 +98,23 @@ def start_wandb(
         if mode != "online":
             raise
         reason = one_line(error)
+        status = server_status()
+        if status in (401, 403):
+            raise ConfigError(
+                f"WANDB_API_KEY: W&B refuses the API key (status {status}); check it, `wandb login --relogin`, or set "
+                f"WANDB_MODE=offline"
+            ) from None
+        if status == 200:  # It answers: a passing fault, or it refuses the run.
+            if not beside:
+                wandb.teardown()
+            try:
+                return start(mode)
+            except (wandb.errors.Error, TimeoutError) as again:
+                if server_status() == 200:
+                    raise ConfigError(
+                        f"W&B refuses this run ({one_line(again)}); check WANDB_ENTITY and WANDB_PROJECT, or "
+                        "set WANDB_MODE=offline"
+                    ) from None
         if not or_offline:
             raise ConfigError(f"W&B: the server does not answer ({reason})") from None
         print(f"W&B: the server does not answer, so this run is recorded offline ({reason})", file=sys.stderr)
@@ -124,7 +141,7 @@ def may_fetch(run: Run, config: CheckpointConfig) -> bool:
     return run.resumed and not is_offline(run) and config.resume
 
 
-def wandb_tracker(run: Run, folder: Path, config: CheckpointConfig) -> WandbTracker:
+def wandb_tracker(run: Run, folder: Path, config: CheckpointConfig, mode: str) -> WandbTracker:
     """Return the tracker of a W&B run. It skips the rows that the run has already."""
     logged = [row[STEP] for row in read_history(folder)]
     return WandbTracker(
@@ -133,6 +150,7 @@ def wandb_tracker(run: Run, folder: Path, config: CheckpointConfig) -> WandbTrac
         first_step=max(logged, default=-1) + 1 if is_offline(run) else run.starting_step,
         keep=config.keep,
         after_upload=Retention(config.keep, config.ttl_days),
+        online=mode == "online",
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from agent.tracking.api import ask
 from agent.tracking.environment import is_offline
 
 if TYPE_CHECKING:
@@ -26,14 +27,8 @@ def was_asked_to_end(run: Run) -> bool:
     """
     if is_offline(run):
         return False
-    import wandb
-
     try:
-        # The public API does not expose these two fields.
-        service = wandb.Api(timeout=ANSWER_WITHIN_S)._service_api
-        names = {"entity": run.entity, "project": run.project, "run": run.id}
-        answer: Any = service.execute_graphql(QUERY, variables=names, timeout=ANSWER_WITHIN_S)
-        state = answer["project"]["run"]
+        state = ask(run, QUERY, ANSWER_WITHIN_S)
         return bool(state["shouldStop"] or state["stopped"])
     except Exception:
         return False

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agent.tracking.arrival import lacking
 from agent.tracking.environment import is_offline
 from agent.tracking.uploads import UploadQueue
 from diffusion_core.config.metrics import goal_of
+from diffusion_core.messages import one_line
 from diffusion_core.redact import redact, redacted
 from diffusion_core.tracking import MODEL, STEP, Tracker, Upload
 
@@ -18,6 +22,9 @@ if TYPE_CHECKING:
 
 PATIENCE_S = 300.0
 """Seconds that a finished trial waits for uploads, unless WANDB_FINISH_TIMEOUT says otherwise."""
+
+ARTIFACT_WITHIN_S = 3600
+"""Seconds that the upload of one artifact may take."""
 
 
 class WandbTracker(Tracker):
@@ -28,6 +35,7 @@ class WandbTracker(Tracker):
         first_step: the first step to log. The run has rows of earlier ones already.
         keep: number of versions of an artifact that may wait for their upload, besides the best one.
         after_upload: called with each artifact that was uploaded.
+        online: whether the run was meant to be online. It is recorded offline if W&B did not answer.
     """
 
     def __init__(
@@ -37,11 +45,16 @@ class WandbTracker(Tracker):
         first_step: int = 0,
         keep: int = 2,
         after_upload: Callable[[Any], None] | None = None,
+        online: bool = False,
     ) -> None:
         self.run = run
+        self.online = online
+        self.broken = ""
+        """Why W&B's client does not take any more; empty while it does."""
         self._logged: dict[str, Any] = {}
         self.live = not is_offline(run)
         self.first_step = first_step
+        self.last_step = first_step - 1 if first_step > 0 else None
         self.after_upload = after_upload
         # Offline, keep the staged files: `wandb sync` reads them.
         self.uploads = UploadQueue(self._send, Path(run.settings.sync_dir) / "staged", keep, discard=self.live)
@@ -52,24 +65,43 @@ class WandbTracker(Tracker):
     def log(self, row: Mapping[str, float | Path], step: int) -> None:
         """Send one row to W&B, unless the server has that step already."""
         if step >= self.first_step:
-            for name in row.keys() - self._defined:
-                # By its full name, so that the summary keeps the best value: of patterns that match, W&B applies any.
-                if (goal := goal_of(name)) is not None and "*" not in name:
-                    self.run.define_metric(name, step_metric=STEP, summary="min" if goal == "minimize" else "max")
-            self._defined |= row.keys()
-            # Commit at once: an uncommitted row is lost if this process dies.
-            values = {STEP: step, **{name: _wandb_value(value) for name, value in row.items()}}
-            self.run.log(values, step=step, commit=True)
+            self.last_step = step
+            self._tell(lambda: self._log(row, step))
+
+    def _log(self, row: Mapping[str, float | Path], step: int) -> None:
+        for name in row.keys() - self._defined:
+            # By its full name, so that the summary keeps the best value: of patterns that match, W&B applies any.
+            if (goal := goal_of(name)) is not None and "*" not in name:
+                self.run.define_metric(name, step_metric=STEP, summary="min" if goal == "minimize" else "max")
+        self._defined |= row.keys()
+        # Commit at once: an uncommitted row is lost if this process dies.
+        self.run.log({STEP: step, **{name: _wandb_value(value) for name, value in row.items()}}, step=step, commit=True)
 
     def summary(self, figures: Mapping[str, Any]) -> None:
         """Set figures in the run's summary."""
-        self.run.summary.update(redacted(dict(figures)))
+        self._tell(lambda: self.run.summary.update(redacted(dict(figures))))
 
-    def artifact(self, upload: Upload) -> None:
-        """Upload a version of an artifact, or keep what would be uploaded."""
-        self.uploads.put(upload)
+    def _tell(self, send: Callable[[], object]) -> None:
+        """Tell W&B's client something. A client that broke must not stop training: history is on the disk as well."""
+        if not self.broken:
+            try:
+                send()
+            except Exception as error:
+                self.broken = one_line(error)
+                print(f"W&B: its client has broken ({self.broken}); what is missing is sent at the end",
+                      file=sys.stderr)  # fmt: skip
 
-    def _send(self, upload: Upload) -> None:
+    def artifact(self, *uploads: Upload) -> None:
+        """Upload versions of artifacts, or keep what would be uploaded."""
+        self.uploads.put(*uploads)
+
+    def _send(self, uploads: Sequence[Upload]) -> None:
+        logged = [self._log_artifact(upload) for upload in uploads]
+        if self.live and self.after_upload is not None:
+            for artifact in logged:  # Only now: until both halves have arrived, an older pair is needed.
+                self.after_upload(artifact)
+
+    def _log_artifact(self, upload: Upload) -> Any:
         import wandb
 
         artifact = wandb.Artifact(upload.name, type=upload.kind, metadata=redacted(dict(upload.metadata)))
@@ -80,10 +112,9 @@ class WandbTracker(Tracker):
             artifact.add_file(str(path), policy="immutable", skip_cache=True)
         logged = self.run.log_artifact(artifact, aliases=list(upload.aliases))
         if self.live:
-            logged.wait()
+            logged.wait(ARTIFACT_WITHIN_S)
             self._logged[upload.name] = logged
-            if self.after_upload is not None:
-                self.after_upload(logged)
+        return logged
 
     def use(self, name: str, kind: str = MODEL, files: Sequence[Path] = ()) -> None:
         """Record that the run uses an artifact, after the uploads that were queued before."""
@@ -105,21 +136,21 @@ class WandbTracker(Tracker):
 
     def alert(self, title: str, text: str) -> None:
         """Send an alert of level WARN."""
-        self.run.alert(title, redact(text), level="WARN")
+        self._tell(lambda: self.run.alert(title, redact(text), level="WARN"))
 
-    def close(self, exit_code: int = 0) -> None:
-        """Send what is left, within the run's finish_timeout.
+    def close(self, exit_code: int = 0) -> list[str]:
+        """Send what is left, within the run's finish_timeout. Return the names of what W&B has not got."""
+        left = self.uploads.close(0.0 if self.broken else self.run.settings.finish_timeout or PATIENCE_S)
+        if not self.broken:
+            with contextlib.suppress(TimeoutError):
+                self._tell(lambda: self.run.finish(exit_code=exit_code))
+        if self.broken:
+            import wandb
 
-        Raises:
-            TimeoutError: if time ran out. The message names what was not sent.
-        """
-        left = self.uploads.close(self.run.settings.finish_timeout or PATIENCE_S)
-        try:
-            self.run.finish(exit_code=exit_code)
-        except TimeoutError:
-            left = ["history", *left]
-        if left:
-            raise TimeoutError(", ".join(left))
+            with contextlib.suppress(Exception):
+                wandb.teardown()  # Have W&B forget its dead process, or it would print a traceback at exit.
+            return ["history", *left]
+        return [*(lacking(self.run, self.last_step) if self.live else []), *left]
 
 
 def _wandb_value(value: float | Path) -> Any:

@@ -304,7 +304,7 @@ class InitConfig(Section):
     """Knobs of ``init.*``: the checkpoint to start from."""
 
     checkpoint: Annotated[str, Field(min_length=1)] | None = None
-    """Start from the weights of this checkpoint, or of the newest one in a run's folder, of equal model.*; a pruned one
+    """Start from the weights of this checkpoint, or of the best one in a run's folder, of equal model.*; a pruned one
     keeps its widths and masks. None: start from nothing."""
     artifact: Annotated[str, Field(min_length=1)] | None = None
     """The same from W&B: a `model` artifact, such as model-abc123:best."""

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from diffusion_core.checkpoint import Checkpoint, CheckpointError
+from diffusion_core.choice import announce, choose
 from diffusion_core.config import ConfigError
 from diffusion_core.diffusers_io.names import diffusers_name
 from diffusion_core.diffusers_io.networks import compare, compare_schedules, describe, diffusers_network
@@ -15,18 +16,22 @@ from diffusion_core.diffusers_io.scheduler import EXTRA, fewer_steps, scheduler_
 from diffusion_core.diffusers_io.source import CLASSES_FILE
 from diffusion_core.diffusers_io.unet import unet_config
 from diffusion_core.model.unet import NO_LABEL
+from diffusion_core.tracking import BEST
 
 PIPELINE_STEPS = 1000
 
 
-def export_model(path: Path, folder: Path, *, weights: str = "ema", label: str | None = None) -> Iterator[str]:
+def export_model(
+    path: Path, folder: Path, *, weights: str = "ema", label: str | None = None, which: str = BEST
+) -> Iterator[str]:
     """Write the DDPMPipeline of a checkpoint into ``folder``; yields a description of the network, then notes.
 
     Args:
-        path: a checkpoint, or a run folder (its newest checkpoint).
+        path: a checkpoint, or a run's folder.
         folder: an empty folder.
         weights: part of the checkpoint to export, ``ema`` or ``model``.
         label: class of a class-conditional model to export, by number or name, or ``none``; None exports all.
+        which: checkpoint of a run's folder, for :func:`diffusion_core.choice.choose`.
 
     Raises:
         CheckpointError: if the checkpoint cannot be read, or its network cannot be a UNet2DModel.
@@ -34,7 +39,7 @@ def export_model(path: Path, folder: Path, *, weights: str = "ema", label: str |
     """
     from diffusers import DDPMPipeline, DDPMScheduler
 
-    checkpoint = read_checkpoint(path)
+    checkpoint = choose(path, which)
     if weights not in checkpoint.parts:
         raise CheckpointError(f"--weights = {weights!r}: {str(checkpoint.path)!r} does not hold them")
     if checkpoint.metadata["structure"]:
@@ -65,6 +70,7 @@ def export_model(path: Path, folder: Path, *, weights: str = "ema", label: str |
 
     pipeline: Any = DDPMPipeline(unet, DDPMScheduler(**scheduler))
     pipeline.save_pretrained(folder)
+    announce(checkpoint)
     if network.num_classes and only is None:
         names = list(checkpoint.class_names[: network.num_classes])
         content = json.dumps({"classes": names, "null_class": has_null_class}, indent=1)

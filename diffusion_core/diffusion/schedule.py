@@ -171,10 +171,13 @@ class SamplingSteps:
         return (self.sigmas / self.alphas).tolist()
 
     def t(self, index: int, like_BCHW: Tensor) -> Tensor:
-        """Return the timestep of a step for a whole batch, ``(B,)``: int64, or float32 between timesteps."""
-        value = self.timesteps[index]
-        dtype = torch.long if float(value).is_integer() else torch.float32
-        return torch.full((len(like_BCHW),), value, dtype=dtype, device=like_BCHW.device)
+        """Return the timestep of a step for a whole batch, ``(B,)``: int64, or float32 if any lies between timesteps.
+
+        All steps have one type, so that a compiled network is compiled once.
+        """
+        whole = all(float(value).is_integer() for value in self.timesteps)
+        dtype = torch.long if whole else torch.float32
+        return torch.full((len(like_BCHW),), self.timesteps[index], dtype=dtype, device=like_BCHW.device)
 
 
 def spaced_timesteps(timesteps: int, count: int, spacing: Spacing) -> list[int]:

@@ -1,73 +1,146 @@
-"""Models in one table, with their costs and figures, and how these were measured."""
+"""Checkpoints in one table, with their costs and figures, and how these were measured.
+
+All figures of a row were measured on its checkpoint: while its run trained, at that step, or by scripts/evaluate.py.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusion_core.checkpoint import CheckpointError, list_checkpoints, read_checkpoint, step_folder, step_of
+from diffusion_core.choice import wanted_step
 from diffusion_core.config.metrics import best_first, goal_of
 from diffusion_core.evaluation.protocol import PREFIX
-from diffusion_core.run_folder import PROTOCOLS_FILE, RESULT_FILE
+from diffusion_core.files import write_csv, write_json
+from diffusion_core.run_folder import CHECKPOINTS, PROTOCOLS_FILE, RESULT_FILE, read_history, without_step
 from diffusion_core.tables import cell, text_table
+from diffusion_core.tracking import BEST, STEP
 
 COSTS = {"parameters": "model/params", "MACs": "model/macs", "latency": "model/latency"}
 """Columns of costs, and the prefix of the figure in each."""
 
 QUALITY_PREFIXES = ("val/loss", "eval/")
 EVALUATION_FILE = "evaluation.json"
+CHAIN_PREFIX = "lottery/"
+"""Prefix of the figures that a chain of runs has in its own history."""
+FILE = "leaderboard"
+UNKNOWN_STEP = "rows without a step: the best values of the run, which may be those of several checkpoints"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A model on the leaderboard.
+    """A checkpoint on the leaderboard.
 
     Attributes:
         model: its run's id or name.
+        step: its step; None if it is unknown, and the figures are the best values of the run.
         costs: known costs by column.
-        figures: figures of quality by name; each has a goal, lower or higher.
+        figures: figures of quality by name, all measured on it; each has a goal, lower or higher.
         protocols: how the figures were measured, by their names.
     """
 
     model: str
+    step: int | None
     costs: dict[str, float]
     figures: dict[str, float]
     protocols: dict[str, str]
 
 
-def entry(model: str, figures: Mapping[str, Any], protocols: Mapping[str, str]) -> Entry:
-    """Return a model's entry, given all figures of its run."""
-    costs = {}
+def entry(
+    model: str,
+    step: int | None,
+    costs: Mapping[str, Any],
+    figures: Mapping[str, Any],
+    protocols: Mapping[str, str],
+) -> Entry:
+    """Return a checkpoint's entry.
+
+    Args:
+        model: its run's id or name.
+        step: its step, if it is known.
+        costs: figures that include the costs of its network, such as all of its run.
+        figures: figures that were measured on it.
+        protocols: how figures were measured.
+    """
+    found = {}
     for column, prefix in COSTS.items():
-        found = [value for name, value in figures.items() if name.startswith(prefix) and isinstance(value, int | float)]
-        if found:
-            costs[column] = found[0]
+        values = [value for name, value in costs.items() if name.startswith(prefix) and isinstance(value, int | float)]
+        if values:
+            found[column] = values[0]
     quality = {
         name: float(value)
         for name, value in figures.items()
         if name.startswith(QUALITY_PREFIXES) and goal_of(name) and isinstance(value, int | float)
     }
-    return Entry(model, costs, quality, {name: line for name, line in protocols.items() if name in quality})
+    return Entry(model, step, found, quality, {name: line for name, line in protocols.items() if name in quality})
 
 
-def from_folders(roots: Sequence[Path]) -> Iterator[Entry]:
-    """Yield the finished runs below some folders, with what scripts/evaluate.py measured of their checkpoints."""
+def from_folders(roots: Sequence[Path], which: str = BEST) -> Iterator[Entry]:
+    """Yield checkpoints of the finished runs below some folders, with the figures that were measured on each of them.
+
+    Of each run that is the checkpoint that ``which`` chooses, as in :mod:`diffusion_core.choice`, and with ``best`` and
+    ``newest`` also those that scripts/evaluate.py measured.
+
+    Raises:
+        CheckpointError: if ``which`` is neither ``best``, ``newest`` nor a step.
+    """
+    step = wanted_step(which)
     for file in sorted(file for root in roots for file in root.rglob(RESULT_FILE)):
         try:
-            result = json.loads(file.read_text(encoding="utf-8"))
-            figures: dict[str, Any] = dict(result["figures"])
-            protocols: dict[str, str] = {}
-            later = [file.parent / PROTOCOLS_FILE, *sorted((file.parent / "checkpoints").glob(f"*/{EVALUATION_FILE}"))]
-            for other in (path for path in later if path.is_file()):
-                content = json.loads(other.read_text(encoding="utf-8"))
-                figures |= content.get("figures", {}) if other.name == EVALUATION_FILE else {}
-                protocols |= content.get("protocols", {}) if other.name == EVALUATION_FILE else content
-            yield entry(str(result["run_id"]), figures, protocols)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            yield from _entries_of(file.parent, json.loads(file.read_text(encoding="utf-8")), which, step)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             print(f"{file}: skipped, it is damaged", file=sys.stderr)
+
+
+def _entries_of(folder: Path, result: Mapping[str, Any], which: str, step: int | None) -> list[Entry]:
+    """Return the entries of a run."""
+    history = {row[STEP]: without_step(row) for row in read_history(folder)}
+    if any(name.startswith(CHAIN_PREFIX) for row in history.values() for name in row):
+        return []  # A lottery: its rounds are runs below its folder.
+    written = {place: step_of(place) for place in list_checkpoints(folder / CHECKPOINTS)}
+    evaluated = {number: place / EVALUATION_FILE for place, number in written.items() if number is not None}
+    evaluated = {number: file for number, file in evaluated.items() if file.is_file()}
+    if step is not None:
+        steps = [step] if step in history or step in evaluated else []
+    else:
+        named = step_of(Path(result["best_checkpoint"])) if which == BEST else None
+        chosen = int(result["step"]) if named is None else named
+        steps = [chosen, *(number for number in evaluated if number != chosen)]
+    protocols = json.loads(_text(folder / PROTOCOLS_FILE))
+    entries = []
+    for number in steps:
+        judged = json.loads(_text(evaluated[number])) if number in evaluated else {}
+        # The costs are those of the last network. Pruning forgets which checkpoint was the best before it.
+        is_last = number in steps[: step is None] or _have_equal_widths(folder, number, int(result["step"]))
+        entries.append(
+            entry(
+                str(result["run_id"]),
+                number,
+                dict(result["figures"]) if is_last else {},
+                history.get(number, {}) | dict(judged.get("figures", {})),
+                protocols | dict(judged.get("protocols", {})),
+            )
+        )
+    return entries
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.is_file() else "{}"
+
+
+def _have_equal_widths(folder: Path, *steps: int) -> bool:
+    """Return whether checkpoints of a run have networks of the same widths; False if they are not on the disk."""
+    try:
+        paths = [folder / CHECKPOINTS / step_folder(step) for step in steps]
+        one, *others = [read_checkpoint(path, verify=False).metadata["structure"] for path in paths]
+    except CheckpointError:
+        return False
+    return all(other == one for other in others)
 
 
 def ordered(entries: Sequence[Entry], metric: str | None) -> list[Entry]:
@@ -76,16 +149,16 @@ def ordered(entries: Sequence[Entry], metric: str | None) -> list[Entry]:
 
 
 def rows_of(entries: Sequence[Entry]) -> tuple[list[str], list[dict[str, Any]]]:
-    """Return columns (model, costs, figures, and the protocol beside each figure that has one) and rows by column."""
+    """Return columns and rows by column: model, step, costs, figures, and the protocol beside each that has one."""
     costs = [column for column in COSTS if any(column in item.costs for item in entries)]
     figures = list(dict.fromkeys(name for item in entries for name in item.figures))
-    columns = ["model", *costs]
+    columns = ["model", "step", *costs]
     for name in figures:
         columns += [name, *([f"{PREFIX}{name}"] if any(name in item.protocols for item in entries) else [])]
     rows = []
     for item in entries:
         protocols = {f"{PREFIX}{name}": line for name, line in item.protocols.items()}
-        rows.append({"model": item.model, **item.costs, **item.figures, **protocols})
+        rows.append({"model": item.model, "step": item.step, **item.costs, **item.figures, **protocols})
     return columns, rows
 
 
@@ -99,4 +172,12 @@ def show(entries: Sequence[Entry]) -> str:
 
     head = ["protocol" if column.startswith(PREFIX) else column for column in columns]
     table = text_table(head, [[text(column, row.get(column)) for column in columns] for row in rows])
-    return "\n".join([table, *(f"[{number}] {line}" for number, line in enumerate(lines, start=1))])
+    notes = [UNKNOWN_STEP] if any(item.step is None for item in entries) else []
+    return "\n".join([table, *(f"[{number}] {line}" for number, line in enumerate(lines, start=1)), *notes])
+
+
+def write(entries: Sequence[Entry], folder: Path) -> None:
+    """Write ``leaderboard.csv`` and ``leaderboard.json`` into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"{FILE}.json", [asdict(item) for item in entries])
+    write_csv(folder / f"{FILE}.csv", *rows_of(entries))

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from diffusion_core.machine.processes import end_with_parent
 from diffusion_core.messages import one_line
+from diffusion_core.signals import ignore_interrupts
 
 T = TypeVar("T")
 
@@ -69,8 +70,7 @@ def in_child(function: Callable[[], T]) -> T:
 
 def _answer(function: Callable[[], T], pipe: int, parent: int) -> None:
     """Call the function in the child, write the answer, and exit."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches both. The parent decides.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ignore_interrupts()
     end_with_parent(parent, signal.SIGKILL)
     result: T | None = None
     error: BaseException | None = None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import sys
 from collections import Counter
+from pathlib import Path
 
 from diffusion_core.machine.child import in_child
 
@@ -34,9 +37,23 @@ def _count_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def usable_cores() -> int:
-    """Return the number of processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def usable_cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the number of processor cores that this process may use.
+
+    The least of its affinity, its container's quota (cgroups, version 1 and 2), and its Slurm job's cores on this node.
+
+    Args:
+        groups: where the control groups are.
+    """
+    limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    for variable in ("SLURM_CPUS_ON_NODE", "SLURM_CPUS_PER_TASK"):
+        if (said := os.environ.get(variable, "")).isdecimal():
+            limits.append(int(said))
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):  # "max" and -1 mean that there is no quota.
+            quota, period = " ".join((groups / file).read_text(encoding="ascii") for file in files).split()
+            limits += [math.ceil(int(quota) / int(period))] if int(quota) > 0 else []
+    return max(1, min(limits))
 
 
 def threads_each(count: int) -> int:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffusion_core.checkpoint import (
     METADATA_FILE,
     SAMPLING_PARTS,
@@ -38,6 +40,7 @@ def describe(state: TrainState, config: CoreConfig, class_names: Sequence[str]) 
         "class_names": redacted(list(class_names)),
         "structure": structure(network, config.model),
         "figures": {},
+        "threads": torch.get_num_threads(),  # They decide the last bits of sums on a processor.
         **state.metadata(),
     }
 
@@ -61,6 +64,7 @@ class SaveCheckpoints:
 
     Attributes:
         best: metric, value and step of the best checkpoint so far, or None.
+        figures: what was measured at the current step.
     """
 
     def __init__(
@@ -81,13 +85,13 @@ class SaveCheckpoints:
         best = resumed.metadata.get("best") if resumed else None
         # The run may resume with another metric, whose values cannot be compared.
         self.best: dict[str, Any] | None = best if best and best["metric"] == config.checkpoint.best_metric else None
-        self.figures: dict[str, float] = dict(resumed.metadata["figures"]) if resumed else {}
+        self.figures: dict[str, float] = {}
 
     def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
-        """Collect the row's finite figures, and save if a checkpoint is due."""
-        self.figures.update(
-            {key: value for key, value in row.items() if isinstance(value, int | float) and math.isfinite(value)}
-        )
+        """Keep the row's finite figures, and save if a checkpoint is due."""
+        self.figures = {
+            key: value for key, value in row.items() if isinstance(value, int | float) and math.isfinite(value)
+        }
         if is_due(state.step, self.config.checkpoint.every, self.config.train.steps):
             self.save(state, row.get(self.config.checkpoint.best_metric))
 
@@ -97,6 +101,7 @@ class SaveCheckpoints:
         Lineage then leads from the dense model to the pruned one, and on to the models trained from it.
         """
         self.saved_step = None  # The dense network may have been saved at this step.
+        self.figures = {}  # They were measured on the dense network.
         checkpoint = self.save(state)
         if self.config.checkpoint.upload and checkpoint is not None:
             name = f"pruned-{self.run_id}"
@@ -194,8 +199,9 @@ def log_checkpoint(
     }
     rows = checkpoint.path / HISTORY_FILE
     write_json_lines(rows, (row for row in history if row[STEP] <= checkpoint.step))
-    tracker.artifact(Upload(f"{MODEL}-{run_id}", MODEL, model_files(checkpoint), aliases, described))
+    uploads = [Upload(f"{MODEL}-{run_id}", MODEL, model_files(checkpoint), aliases, described)]
     training = [checkpoint.path / f"{part}.safetensors" for part in checkpoint.parts if part not in SAMPLING_PARTS]
     if training:  # A checkpoint that was downloaded for sampling has none.
         files = [checkpoint.path / METADATA_FILE, *training, rows]
-        tracker.artifact(Upload(f"{STATE}-{run_id}", STATE, files, aliases, described, ttl_days))
+        uploads.append(Upload(f"{STATE}-{run_id}", STATE, files, aliases, described, ttl_days))
+    tracker.artifact(*uploads)

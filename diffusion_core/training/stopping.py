@@ -51,6 +51,9 @@ class StopRequest:
         self.mark_preempting: Callable[[], None] = lambda: None
         """Tell the server that the run will resume elsewhere. It is called after a signal only: a run that fails must
         not be handed back."""
+        self._known = threading.Event()
+        self._known.set()
+        self._at_once = False
         self._ended = False
         self._came_at = 0.0
         self._judged = threading.Event()
@@ -60,6 +63,8 @@ class StopRequest:
         if self.number and time.monotonic() - self._came_at > SAME_REQUEST_S:
             raise KeyboardInterrupt  # A second request: do not wait for the step.
         self.ask(number)
+        if self._at_once:
+            raise Stopped(number)
 
     def ask(self, number: int = signal.SIGINT) -> None:
         """Request a stop as if a first signal had come. W&B's client calls this besides the agent's signal."""
@@ -73,6 +78,7 @@ class StopRequest:
         told = os.read(woken, 1)
         os.close(woken)
         if told == b"!":
+            self._known.wait()
             self._ended = self.asked_to_end()
             if not self._ended:
                 self.mark_preempting()
@@ -87,6 +93,29 @@ class StopRequest:
             if self._wake is not None:
                 self._judged.wait(VERDICT_WITHIN_S)
             raise Stopped(number, ended=bool(self.agree(int(self._ended))))
+
+    def check_now(self) -> None:
+        """Raise :class:`Stopped` if this process received a signal before there was a step."""
+        if self.number:
+            raise Stopped(self.number)
+
+    def later(self) -> None:
+        """Do not ask why a signal came, nor hand the run back, before :meth:`ready`: there is no run yet."""
+        self._known.clear()
+
+    def ready(self) -> None:
+        """From now on :attr:`asked_to_end` and :attr:`mark_preempting` reach the run."""
+        self._known.set()
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside this context a signal raises :class:`Stopped` where it arrives, instead of after a step."""
+        self.check_now()
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:

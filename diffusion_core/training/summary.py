@@ -19,6 +19,7 @@ from diffusion_core.config import TrainConfig
 from diffusion_core.data.datasets import Dataset
 from diffusion_core.files import sha256
 from diffusion_core.hardware import pick_precision
+from diffusion_core.machine.sharing import usable_cores
 from diffusion_core.model.cost import LATENCY_BATCH, count_cost, latencies, peak_memory
 from diffusion_core.model.unet import UNet
 from diffusion_core.redact import redacted
@@ -76,6 +77,8 @@ def system_facts(
         "data/sha256": dataset_sha256(dataset),
         "system/precision": pick_precision(train, device),
         "system/processes": accelerator.num_processes,
+        "system/threads": torch.get_num_threads(),
+        "system/cores": usable_cores(),
         "data/train_images": len(dataset.train),
         "data/val_images": len(dataset.val),
         "data/num_classes": dataset.num_classes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,17 +115,17 @@ class Sent:
         self.names: list[tuple[str, bytes]] = []
         self.fail = False
 
-    def __call__(self, upload: Upload) -> None:
+    def __call__(self, uploads: Sequence[Upload]) -> None:
         assert self.go.wait(300)
         if self.fail:
             raise OSError("no\nroute")
-        self.names.append((upload.aliases[0], upload.files[0].read_bytes()))
+        self.names += [(upload.aliases[0], upload.files[0].read_bytes()) for upload in uploads]
 
 
-def put(queue: UploadQueue, folder: Path, number: int, *aliases: str) -> None:
+def put(queue: UploadQueue, folder: Path, number: int, *aliases: str, names: Sequence[str] = ("model-x",)) -> None:
     file = folder / "file"
     file.write_bytes(b"%d" % number)
-    queue.put(Upload("model-x", "model", (file,), (f"step-{number}", *aliases), {}, None))
+    queue.put(*(Upload(name, "model", (file,), (f"step-{number}", *aliases), {}, None) for name in names))
     file.unlink()
 
 
@@ -144,6 +145,19 @@ def test_uploads_wait_by_hard_link_and_the_superseded_are_dropped(tmp_path: Path
     assert not list((tmp_path / "staged").iterdir())
 
 
+def test_what_was_put_together_is_sent_or_dropped_together(tmp_path: Path) -> None:
+    sent = Sent()
+    queue = UploadQueue(sent, tmp_path / "staged", keep=1)
+    for number in range(6):
+        put(queue, tmp_path, number, names=("model-x", "training-state-x"))
+        while number == 0 and queue._waiting:  # The first pair is on its way.
+            pass
+    assert len(list((tmp_path / "staged").iterdir())) == 4
+    sent.go.set()
+    assert queue.close(300) == []
+    assert [name for name, _ in sent.names] == ["step-0", "step-0", "step-5", "step-5"]
+
+
 def test_close_waits_no_longer_than_it_may_and_says_for_what(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,15 +170,16 @@ def test_close_waits_no_longer_than_it_may_and_says_for_what(
 
 
 def test_an_upload_that_fails_keeps_its_files_and_the_others_go_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("agent.tracking.uploads.PAUSE_S", 0.0)
     sent = Sent()
     sent.fail = True
     sent.go.set()
     queue = UploadQueue(sent, tmp_path / "staged")
     put(queue, tmp_path, 1)
     put(queue, tmp_path, 2)
-    assert queue.close(300) == []
+    assert queue.close(300) == ["model-x"]
     assert capsys.readouterr().err.count("could not upload model-x: no route") == 2
     assert len(list((tmp_path / "staged").iterdir())) == 2
 

@@ -43,6 +43,7 @@ def test_evaluate_takes_a_model_from_wandb_and_sends_its_figures_there(
 ) -> None:
     words = ["--artifact", f"test/model-{run}:best", "--num-images", "20", "--figures", "kernel", "--device", "cpu"]
     output = client.command(sys.executable, str(ROOT / "scripts" / "evaluate.py"), *words, "--wandb")
+    assert "checkpoint: tester/test/model-one:v" in output
     version = server.artifact(f"model-{run}:best")
     (file,) = client.directory.glob("**/evaluation.json")
     found = json.loads(file.read_text())
@@ -66,7 +67,7 @@ def test_evaluate_says_in_one_line_that_an_artifact_is_missing(run: str, client:
 @pytest.mark.slow
 def test_a_model_from_wandb_guides_sampling(server: WandbServer, run: str, client: Client) -> None:
     script = str(ROOT / "scripts" / "sample_images.py")
-    common = ["--artifact", f"test/model-{run}:best", "--num-images", "2", "--labels", "1,2", "--device", "cpu"]
+    common = ["--artifact", f"test/model-{run}", "--num-images", "2", "--labels", "1,2", "--device", "cpu"]
     guided = ["--guide-artifact", f"test/model-{run}:v0", "--guidance", "3"]
     client.command(sys.executable, script, *common, "--out", "plain")
     client.command(sys.executable, script, *common, *guided, "--out", "guided")

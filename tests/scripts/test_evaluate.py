@@ -340,12 +340,12 @@ def test_the_leaderboard_lists_models_with_costs_figures_and_protocols(
     name = "eval/fd_classifier-digits_20_train"
     assert leaderboard.main([str(run[0]), "--by", name, "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert shown.splitlines()[0].split()[:3] == ["model", "parameters", "MACs"]
+    assert shown.splitlines()[0].split()[:4] == ["model", "step", "parameters", "MACs"]
     assert "abc" in shown
     assert "\n[1] " in shown
     assert "reference=digits/train" in shown
     (row,) = json.loads((tmp_path / "leaderboard.json").read_text())
     assert row["figures"][name] == run[2].figures[name]
-    assert (tmp_path / "leaderboard.csv").read_text().startswith("model,parameters,MACs,")
+    assert (tmp_path / "leaderboard.csv").read_text().startswith("model,step,parameters,MACs,")
     assert leaderboard.main([str(tmp_path / "nothing")]) == 2
     assert "no finished run" in capsys.readouterr().err

@@ -21,7 +21,7 @@ SCRIPTS = ROOT / "scripts"
 
 RUN_BY = {
     "agent.clean": ["test_keeping.py"],
-    "agent.leaderboard": ["test_evaluate.py", "test_published.py"],
+    "agent.leaderboard": ["test_evaluate.py", "test_published.py", "test_choice.py"],
     "agent.sweep": ["test_end_to_end.py", "test_estimate.py", "test_offline_sweeps.py", "test_sweep_files.py"],
     "agent.sync": ["test_outages.py"],
     "benchmark": ["test_benchmark.py"],
@@ -29,14 +29,14 @@ RUN_BY = {
     "compare_formulations": ["test_formulations.py"],
     "compare_pruning": ["test_compare_pruning.py"],
     "compare_tickets": ["test_compare_tickets.py"],
-    "convert_diffusers": ["test_convert_diffusers.py", "test_plugins.py"],
-    "evaluate": ["test_evaluate.py", "test_artifact_flags.py", "test_features.py", "test_plugins.py"],
+    "convert_diffusers": ["test_convert_diffusers.py", "test_plugins.py", "test_choice.py"],
+    "evaluate": ["test_evaluate.py", "test_artifact_flags.py", "test_features.py", "test_plugins.py", "test_choice.py"],
     "gpu_check": ["test_gpu_check.py"],
     "lottery_ticket": ["test_lottery.py", "test_lottery_runs.py"],
     "prepare_images": ["test_prepare_images.py"],
     "promote": ["test_keeping.py"],
-    "prune": ["test_prune_script.py", "test_provenance.py", "test_plugins.py"],
-    "sample_images": ["test_sample_images.py", "test_artifact_flags.py", "test_plugins.py"],
+    "prune": ["test_prune_script.py", "test_provenance.py", "test_plugins.py", "test_choice.py"],
+    "sample_images": ["test_sample_images.py", "test_artifact_flags.py", "test_plugins.py", "test_choice.py"],
     "train_classifier": ["test_train_classifier.py"],
 }
 """Modules with a parser, and the files of the tests that run them."""

@@ -3,7 +3,8 @@
 Nothing in the client is patched. What the tests read here is therefore what W&B itself would have received.
 """
 
+from .faults import Fault
 from .server import WandbServer
 from .store import Agent, Artifact, Project, Run, Sweep
 
-__all__ = ["Agent", "Artifact", "Project", "Run", "Sweep", "WandbServer"]
+__all__ = ["Agent", "Artifact", "Fault", "Project", "Run", "Sweep", "WandbServer"]

@@ -21,6 +21,7 @@ from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
 from .backend import Backend
+from .faults import Fault, operation_of
 from .graphql import OperationError
 from .store import ENTITY, Artifact, Run, Sweep
 
@@ -38,6 +39,8 @@ class WandbServer:
         """Unexpected exceptions, each with its traceback and the request."""
         self.received: list[tuple[str, bytes]] = []
         """What clients sent: ("METHOD /path", body), decompressed, without headers."""
+        self.faults: list[Fault] = []
+        """What goes wrong; the first that hits a request happens to it."""
         self._port = 0
         self._http: _HTTPServer | None = None
         self._thread: threading.Thread | None = None
@@ -183,11 +186,20 @@ class _RequestHandler(BaseHTTPRequestHandler):
             raise ConnectionResetError("an outage: what had not begun is dropped")
         owner.received.append((f"{self.command} {self.path}", body))
         path = unquote(urlsplit(self.path).path)
+        request = (self.command, path, body)
+        fault = next((fault for fault in owner.faults if fault.hits(operation_of(*request), request)), None)
+        refused = fault.before() if fault else None
         try:
+            if refused is not None:
+                raise OperationError("a fault of the test", status=refused)
             status, content, kind = self._answer(path, body)
+            if fault and fault.lose:
+                raise ConnectionResetError("a fault: the answer is lost")
         except OperationError as error:
             status, kind = error.status, "application/json"
             content = json.dumps({"errors": [{"message": str(error)}], "error": str(error), "data": None}).encode()
+        except ConnectionResetError:
+            raise
         except Exception as error:
             owner.errors.append(f"{self.command} {self.path}\n{body[:4000]!r}\n{traceback.format_exc()}")
             status, kind = 400, "application/json"

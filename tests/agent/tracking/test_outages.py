@@ -17,6 +17,8 @@ from forks import WAIT_S, WORDS, Fork, Forks
 from server import Run, WandbServer
 from wandb_client import Client
 
+from agent.ending import UNSENT
+
 STEPS = 200
 TRIAL = [*WORDS, f"--train.steps={STEPS}", "--checkpoint.every=100", "--checkpoint.keep=1"]
 
@@ -29,14 +31,14 @@ class Outage:
         server: after the outage.
         lasting: until the server was back, and a moment longer.
         ended: before the server was back; ``python -m agent.sync`` was called since.
-        begun: during the outage; ``wandb sync`` was called since.
+        begun: what the one that began during the outage printed; ``python -m agent.sync`` was called since.
         steps: of the lasting trial, when the outage began and when it ended.
     """
 
     server: WandbServer
     lasting: Fork
     ended: Fork
-    begun: Fork
+    begun: str
     steps: tuple[int, int]
 
     def run(self, name: str) -> Run:
@@ -82,8 +84,8 @@ def outage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outage]:
         server.pause()
         gone = len(server.runs["lasting"].history)
         begun = start("begun")
-        assert ended.wait() == 0, ended.output
-        assert begun.wait() == 0, begun.output
+        assert ended.wait() == UNSENT, ended.output
+        assert begun.wait() == UNSENT, begun.output
         until(lambda: recorded(folders["lasting"]) == STEPS, lasting)
         partial = len(server.runs["ended"].history)
         assert 0 < partial < STEPS
@@ -92,14 +94,13 @@ def outage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outage]:
         assert lasting.wait() == 0, lasting.output
 
         assert re.search(r"this has not arrived yet: history.*; to send it: python -m agent.sync run\n", ended.output)
-        words = re.search(r"python -m (agent\.sync) (\S+)", ended.output)
-        assert words is not None
-        sync = forks.start([words[2]], folders["ended"], clients["ended"].env, "agent.sync")
-        assert sync.wait() == 0, sync.output
-        command = re.search(r"to put this run on W&B: wandb sync (\S+)", begun.output)
-        assert command is not None, begun.output
-        clients["begun"].wandb("sync", command[1])
-        yield Outage(server, lasting, ended, begun, (gone, STEPS))
+        said = begun.output
+        for name, trial in (("ended", ended), ("begun", begun)):
+            words = re.search(r"to send it: python -m (agent\.sync) (\S+)\n", trial.output)
+            assert words is not None, trial.output
+            sync = forks.start([words[2]], folders[name], clients[name].env, words[1])
+            assert sync.wait() == 0, sync.output
+        yield Outage(server, lasting, ended, said, (gone, STEPS))
         assert server.errors == []
 
 
@@ -122,5 +123,5 @@ def test_the_run_is_whole_on_the_server(outage: Outage, name: str) -> None:
 
 @pytest.mark.slow
 def test_a_trial_that_begins_without_a_server_says_so(outage: Outage) -> None:
-    assert "the server does not answer, so this run is recorded offline" in outage.begun.output
-    assert "Traceback" not in outage.begun.output
+    assert "the server does not answer, so this run is recorded offline" in outage.begun
+    assert "Traceback" not in outage.begun

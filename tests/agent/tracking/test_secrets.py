@@ -325,6 +325,13 @@ def test_every_error_for_the_user_is_one_that_shows_no_secrets() -> None:
     assert found >= {"ConfigError", "DataError", "CheckpointError", "ExtractorError", "InputError", "SweepError"}
 
 
+def test_every_run_is_started_without_the_words_of_the_command_line() -> None:
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.With | ast.FunctionDef) and "wandb.init(" in (source := ast.unparse(node)):
+                assert "redacted_arguments()" in source, path
+
+
 def test_every_command_line_is_read_by_a_parser_that_shows_no_secrets() -> None:
     for path in SOURCES:
         calls = [

@@ -402,6 +402,18 @@ def test_ddim_without_noise_follows_the_probability_flow_of_gaussian_data() -> N
     assert (found - (MEAN + DEVIATION * z)).abs().max() < 0.01
 
 
+def test_heun_calls_back_once_a_step_though_it_asks_twice() -> None:
+    steps = LINEAR.steps(7)
+    seen: list[tuple[int, Tensor, Tensor]] = []
+    start = next(tape())
+    result = heun(lambda x, t, labels: 0.5 * x, start, steps, LABELS, noise=tape().__next__,
+                  callback=lambda *call: seen.append(call))  # fmt: skip
+    assert [index for index, _, _ in seen] == list(range(7))
+    assert torch.equal(seen[0][1], start)
+    assert all(torch.equal(x0, 0.5 * x) for _, x, x0 in seen)
+    assert torch.equal(result, seen[-1][2])
+
+
 @pytest.mark.parametrize(
     ("sampler", "draws"),
     [(ddpm, 6), (ddim, 0), (euler, 0), (euler_ancestral, 6), (dpmpp_2m, 0), (partial(dpmpp_2m, stochastic=True), 6)],

@@ -1,0 +1,71 @@
+"""Find out what of a run has not arrived on W&B. W&B's client does not tell: it ends without an error."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agent.tracking.api import ask, failures
+from diffusion_core.messages import one_line
+
+if TYPE_CHECKING:
+    from wandb.sdk.wandb_run import Run
+
+ARRIVES_WITHIN_S = 10.0
+"""Seconds that the server may take to show what it has received."""
+
+ASK_EVERY_S = 1.0
+MOST_PICTURES = 1000
+"""Number of pictures, the newest ones, that are looked for."""
+
+QUERY = """
+query RunArrival($entity: String!, $project: String!, $run: String!, $names: [String], $count: Int) {
+    project(name: $project, entityName: $entity) { run(name: $run) {
+        state historyLineCount historyKeys files(names: $names, first: $count) { edges { node { name } } }
+    } }
+}
+"""
+
+
+def pictures(run: Run) -> dict[str, Path]:
+    """Return the pictures that a run has logged on this machine, by their names on W&B, oldest first."""
+    folder = Path(run.settings.files_dir)
+    files = sorted(folder.glob("media/**/*.*"), key=lambda file: file.stat().st_mtime)
+    return {file.relative_to(folder).as_posix(): file for file in files}
+
+
+def lacking(run: Run, last_step: int | None, rows: int | None = None) -> list[str]:
+    """Return what W&B lacks of a run that was finished, in words; empty if nothing.
+
+    Args:
+        run: the run.
+        last_step: step of its last row; None: it has none.
+        rows: number of its rows, or None if that is unknown.
+    """
+    names = list(pictures(run))[-MOST_PICTURES:]
+    end = time.monotonic() + ARRIVES_WITHIN_S
+    while True:
+        found = _lacking(run, last_step, rows, names)
+        if not found or time.monotonic() > end:
+            return found
+        time.sleep(ASK_EVERY_S)
+
+
+def _lacking(run: Run, last_step: int | None, rows: int | None, names: list[str]) -> list[str]:
+    try:
+        there = ask(run, QUERY, names=names or ["-"], count=max(1, len(names)))
+    except failures() as error:
+        return [f"an answer of the server ({one_line(error)})"]
+    found = []
+    at = (there["historyKeys"] or {}).get("lastStep", -1)
+    if last_step is not None and at < last_step:
+        found.append(f"history from step {at + 1} to {last_step}")
+    elif rows is not None and (there["historyLineCount"] or 0) < rows:
+        found.append(f"{rows - (there['historyLineCount'] or 0)} rows of history")
+    if there["state"] == "running":
+        found.append("the end of the run")
+    arrived = {edge["node"]["name"] for edge in there["files"]["edges"]}
+    if missing := set(names) - arrived:
+        found.append(f"{len(missing)} pictures")
+    return found

@@ -1,0 +1,70 @@
+"""End a W&B run: send what is left, check that it arrived, and send again what did not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from agent.tracking.api import server_status
+from agent.tracking.tracker import PATIENCE_S, WandbTracker
+from diffusion_core.run_folder import mark_synced, note_unsent
+from diffusion_core.tracking import Tracker
+
+PREEMPTED_WITHIN_S = 20.0
+"""Seconds for the repair of a preempted run. Cluster managers allow about 30 s from SIGTERM to SIGKILL."""
+
+
+def close_run(tracker: Tracker, folder: Path, told: int, *, preempted: bool = False) -> bool:
+    """End the run of a folder on W&B. Return whether W&B has all of it, or need not have it.
+
+    What has not arrived is sent again at once, by another process: the client of this one may have broken. If that
+    fails too, or the server does not answer, it is noted in the folder, and the command that sends it is printed.
+
+    Args:
+        tracker: the run's tracker.
+        folder: the run's folder.
+        told: exit status that W&B is told.
+        preempted: whether the run is to be resumed elsewhere.
+    """
+    left = tracker.close(told)
+    if not isinstance(tracker, WandbTracker):
+        return True
+    command = f"python -m agent.sync {folder}"
+    if not tracker.live and not tracker.online:
+        print(f"to put this run on W&B: {command}", file=sys.stderr)
+        return True
+    if not tracker.live:  # W&B did not answer at the start.
+        left = ["the run"]
+    if left and server_status() == 200:
+        print(f"W&B lacks {', '.join(left)}; sending it again", file=sys.stderr)
+        if sent_again(folder, told, preempted):
+            left = []
+    note_unsent(folder, left)
+    if left:
+        print(f"W&B: this has not arrived yet: {', '.join(left)}; to send it: {command}", file=sys.stderr)
+    else:
+        mark_synced(folder)
+    return not left
+
+
+def sent_again(folder: Path, told: int, preempted: bool) -> bool:
+    """Send what W&B lacks of a run, in another process. Return whether all of it arrived."""
+    words = [
+        sys.executable,
+        "-m",
+        "agent.sync",
+        str(folder),
+        f"--ended={told}",
+        *(["--preempted"] if preempted else []),
+    ]
+    patience = PREEMPTED_WITHIN_S if preempted else 2 * PATIENCE_S
+    try:
+        # In a session of its own: a signal to all processes of the trial ended the first client.
+        done = subprocess.run(words, start_new_session=True, capture_output=True, text=True, timeout=patience)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        print(f"W&B: {error}", file=sys.stderr)
+        return False
+    if done.returncode != 0:
+        print(done.stderr.strip().rpartition("\n")[2], file=sys.stderr)
+    return done.returncode == 0
