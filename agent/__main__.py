@@ -59,11 +59,9 @@ def main(argv: Sequence[str] | None = None, usage: str = USAGE, defaults: Sequen
         return 0
     if "--dry-run" in words:
         return dry_run(config)
-    if threads:
-        print(threads, file=sys.stderr)
     from agent.session import run_session  # Slow to import, and not needed for the commands above.
 
-    return run_session(config)
+    return run_session(config, threads)
 
 
 def as_chosen(config: TrialConfig, values: Mapping[str, Any]) -> TrialConfig:

@@ -56,8 +56,13 @@ LAST_WORDS_S = 15.0
 """Seconds to wait for W&B when a trial must end at once: another process died, or a second signal came."""
 
 
-def run_session(config: TrialConfig) -> int:
-    """Run a trial with W&B, from reading data to the last upload. Return the exit status."""
+def run_session(config: TrialConfig, greeting: str = "") -> int:
+    """Run a trial with W&B, from reading data to the last upload. Return the exit status.
+
+    Args:
+        config: every knob.
+        greeting: printed once nothing can be refused any more.
+    """
     load_environment()
     try:
         mode, accelerator = wandb_mode(), make_accelerator(config.train)
@@ -67,7 +72,7 @@ def run_session(config: TrialConfig) -> int:
     peers = Peers(accelerator)
     with StopRequest(peers.agree).listening() as stop, ExitStack() as stack:
         watch_launchers(functools.partial(_abandoned, stop))
-        return Session(config, mode, accelerator, peers, stop, stack).run()
+        return Session(config, mode, accelerator, peers, stop, stack, greeting).run()
 
 
 def _abandoned(stop: StopRequest, launcher: int) -> None:
@@ -86,6 +91,7 @@ class Session:
         peers: the other processes.
         stop: whether a signal asked to stop.
         stack: closed when the session is over.
+        greeting: printed once nothing can be refused any more.
         folder: the run's folder, once it is known.
         run_id: the run's id, likewise.
         tracker: receives figures.
@@ -100,6 +106,7 @@ class Session:
     peers: Peers
     stop: StopRequest
     stack: ExitStack
+    greeting: str = ""
     folder: Path | None = None
     run_id: str = ""
     tracker: Tracker = field(default_factory=NullTracker)
@@ -205,6 +212,8 @@ class Session:
                 dataset = load_data(config.data, progress=config.log.progress and self.is_main)
             config = settled(config, accelerator, dataset, self.folder / CHECKPOINTS)
         self.stop.check_now()
+        if self.is_main and self.greeting:
+            print(self.greeting, file=sys.stderr)
         if self.is_main:
             make_folder(self.folder)
             self.stack.enter_context(locked(self.folder))

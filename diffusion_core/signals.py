@@ -36,6 +36,12 @@ def ignore_interrupts() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def ignore(numbers: Iterable[int]) -> None:
+    """Ignore signals for the rest of this process."""
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def leave_at_once() -> None:
     """From now on, on SIGINT or SIGTERM, print one line and exit with 128 + the signal's number, without clean-up.
 

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
+from diffusion_core.signals import ignore
+
 GRACE_SECONDS = 300.0
 """Seconds that an orphan may take to write its checkpoint before it is killed."""
 LOOK_EVERY_S = 5.0
@@ -65,8 +67,7 @@ def _start() -> int:
 
 def _be_watcher(pipe: int) -> None:
     os.setsid()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    ignore((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     os.dup2(pipe, 0)  # Keep nothing else open: no lock, and no terminal or pipe that a reader waits for.
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     nothing = os.open(os.devnull, os.O_RDWR)

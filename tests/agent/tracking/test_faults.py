@@ -239,3 +239,11 @@ def test_runs_that_were_recorded_offline_are_sent_from_wherever_they_are(story: 
         sync = story.start(".", machine="two", module="agent.sync")
         assert sync.wait() == 0, sync.output
         story.check_whole("two")
+
+
+def test_a_trial_that_was_preempted_is_sent_as_such(story: Story) -> None:
+    trial = story.start(WANDB_MODE="offline")
+    assert trial.wait() == 0, trial.output
+    sync = story.start("run", "--ended=143", "--preempted", module="agent.sync")
+    assert sync.wait() == 0, sync.output
+    assert (story.run.state, story.run.exit_code, len(story.run.history)) == ("preempted", 143, STEPS)
