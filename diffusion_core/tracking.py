@@ -68,7 +68,7 @@ class Tracker:
         """Notify the user."""
 
     def close(self, exit_code: int = 0) -> list[str]:
-        """Send what is left. Return the names of what did not arrive. Nothing may be recorded afterwards."""
+        """Finish all uploads. Return the names of missing data. Record nothing afterwards."""
         return []
 
 

@@ -139,7 +139,7 @@ class WandbTracker(Tracker):
         self._tell(lambda: self.run.alert(title, redact(text), level="WARN"))
 
     def close(self, exit_code: int = 0) -> list[str]:
-        """Send what is left, within the run's finish_timeout. Return the names of what W&B has not got."""
+        """Send what is left, within the run's finish_timeout. Return the names of missing data."""
         left = self.uploads.close(0.0 if self.broken else self.run.settings.finish_timeout or PATIENCE_S)
         if not self.broken:
             with contextlib.suppress(TimeoutError):

@@ -106,7 +106,7 @@ class UploadQueue:
         return [item for item in items[: -self._keep] if item not in best]
 
     def close(self, patience_s: float) -> list[str]:
-        """Wait until everything is sent, at most ``patience_s`` seconds. Return the names of what did not arrive."""
+        """Wait for uploads for at most ``patience_s`` seconds. Return the names of those that did not arrive."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -117,7 +117,7 @@ class UploadQueue:
             return list(dict.fromkeys([*(item.name for item in self._failed), *self.unsent()]))
 
     def unsent(self) -> list[str]:
-        """Return the names of what waits or is being sent."""
+        """Return the names of uploads that are waiting or being sent."""
         items = [*([self._sending] if self._sending else []), *self._waiting]
         return list(dict.fromkeys(item.name for item in items))
 

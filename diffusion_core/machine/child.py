@@ -1,4 +1,4 @@
-"""Call a function in a short-lived child process, so that this one does not keep the memory of what it imports."""
+"""Call a function in a short-lived child process. Memory of its imports is freed when the child exits."""
 
 from __future__ import annotations
 

@@ -6,11 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from benchmarks.contention import busy
 from forks import WORDS
 from tiny import assert_same_tensors
 
@@ -39,17 +38,6 @@ def run(words: list[str], folder: Path = ROOT, **env: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
-
-
-@contextmanager
-def busy(count: int) -> Iterator[None]:
-    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait()
 
 
 def test_busy_cores_are_left_to_others() -> None:
