@@ -45,7 +45,7 @@ def test_busy_cores_are_left_to_others() -> None:
     with busy(cores):
         chosen, spin, *said = run(["-c", SETTLE]).split()
         assert (chosen, spin) == ("1", "0")
-        assert " ".join(said).startswith(f"computing with 1 of {cores} cores") is (cores > 0)
+        assert " ".join(said).startswith(f"computing with 1 of {cores} cores")
 
 
 def test_the_users_choice_wins() -> None:
