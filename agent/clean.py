@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from agent.command import fail
+from agent.command import fail, run_and_leave
 from agent.tracking.environment import load_environment
 from agent.tracking.project import versions_without_alias
 from diffusion_core.checkpoint import CheckpointError
@@ -55,4 +55,4 @@ def _report(found: Sequence[Leftover], remove: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave(main)

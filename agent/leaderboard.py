@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from agent.command import fail
+from agent.command import fail, run_and_leave
 from agent.tracking import project
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.choice import add_which_flag
@@ -74,4 +74,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave(main)

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from agent.command import fail
+from agent.command import fail, run_and_leave
+from agent.tracking.api import api_errors
+from agent.tracking.arrival import send_lost_pictures
 from agent.tracking.environment import has_key, load_environment
 from agent.tracking.run import forget_environment, start_wandb
 from agent.tracking.tracker import WandbTracker
@@ -95,11 +97,13 @@ def sync(folder: Path, ended: int | None = None, *, preempted: bool = False) -> 
     if preempted:
         run.mark_preempting()
     tracker = WandbTracker(run, first_step=run.starting_step, keep=sys.maxsize)
+    with api_errors(f"FOLDER = {str(folder)!r}"):
+        send_lost_pictures(run)
+        uploaded = uploaded_steps(run)
     log_rows(tracker, folder, rows)
     stored = read_result(folder)
     logged = {key for row in rows for key in row}
     tracker.summary({key: value for key, value in (stored[0].figures if stored else {}).items() if key not in logged})
-    uploaded = uploaded_steps(run)
     paths = list_checkpoints(folder / CHECKPOINTS) if config.get("checkpoint.upload", True) else []
     best = (read_checkpoint(paths[-1], verify=False).metadata.get("best") or {}) if paths else {}
     for checkpoint in map(read_checkpoint, paths):
@@ -115,4 +119,4 @@ def sync(folder: Path, ended: int | None = None, *, preempted: bool = False) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave(main)

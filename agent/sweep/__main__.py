@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from agent.command import UNUSABLE, fail
+from agent.command import UNUSABLE, fail, run_and_leave
 from agent.sweep.file import SweepError, SweepFile, load_sweep
 from agent.sweep.offline import OfflineSweep, run_offline
 from agent.sweep.online import OnlineSweep, create_sweep, find_sweep, online_sweep, run_agents
@@ -189,4 +189,4 @@ def tell_cost(sweep: SweepFile, arguments: argparse.Namespace, jobs: int, begun:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_leave(main)

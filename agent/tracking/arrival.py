@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from agent.tracking.api import ask, failures
 from diffusion_core.messages import one_line
@@ -17,7 +17,7 @@ ARRIVES_WITHIN_S = 10.0
 
 ASK_EVERY_S = 1.0
 MOST_PICTURES = 1000
-"""Number of pictures, the newest ones, that are looked for."""
+"""Number of pictures to ask for at once. At the end of a run, only its newest ones are looked for."""
 
 QUERY = """
 query RunArrival($entity: String!, $project: String!, $run: String!, $names: [String], $count: Int) {
@@ -29,10 +29,26 @@ query RunArrival($entity: String!, $project: String!, $run: String!, $names: [St
 
 
 def pictures(run: Run) -> dict[str, Path]:
-    """Return the pictures that a run has logged on this machine, by their names on W&B, oldest first."""
-    folder = Path(run.settings.files_dir)
-    files = sorted(folder.glob("media/**/*.*"), key=lambda file: file.stat().st_mtime)
-    return {file.relative_to(folder).as_posix(): file for file in files}
+    """Return the pictures that processes of a run have logged on this machine, by their names on W&B, oldest first."""
+    folders = Path(run.settings.sync_dir).parent.glob(f"*run-*-{run.id}/files")
+    files = [(file, folder) for folder in folders for file in folder.glob("media/**/*.*")]
+    files.sort(key=lambda found: found[0].stat().st_mtime)
+    return {file.relative_to(folder).as_posix(): file for file, folder in files}
+
+
+def send_lost_pictures(run: Run) -> None:
+    """Send pictures of earlier processes of a run that W&B lacks, though it may have the rows that name them.
+
+    Raises:
+        Exception: one of :func:`agent.tracking.api.failures`, if W&B does not answer.
+    """
+    files = pictures(run)
+    names = list(files)
+    for start in range(0, len(names), MOST_PICTURES):
+        some = names[start : start + MOST_PICTURES]
+        arrived = _arrived(ask(run, QUERY, names=some, count=len(some)))
+        for name in filter(lambda name: name not in arrived, some):
+            run.save(str(files[name]), base_path=str(files[name]).removesuffix(name), policy="now")
 
 
 def lacking(run: Run, last_step: int | None, rows: int | None = None) -> list[str]:
@@ -65,7 +81,10 @@ def _lacking(run: Run, last_step: int | None, rows: int | None, names: list[str]
         found.append(f"{rows - (there['historyLineCount'] or 0)} rows of history")
     if there["state"] == "running":
         found.append("the end of the run")
-    arrived = {edge["node"]["name"] for edge in there["files"]["edges"]}
-    if missing := set(names) - arrived:
+    if missing := set(names) - _arrived(there):
         found.append(f"{len(missing)} pictures")
     return found
+
+
+def _arrived(there: Any) -> set[str]:
+    return {edge["node"]["name"] for edge in there["files"]["edges"]}

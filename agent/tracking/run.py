@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 from agent.tracking.api import DEFAULT_PROJECT, server_status
@@ -59,6 +61,7 @@ def start_wandb(
     import wandb  # Slow to import, and not needed for --help and --dry-run.
 
     check_paths(folder)
+    threading.excepthook = tell_thread_error
     if mode == "offline" and "WANDB_MODE" not in os.environ and not beside:
         print("W&B: no API key, so this run is recorded offline (wandb login or WANDB_API_KEY to go online)",
               file=sys.stderr)  # fmt: skip
@@ -121,6 +124,18 @@ def start_wandb(
         if not beside:
             wandb.teardown()  # Stop the client's retries.
         return start("offline")
+
+
+def tell_thread_error(error: threading.ExceptHookArgs) -> None:
+    """Print an error that ends a thread: one of W&B's client in one line, others as usual.
+
+    The client's threads end with a traceback each if its process dies, even while the run is sent again.
+    """
+    modules = {str(frame.f_globals.get("__name__")).split(".")[0] for frame, _ in walk_tb(error.exc_traceback)}
+    if "wandb" in modules:
+        print(f"W&B: a thread of its client ended: {one_line(error.exc_value)}", file=sys.stderr)
+    else:
+        threading.__excepthook__(error)
 
 
 def leave_sweep() -> str | None:

@@ -228,6 +228,23 @@ def test_training_goes_on_if_the_client_dies(story: Story) -> None:
     story.check_whole()
 
 
+@pytest.mark.parametrize("trial_too", [False, True])
+def test_a_picture_that_the_dead_client_had_not_sent_is_sent_again(story: Story, trial_too: bool) -> None:
+    """Its row has arrived, and names it."""
+    story.server.faults.append(fault := Fault("PUT storage/runs", drop=True))
+    trial = story.start(*TRIAL, "--sample.every=20")
+    until(lambda: fault.happened and len(story.run.history) > 20, trial)
+    for process in [*psutil.Process(trial.pid).children(recursive=True), *[psutil.Process(trial.pid)] * trial_too]:
+        process.kill()
+    story.server.faults.remove(fault)
+    if trial_too:
+        trial.wait()
+        trial = story.start(*TRIAL, "--sample.every=20")
+    assert trial.wait() == 0, trial.output
+    assert sum("samples" in row for row in story.run.history) == 3
+    story.check_whole()
+
+
 def test_runs_that_were_recorded_offline_are_sent_from_wherever_they_are(story: Story) -> None:
     trial = story.start(WANDB_MODE="offline")
     assert trial.wait() == 0, trial.output

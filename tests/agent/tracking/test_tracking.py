@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from agent.tracking.run import tell_thread_error
 from diffusion_core.tracking import MemoryTracker, NullTracker, Tracker, Upload
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -180,3 +182,23 @@ def test_wandb_offline_keeps_the_artifact_after_its_file_is_gone(offline: dict[s
 def test_wandb_offline_ends_with_its_exit_code(offline: dict[str, Any]) -> None:
     (end,) = [record.exit for record in offline["records"] if record.WhichOneof("record_type") == "exit"]
     assert end.exit_code == 0
+
+
+def test_an_error_in_a_thread_of_the_client_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+
+    monkeypatch.setattr(threading, "excepthook", tell_thread_error)
+
+    def ours() -> None:
+        raise ZeroDivisionError("a bug of ours")
+
+    for target in (lambda: wandb.Artifact("not/a name", type="model"), ours):
+        thread = threading.Thread(target=target)
+        thread.start()
+        thread.join()
+    client, *own = capsys.readouterr().err.splitlines()
+    assert client.startswith("W&B: a thread of its client ended: ")
+    assert own[1:2] == ["Traceback (most recent call last):"]
+    assert own[-1] == "ZeroDivisionError: a bug of ours"
