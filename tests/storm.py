@@ -5,7 +5,7 @@
 While the agents run, a fault happens every few seconds: a status from 400 to 599, a broken connection, a lost answer
 or a hang for some operation; SIGTERM or SIGKILL to a trial, an agent, W&B's core or all of them; no space on the disk;
 the folder of a trial that is not running, deleted. Then the weather is fine again, each run gets at most one command,
-and the report says for every run whether it is on W&B once, with its whole history, and with the weights of a quiet
+and the report says for every run whether it is on W&B once, with its whole history and pictures, and with the weights of a quiet
 run.
 """
 
@@ -254,6 +254,9 @@ def missing(run: Run) -> str:
     steps = [row["_step"] for row in run.history]
     if steps != list(range(1, STEPS + 1)):
         return f"history of {len(steps)} rows up to step {steps[-1] if steps else 0}"
+    pictures = [row["samples"]["path"] for row in run.history if "samples" in row]
+    if lost := [name for name in pictures if name not in run.files]:
+        return f"{len(lost)} pictures of {len(pictures)}"
     for kind in ("model", "training-state"):
         versions = [item for item in run.output_artifacts if item.type == kind and item.state == "COMMITTED"]
         if not any(item.metadata.get("step") == STEPS for item in versions):
