@@ -16,11 +16,14 @@ from pathlib import Path
 from agent.command import fail, run_and_leave
 from agent.tracking.api import api_errors
 from agent.tracking.arrival import send_lost_pictures
+from agent.tracking.artifacts import uploaded_steps
 from agent.tracking.environment import has_key, load_environment
 from agent.tracking.run import forget_environment, start_wandb
 from agent.tracking.tracker import WandbTracker
 from diffusion_core.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
 from diffusion_core.config import ConfigError, read_yaml
+from diffusion_core.config.metrics import given_goals, goals
+from diffusion_core.machine.child import in_child
 from diffusion_core.messages import Parser
 from diffusion_core.run_folder import (
     CHECKPOINTS,
@@ -35,6 +38,8 @@ from diffusion_core.run_folder import (
     read_run_file,
     run_folders,
 )
+from diffusion_core.training.recorded import log_checkpoint, log_rows
+from diffusion_core.training.result import read_result
 
 
 class Unsent(Exception):
@@ -56,9 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return fail(f"FOLDER = {str(root)!r}: no run here; expected {RUN_FILE} and {HISTORY_FILE}")
         folders |= dict.fromkeys(found)
     status = 0
+    table = in_child(goals)  # It imports PyTorch, for whose memory some login nodes have no room.
     for number, folder in enumerate(folders, start=1):
+        # A trial that calls this has locked its folder.
+        lock = nullcontext() if arguments.ended is not None else locked(folder)
         try:
-            with nullcontext() if arguments.ended is not None else locked(folder):  # The trial has locked its folder.
+            with given_goals(table), lock:
                 print(f"[{number}/{len(folders)}] {sync(folder, arguments.ended, preempted=arguments.preempted)}")
         except (ConfigError, CheckpointError) as error:
             status = fail(str(error))
@@ -80,11 +88,6 @@ def sync(folder: Path, ended: int | None = None, *, preempted: bool = False) -> 
         ConfigError: if W&B does not answer, or the folder holds no readable run.
         Unsent: if something did not arrive in time.
     """
-    from agent.tracking.artifacts import uploaded_steps
-    from diffusion_core.training.callbacks import log_rows
-    from diffusion_core.training.checkpoints import log_checkpoint
-    from diffusion_core.training.result import read_result
-
     if not has_key():
         raise ConfigError("WANDB_API_KEY = None: uploads need it; set it (see .env.example) or run `wandb login`")
     run_file = read_run_file(folder)

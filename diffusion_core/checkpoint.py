@@ -7,7 +7,8 @@
         optimizer.safetensors          moments of AdamW
         masks.safetensors              pruning masks, if there are any
 
-The first two files are all that sampling needs.
+The first two files are all that sampling needs. Metadata is read without importing PyTorch, which takes seconds and
+half a gigabyte.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor
 
 from diffusion_core.config import ConfigError, CoreConfig, build, list_knobs
 from diffusion_core.config.plugins import missing_plugins
 from diffusion_core.files import first_not_finite, replaced_folder, sha256, sha256_of_file
 from diffusion_core.messages import UserError, one_line, reason_of
-from diffusion_core.model.structure import resize
-from diffusion_core.model.unet import UNet
 from diffusion_core.redact import redact
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffusion_core.model.unet import UNet
 
 FORMAT = 1
 METADATA_FILE = "checkpoint.json"
@@ -98,6 +99,8 @@ class Checkpoint:
         Raises:
             CheckpointError: if the file cannot be read, or a value in it is not finite.
         """
+        from safetensors.torch import load_file
+
         try:
             tensors = load_file(self.path / f"{part}.safetensors")
         except (OSError, SafetensorError) as error:
@@ -114,6 +117,11 @@ class Checkpoint:
         Raises:
             CheckpointError: if the weights do not fit the network that the metadata describes.
         """
+        import torch
+
+        from diffusion_core.model.structure import resize
+        from diffusion_core.model.unet import UNet
+
         channels, size, _ = self.shape_CHW
         model, tensors = self.config().model, self.tensors(part)
         try:
@@ -148,6 +156,8 @@ def write_checkpoint(
     Raises:
         CheckpointError: if a weight is not finite, or the disk takes no more; nothing half-written remains.
     """
+    from safetensors.torch import save
+
     for part, tensors in parts.items():
         if bad := first_not_finite(tensors):
             raise CheckpointError(f"step {step}: {part} {bad!r} holds values that are not finite; not saved")

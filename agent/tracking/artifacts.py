@@ -27,11 +27,12 @@ from diffusion_core.messages import one_line
 from diffusion_core.run_folder import HISTORY_FILE
 from diffusion_core.tracking import BEST, MODEL, STATE
 from diffusion_core.training.resume import NEEDED
-from pruning.start import Source
 
 if TYPE_CHECKING:
     from wandb import Artifact
     from wandb.sdk.wandb_run import Run
+
+    from pruning.start import Source
 
 
 T = TypeVar("T")
@@ -100,6 +101,8 @@ def open_source(checkpoint: str | Path | None, artifact: str | None, option: str
     Raises:
         CheckpointError: if it cannot be read or downloaded.
     """
+    from pruning.start import Source
+
     if artifact is not None:
         model = download_model(artifact, f"{option}artifact", f"{option}checkpoint", which)
         return Source(choose(model.path, name=model.name), model.name, option)

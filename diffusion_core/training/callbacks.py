@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from diffusion_core.config.metrics import goal_of
 from diffusion_core.data.datasets import Dataset
 from diffusion_core.files import write_json_lines
 from diffusion_core.hardware import pick_precision
-from diffusion_core.run_folder import HISTORY_FILE, picture_files, read_history, without_step
+from diffusion_core.run_folder import HISTORY_FILE, read_history
 from diffusion_core.sampling import media
 from diffusion_core.sampling.generation import Generator, all_labels, requests
 from diffusion_core.tracking import STEP, Tracker
+from diffusion_core.training.recorded import log_rows
 from diffusion_core.training.trainer import TrainState, is_due
 
 WORSE_LOSS = 1.5
@@ -100,12 +100,6 @@ class LogHistory:
         numbers = {key: value for key, value in row.items() if not isinstance(value, Path)}
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({STEP: state.step, **numbers}) + "\n")
-
-
-def log_rows(tracker: Tracker, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Log rows of a run's history with their pictures. The tracker skips rows that it has already."""
-    for row in rows:
-        tracker.log(without_step(row) | picture_files(folder, row[STEP]), row[STEP])
 
 
 class WatchQuality:

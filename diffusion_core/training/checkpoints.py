@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffusion_core.checkpoint import (
-    METADATA_FILE,
-    SAMPLING_PARTS,
-    Checkpoint,
-    list_checkpoints,
-    read_checkpoint,
-    step_folder,
-    write_checkpoint,
-)
+from diffusion_core.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, step_folder, write_checkpoint
 from diffusion_core.config import CoreConfig, flatten
 from diffusion_core.config.metrics import is_better
 from diffusion_core.data.datasets import Dataset
-from diffusion_core.files import write_json_lines
 from diffusion_core.model.structure import structure
 from diffusion_core.redact import redacted
-from diffusion_core.run_folder import HISTORY_FILE, read_history
-from diffusion_core.tracking import BEST, MODEL, STATE, STEP, Tracker, Upload
+from diffusion_core.run_folder import read_history
+from diffusion_core.tracking import MODEL, Tracker, Upload
+from diffusion_core.training.leftovers import kept_checkpoints
+from diffusion_core.training.recorded import log_checkpoint, model_files
 from diffusion_core.training.trainer import TrainState, is_due
 
 
@@ -43,12 +36,6 @@ def describe(state: TrainState, config: CoreConfig, class_names: Sequence[str]) 
         "threads": torch.get_num_threads(),  # They decide the last bits of sums on a processor.
         **state.metadata(),
     }
-
-
-def model_files(checkpoint: Checkpoint) -> list[Path]:
-    """Return the files of a `model` artifact: all that sampling needs."""
-    parts = [checkpoint.path / f"{part}.safetensors" for part in checkpoint.parts if part in SAMPLING_PARTS]
-    return [checkpoint.path / METADATA_FILE, *parts]
 
 
 class SaveCheckpoints:
@@ -162,46 +149,3 @@ class SaveCheckpoints:
         assert self.saved_step is not None
         best = self.folder / step_folder(self.best["step"] if self.best else self.saved_step)
         return best if best.is_dir() else self.folder / step_folder(self.saved_step)
-
-
-def kept_checkpoints(folder: Path, keep: int, best_step: int | None) -> list[Path]:
-    """Return the checkpoints in a folder to keep, oldest first: the newest ``keep`` and the best one."""
-    paths = list_checkpoints(folder)
-    best = None if best_step is None else step_folder(best_step)
-    return [path for path in paths if path.name == best or path in paths[-keep:]]
-
-
-def log_checkpoint(
-    tracker: Tracker,
-    checkpoint: Checkpoint,
-    run_id: str,
-    *,
-    is_best: bool,
-    history: Sequence[Mapping[str, Any]],
-    ttl_days: int | None,
-) -> None:
-    """Upload a checkpoint as two artifacts: what sampling needs, and what resuming needs as well, if it has that.
-
-    Args:
-        tracker: receives the artifacts.
-        checkpoint: on the disk.
-        run_id: names the artifacts.
-        is_best: whether it is the best one of its run so far.
-        history: rows of the run. Those up to the checkpoint's step are uploaded, for resuming on another machine.
-        ttl_days: days until the server may delete the second artifact. None keeps it.
-    """
-    aliases = ["latest", f"step-{checkpoint.step}", *([BEST] if is_best else [])]
-    described = {
-        "step": checkpoint.step,
-        "config": checkpoint.metadata["config"],
-        "figures": checkpoint.metadata["figures"],
-        **checkpoint.metadata["extra"],
-    }
-    rows = checkpoint.path / HISTORY_FILE
-    write_json_lines(rows, (row for row in history if row[STEP] <= checkpoint.step))
-    uploads = [Upload(f"{MODEL}-{run_id}", MODEL, model_files(checkpoint), aliases, described)]
-    training = [checkpoint.path / f"{part}.safetensors" for part in checkpoint.parts if part not in SAMPLING_PARTS]
-    if training:  # A checkpoint that was downloaded for sampling has none.
-        files = [checkpoint.path / METADATA_FILE, *training, rows]
-        uploads.append(Upload(f"{STATE}-{run_id}", STATE, files, aliases, described, ttl_days))
-    tracker.artifact(*uploads)

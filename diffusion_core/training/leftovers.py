@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusion_core.checkpoint import list_checkpoints, read_checkpoint
+from diffusion_core.checkpoint import list_checkpoints, read_checkpoint, step_folder
 from diffusion_core.run_folder import CHECKPOINTS, SYNCED
-from diffusion_core.training.checkpoints import kept_checkpoints
 
 
 @dataclass(frozen=True)
@@ -46,3 +45,10 @@ def on_disk(folder: Path) -> Iterator[Leftover]:
 def _folder(path: Path) -> Leftover:
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return Leftover(str(path), size, lambda: shutil.rmtree(path))
+
+
+def kept_checkpoints(folder: Path, keep: int, best_step: int | None) -> list[Path]:
+    """Return the checkpoints in a folder to keep, oldest first: the newest ``keep`` and the best one."""
+    paths = list_checkpoints(folder)
+    best = None if best_step is None else step_folder(best_step)
+    return [path for path in paths if path.name == best or path in paths[-keep:]]

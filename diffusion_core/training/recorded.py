@@ -1,0 +1,60 @@
+"""Send what a run's folder holds to a tracker: rows with their pictures, and checkpoints. PyTorch is not imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusion_core.checkpoint import METADATA_FILE, SAMPLING_PARTS, Checkpoint
+from diffusion_core.files import write_json_lines
+from diffusion_core.run_folder import HISTORY_FILE, picture_files, without_step
+from diffusion_core.tracking import BEST, MODEL, STATE, STEP, Tracker, Upload
+
+
+def log_rows(tracker: Tracker, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Log rows of a run's history with their pictures. The tracker skips rows that it has already."""
+    for row in rows:
+        tracker.log(without_step(row) | picture_files(folder, row[STEP]), row[STEP])
+
+
+def model_files(checkpoint: Checkpoint) -> list[Path]:
+    """Return the files of a `model` artifact: all that sampling needs."""
+    parts = [checkpoint.path / f"{part}.safetensors" for part in checkpoint.parts if part in SAMPLING_PARTS]
+    return [checkpoint.path / METADATA_FILE, *parts]
+
+
+def log_checkpoint(
+    tracker: Tracker,
+    checkpoint: Checkpoint,
+    run_id: str,
+    *,
+    is_best: bool,
+    history: Sequence[Mapping[str, Any]],
+    ttl_days: int | None,
+) -> None:
+    """Upload a checkpoint as two artifacts: what sampling needs, and what resuming needs as well, if it has that.
+
+    Args:
+        tracker: receives the artifacts.
+        checkpoint: on the disk.
+        run_id: names the artifacts.
+        is_best: whether it is the best one of its run so far.
+        history: rows of the run. Those up to the checkpoint's step are uploaded, for resuming on another machine.
+        ttl_days: days until the server may delete the second artifact. None keeps it.
+    """
+    aliases = ["latest", f"step-{checkpoint.step}", *([BEST] if is_best else [])]
+    described = {
+        "step": checkpoint.step,
+        "config": checkpoint.metadata["config"],
+        "figures": checkpoint.metadata["figures"],
+        **checkpoint.metadata["extra"],
+    }
+    rows = checkpoint.path / HISTORY_FILE
+    write_json_lines(rows, (row for row in history if row[STEP] <= checkpoint.step))
+    uploads = [Upload(f"{MODEL}-{run_id}", MODEL, model_files(checkpoint), aliases, described)]
+    training = [checkpoint.path / f"{part}.safetensors" for part in checkpoint.parts if part not in SAMPLING_PARTS]
+    if training:  # A checkpoint that was downloaded for sampling has none.
+        files = [checkpoint.path / METADATA_FILE, *training, rows]
+        uploads.append(Upload(f"{STATE}-{run_id}", STATE, files, aliases, described, ttl_days))
+    tracker.artifact(*uploads)
