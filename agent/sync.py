@@ -22,8 +22,6 @@ from agent.tracking.run import forget_environment, start_wandb
 from agent.tracking.tracker import WandbTracker
 from diffusion_core.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
 from diffusion_core.config import ConfigError, read_yaml
-from diffusion_core.config.metrics import given_goals, goals
-from diffusion_core.machine.child import in_child
 from diffusion_core.messages import Parser
 from diffusion_core.run_folder import (
     CHECKPOINTS,
@@ -61,12 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return fail(f"FOLDER = {str(root)!r}: no run here; expected {RUN_FILE} and {HISTORY_FILE}")
         folders |= dict.fromkeys(found)
     status = 0
-    table = in_child(goals)  # It imports PyTorch, for whose memory some login nodes have no room.
     for number, folder in enumerate(folders, start=1):
         # A trial that calls this has locked its folder.
         lock = nullcontext() if arguments.ended is not None else locked(folder)
         try:
-            with given_goals(table), lock:
+            with lock:
                 print(f"[{number}/{len(folders)}] {sync(folder, arguments.ended, preempted=arguments.preempted)}")
         except (ConfigError, CheckpointError) as error:
             status = fail(str(error))

@@ -200,3 +200,16 @@ assert not slow, slow
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_commands_that_compute_nothing_leave_pytorch_out() -> None:
+    """It takes seconds and half a gigabyte, which login nodes may not have. Goals of figures are looked up as well."""
+    code = """
+import sys
+import agent.sync, agent.clean, agent.sweep.__main__
+from diffusion_core.config.metrics import goals
+assert "eval/fd_*" in goals()
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -30,6 +30,9 @@ FID_FROM = 2048
 """Fewest images on both sides for which a Fréchet distance in Inception's features is called FID. With fewer, the
 covariance of the 2048 features is singular, and the distance depends mostly on the number of images."""
 
+LOSS_BUCKETS = 10
+"""Number of equal ranges of timesteps, for ``val/loss_t0`` to ``val/loss_t9``."""
+
 INCEPTION = "inception"
 """Name of the feature space of pytorch-fid's network with the published weights."""
 

@@ -4,8 +4,3 @@
 ``measure`` makes one pass over the images. ``distances`` compares features with those of a ``reference``. ``suite``
 combines these as a configuration asks.
 """
-
-from diffusion_core.evaluation.distances import frechet_distance
-from diffusion_core.evaluation.validation import validation_loss
-
-__all__ = ["frechet_distance", "validation_loss"]

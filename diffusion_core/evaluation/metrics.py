@@ -1,26 +1,25 @@
 """The figures that ``eval.figures`` chooses by name: one record each in ``METRICS``.
 
-A record is of one of three kinds, by what the figure is computed from: features, images, or losses.
+A record is of one of three kinds, by what the figure is computed from: features, images, or losses. Names and goals
+are read where nothing is computed, so what computes a figure is imported when it does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from diffusion_core.config import DataConfig, EvalConfig
-from diffusion_core.config.metrics import FID_FROM, Goal, Part, count_name, space_figure
-from diffusion_core.data.datasets import Dataset, Images
-from diffusion_core.distributed import broadcast_weights
-from diffusion_core.evaluation.classifier.training import RECIPES, accuracy, recipe_for, train_classifier
-from diffusion_core.evaluation.distances import density_coverage, inception_score, kernel_distance, precision_recall
-from diffusion_core.evaluation.measure import Reference, Seen
-from diffusion_core.evaluation.validation import LOSS_BUCKETS, by_timestep
+from diffusion_core.config.metrics import FID_FROM, LOSS_BUCKETS, Goal, Part, count_name, space_figure
 from diffusion_core.registries import DATASETS, METRICS
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from diffusion_core.data.datasets import Dataset, Images
+    from diffusion_core.evaluation.measure import Reference, Seen
 
 
 @dataclass(frozen=True)
@@ -158,23 +157,31 @@ def _frechet(seen: Seen, reference: Reference) -> list[float]:
 
 
 def _kernel(seen: Seen, reference: Reference) -> list[float]:
+    from diffusion_core.evaluation.distances import kernel_distance
+
     assert seen.features_ND is not None
     assert reference.features_ND is not None
     return [kernel_distance(seen.features_ND, reference.features_ND)]
 
 
 def _score(seen: Seen, reference: Reference) -> list[float]:
+    from diffusion_core.evaluation.distances import inception_score
+
     assert seen.logits_NK is not None
     return [inception_score(seen.logits_NK)]
 
 
 def _precision_recall(seen: Seen, reference: Reference) -> Sequence[float]:
+    from diffusion_core.evaluation.distances import precision_recall
+
     assert seen.features_ND is not None
     assert reference.features_ND is not None
     return precision_recall(seen.features_ND, reference.features_ND)
 
 
 def _density_coverage(seen: Seen, reference: Reference) -> Sequence[float]:
+    from diffusion_core.evaluation.distances import density_coverage
+
     assert seen.features_ND is not None
     assert reference.features_ND is not None
     return density_coverage(seen.features_ND, reference.features_ND)
@@ -182,11 +189,20 @@ def _density_coverage(seen: Seen, reference: Reference) -> Sequence[float]:
 
 def _synthetic_accuracy(images: Images, real: Real) -> float:
     """Return the accuracy, on real held-out images, of a classifier trained only on generated images."""
+    from diffusion_core.distributed import broadcast_weights
+    from diffusion_core.evaluation.classifier.training import RECIPES, accuracy, recipe_for, train_classifier
+
     recipe = RECIPES[recipe_for(real.dataset.shape_CHW, real.device.type == "cuda")]
     mirrored = real.config.flips
     network = train_classifier(images, real.dataset.num_classes, recipe, mirrored=mirrored, device=real.device)
     broadcast_weights(network)
     return accuracy(network, real.dataset.val)
+
+
+def _by_timestep(losses_N: Tensor, t_N: Tensor, timesteps: int) -> Mapping[str, float]:
+    from diffusion_core.evaluation.validation import by_timestep
+
+    return by_timestep(losses_N, t_N, timesteps)
 
 
 METRICS["frechet"] = FeatureMetric([FD], _frechet, "Fréchet distance (FID)", every_image=False)
@@ -206,7 +222,7 @@ METRICS["density_coverage"] = FeatureMetric(
 )
 METRICS["per_class"] = FeatureMetric([FD], _frechet, "Fréchet distance of each class", by_class=True)
 METRICS["loss_by_timestep"] = LossMetric(
-    by_timestep,
+    _by_timestep,
     [f"val/loss_t{part}" for part in range(LOSS_BUCKETS)],
     "val/loss_t*",
     "minimize",

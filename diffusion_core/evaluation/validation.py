@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion_core.config import CoreConfig
+from diffusion_core.config.metrics import LOSS_BUCKETS
 from diffusion_core.data.datasets import Images, to_unit
 from diffusion_core.diffusion.denoiser import Denoiser
 from diffusion_core.diffusion.losses import diffusion_loss
@@ -21,9 +22,6 @@ VALIDATION_SEED = 0
 """Seed of validation noise, the same for all runs, so that runs with different seeds are comparable."""
 
 VALIDATION_BATCH = 256
-
-LOSS_BUCKETS = 10
-"""Number of equal ranges of timesteps, for ``val/loss_t0`` to ``val/loss_t9``."""
 
 
 def validation_loss(network: UNet, images: Images, config: CoreConfig, precision: Precision) -> float:

@@ -16,9 +16,9 @@ from agent.config import TrialConfig, build_config
 from agent.trial import run_trial
 from diffusion_core.checkpoint import Checkpoint, read_checkpoint
 from diffusion_core.data.datasets import Dataset, load_data
-from diffusion_core.evaluation import validation_loss
 from diffusion_core.evaluation.classifier.classifier import Classifier, classifier_for
 from diffusion_core.evaluation.consistency import consistency_of_images
+from diffusion_core.evaluation.validation import validation_loss
 from diffusion_core.files import write_json
 from diffusion_core.hardware import Precision, pick_precision
 from diffusion_core.model.cost import count_cost

@@ -9,8 +9,8 @@ import torch
 from tiny import digits, tiny_config, tiny_network
 
 from diffusion_core.config.metrics import Part, count_name, goal_of, goals, is_better, space_figure, space_name
-from diffusion_core.evaluation import validation, validation_loss
-from diffusion_core.evaluation.validation import by_timestep, validation_losses
+from diffusion_core.evaluation import validation
+from diffusion_core.evaluation.validation import by_timestep, validation_loss, validation_losses
 from diffusion_core.model.unet import build_network
 from diffusion_core.registries import METRICS
 

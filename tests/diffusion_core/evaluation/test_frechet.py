@@ -11,8 +11,7 @@ import torch
 from scipy.linalg import sqrtm
 
 from diffusion_core.data.datasets import DataError
-from diffusion_core.evaluation import frechet_distance
-from diffusion_core.evaluation.distances import Moments
+from diffusion_core.evaluation.distances import Moments, frechet_distance
 from diffusion_core.evaluation.reference import read_statistics, write_statistics
 
 
