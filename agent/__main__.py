@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from diffusion_core.signals import remember_if_handed_out
+
+    remember_if_handed_out()  # The imports take seconds.
+
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any

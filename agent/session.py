@@ -42,6 +42,7 @@ from diffusion_core.run_folder import (
     make_folder,
     read_run_file,
 )
+from diffusion_core.signals import remembered
 from diffusion_core.tracking import NullTracker, Tracker
 from diffusion_core.training import callbacks
 from diffusion_core.training.batch_size import settled
@@ -128,6 +129,8 @@ class Session:
         """Run the trial and leave. Return the exit status."""
         if self.is_main and self.mode != "disabled":
             self.stop.later()
+        for number in remembered():  # They came during the imports.
+            self.stop.ask(number)
         self.peers.watch(lambda: self._close_in_time(lost_peer(self.peers.loss())))
         try:
             error: Exception | None = None

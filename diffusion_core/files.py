@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusion_core.messages import UserError, reason_of
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -64,6 +66,27 @@ def replaced_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         flush_to_disk(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(target: Path, option: str = "TARGET") -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``target`` on success and is deleted on failure.
+
+    Args:
+        target: must not exist, or be an empty folder.
+        option: the option that named it, for messages.
+
+    Raises:
+        UserError: if ``target`` exists, or cannot be written.
+    """
+    final = Path(os.path.abspath(target))
+    try:
+        if final.is_symlink() or (final.exists() and not (final.is_dir() and not any(final.iterdir()))):
+            raise UserError(f"{option} = {str(target)!r}: exists already; choose another folder")
+        with replaced_folder(final, overwrite=False) as temporary:
+            yield temporary
+    except OSError as error:
+        raise UserError(f"{option} = {str(target)!r}: {reason_of(error)}; choose another folder") from None
 
 
 def temporary_name(path: Path) -> Path:

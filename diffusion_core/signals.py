@@ -57,6 +57,28 @@ def heeded_interrupts() -> list[signal.Signals]:
     return [number for number in INTERRUPTS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
+def remember_if_handed_out() -> None:
+    """In a trial of a W&B agent, do not leave on SIGTERM, but remember it until :func:`remembered` is called.
+
+    W&B must be told that the trial is handed back, or the sweep loses it. That takes a few imports.
+    """
+    if "WANDB_SWEEP_ID" in os.environ:
+        _to_remember.add(signal.SIGTERM)
+
+
+def remembered() -> list[int]:
+    """Return the signals that came since :func:`remember_if_handed_out`. From now on, they are not remembered."""
+    _to_remember.clear()
+    return _came
+
+
+_to_remember: set[int] = set()
+_came: list[int] = []
+
+
 def _leave(number: int, _frame: FrameType | None) -> None:
+    if number in _to_remember:
+        _came.append(number)
+        return
     os.write(2, b"interrupted\n")  # Not print: the signal may have come in the middle of one.
     os._exit(128 + number)

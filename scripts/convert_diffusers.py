@@ -31,22 +31,19 @@ if __name__ == "__main__":
 
 import argparse
 import logging
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from agent.command import run_and_leave
-from diffusion_core.checkpoint import CheckpointError
+from agent.command import fail, run_and_leave
 from diffusion_core.choice import add_which_flag
 from diffusion_core.config import ConfigError
 from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.diffusers_io import CLASSES_FILE, export_model, import_model
-from diffusion_core.files import replaced_folder
-from diffusion_core.messages import Parser, one_line, reason_of
+from diffusion_core.files import new_folder
+from diffusion_core.messages import Parser, UserError, one_line
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -89,9 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     )
                 )
         print(f"{arguments.target}: " + "\n".join(lines))
-    except (CheckpointError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except SafetensorError as error:  # The disk is full, for example.
+        return fail(f"TARGET = {str(arguments.target)!r}: {one_line(error)}; choose another folder")
+    except UserError as error:
+        return fail(str(error))
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130
@@ -111,24 +109,6 @@ def need_diffusers() -> None:
         raise ConfigError(f'Diffusers is needed{reason}: pip install "diffusion-sweeps[diffusers]"') from None
     diffusers.utils.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Yield a new folder that becomes ``target`` on success and is deleted on failure.
-
-    Raises:
-        ConfigError: if ``target`` exists and is not an empty folder, or cannot be written.
-    """
-    final = Path(os.path.abspath(target))
-    try:
-        if final.is_symlink() or (final.exists() and not (final.is_dir() and not any(final.iterdir()))):
-            raise ConfigError(f"TARGET = {str(target)!r}: exists already; choose another folder")
-        with replaced_folder(final, overwrite=False) as temporary:
-            yield temporary
-    except (OSError, SafetensorError) as error:
-        reason = reason_of(error)
-        raise ConfigError(f"TARGET = {str(target)!r}: {reason}; choose another folder") from None
 
 
 if __name__ == "__main__":

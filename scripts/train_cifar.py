@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from diffusion_core.signals import leave_at_once
+    from diffusion_core.signals import leave_at_once, remember_if_handed_out
 
+    remember_if_handed_out()
     leave_at_once()  # Until main handles signals: the imports take seconds.
 
 from agent.__main__ import main

@@ -108,6 +108,13 @@ class Forks:
         return fork.output
 
 
+def handles(pid: int, number: int) -> bool:
+    """Whether a process has a handler of a signal. Python has none of SIGTERM: from then on, ours are in place."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (caught,) = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")]
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
 @dataclass
 class Fork:
     """A command that runs."""

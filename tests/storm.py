@@ -154,7 +154,10 @@ class Storm:
 
     def _is_done(self) -> bool:
         runs = self.sweep.runs
-        return len(runs) == self.count and not self.sweep.requeued and all(run.state != "running" for run in runs)
+        if len(runs) < self.count or self.sweep.requeued:
+            return False
+        # The server takes a trial that was killed for running, until its heartbeat is overdue.
+        return all(run.state != "running" for run in runs) or not any(self._trials())
 
     def _trials(self) -> Iterator[psutil.Process]:
         for process in psutil.process_iter():

@@ -27,6 +27,7 @@ CORE_LAYERS = (
     {"checkpoint"},
     {"choice"},
     {"sampling"},
+    {"portable"},
     {"evaluation"},
     {"training"},
     {"diffusers_io"},

@@ -41,14 +41,16 @@ def guided(
             return denoiser(x_BCHW, t_B, labels_B), reference(x_BCHW, t_B, labels_B)
         assert labels_B is not None
         labels = torch.cat([labels_B, torch.full_like(labels_B, NO_LABEL)])
-        with_label, without = denoiser(x_BCHW.repeat(2, 1, 1, 1), t_B.repeat(2), labels).chunk(2)
+        # Not chunk: torch.export would fix the size of the batch.
+        with_label, without = denoiser(x_BCHW.repeat(2, 1, 1, 1), t_B.repeat(2), labels).unflatten(0, (2, -1))
         return with_label, without
 
     def guided_denoiser(x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None) -> Tensor:
         if reference is None and (labels_B is None or (scale == 0.0 and applies is None)):
             return denoiser(x_BCHW, t_B, None)
         guided_B = None if applies is None else applies(t_B)
-        if guided_B is not None and not guided_B.any():
+        # An exported program has no branches: it evaluates both, and drops one.
+        if guided_B is not None and not torch.compiler.is_compiling() and not guided_B.any():
             return denoiser(x_BCHW, t_B, labels_B)
         x0_BCHW, reference_BCHW = both(x_BCHW, t_B, labels_B)
         result = reference_BCHW + scale * (x0_BCHW - reference_BCHW)

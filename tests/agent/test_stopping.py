@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forks import WORDS, Forks, until
+from forks import WORDS, Forks, handles, until
 from server import Run, Sweep, WandbServer
 from tiny import assert_same_tensors
 from wandb_client import Client, finish
@@ -172,3 +172,24 @@ def test_w_and_b_keeps_what_is_needed_and_gives_the_rest_a_time_to_live(story: S
             assert version.aliases == []
     states = [artifact for artifact in story.moved.output_artifacts if artifact.type == "training-state"]
     assert {state.ttl for state in states} == {30 * 24 * 3600}
+
+
+@pytest.mark.slow
+def test_a_trial_that_is_preempted_while_it_imports_is_handed_back(tmp_path: Path) -> None:
+    with WandbServer() as server:
+        client = Client(server, tmp_path)
+        words = [word for word in WORDS if not word.startswith("--log.dir")]
+        made = sweep(client, {
+            "method": "grid",
+            "command": [sys.executable, "-m", "agent", *words, "--train.steps=10", "${args}"],
+            "parameters": {"seed": {"values": [0, 1]}},
+        })  # fmt: skip
+        agent = client.agent(made)
+        trial = trial_of(agent.pid)
+        until(lambda: handles(trial, signal.SIGTERM))  # Python has begun to import the trial.
+        os.kill(trial, signal.SIGTERM)
+        output = finish(agent)
+        assert [run.state for run in made.runs] == ["finished", "finished"], output
+        assert [run.summary.get("preemptions") for run in made.runs] == [1, None], output
+        assert "Traceback" not in output
+        assert server.errors == []

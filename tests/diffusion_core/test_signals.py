@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from forks import ROOT, WORDS, until
+from forks import ROOT, WORDS, handles, until
 
 from agent.command import UNUSABLE
 
@@ -47,13 +47,6 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
     )
     until(lambda: process.poll() is not None or handles(process.pid, signal.SIGTERM))
     return process
-
-
-def handles(pid: int, number: int) -> bool:
-    """Whether a process has a handler of a signal. Python has none of SIGTERM: from then on, ours are in place."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    (caught,) = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")]
-    return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 def check_left(process: subprocess.Popen[str], number: int) -> None:

@@ -15,40 +15,20 @@ import pytest
 import sample_images as script
 from image_files import frame_count
 from PIL import Image
-from tiny import TINY, digits, lively
-
-from agent.config import build_config
-from agent.trial import run_trial
-from diffusion_core.checkpoint import read_checkpoint, write_checkpoint
-from diffusion_core.tracking import NullTracker
+from runs import lively_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "sample_images.py"
 
 
-def train(folder: Path, **changes: Any) -> Path:
-    """A run's folder, whose averaged weights are made lively so that images differ."""
-    settings = TINY | {"train.steps": 2, "checkpoint.upload": False, "sample.every": 0, "eval.num_images": 10}
-    config = build_config(settings | {key.replace("__", "."): value for key, value in changes.items()})
-    result = run_trial(config, NullTracker(), dataset=digits(), folder=folder, run_id="run")
-    checkpoint = read_checkpoint(result.best_checkpoint)
-    parts = {part: checkpoint.tensors(part) for part in checkpoint.parts}
-    parts["ema"] = lively(checkpoint.network()).state_dict()
-    if "label_embedding.weight" in parts["ema"]:
-        parts["ema"]["label_embedding.weight"] *= 20  # So that the label can be seen.
-    metadata = {key: value for key, value in checkpoint.metadata.items() if key not in ("format", "step", "files")}
-    write_checkpoint(folder / "checkpoints", checkpoint.step, metadata, parts)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("run"))
+    return lively_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("other"), model__channels=16, diffusion__schedule="linear", seed=1)
+    return lively_run(tmp_path_factory.mktemp("other"), model__channels=16, diffusion__schedule="linear", seed=1)
 
 
 def sample(run: Path, out: Path, *words: str) -> int:
@@ -194,7 +174,7 @@ def test_a_weaker_model_guides(run: Path, other: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_without_labels_can_be_guided_too(tmp_path: Path, run: Path, capfd: Any) -> None:
-    unlabelled = train(tmp_path / "run", model__class_conditional=False)
+    unlabelled = lively_run(tmp_path / "run", model__class_conditional=False)
     few = ["--num-images", "1", "--guidance", "2"]
     assert sample(unlabelled, tmp_path / "alone", *few) == 2
     assert "needs model.class_conditional=true" in capfd.readouterr().err

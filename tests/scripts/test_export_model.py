@@ -1,0 +1,134 @@
+"""scripts/export_model.py: its files draw the same images in a process without this project."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import export_model as script
+import numpy as np
+import pytest
+import torch
+from runs import lively_run
+
+from diffusion_core.checkpoint import read_checkpoint
+from diffusion_core.config import build, flatten
+from diffusion_core.sampling.generation import Generator
+from diffusion_core.sampling.samplers import build_sampler
+
+START, END = "  import json", ".astype(np.uint8)"
+EXAMPLE = script.__doc__[script.__doc__.index(START) : script.__doc__.index(END) + len(END)].replace("\n  ", "\n")[2:]
+TORCH = EXAMPLE.replace("onnxruntime", "torch").replace(
+    'torch.InferenceSession("exported/model.onnx")', 'torch.export.load("exported/model.pt2").module()'
+).replace(
+    'x0, = model.run(None, {"x": x, "t": np.full(8, t), "labels": labels})',
+    "x0 = model(*map(torch.from_numpy, (x, np.full(8, t, KIND), labels))).detach().numpy()",
+)  # fmt: skip
+
+
+def export(source: Path, folder: Path, *words: str) -> int:
+    return script.main(["--checkpoint", str(source), "--out", str(folder / "exported"), *words])
+
+
+def drawn(folder: Path, program: str) -> np.ndarray:
+    """What a program draws from the exported files, alone in a folder with them."""
+    code = f"{program}\nassert 'diffusion_core' not in __import__('sys').modules\nnp.save('images.npy', images)"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=folder, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return np.load(folder / "images.npy")
+
+
+def expected(source: Path, **knobs: Any) -> np.ndarray:
+    """The same images by the project's own sampler."""
+    checkpoint = read_checkpoint(source)
+    given = {f"sample.{key}": value for key, value in knobs.items()} | {"sample.sampler": "ddim", "sample.eta": 0.0}
+    config = build(type(checkpoint.config()), flatten(checkpoint.config()), given)
+    generator = Generator(checkpoint.network(), config, "fp32")
+    denoiser = generator.denoiser()
+    steps = denoiser.schedule.steps(config.sample.steps, config.sample.spacing)
+    noise = np.random.default_rng(0).standard_normal((8, *checkpoint.shape_CHW), np.float32)
+    start = torch.from_numpy(noise) * (1.0 if denoiser.schedule.variance_preserving else float(steps.sigmas[0]))
+    labels = torch.arange(8) % max(1, len(checkpoint.class_names))
+    with torch.no_grad():
+        images = build_sampler(config.sample, denoiser)(
+            generator.guided(denoiser, config.sample), start, steps, labels, noise=lambda: torch.zeros_like(start)
+        )
+    return ((images + 1.0) * 127.5).round().clamp(0, 255).byte().numpy()
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return lively_run(tmp_path_factory.mktemp("dense"), diffusion__prediction="v", sample__guidance=1.5)
+
+
+def check(images: np.ndarray, wanted: np.ndarray) -> None:
+    assert len(np.unique(wanted)) > 50
+    assert np.abs(images.astype(int) - wanted.astype(int)).max() <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.extra("onnx")
+def test_an_onnx_file_draws_the_same_images(dense: Path, tmp_path: Path, capsys: Any) -> None:
+    assert export(dense, tmp_path) == 0
+    assert "guidance 1.5" in capsys.readouterr().out
+    check(drawn(tmp_path, EXAMPLE), expected(dense))
+
+
+@pytest.mark.slow
+@pytest.mark.extra("onnx")
+def test_an_onnx_file_of_a_pruned_network_draws_the_same_images(tmp_path: Path) -> None:
+    pruned = lively_run(tmp_path / "run", prune__method="structured", prune__step=1, model__norm_groups=1)
+    assert read_checkpoint(pruned).metadata["structure"]
+    assert export(pruned, tmp_path, "--format", "onnx", "--steps", "3", "--which", "newest", "--weights", "ema") == 0
+    check(drawn(tmp_path, EXAMPLE), expected(pruned, steps=3))
+
+
+@pytest.mark.slow
+def test_a_program_of_torch_draws_the_same_images(dense: Path, tmp_path: Path) -> None:
+    words = ["--guidance", "3", "--guidance-interval", "0.1,2", "--spacing", "karras", "--steps", "5"]
+    assert export(dense, tmp_path, "--format", "torch", *words) == 0
+    knobs = {"guidance": 3.0, "guidance_interval": [0.1, 2.0], "spacing": "karras", "steps": 5}
+    check(drawn(tmp_path, TORCH.replace("KIND", "np.float32")), expected(dense, **knobs))
+
+
+def test_a_model_without_classes_takes_no_labels(tmp_path: Path) -> None:
+    plain = lively_run(tmp_path / "plain", model__class_conditional=False, eval__classifier="none")
+    assert export(plain, tmp_path, "--format", "torch") == 0
+    assert json.loads((tmp_path / "exported" / "model.json").read_text())["class_names"] == []
+    program = TORCH.replace("KIND", "int").replace(", labels)", ")").replace("np.arange(8) % len", "len")
+    check(drawn(tmp_path, program), expected(plain))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--weights", "other"], "--weights = 'other': "),
+        (["--steps", "0"], "sample.steps = '0'"),
+        (["--out", "."], "--out = '.': exists already; choose another folder"),
+        (["--format", "onnx"], "--format = 'onnx': needs onnxscript: pip install"),
+    ],
+)
+def test_what_is_refused_is_one_line_and_leaves_nothing(
+    dense: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kept").touch()
+    assert script.main(["--checkpoint", str(dense), "--format", "torch", *words]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_network_that_remembers_is_refused(tmp_path: Path, capsys: Any) -> None:
+    remembering = lively_run(tmp_path / "run", model__self_conditioning=True)
+    assert export(remembering, tmp_path, "--format", "torch") == 2
+    assert "error: model.self_conditioning = True: " in capsys.readouterr().err
+    assert not (tmp_path / "exported").exists()
