@@ -123,7 +123,7 @@ def write_onnx(model: PortableDenoiser, folder: Path) -> Path:
     names = ["x", "t", "labels"][: len(model.example(1))]
     with redirect_stdout(StringIO()):  # It prints each of its stages.
         torch.onnx.export(
-            _program(model), path, dynamo=True, input_names=names, output_names=["x0"], external_data=False
+            _program(model), f=path, dynamo=True, input_names=names, output_names=["x0"], external_data=False
         )
     return path
 

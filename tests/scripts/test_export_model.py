@@ -68,7 +68,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check(images: np.ndarray, wanted: np.ndarray) -> None:
-    assert len(np.unique(wanted)) > 50
+    assert len({image.tobytes() for image in wanted}) == len(wanted)
     assert np.abs(images.astype(int) - wanted.astype(int)).max() <= 2
 
 
