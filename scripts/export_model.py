@@ -39,7 +39,7 @@ from diffusion_core.config import CoreConfig, build, flatten
 from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.files import new_folder
 from diffusion_core.messages import Parser, UserError, size_in_words
-from diffusion_core.portable import FORMATS, write_model
+from diffusion_core.sampling.portable import FORMATS, write_model
 
 KNOBS = ("steps", "spacing", "guidance", "guidance_interval")
 """Knobs of ``sample.*`` that the file holds."""

@@ -27,7 +27,6 @@ CORE_LAYERS = (
     {"checkpoint"},
     {"choice"},
     {"sampling"},
-    {"portable"},
     {"evaluation"},
     {"training"},
     {"diffusers_io"},

@@ -74,3 +74,10 @@ def test_a_model_from_wandb_guides_sampling(server: WandbServer, run: str, clien
     settings = json.loads((client.directory / "guided" / "samples.json").read_text())
     assert settings != json.loads((client.directory / "plain" / "samples.json").read_text())
     assert len(list((client.directory / "guided").glob("?-0.png"))) == 2
+
+
+@pytest.mark.slow
+def test_a_model_from_wandb_is_exported(run: str, client: Client) -> None:
+    script = str(ROOT / "scripts" / "export_model.py")
+    client.command(sys.executable, script, "--artifact", f"test/model-{run}", "--format", "torch", "--out", "out")
+    assert {path.name for path in (client.directory / "out").iterdir()} == {"model.pt2", "model.json"}
