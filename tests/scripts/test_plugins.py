@@ -90,7 +90,7 @@ def test_a_checkpoint_never_imports_its_plugins(plugin: str, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["sample_images", "evaluate", "prune", "convert_diffusers"])
+@pytest.mark.parametrize("script", ["sample_images", "evaluate", "prune", "convert_diffusers", "export_model"])
 def test_every_script_that_reads_checkpoints_takes_plugins(script: str, plugin: str, tmp_path: Path) -> None:
     absent = (
         "error: plugins = 'absent_plugin': cannot import it (No module named 'absent_plugin'); install it, or add its "

@@ -31,7 +31,7 @@ RUN_BY = {
     "compare_tickets": ["test_compare_tickets.py"],
     "convert_diffusers": ["test_convert_diffusers.py", "test_plugins.py", "test_choice.py"],
     "evaluate": ["test_evaluate.py", "test_artifact_flags.py", "test_features.py", "test_plugins.py", "test_choice.py"],
-    "export_model": ["test_export_model.py", "test_artifact_flags.py"],
+    "export_model": ["test_export_model.py", "test_artifact_flags.py", "test_plugins.py"],
     "gpu_check": ["test_gpu_check.py"],
     "lottery_ticket": ["test_lottery.py", "test_lottery_runs.py"],
     "prepare_images": ["test_prepare_images.py"],
