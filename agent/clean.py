@@ -22,7 +22,7 @@ from diffusion_core.training.leftovers import Leftover, on_disk
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status: 0, or 2 if the folder or project does not exist."""
-    parser = Parser("python -m agent.clean", description=__doc__, allow_abbrev=False)
+    parser = Parser("python -m agent.clean", description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="folder of runs or of one run (runs)")
     parser.add_argument("--project", metavar="ENTITY/PROJECT", help="search a W&B project instead")
     parser.add_argument("--yes", action="store_true", help="delete them")

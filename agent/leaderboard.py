@@ -43,7 +43,7 @@ def upload(name: str, entries: Sequence[Entry]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status: 0, or 2 if there is nothing to show."""
-    parser = Parser("python -m agent.leaderboard", description=__doc__, allow_abbrev=False)
+    parser = Parser("python -m agent.leaderboard", description=__doc__)
     parser.add_argument("folder", type=Path, nargs="*", help="folders of runs (default: runs)")
     parser.add_argument("--project", metavar="[ENTITY/]PROJECT", help="show the runs of a W&B project instead")
     parser.add_argument("--upload", action="store_true", help="with --project: log the table there")

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import os
 import signal
-import sys
 import threading
 import time
 from contextlib import ExitStack
@@ -42,6 +41,7 @@ from diffusion_core.run_folder import (
     make_folder,
     read_run_file,
 )
+from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import NullTracker, Tracker
 from diffusion_core.training import callbacks
 from diffusion_core.training.batch_size import settled
@@ -76,7 +76,7 @@ def run_session(config: TrialConfig, greeting: str = "") -> int:
 
 
 def _abandoned(stop: StopRequest, launcher: int) -> None:
-    print(f"process {launcher}, which started this trial, is gone; the trial stops", file=sys.stderr)
+    say(f"process {launcher}, which started this trial, is gone; the trial stops")
     stop.ask(signal.SIGTERM)
 
 
@@ -161,7 +161,7 @@ class Session:
         if ending.alert is not None:
             self.tracker.alert(ending.alert, ending.message.removeprefix("error: "))
         if ending.message and (ending.everywhere or self.is_main):
-            print(ending.message, file=sys.stderr)
+            say(ending.message)
         status = ending.status
         if ending.together:
             status = self._close(ending)
@@ -213,7 +213,7 @@ class Session:
             config = settled(config, accelerator, dataset, self.folder / CHECKPOINTS)
         self.stop.check_now()
         if self.is_main and self.greeting:
-            print(self.greeting, file=sys.stderr)
+            say(self.greeting)
         if self.is_main:
             make_folder(self.folder)
             self.stack.enter_context(locked(self.folder))

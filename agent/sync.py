@@ -43,7 +43,7 @@ class Unsent(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status: 0, 1 if something did not arrive, 2 if there is nothing to upload."""
-    parser = Parser("python -m agent.sync", description=__doc__, allow_abbrev=False)
+    parser = Parser("python -m agent.sync", description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="a run, a sweep, a lottery, or several")
     # A trial whose client has broken calls this, with the exit status that W&B is to be told.
     parser.add_argument("--ended", type=int, metavar="STATUS", help=argparse.SUPPRESS)

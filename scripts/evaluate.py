@@ -66,7 +66,7 @@ def metrics_of_images() -> list[str]:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("path", type=Path, nargs="*", help="one or two folders of images, or .npz statistics")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--artifact", metavar="NAME:ALIAS", help="a `model` artifact on W&B, such as model-abc123:best")

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(words: Sequence[str]) -> int:
     """Plot and print which weights two tickets share."""
-    parser = Parser(description="Which weights two tickets share, by block.", allow_abbrev=False)
+    parser = Parser(description="Which weights two tickets share, by block.")
     parser.add_argument(
         OVERLAP, type=Path, nargs=2, required=True, metavar="TICKET", help="a checkpoint, or a round's folder"
     )

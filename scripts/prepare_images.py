@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("source", metavar="SOURCE", help=f"a folder of images, or one of {', '.join(DATA_SETS)}")
     parser.add_argument("target", type=Path, metavar="TARGET", help="a new or empty folder, or that of the same call")
     parser.add_argument("--workers", metavar="N", help="number of processes (one per core)")

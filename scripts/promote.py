@@ -17,7 +17,7 @@ from diffusion_core.messages import Parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--sweep", metavar="ENTITY/PROJECT/ID", help="the best model of its best run, by its metric")
     source.add_argument("--artifact", metavar="NAME:ALIAS", help="a model, such as model-RUN_ID:best")

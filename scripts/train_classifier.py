@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
     leave_at_once()  # Until main handles signals: the imports take seconds.
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from diffusion_core.messages import Parser
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 if something asked for cannot be had."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("--recipe", choices=RECIPES, help="how it is trained (default: what suits images and device)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write it here as well (.safetensors)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

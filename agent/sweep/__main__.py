@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line. Exits with an error if flags contradict each other."""
-    parser = Parser("python -m agent.sweep", description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser("python -m agent.sweep", description=DESCRIPTION)
     parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help="sweep file, such as sweeps/quickstart.yaml")
     parser.add_argument("--count", type=positive, metavar="N", help="run at most N trials now")
     parser.add_argument("--dry-run", action="store_true", help="list the first trials and what they cost, and stop")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from diffusion_core.choice import choose
 from diffusion_core.files import replaced_folder
 from diffusion_core.messages import one_line
 from diffusion_core.run_folder import HISTORY_FILE
+from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import BEST, MODEL, STATE
 from diffusion_core.training.resume import NEEDED
 from pruning.start import Source
@@ -164,7 +164,7 @@ def fetch_checkpoint(
             try:
                 return _download([models[step], states[step]], folder, step, without)
             except CheckpointError as error:
-                print(f"W&B: skipped the checkpoint of step {step}: {error}", file=sys.stderr)
+                say(f"W&B: skipped the checkpoint of step {step}: {error}")
         return None
 
     return _again_and_again(fetch)
@@ -207,7 +207,7 @@ def _again_and_again(fetch: Callable[[], T]) -> T:
                     f"W&B has a checkpoint of this run, or may have one, but did not hand it out ({reason}); run the "
                     "same command again, or start over with --checkpoint.resume=false"
                 ) from None
-        print(f"W&B: could not download a checkpoint of this run ({reason}); trying again", file=sys.stderr)
+        say(f"W&B: could not download a checkpoint of this run ({reason}); trying again")
         time.sleep(pause)
         pause = min(2 * pause, MOST_PAUSE_S)
 

@@ -18,13 +18,13 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_core.config import DataConfig
 from diffusion_core.data.image_files import IMAGE_SUFFIXES, ImageFileError, read_rgb, square
 from diffusion_core.messages import UserError, one_line, reason_of
 from diffusion_core.randomness import Purpose, generator
 from diffusion_core.registries import DATASETS
+from diffusion_core.terminal.progress import Shown
 
 SPLIT_SEED = 0
 """The held-out split does not follow the run's seed: runs with different seeds are compared on the same images."""
@@ -214,7 +214,7 @@ def _read_classes(root: Path, class_names: Sequence[str], size: int, progress: b
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         done: Iterable[None] = pool.map(read, range(len(paths)), chunksize=64)
-        for _ in tqdm(done, f"reading {root.name}", len(paths), unit="image", disable=not progress, mininterval=0.5):
+        for _ in Shown(done, f"reading {root.name}", len(paths), "image", shown=progress):
             pass
     return Images(torch.from_numpy(images_NHWC).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels))
 

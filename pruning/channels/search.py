@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from diffusion_core.config import ConfigError
 from diffusion_core.model.structure import Structure, sizes
 from diffusion_core.model.unet import UNet
+from diffusion_core.terminal.progress import Shown
 from pruning.blocks import shared_blocks
 from pruning.channels.groups import ChannelGroup, Kept, size_key
 from pruning.config import PruneConfig
@@ -95,7 +95,7 @@ def find_counts(
                 )
             continue
         low, high = 0.0, 1.0
-        for _ in tqdm(range(steps), desc=f"widths in steps of {unit}", leave=False, disable=not progress):
+        for _ in Shown(range(steps), f"widths in steps of {unit}", steps, "step", shown=progress, leave=False):
             middle = (low + high) / 2.0
             low, high = (middle, high) if cost(counts_at(middle)) > target else (low, middle)
         for amount in (low, high):
