@@ -7,8 +7,9 @@ and staged copies of uploads that have arrived. On W&B: versions of models and t
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from agent.command import fail, run_and_leave
 from agent.tracking.environment import load_environment
@@ -18,6 +19,9 @@ from diffusion_core.config import ConfigError
 from diffusion_core.messages import Parser
 from diffusion_core.run_folder import locked, run_folders
 from diffusion_core.training.leftovers import Leftover, on_disk
+
+if TYPE_CHECKING:
+    from wandb import Artifact
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,28 +34,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     load_environment()
     try:
         if arguments.project is not None:
-            versions = versions_without_alias(arguments.project)
-            _report([Leftover(version.name, version.size, version.delete) for version in versions], arguments.yes)
-            return 0
-        folder = arguments.folder or Path("runs")
-        if not folder.is_dir():
-            return fail(f"FOLDER = {str(folder)!r}: no such folder; name a folder of runs")
-        for run_folder in run_folders(folder):
-            try:
-                with locked(run_folder):  # A process that trains the run needs its checkpoints.
-                    _report(list(on_disk(run_folder)), arguments.yes)
-            except ConfigError as error:
-                print(f"skipped: {error}", file=sys.stderr)
-    except CheckpointError as error:
+            place, left = (
+                arguments.project,
+                _treat(map(_on_wandb, versions_without_alias(arguments.project)), arguments.yes),
+            )
+        else:
+            place = arguments.folder or Path("runs")
+            if not place.is_dir():
+                return fail(f"FOLDER = {str(place)!r}: no such folder; name a folder of runs")
+            left = 0
+            for run_folder in run_folders(place):
+                try:
+                    with locked(run_folder):  # A process that trains the run needs its checkpoints.
+                        left += _treat(on_disk(run_folder), arguments.yes)
+                except ConfigError as error:
+                    print(f"skipped: {error}", file=sys.stderr)
+    except (CheckpointError, ConfigError) as error:
         return fail(str(error))
+    if not left:
+        print(f"{place}: nothing to remove")
+    elif not arguments.yes:
+        print(f"{left} found; --yes deletes them")
     return 0
 
 
-def _report(found: Sequence[Leftover], remove: bool) -> None:
-    for leftover in found:
+def _on_wandb(version: Artifact) -> Leftover:
+    return Leftover(version.name, version.size, version.delete)
+
+
+def _treat(found: Iterable[Leftover], remove: bool) -> int:
+    """Print what was found, and remove it if asked to. Return how many there are."""
+    count = 0
+    for count, leftover in enumerate(list(found), start=1):
         print(f"{leftover.size / 1e6:10,.1f} MB  {leftover.name}{'  removed' if remove else ''}")
         if remove:
             leftover.remove()
+    return count
 
 
 if __name__ == "__main__":

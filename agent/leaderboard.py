@@ -12,6 +12,7 @@ from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.choice import add_which_flag
 from diffusion_core.config import ConfigError
 from diffusion_core.config.metrics import goal_of
+from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.evaluation.leaderboard import FILE, Entry, entry, from_folders, ordered, rows_of, show, write
 from diffusion_core.evaluation.protocol import PREFIX
 from diffusion_core.messages import Parser
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--by", metavar="FIGURE", help="sort by this figure, best first, such as eval/fid50k_train")
     add_which_flag(parser, "each run")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"write {FILE}.csv and {FILE}.json into this folder")
+    add_plugins_flag(parser)
     arguments = parser.parse_args(argv)
     if arguments.by and goal_of(arguments.by) is None:
         parser.error(f"--by = {arguments.by!r}: expected a figure with a goal, lower or higher")

@@ -21,6 +21,7 @@ from agent.tracking.run import forget_environment, start_wandb
 from agent.tracking.tracker import WandbTracker
 from diffusion_core.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
 from diffusion_core.config import ConfigError, read_yaml
+from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.messages import Parser
 from diffusion_core.run_folder import (
     CHECKPOINTS,
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A trial whose client has broken calls this, with the exit status that W&B is to be told.
     parser.add_argument("--ended", type=int, metavar="STATUS", help=argparse.SUPPRESS)
     parser.add_argument("--preempted", action="store_true", help=argparse.SUPPRESS)
+    add_plugins_flag(parser)
     arguments = parser.parse_args(argv)
     load_environment()
     folders: dict[Path, None] = {}

@@ -62,11 +62,7 @@ def start_from(source: Source, config: CoreConfig, num_classes: int, weights: st
         CheckpointError: if the checkpoint lacks these weights, or they do not fit.
     """
     checkpoint = source.checkpoint
-    check_architecture(source, config, num_classes)
-    if weights not in checkpoint.parts:
-        raise CheckpointError(
-            f"{source.option}weights = {weights!r}: {str(checkpoint.path)!r} holds {', '.join(checkpoint.parts)}"
-        )
+    check_source(source, config, num_classes, weights)
     state = TrainState.start(checkpoint.network(weights).to(device), config.train, config.ema)
     masks = checkpoint.tensors(MASKS_PART) if MASKS_PART in checkpoint.parts else None
     try:
@@ -76,6 +72,14 @@ def start_from(source: Source, config: CoreConfig, num_classes: int, weights: st
         raise CheckpointError(f"{str(checkpoint.path)!r}: cannot start from it: {error}") from None
     state.extra_metadata[PARENT_KEY] = source.parent()
     return state
+
+
+def check_source(source: Source, config: CoreConfig, num_classes: int, weights: str) -> None:
+    """Check that a run can start from a checkpoint. For the arguments and errors, see :func:`start_from`."""
+    check_architecture(source, config, num_classes)
+    if weights not in source.checkpoint.parts:
+        parts = ", ".join(source.checkpoint.parts)
+        raise CheckpointError(f"{source.option}weights = {weights!r}: {str(source.checkpoint.path)!r} holds {parts}")
 
 
 def check_architecture(source: Source, config: CoreConfig, num_classes: int) -> None:
