@@ -11,7 +11,7 @@ from agent.command import fail, run_and_leave
 from agent.config import TrialConfig, config_from_words
 from agent.tracking.environment import agent_parameters, in_sweep
 from diffusion_core.config import ConfigError, flatten, split_argv, to_yaml
-from diffusion_core.config.usage import answer
+from diffusion_core.config.usage import answer, check_data_named
 from diffusion_core.machine.threads import settle_threads
 from pruning.config import unheard
 
@@ -25,9 +25,6 @@ and checkpoints to Weights & Biases (offline if there is no API key). Sweeps run
   python -m agent --preset=cifar10 --train.steps=100000  CIFAR-10, downloaded once
   python -m agent --data.name=folder --data.path=DIR     your own images, one sub-folder per class
   python -m agent --log.dir=runs/abc ...                 continue the run in that folder"""
-
-NAMES_DATA = ("preset", "data", "data.name", "config")
-"""Keys that choose what to train on."""
 
 
 def main(argv: Sequence[str] | None = None, usage: str = USAGE, defaults: Sequence[str] = ()) -> int:
@@ -46,7 +43,8 @@ def main(argv: Sequence[str] | None = None, usage: str = USAGE, defaults: Sequen
             print(told)
             return 0
         values = split_argv([word for word in words if word not in ("--print-config", "--dry-run")])
-        check_data_named(values, unless=bool(given) and not defaults)
+        if not in_sweep() and "WANDB_RUN_ID" not in os.environ and (defaults or not given):
+            check_data_named(values)
         config = as_chosen(config_from_words(values), values)
         if not in_sweep() and (problems := list(unheard(config.prune))):
             raise ConfigError(*problems)
@@ -62,28 +60,6 @@ def main(argv: Sequence[str] | None = None, usage: str = USAGE, defaults: Sequen
     from agent.session import run_session
 
     return run_session(config, threads)
-
-
-def check_data_named(values: Mapping[str, Any], *, unless: bool = False) -> None:
-    """Check that a command says what to train on, so that a bare one downloads nothing. A sweep's trial need not.
-
-    Args:
-        values: words of the command line.
-        unless: whether the command may do without.
-
-    Raises:
-        ConfigError: if it does not.
-    """
-    if (
-        not unless
-        and not in_sweep()
-        and "WANDB_RUN_ID" not in os.environ
-        and not any(key in values for key in NAMES_DATA)
-    ):
-        raise ConfigError(
-            "--preset: no data set is named; give --preset=digits (built in, half a minute), --preset=cifar10 "
-            "(downloaded), --data.name=NAME or --config FILE.yaml; --help explains them"
-        )
 
 
 def as_chosen(config: TrialConfig, values: Mapping[str, Any]) -> TrialConfig:

@@ -7,9 +7,8 @@ and staged copies of uploads that have arrived. On W&B: versions of models and t
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from agent.command import fail, run_and_leave
 from agent.tracking.environment import load_environment
@@ -19,9 +18,6 @@ from diffusion_core.config import ConfigError
 from diffusion_core.messages import Parser
 from diffusion_core.run_folder import locked, run_folders
 from diffusion_core.training.leftovers import Leftover, on_disk
-
-if TYPE_CHECKING:
-    from wandb import Artifact
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,10 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     load_environment()
     try:
         if arguments.project is not None:
-            place, left = (
-                arguments.project,
-                _treat(map(_on_wandb, versions_without_alias(arguments.project)), arguments.yes),
-            )
+            place = arguments.project
+            versions = versions_without_alias(place)
+            left = _treat([Leftover(one.name, one.size, one.delete) for one in versions], arguments.yes)
         else:
             place = arguments.folder or Path("runs")
             if not place.is_dir():
@@ -46,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for run_folder in run_folders(place):
                 try:
                     with locked(run_folder):  # A process that trains the run needs its checkpoints.
-                        left += _treat(on_disk(run_folder), arguments.yes)
+                        left += _treat(list(on_disk(run_folder)), arguments.yes)
                 except ConfigError as error:
                     print(f"skipped: {error}", file=sys.stderr)
     except (CheckpointError, ConfigError) as error:
@@ -58,18 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _on_wandb(version: Artifact) -> Leftover:
-    return Leftover(version.name, version.size, version.delete)
-
-
-def _treat(found: Iterable[Leftover], remove: bool) -> int:
+def _treat(found: Sequence[Leftover], remove: bool) -> int:
     """Print what was found, and remove it if asked to. Return how many there are."""
-    count = 0
-    for count, leftover in enumerate(list(found), start=1):
+    for leftover in found:
         print(f"{leftover.size / 1e6:10,.1f} MB  {leftover.name}{'  removed' if remove else ''}")
         if remove:
             leftover.remove()
-    return count
+    return len(found)
 
 
 if __name__ == "__main__":

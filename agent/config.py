@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from diffusion_core.config import PRESETS, CoreConfig, DistillConfig, InitConfig, build, read_yaml
+from diffusion_core.config import PRESETS, ConfigError, CoreConfig, DistillConfig, InitConfig, build, read_yaml
 from diffusion_core.config.plugins import import_plugins
 from diffusion_core.registry import Choice
 from pruning.checks import combination_problems

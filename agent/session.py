@@ -26,7 +26,7 @@ from agent.tracking.repair import close_run
 from agent.tracking.rounds import UploadedRounds, round_trackers
 from agent.tracking.run import leave_sweep, may_fetch, start_wandb, wandb_tracker
 from agent.tracking.stop_cause import was_asked_to_end
-from agent.trial import check_early, run_trial
+from agent.trial import check_start, run_trial
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError, flatten, to_yaml
 from diffusion_core.data.datasets import DataError, load_data, look_at_data
@@ -34,8 +34,6 @@ from diffusion_core.distributed import WATCH_EVERY_S, Peers, first_process_first
 from diffusion_core.files import write_json
 from diffusion_core.hardware import pick_device
 from diffusion_core.machine.launchers import watch_launchers
-from diffusion_core.messages import size_in_words
-from diffusion_core.model.cost import count_cost
 from diffusion_core.redact import recorded_console
 from diffusion_core.run_folder import (
     CHECKPOINTS,
@@ -53,7 +51,7 @@ from diffusion_core.training.result import TrialResult
 from diffusion_core.training.resume import find_checkpoint
 from diffusion_core.training.stopping import StopRequest
 from pruning.checks import check_processes
-from pruning.estimate import checkpoint_bytes
+from pruning.estimate import describe_model
 
 if TYPE_CHECKING:
     from agent.tracking.run import Run
@@ -99,20 +97,16 @@ def dry_run(config: TrialConfig, *, everything: bool = False) -> int:
         if resumed is not None:
             origin, network = f"continues from {str(resumed.path)!r}", resumed.network()
         else:
-            start = check_early(config, num_classes)
+            start = check_start(config, num_classes)
             origin = "new weights" if start.source is None else repr(str(start.source.checkpoint.path))
-            network = start.network(config, num_classes)
+            network = start.network(config, num_classes, config.init.weights)
     except (ConfigError, DataError, CheckpointError) as error:
         return fail(str(error))
     preset = build_config({"preset": config.preset})
     print("# all settings" if everything else f"# settings other than those of --preset={config.preset}")
     print(to_yaml(config, without_secrets=True, beyond=None if everything else preset), end="")
-    cost, (channels, size, _) = count_cost(network), config.data.image_shape
-    print(f"# data: {data}")
-    print(f"# start: {origin}")
-    print(f"# model: {cost.params:,} parameters, {cost.macs:,} MACs an image of {channels} x {size} x {size}")
-    kept = checkpoint_bytes(config, config.prune, cost.params)
-    print(f"# checkpoint: about {size_in_words(kept)}, {config.checkpoint.keep} kept and the best one")
+    print(f"# data: {data}\n# start: {origin}")
+    print(*(f"# {line}" for line in describe_model(network, config, config.prune)), sep="\n")
     return 0
 
 
@@ -291,7 +285,10 @@ class Session:
             return
         if resumed is None and not elsewhere:
             with first_process_first(self.accelerator):  # The first process downloads, the others read its files.
-                check_early(config, num_classes)
+                try:
+                    check_start(config, num_classes)
+                except CheckpointError as error:  # Here it is wrong input. In a trial, it is a failure.
+                    raise ConfigError(str(error)) from None
 
     def _start_tracking(self, config: TrialConfig, run_id: str, folder: Path) -> None:
         """Start the W&B run, make its tracker, and fetch the checkpoints to continue from."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,14 +13,13 @@ from accelerate.utils import broadcast_object_list
 
 from agent.config import TrialConfig
 from agent.tracking.artifacts import open_source
-from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.choice import announce
-from diffusion_core.config import ConfigError, flatten
+from diffusion_core.config import flatten
 from diffusion_core.data.datasets import Dataset
 from diffusion_core.distributed import first_process_first, make_accelerator
 from diffusion_core.evaluation.protocol import PREFIX
 from diffusion_core.files import write_json
-from diffusion_core.model.unet import UNet, build_network
+from diffusion_core.model.unet import build_network
 from diffusion_core.run_folder import (
     CHECKPOINTS,
     DATA_FILE,
@@ -41,63 +39,22 @@ from diffusion_core.training.stopping import Stopped, StopRequest
 from diffusion_core.training.summary import costs_of, describe_data, system_facts
 from diffusion_core.training.teacher import keep_teacher
 from diffusion_core.training.trainer import Callback, TrainState
-from pruning.channels.reach import check_reach
 from pruning.consistency import dense_consistency
 from pruning.pruner import is_pruned, records, resume_pruning
-from pruning.start import Source, check_architecture, check_source, start_from
+from pruning.start import Start, start_from
 from pruning.training import train_and_prune
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a trial starts from, after all checks.
-
-    Attributes:
-        source: the checkpoint that ``init.*`` names, or None.
-        teacher: the checkpoint that ``distill.*`` names, or None.
-    """
-
-    source: Source | None
-    teacher: Source | None
-
-    def network(self, config: TrialConfig, num_classes: int) -> UNet:
-        """Return the network before the first step, on the CPU."""
-        if self.source is None:
-            return build_network(config, num_classes)
-        return self.source.checkpoint.network(config.init.weights)
 
 
 def check_start(config: TrialConfig, num_classes: int) -> Start:
     """Open what a trial starts from, and check all that would fail in the trial only later.
 
     Raises:
-        ConfigError: if the checkpoint to start from, or the teacher's, has another architecture, or structured pruning
-            cannot reach its target.
-        CheckpointError: if one of them cannot be read or downloaded, or lacks the wanted weights.
+        ConfigError, CheckpointError: as ``Start.check``. The latter also if a checkpoint cannot be read or downloaded.
     """
-    start = Start(
-        open_source(config.init.checkpoint, config.init.artifact, "init."),
-        open_source(config.distill.checkpoint, config.distill.artifact, "distill."),
-    )
-    if start.source is not None:
-        check_source(start.source, config, num_classes, config.init.weights)
-    if start.teacher is not None:
-        check_architecture(start.teacher, config, num_classes)
-    if config.prune.method == "structured":
-        check_reach(start.network(config, num_classes), config.prune)
+    source = open_source(config.init.checkpoint, config.init.artifact, "init.")
+    start = Start(source, open_source(config.distill.checkpoint, config.distill.artifact, "distill."))
+    start.check(config, num_classes, config.prune, config.init.weights)
     return start
-
-
-def check_early(config: TrialConfig, num_classes: int) -> Start:
-    """Check what a trial starts from before it has a run. A checkpoint that cannot be used is wrong input then.
-
-    Raises:
-        ConfigError: as :func:`check_start`, also in place of its ``CheckpointError``.
-    """
-    try:
-        return check_start(config, num_classes)
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from None
 
 
 def start_state(config: TrialConfig, dataset: Dataset, tracker: Tracker, accelerator: Accelerator) -> TrainState:
@@ -110,7 +67,7 @@ def start_state(config: TrialConfig, dataset: Dataset, tracker: Tracker, acceler
         start = check_start(config, dataset.num_classes)
     source, teacher = start.source, start.teacher
     if source is None:
-        network = start.network(config, dataset.num_classes).to(accelerator.device)
+        network = build_network(config, dataset.num_classes).to(accelerator.device)
         state = TrainState.start(network, config.train, config.ema)
     else:
         state = start_from(source, config, dataset.num_classes, config.init.weights, accelerator.device)

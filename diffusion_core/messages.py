@@ -97,10 +97,12 @@ def shortened(value: object) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a length of time in words: ``34 s``, ``5 min``, ``7.5 h``."""
+    """Return a length of time in words: ``34 s``, ``5 min``, ``7.5 h``, ``12 days``."""
     if seconds < 100:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 100 * 3600 else f"{seconds / 86400:,.0f} days"
 
 
 def size_in_words(number: float) -> str:

@@ -39,7 +39,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from agent.command import run_and_leave
+from agent.command import fail, run_and_leave
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.choice import add_which_flag
 from diffusion_core.config import ConfigError
@@ -90,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
         print(f"{arguments.target}: " + "\n".join(lines))
     except (CheckpointError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(str(error))
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
         return 130

@@ -110,11 +110,11 @@ def problem_of(arguments: argparse.Namespace) -> str | None:
     """Return the error in the arguments, or None."""
     is_model = bool(arguments.artifact or arguments.checkpoint or arguments.sweep)
     if is_model == bool(arguments.path) or len(arguments.path) > 2:
-        return "expected one of --artifact, --checkpoint, --sweep, PATH, or PATH1 PATH2"
+        return "PATH: expected one of --artifact, --checkpoint, --sweep, PATH, or PATH1 PATH2"
     if arguments.save_stats and len(arguments.path) != 2:
         return "--save-stats: expected a folder of images and the file to write"
     if len(arguments.path) == 1 and not arguments.data:
-        return f"{arguments.path[0]}: expected --data NAME, or a second PATH, to compare it to"
+        return f"PATH = {str(arguments.path[0])!r}: expected --data NAME, or a second PATH, to compare it to"
     if arguments.against and not is_model:
         return "--against: expected a first model, by --checkpoint, --artifact or --sweep"
     if arguments.wandb and not arguments.artifact:

@@ -7,9 +7,8 @@ if __name__ == "__main__":
 
     leave_at_once()  # Until main handles signals: the imports take seconds.
 
-import sys
 
-from agent.command import run_and_leave
+from agent.command import fail, run_and_leave
 from agent.tracking.environment import has_key, load_environment
 from agent.tracking.registry import best_model, promote
 from diffusion_core.checkpoint import CheckpointError
@@ -32,8 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         name = arguments.artifact or best_model(arguments.sweep)
         target = promote(name, arguments.registry, arguments.collection, arguments.alias)
     except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(str(error))
     print(f"{name} is in {target}")
     return 0
 

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from agent.command import run_and_leave
+from agent.command import fail, run_and_leave
 from agent.tracking.artifacts import open_source
 from diffusion_core.checkpoint import Checkpoint, CheckpointError
 from diffusion_core.choice import add_which_flag, announce
@@ -101,8 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             show_steps(task, arguments.mode)
     except (CheckpointError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(str(error))
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from here ({arguments.out})", file=sys.stderr)
         return 130

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from agent.command import UNUSABLE, fail, run_and_leave
 from agent.sweep.file import SweepError, SweepFile, load_sweep
@@ -18,6 +17,7 @@ from diffusion_core.config import ConfigError
 from diffusion_core.config.metrics import Goal, given_goals, goals
 from diffusion_core.machine.child import in_child
 from diffusion_core.machine.sharing import shares, threads_each, visible_gpus
+from diffusion_core.messages import Parser
 from diffusion_core.run_folder import check_recorded
 
 DESCRIPTION = """\
@@ -27,14 +27,6 @@ command offline, or use --attach online."""
 
 SHOWN_TRIALS = 5
 """Number of trials that --dry-run lists."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports wrong words in one line, like all other errors."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the message in one line and exit, without the usage that argparse prints."""
-        sys.exit(fail(message))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

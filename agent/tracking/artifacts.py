@@ -103,7 +103,12 @@ def open_source(checkpoint: str | Path | None, artifact: str | None, option: str
     if artifact is not None:
         model = download_model(artifact, f"{option}artifact", f"{option}checkpoint", which)
         return Source(choose(model.path, name=model.name), model.name, option)
-    return Source(choose(Path(checkpoint), which), None, option) if checkpoint is not None else None
+    if checkpoint is None:
+        return None
+    try:
+        return Source(choose(Path(checkpoint), which), None, option)
+    except CheckpointError as error:  # Most begin with the path.
+        raise CheckpointError(f"{option}checkpoint = {error}" if str(error)[0] in "'\"" else str(error)) from None
 
 
 def download_files(artifact: Artifact, folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:

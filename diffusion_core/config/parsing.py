@@ -292,7 +292,8 @@ def to_yaml(config: BaseModel, *, without_secrets: bool = False, beyond: BaseMod
     if beyond is not None:
         same = flatten(beyond).items()
         values = {key: value for key, value in values.items() if key == "preset" or (key, value) not in same}
-    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
+    flow = None if any(isinstance(value, list) for value in values.values()) else False  # Lists alone in one line.
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=flow)
 
 
 def split_argv(argv: list[str]) -> dict[str, Any]:

@@ -44,6 +44,23 @@ OPTIONS = {
 FLAGS = tuple(option.split()[0] for option in OPTIONS)
 
 
+NAMES_DATA = ("preset", "data", "data.name", "config")
+"""Keys that choose what to train on."""
+
+
+def check_data_named(values: Mapping[str, Any]) -> None:
+    """Check that a command line says what to train on, so that a bare command downloads nothing.
+
+    Raises:
+        ConfigError: if it does not.
+    """
+    if not any(key in values for key in NAMES_DATA):
+        raise ConfigError(
+            "--preset: no data set is named; give --preset=digits (built in, half a minute), --preset=cifar10 "
+            "(downloaded), --data.name=NAME or --config FILE.yaml; --help explains them"
+        )
+
+
 def answer(words: Sequence[str], usage: str, schema: type[BaseModel]) -> str | None:
     """Return what a command prints instead of its work: its help or its version. None if neither is asked for.
 

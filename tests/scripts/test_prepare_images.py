@@ -590,7 +590,7 @@ def test_wrong_calls(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for arguments, words in [
         ((source,), ["TARGET", "--help"]),
         ((source, target, size, "--sise=9"), ["--sise=9", "--help"]),
-        ((source, target), ["--size is missing", "--size 64"]),
+        ((source, target), ["--size: is missing", "--size 64"]),
         ((source, target, "--size=0"), ["--size = '0'", "from 4 to 1024"]),
         ((source, target, "--size=64.0"), ["--size = '64.0'", "integer"]),
         ((source, target, "--size=²"), ["--size", "integer"]),
