@@ -62,9 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         which, of_project = arguments.which, arguments.project
         found = from_project(of_project, which) if of_project else list(from_folders(folders, which))
         if not found:
-            raise ConfigError(
-                f"FOLDER = {', '.join(map(str, folders))!r}: no finished run to show; name folders of runs, or --project"
-            )
+            place = f"--project = {of_project!r}" if of_project else f"FOLDER = {', '.join(map(str, folders))!r}"
+            raise ConfigError(f"{place}: no finished run to show; name folders of runs, or another --project")
         entries = ordered(found, arguments.by)
         print(f"checkpoint: {which} of each run", file=sys.stderr)
         print(show(entries))

@@ -39,6 +39,7 @@ from diffusion_core.run_folder import (
     CHECKPOINTS,
     RUN_FILE,
     SAMPLES,
+    check_folder,
     locked,
     make_folder,
     read_run_file,
@@ -90,7 +91,9 @@ def dry_run(config: TrialConfig, *, everything: bool = False) -> int:
     try:
         wandb_mode()
         pick_device(config.train)
-        checkpoints = find_run(config.log.dir)[1] / CHECKPOINTS
+        _, folder = find_run(config.log.dir)
+        check_folder(folder)
+        checkpoints = folder / CHECKPOINTS
         config = as_resumed(config, checkpoints)
         data, num_classes = look_at_data(config.data, progress=config.log.progress)
         resumed = find_checkpoint(config, checkpoints, longer=True)
@@ -242,6 +245,7 @@ class Session:
         # All processes use the first one's folder, and find the same checkpoint in it.
         self.run_id, self.folder = run_id, _ = broadcast_object_list([*find_run(config.log.dir)])
         config = config.model_copy(update={"log": config.log.model_copy(update={"dir": str(self.folder)})})
+        check_folder(self.folder)
         with self.stop.at_once():  # There is nothing to save yet.
             with first_process_first(accelerator):  # The first process downloads, the others read its files.
                 dataset = load_data(config.data, progress=config.log.progress and self.is_main)

@@ -21,6 +21,7 @@ from pathlib import Path
 from agent.command import fail, run_and_leave
 from agent.config import config_from_words
 from diffusion_core.config import ConfigError, TrainConfig, split_argv
+from diffusion_core.config.usage import check_data_named
 from diffusion_core.data.datasets import DataError, load_data
 from diffusion_core.evaluation.classifier.classifier import classifier_for
 from diffusion_core.evaluation.classifier.training import RECIPES, recipe_for
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, words = parser.parse_known_args(argv)
     try:
         values = split_argv(words)
+        check_data_named(values)
         foreign = [key for key in values if not key.startswith("data.")]
         if foreign:
             raise ConfigError(f"{foreign[0]} = {values[foreign[0]]!r}: expected knobs of data.*, such as --data.name")

@@ -68,7 +68,8 @@ class Lines:
         rate = (self.done - self.begun_at) / seconds
         left = f", about {duration((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
         behind = f", {self.postfix}" if self.postfix else ""
-        return f"{self.what}: {self.done:,} of {self.total:,} {self.unit}s, {rate:.3g} a second{left}{behind}"
+        units = f"{self.unit}es" if self.unit.endswith("ch") else f"{self.unit}s"
+        return f"{self.what}: {self.done:,} of {self.total:,} {units}, {rate:.3g} a second{left}{behind}"
 
     def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
         """Set the text behind the numbers of the next line."""

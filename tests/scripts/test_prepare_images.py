@@ -71,7 +71,11 @@ def pixels(path: Path) -> np.ndarray:
 def refused(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     """The line that a wrong call prints."""
     capfd.readouterr()
-    assert main([str(argument) for argument in arguments]) == 2
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as leaving:  # By the parser.
+        status = leaving.code
+    assert status == 2
     out, err = capfd.readouterr()
     assert out == ""
     assert err.startswith("error: ")

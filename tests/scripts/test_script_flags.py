@@ -82,7 +82,7 @@ def flags_of(parser: argparse.ArgumentParser) -> Iterator[str]:
         if isinstance(action, argparse._SubParsersAction):
             for sub_parser in action.choices.values():
                 yield from flags_of(sub_parser)
-        elif not isinstance(action, argparse._HelpAction):
+        elif not isinstance(action, argparse._HelpAction | argparse._VersionAction):  # Run by test_terminal.py.
             yield from (flag for flag in action.option_strings if flag.startswith("--"))
 
 
