@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, words = parser.parse_known_args(argv)
     try:
         values = split_argv(words)
-        check_data_named(values)
+        check_data_named(values, "data.name")
         foreign = [key for key in values if not key.startswith("data.")]
         if foreign:
             raise ConfigError(f"{foreign[0]} = {values[foreign[0]]!r}: expected knobs of data.*, such as --data.name")

@@ -44,21 +44,26 @@ OPTIONS = {
 FLAGS = tuple(option.split()[0] for option in OPTIONS)
 
 
-NAMES_DATA = ("preset", "data", "data.name", "config")
-"""Keys that choose what to train on."""
+NAMED_BY = {
+    "preset": "--preset=digits (built in, half a minute), --preset=cifar10 (downloaded), --data.name=NAME or --config "
+    "FILE.yaml",
+    "data.name": "--data.name=digits (built in), or another NAME, some of which are downloaded",
+}
+"""What a command may be told to train on, by the key that its message names."""
 
 
-def check_data_named(values: Mapping[str, Any]) -> None:
+def check_data_named(values: Mapping[str, Any], key: str = "preset") -> None:
     """Check that a command line says what to train on, so that a bare command downloads nothing.
+
+    Args:
+        values: words of the command line.
+        key: ``preset``, or ``data.name`` for a command that takes only the knobs of ``data.*``.
 
     Raises:
         ConfigError: if it does not.
     """
-    if not any(key in values for key in NAMES_DATA):
-        raise ConfigError(
-            "--preset: no data set is named; give --preset=digits (built in, half a minute), --preset=cifar10 "
-            "(downloaded), --data.name=NAME or --config FILE.yaml; --help explains them"
-        )
+    if not {"preset", "data", "data.name", "config"} & values.keys():
+        raise ConfigError(f"--{key}: no data set is named; give {NAMED_BY[key]}; --help explains them")
 
 
 def answer(words: Sequence[str], usage: str, schema: type[BaseModel]) -> str | None:
