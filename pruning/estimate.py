@@ -239,8 +239,9 @@ def measure_speed(config: CoreConfig, threads: int, params: int) -> Speed | None
     finally:
         torch.set_num_threads(before)
     scaled = f", scaled to {batch}" if images < batch else ""
+    many = f"{images} images" if images > 1 else "1 image"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the processor"
-    return Speed(seconds / images / (1 + BACKWARD_COST), f"a training step of {images} images on {where}{scaled}")
+    return Speed(seconds / images / (1 + BACKWARD_COST), f"a training step of {many} on {where}{scaled}")
 
 
 def _time_step(config: CoreConfig, device: torch.device, batch: int) -> tuple[int, float]:

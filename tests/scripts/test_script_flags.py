@@ -21,9 +21,9 @@ SCRIPTS = ROOT / "scripts"
 
 RUN_BY = {
     "agent.clean": ["test_keeping.py"],
-    "agent.leaderboard": ["test_evaluate.py", "test_published.py", "test_choice.py"],
+    "agent.leaderboard": ["test_evaluate.py", "test_published.py", "test_choice.py", "test_plugins.py"],
     "agent.sweep": ["test_end_to_end.py", "test_estimate.py", "test_offline_sweeps.py", "test_sweep_files.py"],
-    "agent.sync": ["test_outages.py", "test_faults.py"],
+    "agent.sync": ["test_outages.py", "test_faults.py", "test_plugins.py"],
     "benchmark": ["test_benchmark.py"],
     "check_formulations": ["test_formulations.py"],
     "compare_formulations": ["test_formulations.py"],
