@@ -79,6 +79,11 @@ def as_chosen(config: TrialConfig, values: Mapping[str, Any]) -> TrialConfig:
     for key, value in wanted.items():
         if value != ran[key]:
             print(f"{key} = {ran[key]!r} by the command: the sweep chose {value!r}, which is used", file=sys.stderr)
+    for key, value in chosen.items():
+        number = wanted.get(key)
+        if isinstance(value, str) and isinstance(number, int | float) and not isinstance(number, bool):
+            # W&B must keep it: it knows by the recorded values which combinations of a grid were tried.
+            print(f"{key} = {value!r}: text in the sweep's file, and so on W&B; here it is {number!r}", file=sys.stderr)
     return recorded
 
 

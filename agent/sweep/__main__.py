@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.command import UNUSABLE, fail, run_and_leave
-from agent.sweep.file import SweepError, SweepFile, load_sweep
+from agent.sweep.file import SweepError, SweepFile, check_places, load_sweep
 from agent.sweep.offline import OfflineSweep, run_offline
 from agent.sweep.online import OnlineSweep, create_sweep, find_sweep, online_sweep, run_agents
 from agent.tracking.environment import load_environment, wandb_mode
@@ -115,6 +115,7 @@ def plan_offline(sweep: SweepFile | None, arguments: argparse.Namespace) -> Plan
     """Plan to run a sweep on this machine without a server."""
     if sweep is None or arguments.attach or arguments.agents:
         raise SweepError("--attach, --agents: for sweeps on W&B; leave --offline out (offline there is --jobs)")
+    check_places(sweep)
     jobs = arguments.jobs or one_per_gpu()
     coordinator = OfflineSweep(sweep, offline_folder(sweep, arguments), jobs)
     tell_cost(sweep, arguments, jobs, coordinator)

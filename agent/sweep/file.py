@@ -12,10 +12,12 @@ from typing import Any
 from agent.config import TrialConfig, build_config
 from agent.sweep.macros import TrialCommand, read_command
 from agent.sweep.settings import setting_problems, violations
+from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError, flatten, list_knobs, read_yaml, unknown_key
 from diffusion_core.config.plugins import KEY, plugin_problems
 from diffusion_core.config.search_space import flat_parameters, grid_size, trials_of, values_to_try, with_numbers
 from diffusion_core.messages import shortened, suggested
+from diffusion_core.registries import DATASETS
 from pruning.config import methods, unheard
 
 EXPONENTS = ("log_uniform", "inv_log_uniform", "q_log_uniform")
@@ -232,6 +234,28 @@ def _out_of_reach(sweep: SweepFile) -> Iterator[str]:
             except ConfigError as error:
                 yield f"{error}{_where(chosen)}"
                 return
+
+
+def check_places(sweep: SweepFile) -> None:
+    """Check that the folders of images and the checkpoints that trials name are on this machine.
+
+    Raises:
+        SweepError: with all that are not, one per line.
+    """
+    from agent.tracking.artifacts import open_source  # Imports PyTorch.
+
+    problems: dict[str, None] = {}
+    for _, trial in sweep.trials("data.", "init.", "distill.", "preset"):
+        data = trial.data
+        if DATASETS[data.name].path == "required" and data.path is not None and not Path(data.path).is_dir():
+            problems[f"data.path = {data.path!r}: no such folder"] = None
+        for section, place in (("init.", trial.init.checkpoint), ("distill.", trial.distill.checkpoint)):
+            try:
+                open_source(place, None, section)
+            except CheckpointError as error:
+                problems[str(error)] = None
+    if problems:
+        raise SweepError("\n".join(problems))
 
 
 def _where(chosen: Mapping[str, Any]) -> str:

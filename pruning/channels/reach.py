@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
-from diffusion_core.config import CoreConfig
+from diffusion_core.config import CoreConfig, ModelConfig
 from diffusion_core.model.cost import count_sizes, network_layers
 from diffusion_core.model.unet import UNet
 from pruning.channels.groups import channel_groups
@@ -55,7 +57,7 @@ class Reach:
     """Checks many configurations, such as the trials of a sweep. Networks of one kind are traced once."""
 
     def __init__(self) -> None:
-        self._shares: dict[str, float] = {}
+        self._traced: set[tuple[str, ...]] = set()
 
     def check(self, config: CoreConfig, prune: PruneConfig) -> None:
         """Check a configuration that starts from new weights, as :func:`check_reach` does.
@@ -67,13 +69,19 @@ class Reach:
         """
         if prune.method != "structured" or prune.target not in COUNTED_TARGETS:
             return
+        shape = prune.model_dump_json(include={"target", "round_to", "scope", "block_keep"})
+        kind = config.model.model_dump_json(), repr(config.data.image_shape), shape
+        if kind not in self._traced and len(self._traced) == MOST_NETWORKS:
+            return
+        self._traced.add(kind)
         channels, size, _ = config.data.image_shape
-        shape = prune.target, prune.round_to, prune.scope, prune.block_keep
-        kind = repr((config.model, channels, size, shape))
-        if kind not in self._shares:
-            if len(self._shares) == MOST_NETWORKS:
-                return
-            # Classes are rows of an embedding, and no channels.
-            network = UNet(config.model, size, channels, USUAL_CLASSES if config.model.class_conditional else 0)
-            self._shares[kind] = least_share(network, prune)
-        refuse_out_of_reach(prune, self._shares[kind])
+        refuse_out_of_reach(prune, _share_of_new(kind[0], channels, size, shape))
+
+
+@lru_cache(maxsize=4 * MOST_NETWORKS)
+def _share_of_new(model: str, channels: int, size: int, prune: str) -> float:
+    """Return :func:`least_share` of a new network. The sections are JSON, so that results can be kept."""
+    section = ModelConfig.model_validate_json(model)
+    # Classes are rows of an embedding, and no channels.
+    network = UNet(section, size, channels, USUAL_CLASSES if section.class_conditional else 0)
+    return least_share(network, PruneConfig.model_validate_json(prune))

@@ -20,7 +20,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from agent.__main__ import main
 from agent.config import TrialConfig, build_config, config_from_words
-from diffusion_core.config import NONE_WORDS, PRESETS, flatten, help_text, list_knobs, split_argv, to_yaml
+from diffusion_core.config import NONE_WORDS, PRESETS, as_number, flatten, help_text, list_knobs, split_argv, to_yaml
 from diffusion_core.registries import DATASETS
 from diffusion_core.registry import Choice
 
@@ -581,3 +581,30 @@ def test_layers_do_not_leak_into_each_other() -> None:
     build_config(layer, {"train.lr": 0.25})
     assert layer == {"preset": "digits", "train": {"lr": 0.5}}
     assert build_config({"preset": "digits"}).train.lr == PRESETS["digits"]["train.lr"]
+
+
+def test_a_number_that_a_sweep_passes_as_text_is_a_number_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """YAML reads 2e-3 as text. W&B records what the sweep says; the trial says that it is another kind of value."""
+    chosen = {"train.lr": "2e-3", "train.steps": "1e3", "train.batch_size": "64", "data.name": "digits", "seed": 3}
+    file = tmp_path / "chosen.yaml"
+    file.write_text(yaml.safe_dump({key: {"value": value} for key, value in chosen.items()}))
+    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(file))
+    words = [f"--{key}={value}" for key, value in chosen.items()]
+    assert main(["--preset=digits", *words, "--print-config"]) == 0
+    out, err = capsys.readouterr()
+    values = yaml.safe_load(out)
+    assert (values["train.lr"], values["train.steps"], values["train.batch_size"]) == (0.002, 1000, 64)
+    told = sorted(line.partition(" = ")[0] for line in err.splitlines())
+    assert told == ["train.batch_size", "train.lr", "train.steps"]
+    assert "train.lr = '2e-3': text in the sweep's file, and so on W&B; here it is 0.002\n" in err
+
+
+@pytest.mark.parametrize("spelled", ["1e3", "1E3", "1_000", "1000", "1000.0"])
+@pytest.mark.parametrize("key", ["train.steps", "train.batch_size", "prune.rounds", "model.channels"])
+def test_an_integer_may_be_spelled_with_an_exponent(key: str, spelled: str) -> None:
+    field = KNOBS[key]
+    assert as_number(spelled, field) == 1000
+    assert type(as_number(spelled, field)) is int
+    assert as_number("1.5e0", field) != 1

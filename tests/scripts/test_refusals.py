@@ -25,6 +25,8 @@ FILES: dict[str, str | bytes] = {
     "sweep.yaml": SWEEP + "  preset: {value: digits}\n",
     "unknown.yaml": SWEEP + "  train.lrr: {value: 1}\n",
     "narrow.yaml": PRUNING + "  prune.keep: {values: [0.5, 0.001]}\n",
+    "places.yaml": SWEEP + "  data.name: {value: folder}\n  data.path: {values: [classes, nowhere]}\n"
+    "  init.checkpoint: {value: none}\n",
     "damaged.yaml": "a: [",
     "sweeps/quickstart.yaml": SWEEP + "  preset: {value: digits}\n",
     "file": "x",
@@ -68,6 +70,7 @@ REFUSED: dict[str, list[list[str]]] = {
         ["values.yaml", "--offline"],
         ["unknown.yaml", "--offline"],
         ["narrow.yaml", "--offline", "--dry-run"],
+        ["places.yaml", "--offline", "--dry-run"],
         ["sweep.yaml", "--jobs=0"],
         ["sweep.yaml", "--dryrun"],
         ["sweep.yaml", "--agents=2"],

@@ -545,7 +545,7 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
     for path, reason in ((tmp_path / "missing.yaml", "No such file or directory"), (tmp_path, "Is a directory")):
         with pytest.raises(SweepError, match=reason) as caught:
             load_sweep(path)
-        assert str(caught.value).startswith(repr(str(path)))
+        assert str(caught.value).startswith(f"FILE = {str(path)!r}: ")
 
 
 # The command line
