@@ -265,7 +265,7 @@ def _seconds_of(
     """Return the seconds of forward passes, or of forward and backward passes, with black images."""
     precision = pick_precision(config.train, device)
     network = build_network(config, classes_of(config)).train(backward)
-    network = network.to(device, memory_format=memory_format(device, precision))
+    network = network.to(device).to(memory_format=memory_format(device, precision))
     x_BCHW = torch.zeros(images, network.input_channels, network.image_size, network.image_size, device=device)
     t_B = torch.zeros(images, dtype=torch.long, device=device)
     seconds = []

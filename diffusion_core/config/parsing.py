@@ -158,7 +158,8 @@ def as_number(value: Any, field: FieldInfo) -> Any:
     kinds = _kinds(field)
     if isinstance(value, str) and kinds & {int, float}:
         with contextlib.suppress(ValueError):
-            return int(value)
+            whole = int(value)
+            return whole if str not in kinds else value  # Beside words such as auto, digits are read as they are.
         with contextlib.suppress(ValueError):
             number = float(value)
             return int(number) if number.is_integer() and float not in kinds else number

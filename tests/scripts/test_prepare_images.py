@@ -71,6 +71,7 @@ def pixels(path: Path) -> np.ndarray:
 def refused(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     """The line that a wrong call prints."""
     capfd.readouterr()
+    status: object
     try:
         status = main([str(argument) for argument in arguments])
     except SystemExit as leaving:  # By the parser.
