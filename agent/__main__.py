@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None, usage: str = USAGE, defaults: Sequen
             print(told)
             return 0
         values = split_argv([word for word in words if word not in ("--print-config", "--dry-run")])
-        if not in_sweep() and "WANDB_RUN_ID" not in os.environ and (defaults or not given):
+        begun_by_wandb = in_sweep() or {"WANDB_RUN_ID", "WANDB_LAUNCH"} & os.environ.keys()
+        if not begun_by_wandb and (defaults or not given):
             check_data_named(values)
         config = as_chosen(config_from_words(values), values)
         if not in_sweep() and (problems := list(unheard(config.prune))):

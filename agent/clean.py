@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CheckpointError, ConfigError) as error:
         return fail(str(error))
     if not left:
-        print(f"{place}: nothing to remove")
+        print(f"{place}: nothing to remove", file=sys.stderr)
     elif not arguments.yes:
-        print(f"{left} found; --yes deletes them")
+        print(f"{left} found; --yes deletes them", file=sys.stderr)
     return 0
 
 

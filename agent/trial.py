@@ -53,7 +53,8 @@ def check_start(config: TrialConfig, num_classes: int) -> Start:
     """
     source = open_source(config.init.checkpoint, config.init.artifact, "init.")
     start = Start(source, open_source(config.distill.checkpoint, config.distill.artifact, "distill."))
-    start.check(config, num_classes, config.prune, config.init.weights)
+    if start.source or start.teacher or config.prune.method == "structured":
+        start.check(config, num_classes, config.prune, config.init.weights)
     return start
 
 

@@ -39,10 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, words = parser.parse_known_args(argv)
     try:
         values = split_argv(words)
-        check_data_named(values, "data.name")
         foreign = [key for key in values if not key.startswith("data.")]
         if foreign:
             raise ConfigError(f"{foreign[0]} = {values[foreign[0]]!r}: expected knobs of data.*, such as --data.name")
+        check_data_named(values, "data.name")
         # The network of the diffusion model has no say here; its defaults would refuse small images.
         data = config_from_words({**values, "model.channel_multipliers": "1", "model.attention_resolutions": "[]"}).data
         device = pick_device(TrainConfig(device=arguments.device))

@@ -271,3 +271,8 @@ def test_nothing_is_on_wandb_of_a_run_that_is_refused(tmp_path: Path) -> None:
         assert said.splitlines()[-1].startswith("error: init.checkpoint = 'nowhere': ")
         assert not server.runs
         assert not (tmp_path / "runs").exists()
+
+
+def test_clean_says_that_it_found_nothing(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_command("agent.clean", "empty") == 0
+    assert capfd.readouterr() == ("", "empty: nothing to remove\n")
