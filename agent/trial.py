@@ -19,7 +19,7 @@ from diffusion_core.data.datasets import Dataset
 from diffusion_core.distributed import first_process_first, make_accelerator
 from diffusion_core.evaluation.protocol import PREFIX
 from diffusion_core.files import write_json
-from diffusion_core.model.unet import build_network
+from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.run_folder import (
     CHECKPOINTS,
     DATA_FILE,
@@ -39,9 +39,10 @@ from diffusion_core.training.stopping import Stopped, StopRequest
 from diffusion_core.training.summary import costs_of, describe_data, system_facts
 from diffusion_core.training.teacher import keep_teacher
 from diffusion_core.training.trainer import Callback, TrainState
+from pruning.channels.reach import check_reach
 from pruning.consistency import dense_consistency
 from pruning.pruner import is_pruned, records, resume_pruning
-from pruning.start import Start, start_from
+from pruning.start import Source, Start, start_from
 from pruning.training import train_and_prune
 
 
@@ -49,13 +50,21 @@ def check_start(config: TrialConfig, num_classes: int) -> Start:
     """Open what a trial starts from, and check all that would fail in the trial only later.
 
     Raises:
-        ConfigError, CheckpointError: as ``Start.check``. The latter also if a checkpoint cannot be read or downloaded.
+        ConfigError: if a checkpoint has another architecture, or structured pruning cannot reach its target.
+        CheckpointError: if a checkpoint cannot be read or downloaded, or lacks the wanted weights.
     """
     source = open_source(config.init.checkpoint, config.init.artifact, "init.")
     start = Start(source, open_source(config.distill.checkpoint, config.distill.artifact, "distill."))
-    if start.source or start.teacher or config.prune.method == "structured":
-        start.check(config, num_classes, config.prune, config.init.weights)
+    if start.source or start.teacher:
+        start.check(config, num_classes, config.init.weights)
+    if config.prune.method == "structured":
+        check_reach(first_network(config, num_classes, source), config.prune)
     return start
+
+
+def first_network(config: TrialConfig, num_classes: int, source: Source | None) -> UNet:
+    """Return the network before the first step, on the CPU: new, or that of the checkpoint to start from."""
+    return build_network(config, num_classes) if source is None else source.checkpoint.network(config.init.weights)
 
 
 def start_state(config: TrialConfig, dataset: Dataset, tracker: Tracker, accelerator: Accelerator) -> TrainState:
@@ -68,7 +77,7 @@ def start_state(config: TrialConfig, dataset: Dataset, tracker: Tracker, acceler
         start = check_start(config, dataset.num_classes)
     source, teacher = start.source, start.teacher
     if source is None:
-        network = build_network(config, dataset.num_classes).to(accelerator.device)
+        network = first_network(config, dataset.num_classes, None).to(accelerator.device)
         state = TrainState.start(network, config.train, config.ema)
     else:
         state = start_from(source, config, dataset.num_classes, config.init.weights, accelerator.device)

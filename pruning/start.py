@@ -10,11 +10,8 @@ import torch
 
 from diffusion_core.checkpoint import Checkpoint, CheckpointError
 from diffusion_core.config import ConfigError, CoreConfig, flatten, list_knobs
-from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.redact import redact
 from diffusion_core.training.trainer import TrainState
-from pruning.channels.reach import check_reach
-from pruning.config import PruneConfig
 from pruning.consistency import inherit_dense_images
 from pruning.masks.mask import MASKS_PART
 from pruning.pruner import RECORD_KEY, inherit
@@ -62,23 +59,17 @@ class Start:
     source: Source | None
     teacher: Source | None
 
-    def network(self, config: CoreConfig, num_classes: int, weights: str) -> UNet:
-        """Return the network before the first step, on the CPU."""
-        return build_network(config, num_classes) if self.source is None else self.source.checkpoint.network(weights)
-
-    def check(self, config: CoreConfig, num_classes: int, prune: PruneConfig, weights: str) -> None:
-        """Check all that would fail in the run only later.
+    def check(self, config: CoreConfig, num_classes: int, weights: str) -> None:
+        """Check that a run can start from these checkpoints.
 
         Raises:
-            ConfigError: if a checkpoint has another architecture, or structured pruning cannot reach its target.
+            ConfigError: if one of them has another architecture.
             CheckpointError: if the source lacks the wanted weights.
         """
         if self.source is not None:
             check_source(self.source, config, num_classes, weights)
         if self.teacher is not None:
             check_architecture(self.teacher, config, num_classes)
-        if prune.method == "structured":
-            check_reach(self.network(config, num_classes, weights), prune)
 
 
 def start_from(source: Source, config: CoreConfig, num_classes: int, weights: str, device: torch.device) -> TrainState:
