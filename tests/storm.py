@@ -5,8 +5,8 @@
 While the agents run, a fault happens every few seconds: a status from 400 to 599, a broken connection, a lost answer
 or a hang for some operation; SIGTERM or SIGKILL to a trial, an agent, W&B's core or all of them; no space on the disk;
 the folder of a trial that is not running, deleted. Then the weather is fine again, each run gets at most one command,
-and the report says for every run whether it is on W&B once, with its whole history and pictures, and with the weights of a quiet
-run.
+and the report says for every run whether it is on W&B once, with its whole history and pictures, and with the weights
+of a quiet run.
 """
 
 from __future__ import annotations
