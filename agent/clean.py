@@ -22,7 +22,7 @@ from diffusion_core.training.leftovers import Leftover, on_disk
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status: 0, or 2 if the folder or project does not exist."""
-    parser = Parser("python -m agent.clean", description=__doc__, allow_abbrev=False)
+    parser = Parser("python -m agent.clean", description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="folder of runs or of one run (runs)")
     parser.add_argument("--project", metavar="ENTITY/PROJECT", help="search a W&B project instead")
     parser.add_argument("--yes", action="store_true", help="delete them")
@@ -30,28 +30,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     load_environment()
     try:
         if arguments.project is not None:
-            versions = versions_without_alias(arguments.project)
-            _report([Leftover(version.name, version.size, version.delete) for version in versions], arguments.yes)
-            return 0
-        folder = arguments.folder or Path("runs")
-        if not folder.is_dir():
-            return fail(f"FOLDER = {str(folder)!r}: no such folder; name a folder of runs")
-        for run_folder in run_folders(folder):
-            try:
-                with locked(run_folder):  # A process that trains the run needs its checkpoints.
-                    _report(list(on_disk(run_folder)), arguments.yes)
-            except ConfigError as error:
-                print(f"skipped: {error}", file=sys.stderr)
-    except CheckpointError as error:
+            place = arguments.project
+            versions = versions_without_alias(place)
+            left = _treat([Leftover(one.name, one.size, one.delete) for one in versions], arguments.yes)
+        else:
+            place = arguments.folder or Path("runs")
+            if not place.is_dir():
+                return fail(f"FOLDER = {str(place)!r}: no such folder; name a folder of runs")
+            left = 0
+            for run_folder in run_folders(place):
+                try:
+                    with locked(run_folder):  # A process that trains the run needs its checkpoints.
+                        left += _treat(list(on_disk(run_folder)), arguments.yes)
+                except ConfigError as error:
+                    print(f"skipped: {error}", file=sys.stderr)
+    except (CheckpointError, ConfigError) as error:
         return fail(str(error))
+    if not left:
+        print(f"{place}: nothing to remove", file=sys.stderr)
+    elif not arguments.yes:
+        print(f"{left} found; --yes deletes them", file=sys.stderr)
     return 0
 
 
-def _report(found: Sequence[Leftover], remove: bool) -> None:
+def _treat(found: Sequence[Leftover], remove: bool) -> int:
+    """Print what was found, and remove it if asked to. Return how many there are."""
     for leftover in found:
         print(f"{leftover.size / 1e6:10,.1f} MB  {leftover.name}{'  removed' if remove else ''}")
         if remove:
             leftover.remove()
+    return len(found)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from diffusion_core.config import PRESETS, CoreConfig, DistillConfig, InitConfig, build, read_yaml
+from diffusion_core.config import PRESETS, ConfigError, CoreConfig, DistillConfig, InitConfig, build, read_yaml
 from diffusion_core.config.plugins import import_plugins
 from diffusion_core.registry import Choice
 from pruning.checks import combination_problems
@@ -49,4 +49,16 @@ def config_from_words(words: Mapping[str, Any]) -> TrialConfig:
         ConfigError: if a file, a key, a value or a combination is wrong.
     """
     overrides = {key: value for key, value in words.items() if key != "config"}
-    return build_config(*(read_yaml(Path(name)) for name in words.get("config", ())), overrides)
+    return build_config(*map(read_values, words.get("config", ())), overrides)
+
+
+def read_values(name: str) -> dict[str, Any]:
+    """Read a file of knobs.
+
+    Raises:
+        ConfigError: if it cannot be read, or is a sweep file.
+    """
+    values = read_yaml(Path(name))
+    if "parameters" in values and "method" in values:
+        raise ConfigError(f"--config = {name!r}: is a sweep file; run it with `python -m agent.sweep {name}`")
+    return values

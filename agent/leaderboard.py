@@ -12,6 +12,7 @@ from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.choice import add_which_flag
 from diffusion_core.config import ConfigError
 from diffusion_core.config.metrics import goal_of
+from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.evaluation.leaderboard import FILE, Entry, entry, from_folders, ordered, rows_of, show, write
 from diffusion_core.evaluation.protocol import PREFIX
 from diffusion_core.messages import Parser
@@ -43,13 +44,14 @@ def upload(name: str, entries: Sequence[Entry]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status: 0, or 2 if there is nothing to show."""
-    parser = Parser("python -m agent.leaderboard", description=__doc__, allow_abbrev=False)
+    parser = Parser("python -m agent.leaderboard", description=__doc__)
     parser.add_argument("folder", type=Path, nargs="*", help="folders of runs (default: runs)")
     parser.add_argument("--project", metavar="[ENTITY/]PROJECT", help="show the runs of a W&B project instead")
     parser.add_argument("--upload", action="store_true", help="with --project: log the table there")
     parser.add_argument("--by", metavar="FIGURE", help="sort by this figure, best first, such as eval/fid50k_train")
     add_which_flag(parser, "each run")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"write {FILE}.csv and {FILE}.json into this folder")
+    add_plugins_flag(parser)
     arguments = parser.parse_args(argv)
     if arguments.by and goal_of(arguments.by) is None:
         parser.error(f"--by = {arguments.by!r}: expected a figure with a goal, lower or higher")
@@ -60,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         which, of_project = arguments.which, arguments.project
         found = from_project(of_project, which) if of_project else list(from_folders(folders, which))
         if not found:
-            raise ConfigError("no finished run to show; expected folders of runs, or --project")
+            place = f"--project = {of_project!r}" if of_project else f"FOLDER = {', '.join(map(str, folders))!r}"
+            raise ConfigError(f"{place}: no finished run to show; name folders of runs, or another --project")
         entries = ordered(found, arguments.by)
         print(f"checkpoint: {which} of each run", file=sys.stderr)
         print(show(entries))

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import os
 import signal
-import sys
 import threading
 import time
 from contextlib import ExitStack
@@ -18,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from agent.command import fail
-from agent.config import TrialConfig
+from agent.config import TrialConfig, build_config
 from agent.ending import UNSENT, Ending, ending_of, lost_peer
 from agent.lottery import run_chain
 from agent.tracking.artifacts import fetch_best, fetch_checkpoint
@@ -27,28 +26,34 @@ from agent.tracking.repair import close_run
 from agent.tracking.rounds import UploadedRounds, round_trackers
 from agent.tracking.run import leave_sweep, may_fetch, start_wandb, wandb_tracker
 from agent.tracking.stop_cause import was_asked_to_end
-from agent.trial import run_trial
-from diffusion_core.config import ConfigError, flatten
-from diffusion_core.data.datasets import load_data
+from agent.trial import check_start, first_network, run_trial
+from diffusion_core.checkpoint import CheckpointError
+from diffusion_core.config import ConfigError, flatten, to_yaml
+from diffusion_core.data.datasets import DataError, load_data, look_at_data
 from diffusion_core.distributed import WATCH_EVERY_S, Peers, first_process_first, make_accelerator
 from diffusion_core.files import write_json
+from diffusion_core.hardware import pick_device
 from diffusion_core.machine.launchers import watch_launchers
 from diffusion_core.redact import recorded_console
 from diffusion_core.run_folder import (
     CHECKPOINTS,
     RUN_FILE,
     SAMPLES,
+    check_folder,
     locked,
     make_folder,
     read_run_file,
 )
 from diffusion_core.signals import remembered
+from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import NullTracker, Tracker
 from diffusion_core.training import callbacks
-from diffusion_core.training.batch_size import settled
+from diffusion_core.training.batch_size import as_resumed, settled
 from diffusion_core.training.result import TrialResult
+from diffusion_core.training.resume import find_checkpoint
 from diffusion_core.training.stopping import StopRequest
 from pruning.checks import check_processes
+from pruning.estimate import describe_model
 
 if TYPE_CHECKING:
     from agent.tracking.run import Run
@@ -76,8 +81,41 @@ def run_session(config: TrialConfig, greeting: str = "") -> int:
         return Session(config, mode, accelerator, peers, stop, stack, greeting).run()
 
 
+def dry_run(config: TrialConfig, *, everything: bool = False) -> int:
+    """Check all that a run checks before it starts, and print what it would train. Return the exit status.
+
+    Args:
+        config: every knob.
+        everything: whether to print all settings, instead of those that differ from the preset.
+    """
+    load_environment()
+    try:
+        wandb_mode()
+        pick_device(config.train)
+        _, folder = find_run(config.log.dir)
+        check_folder(folder)
+        checkpoints = folder / CHECKPOINTS
+        config = as_resumed(config, checkpoints)
+        data, num_classes = look_at_data(config.data, progress=config.log.progress)
+        resumed = find_checkpoint(config, checkpoints, longer=True)
+        if resumed is not None:
+            origin, network = f"continues from {str(resumed.path)!r}", resumed.network()
+        else:
+            start = check_start(config, num_classes)
+            origin = "new weights" if start.source is None else repr(str(start.source.checkpoint.path))
+            network = first_network(config, num_classes, start.source)
+    except (ConfigError, DataError, CheckpointError) as error:
+        return fail(str(error))
+    preset = build_config({"preset": config.preset})
+    print("# all settings" if everything else f"# settings other than those of --preset={config.preset}")
+    print(to_yaml(config, without_secrets=True, beyond=None if everything else preset), end="")
+    print(f"# data: {data}\n# start: {origin}")
+    print(*(f"# {line}" for line in describe_model(network, config, config.prune)), sep="\n")
+    return 0
+
+
 def _abandoned(stop: StopRequest, launcher: int) -> None:
-    print(f"process {launcher}, which started this trial, is gone; the trial stops", file=sys.stderr)
+    say(f"process {launcher}, which started this trial, is gone; the trial stops")
     stop.ask(signal.SIGTERM)
 
 
@@ -164,7 +202,7 @@ class Session:
         if ending.alert is not None:
             self.tracker.alert(ending.alert, ending.message.removeprefix("error: "))
         if ending.message and (ending.everywhere or self.is_main):
-            print(ending.message, file=sys.stderr)
+            say(ending.message)
         status = ending.status
         if ending.together:
             status = self._close(ending)
@@ -210,13 +248,15 @@ class Session:
         # All processes use the first one's folder, and find the same checkpoint in it.
         self.run_id, self.folder = run_id, _ = broadcast_object_list([*find_run(config.log.dir)])
         config = config.model_copy(update={"log": config.log.model_copy(update={"dir": str(self.folder)})})
+        check_folder(self.folder)
         with self.stop.at_once():  # There is nothing to save yet.
             with first_process_first(accelerator):  # The first process downloads, the others read its files.
                 dataset = load_data(config.data, progress=config.log.progress and self.is_main)
             config = settled(config, accelerator, dataset, self.folder / CHECKPOINTS)
+            self._refuse_early(config, dataset.num_classes)
         self.stop.check_now()
         if self.is_main and self.greeting:
-            print(self.greeting, file=sys.stderr)
+            say(self.greeting)
         if self.is_main:
             make_folder(self.folder)
             self.stack.enter_context(locked(self.folder))
@@ -236,6 +276,26 @@ class Session:
             stop=self.stop,
             accelerator=accelerator,
         )
+
+    def _refuse_early(self, config: TrialConfig, num_classes: int) -> None:
+        """Check what the trial resumes or starts from before a W&B run exists.
+
+        A run that W&B knows may go on from its checkpoints there, and then needs neither this machine's nor the one
+        that it started from. Its trial checks them after it has fetched its own.
+        """
+        assert self.folder is not None
+        is_known = "WANDB_RUN_ID" in os.environ or "id" in read_run_file(self.folder)
+        elsewhere = self.mode == "online" and config.checkpoint.resume and is_known
+        try:
+            resumed = find_checkpoint(config, self.folder / CHECKPOINTS, longer=True)
+        except CheckpointError:  # All are damaged. W&B may have intact ones.
+            return
+        if resumed is None and not elsewhere:
+            with first_process_first(self.accelerator):  # The first process downloads, the others read its files.
+                try:
+                    check_start(config, num_classes)
+                except CheckpointError as error:  # Here it is wrong input. In a trial, it is a failure.
+                    raise ConfigError(str(error)) from None
 
     def _start_tracking(self, config: TrialConfig, run_id: str, folder: Path) -> None:
         """Start the W&B run, make its tracker, and fetch the checkpoints to continue from."""

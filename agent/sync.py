@@ -22,6 +22,7 @@ from agent.tracking.run import forget_environment, start_wandb
 from agent.tracking.tracker import WandbTracker
 from diffusion_core.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
 from diffusion_core.config import ConfigError, read_yaml
+from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.messages import Parser
 from diffusion_core.run_folder import (
     CHECKPOINTS,
@@ -46,11 +47,12 @@ class Unsent(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status: 0, 1 if something did not arrive, 2 if there is nothing to upload."""
-    parser = Parser("python -m agent.sync", description=__doc__, allow_abbrev=False)
+    parser = Parser("python -m agent.sync", description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="a run, a sweep, a lottery, or several")
     # A trial whose client has broken calls this, with the exit status that W&B is to be told.
     parser.add_argument("--ended", type=int, metavar="STATUS", help=argparse.SUPPRESS)
     parser.add_argument("--preempted", action="store_true", help=argparse.SUPPRESS)
+    add_plugins_flag(parser)
     arguments = parser.parse_args(argv)
     load_environment()
     folders: dict[Path, None] = {}

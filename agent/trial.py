@@ -19,7 +19,7 @@ from diffusion_core.data.datasets import Dataset
 from diffusion_core.distributed import first_process_first, make_accelerator
 from diffusion_core.evaluation.protocol import PREFIX
 from diffusion_core.files import write_json
-from diffusion_core.model.unet import build_network
+from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.run_folder import (
     CHECKPOINTS,
     DATA_FILE,
@@ -39,29 +39,49 @@ from diffusion_core.training.stopping import Stopped, StopRequest
 from diffusion_core.training.summary import costs_of, describe_data, system_facts
 from diffusion_core.training.teacher import keep_teacher
 from diffusion_core.training.trainer import Callback, TrainState
+from pruning.channels.reach import check_reach
 from pruning.consistency import dense_consistency
 from pruning.pruner import is_pruned, records, resume_pruning
-from pruning.start import check_architecture, start_from
+from pruning.start import Source, Start, start_from
 from pruning.training import train_and_prune
+
+
+def check_start(config: TrialConfig, num_classes: int) -> Start:
+    """Open what a trial starts from, and check all that would fail in the trial only later.
+
+    Raises:
+        ConfigError: if a checkpoint has another architecture, or structured pruning cannot reach its target.
+        CheckpointError: if a checkpoint cannot be read or downloaded, or lacks the wanted weights.
+    """
+    source = open_source(config.init.checkpoint, config.init.artifact, "init.")
+    start = Start(source, open_source(config.distill.checkpoint, config.distill.artifact, "distill."))
+    if start.source or start.teacher:
+        start.check(config, num_classes, config.init.weights)
+    if config.prune.method == "structured":
+        check_reach(first_network(config, num_classes, source), config.prune)
+    return start
+
+
+def first_network(config: TrialConfig, num_classes: int, source: Source | None) -> UNet:
+    """Return the network before the first step, on the CPU: new, or that of the checkpoint to start from."""
+    return build_network(config, num_classes) if source is None else source.checkpoint.network(config.init.weights)
 
 
 def start_state(config: TrialConfig, dataset: Dataset, tracker: Tracker, accelerator: Accelerator) -> TrainState:
     """Return the state before the first step: new weights, or those of the checkpoint that ``init.*`` names.
 
     Raises:
-        ConfigError: if that checkpoint, or the teacher's, has another architecture.
-        CheckpointError: if one of them cannot be read or downloaded.
+        ConfigError, CheckpointError: as :func:`check_start`.
     """
     with first_process_first(accelerator):  # The first process downloads, the others read its files.
-        source = open_source(config.init.checkpoint, config.init.artifact, "init.")
-        teacher = open_source(config.distill.checkpoint, config.distill.artifact, "distill.")
+        start = check_start(config, dataset.num_classes)
+    source, teacher = start.source, start.teacher
     if source is None:
-        network = build_network(config, dataset.num_classes).to(accelerator.device)
+        network = first_network(config, dataset.num_classes, None).to(accelerator.device)
         state = TrainState.start(network, config.train, config.ema)
     else:
         state = start_from(source, config, dataset.num_classes, config.init.weights, accelerator.device)
     if teacher is not None:
-        check_architecture(teacher, config, dataset.num_classes)
         keep_teacher(state, teacher.checkpoint.network(), config.model)
     for used in filter(None, (source, teacher)):
         announce(used.checkpoint)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from diffusion_core.checkpoint import (
 )
 from diffusion_core.redact import redact
 from diffusion_core.run_folder import CHECKPOINTS, SWEEP_RESULTS
+from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import BEST
 
 NEWEST = "newest"
@@ -91,7 +91,7 @@ def announce(*checkpoints: Checkpoint) -> None:
     """
     if os.environ.get("RANK", "0") == "0":
         for checkpoint in checkpoints:
-            print(f"checkpoint: {checkpoint.chosen}", file=sys.stderr)
+            say(f"checkpoint: {checkpoint.chosen}")
 
 
 def best_of(folder: Path) -> dict[str, Any] | None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
+from diffusion_core import __version__
 from diffusion_core.redact import redact
+from diffusion_core.terminal.wrapping import width_of_terminal, wrapped
 
 MOST_CHARACTERS = 300
 
@@ -17,12 +22,62 @@ class UserError(ValueError):
         return redact(super().__str__())
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help that fits the terminal, also its description, whose examples stay lines of their own."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=26, width=width_of_terminal())
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return wrapped(text, width)
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser of the command line whose errors show no secrets."""
+    """A parser of the command line: its help fits the terminal, and its errors are one line without secrets.
+
+    Takes the arguments of ``argparse.ArgumentParser``. Options are never abbreviated.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named | {"formatter_class": HelpFormatter, "allow_abbrev": False})
+        self.add_argument("--version", action="version", version=VERSION, help="print the version and exit")
 
     def error(self, message: str) -> NoReturn:
-        """Print the usage and the message, and exit."""
-        super().error(redact(message))
+        """Print the message in one line, as all other errors, and exit with status 2."""
+        self.exit(2, f"error: {redact(self._in_our_words(message))}\n")
+
+    def _in_our_words(self, message: str) -> str:
+        """Return an error of argparse as ``KEY = VALUE: what is wrong; what to do``."""
+        unknown, _, word = message.partition("unrecognized arguments: ")
+        if word and not unknown:
+            word = word.split()[0]
+            near = suggested(word, self._option_string_actions) if word.startswith("-") else ""
+            return f"{word}: unknown {'option' if word[0] == '-' else 'word'}; {near or '--help lists all options'}"
+        for pattern, words in OUR_WORDS:
+            message = re.sub(pattern, words, message)
+        return message
+
+
+VERSION = f"diffusion-sweeps {__version__}"
+
+OUR_WORDS = (
+    (r"^argument (\S+): invalid choice: (.*) \(choose from (.*)\)$", r"\1 = \2: expected one of \3"),
+    (r"^argument (\S+): invalid int value: (.*)$", r"\1 = \2: expected an integer"),
+    (r"^argument (\S+): invalid float value: (.*)$", r"\1 = \2: expected a number"),
+    (r"^argument (\S+): ('.*'): (expected .*)$", r"\1 = \2: \3"),
+    (r"^argument (\S+): (.*)$", r"\1: \2"),
+    (r"^the following arguments are required: (.*)$", r"\1: needed; --help describes it"),
+    (r"^one of the arguments (.*) is required$", r"\1: one of them is needed; --help describes them"),
+)
+"""Errors of argparse, by pattern, and how this project says them."""
+
+
+def suggested(word: str, known: Iterable[str]) -> str:
+    """Return the question whether another word was meant; empty if none is near."""
+    # Hyphens hide how near words are, as in --dryrun.
+    spelled = {one.replace("-", "").replace("_", ""): one for one in known}
+    near = difflib.get_close_matches(word.replace("-", "").replace("_", ""), spelled, n=1, cutoff=0.7)
+    return f"did you mean {spelled[near[0]]}?" if near else ""
 
 
 def one_line(error: object) -> str:
@@ -42,10 +97,12 @@ def shortened(value: object) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a length of time in words: ``34 s``, ``5 min``, ``7.5 h``."""
+    """Return a length of time in words: ``34 s``, ``5 min``, ``7.5 h``, ``12 days``."""
     if seconds < 100:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 100 * 3600 else f"{seconds / 86400:,.0f} days"
 
 
 def size_in_words(number: float) -> str:

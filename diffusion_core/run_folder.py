@@ -101,6 +101,19 @@ def make_folder(folder: Path) -> None:
         raise ConfigError(f"log.dir = {str(folder)!r}: {reason}; choose another folder") from None
 
 
+def check_folder(folder: Path) -> None:
+    """Check that a run's folder could be made, without making it.
+
+    Raises:
+        ConfigError: if a part of its path is a file, or the folder above it cannot be written.
+    """
+    above = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not above.is_dir():
+        raise ConfigError(f"log.dir = {str(folder)!r}: {str(above)!r} is no folder; choose another folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"log.dir = {str(folder)!r}: {str(above)!r} cannot be written; choose another folder")
+
+
 def run_folders(folder: Path) -> list[Path]:
     """Return the folders of runs in a folder, itself included, at any depth."""
     return sorted(found.parent for found in folder.rglob(RUN_FILE) if (found.parent / HISTORY_FILE).is_file())

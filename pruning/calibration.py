@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_core.config import CoreConfig
 from diffusion_core.data.batches import Batches
@@ -17,6 +16,7 @@ from diffusion_core.diffusion.draws import Draws, draw
 from diffusion_core.diffusion.losses import diffusion_loss
 from diffusion_core.model.unet import UNet
 from diffusion_core.randomness import Purpose, stream_seed
+from diffusion_core.terminal.progress import Shown
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Calibration:
 
     def indices(self, count: int) -> Iterable[int]:
         """Return the numbers of the first ``count`` batches, with a progress bar."""
-        return tqdm(range(count), desc="gradients", unit="batch", leave=False, disable=not self.progress)
+        return Shown(range(count), "gradients", count, "batch", shown=self.progress, leave=False)
 
     def draws(self, index: int, network: UNet, t: int | None = None) -> Draws:
         """Return batch ``index`` with its noise, at timestep ``t``, or at timesteps drawn as in training (None)."""

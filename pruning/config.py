@@ -19,6 +19,10 @@ OTHER_METHODS = {
 """Values of ``prune.method`` that are not mask strategies."""
 
 
+COUNTED_TARGETS = ("channels", "params", "macs")
+"""Values of ``prune.target`` that follow from the widths; the others are measured."""
+
+
 class PruneConfig(Section):
     """Knobs of ``prune.*``: what to prune, when, with which method, and how much to keep."""
 

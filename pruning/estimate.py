@@ -12,7 +12,10 @@ import torch
 
 from diffusion_core.config import CoreConfig
 from diffusion_core.diffusion.schedule import build_schedule
+from diffusion_core.hardware import autocast, memory_format, pick_precision
 from diffusion_core.machine.sharing import threads_each, visible_gpus
+from diffusion_core.messages import size_in_words
+from diffusion_core.model.cost import count_cost
 from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.registries import DATASETS
 from diffusion_core.sampling.media import GIF_COLUMNS, GIF_ROWS
@@ -27,8 +30,16 @@ TRIED_IMAGES = 16
 """Images of the batch that speed is measured with."""
 TRIED_TIMES = 5
 """Number of timed passes. The fastest counts, because other processes slow down the others."""
-MAX_TRIED_PARAMS = 5_000_000
-"""Parameters of the largest network to time. Timing a larger one takes long, and it needs a GPU anyway."""
+SMALL_PARAMS = 5_000_000
+"""Parameters of the largest network whose forward passes are timed, which is more exact than one step."""
+MAX_TRIED_PARAMS = 300_000_000
+"""Parameters of the largest network to time."""
+MEASURE_S = 3.0
+"""Seconds that a training step may be tried for on the processor."""
+MEASURE_IN_ALL_S = 20.0
+"""Seconds after which no further network of a sweep is timed."""
+USUAL_BATCH = 128
+"""Images of a step to assume if ``train.batch_size`` is ``auto``."""
 BACKWARD_COST = 2.0
 """Cost of a backward pass in forward passes."""
 STARTUP_SECONDS = 8.0
@@ -44,12 +55,27 @@ class TrialEstimate:
         disk_bytes: size of its checkpoints at the end. Staged uploads are hard links to them.
         upload_bytes: size of the artifacts that it uploads.
         seconds: its wall time, or None if unknown.
+        measured: what the time follows from, in words; None if it follows from other trials, or is unknown.
     """
 
     params: int
     disk_bytes: int
     upload_bytes: int
     seconds: float | None
+    measured: str | None = None
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a network is.
+
+    Attributes:
+        image_seconds: seconds of a forward pass, per image.
+        measured: what was measured, in words.
+    """
+
+    image_seconds: float
+    measured: str
 
 
 class Estimator:
@@ -66,7 +92,8 @@ class Estimator:
         self.threads = threads or threads_each(1)
         self.past_seconds = past_seconds
         self._params: dict[str, int] = {}
-        self._image_seconds: dict[str, float | None] = {}
+        self._speeds: dict[str, Speed | None] = {}
+        self._measured_for = 0.0
 
     def trial(self, config: CoreConfig, prune: PruneConfig) -> TrialEstimate:
         """Return what a trial of this configuration will cost."""
@@ -75,23 +102,28 @@ class Estimator:
             self._params[kind] = count_params(config)
         params = self._params[kind]
         size, saved = checkpoint_bytes(config, prune, params), checkpoints_saved(config)
+        speed = None if self.past_seconds else self._speed(config, kind, params)
+        seconds: float | None = statistics.mean(self.past_seconds) if self.past_seconds else None
+        if speed is not None:
+            seconds = STARTUP_SECONDS + trainings(prune) * speed.image_seconds * forward_passes(config, prune)
         return TrialEstimate(
             params=params,
             disk_bytes=trainings(prune) * size * min(saved, config.checkpoint.keep + 1),
             upload_bytes=trainings(prune) * size * saved if config.checkpoint.upload and not self.offline else 0,
-            seconds=self._seconds(config, prune, kind, params),
+            seconds=seconds,
+            measured=None if speed is None else speed.measured,
         )
 
-    def _seconds(self, config: CoreConfig, prune: PruneConfig, kind: str, params: int) -> float | None:
-        if self.past_seconds:
-            return statistics.mean(self.past_seconds)
-        if kind not in self._image_seconds:
-            on_cpu = config.train.device == "cpu" or not visible_gpus()
-            # The size of an `auto` batch is not known yet.
-            measured = on_cpu and params <= MAX_TRIED_PARAMS and config.train.batch_size != "auto"
-            self._image_seconds[kind] = measure_image_seconds(config, self.threads) if measured else None
-        each = self._image_seconds[kind]
-        return None if each is None else STARTUP_SECONDS + trainings(prune) * each * forward_passes(config, prune)
+    def _speed(self, config: CoreConfig, kind: str, params: int) -> Speed | None:
+        """Return the speed of a network; None if it cannot be measured, or others have taken all the time there is."""
+        train = config.train
+        kind = repr((kind, train.batch_size, train.device, train.precision))
+        if kind not in self._speeds:
+            started = time.monotonic()
+            too_late = self._measured_for > MEASURE_IN_ALL_S
+            self._speeds[kind] = None if too_late else measure_speed(config, self.threads, params)
+            self._measured_for += time.monotonic() - started
+        return self._speeds[kind]
 
 
 def classes_of(config: CoreConfig) -> int:
@@ -115,6 +147,16 @@ def checkpoint_bytes(config: CoreConfig, prune: PruneConfig, params: int) -> int
     copies = 3 + len(profiles(config.ema))
     masks = 0 if prune.method in ("none", "structured") else params
     return FLOAT_BYTES * copies * params + masks
+
+
+def describe_model(network: UNet, config: CoreConfig, prune: PruneConfig) -> list[str]:
+    """Return lines on the size and cost of a trial's network before pruning, and of its checkpoints."""
+    cost, (channels, size, _) = count_cost(network), config.data.image_shape
+    kept = checkpoint_bytes(config, prune, cost.params)
+    return [
+        f"model: {cost.params:,} parameters, {cost.macs:,} MACs an image of {channels} x {size} x {size}",
+        f"checkpoint: about {size_in_words(kept)}, {config.checkpoint.keep} kept and the best one",
+    ]
 
 
 def trainings(prune: PruneConfig) -> int:
@@ -167,20 +209,73 @@ def forward_passes(config: CoreConfig, prune: PruneConfig) -> float:
     )
 
 
-def measure_image_seconds(config: CoreConfig, threads: int) -> float:
-    """Measure the seconds that the network takes per image on this processor."""
-    network = build_network(config, classes_of(config)).eval()
-    images = torch.zeros(TRIED_IMAGES, network.input_channels, network.image_size, network.image_size)
-    times = torch.zeros(TRIED_IMAGES, dtype=torch.long)
+def measure_speed(config: CoreConfig, threads: int, params: int) -> Speed | None:
+    """Measure how fast a network is on the device that it would train on, in a few seconds.
+
+    A small network on the processor is timed in forward passes. Any other is timed in training steps: at the real batch
+    on a GPU (or at the largest half, quarter, ... of it that fits), on the processor with as many images as there is
+    time for.
+
+    Args:
+        config: configuration of the run.
+        threads: processor threads.
+        params: parameters of the network.
+
+    Returns:
+        None if there is no such device here, or the network is too large to try.
+    """
+    on_cpu = config.train.device == "cpu" or not visible_gpus()
+    if params > MAX_TRIED_PARAMS or not (on_cpu or torch.cuda.is_available()):
+        return None
+    device = torch.device("cpu" if on_cpu else "cuda")
+    batch = USUAL_BATCH if config.train.batch_size == "auto" else config.train.images_per_step
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with torch.no_grad():
-            seconds = []
-            for _ in range(TRIED_TIMES):
-                started = time.perf_counter()
-                network(images, times)
-                seconds.append(time.perf_counter() - started)
-            return min(seconds) / TRIED_IMAGES
+        if on_cpu and params <= SMALL_PARAMS:
+            seconds = min(_seconds_of(config, device, TRIED_IMAGES, TRIED_TIMES, backward=False))
+            return Speed(seconds / TRIED_IMAGES, f"forward passes of {TRIED_IMAGES} images on the processor")
+        images, seconds = _time_step(config, device, batch)
     finally:
         torch.set_num_threads(before)
+    scaled = f", scaled to {batch}" if images < batch else ""
+    many = f"{images} images" if images > 1 else "1 image"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the processor"
+    return Speed(seconds / images / (1 + BACKWARD_COST), f"a training step of {many} on {where}{scaled}")
+
+
+def _time_step(config: CoreConfig, device: torch.device, batch: int) -> tuple[int, float]:
+    """Return images and seconds of a training step."""
+    if device.type == "cpu":
+        images, seconds = 1, min(_seconds_of(config, device, 1, 1))
+        more = min(batch, TRIED_IMAGES, int(MEASURE_S / seconds))
+        return (more, min(_seconds_of(config, device, more, 1))) if more > 1 else (images, seconds)
+    while True:
+        try:
+            return batch, min(_seconds_of(config, device, batch, TRIED_TIMES))  # The first one warms up.
+        except torch.cuda.OutOfMemoryError:
+            if batch == 1:
+                raise
+            batch //= 2
+
+
+def _seconds_of(
+    config: CoreConfig, device: torch.device, images: int, times: int, *, backward: bool = True
+) -> list[float]:
+    """Return the seconds of forward passes, or of forward and backward passes, with black images."""
+    precision = pick_precision(config.train, device)
+    network = build_network(config, classes_of(config)).train(backward)
+    network = network.to(device).to(memory_format=memory_format(device, precision))
+    x_BCHW = torch.zeros(images, network.input_channels, network.image_size, network.image_size, device=device)
+    t_B = torch.zeros(images, dtype=torch.long, device=device)
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        with torch.set_grad_enabled(backward):
+            with autocast(device, precision):
+                loss = network(x_BCHW, t_B).square().mean()
+            if backward:
+                loss.backward()
+        loss.item()  # Waits for a GPU.
+        seconds.append(time.perf_counter() - started)
+    return seconds

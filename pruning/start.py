@@ -47,6 +47,31 @@ class Source:
         }
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from.
+
+    Attributes:
+        source: the checkpoint whose weights it takes; None: new weights.
+        teacher: the checkpoint that it learns from, or None.
+    """
+
+    source: Source | None
+    teacher: Source | None
+
+    def check(self, config: CoreConfig, num_classes: int, weights: str) -> None:
+        """Check that a run can start from these checkpoints.
+
+        Raises:
+            ConfigError: if one of them has another architecture.
+            CheckpointError: if the source lacks the wanted weights.
+        """
+        if self.source is not None:
+            check_source(self.source, config, num_classes, weights)
+        if self.teacher is not None:
+            check_architecture(self.teacher, config, num_classes)
+
+
 def start_from(source: Source, config: CoreConfig, num_classes: int, weights: str, device: torch.device) -> TrainState:
     """Return a state at step 0 with the network of a checkpoint, new averages and a new optimizer.
 
@@ -62,11 +87,7 @@ def start_from(source: Source, config: CoreConfig, num_classes: int, weights: st
         CheckpointError: if the checkpoint lacks these weights, or they do not fit.
     """
     checkpoint = source.checkpoint
-    check_architecture(source, config, num_classes)
-    if weights not in checkpoint.parts:
-        raise CheckpointError(
-            f"{source.option}weights = {weights!r}: {str(checkpoint.path)!r} holds {', '.join(checkpoint.parts)}"
-        )
+    check_source(source, config, num_classes, weights)
     state = TrainState.start(checkpoint.network(weights).to(device), config.train, config.ema)
     masks = checkpoint.tensors(MASKS_PART) if MASKS_PART in checkpoint.parts else None
     try:
@@ -76,6 +97,14 @@ def start_from(source: Source, config: CoreConfig, num_classes: int, weights: st
         raise CheckpointError(f"{str(checkpoint.path)!r}: cannot start from it: {error}") from None
     state.extra_metadata[PARENT_KEY] = source.parent()
     return state
+
+
+def check_source(source: Source, config: CoreConfig, num_classes: int, weights: str) -> None:
+    """Check that a run can start from a checkpoint. For the arguments and errors, see :func:`start_from`."""
+    check_architecture(source, config, num_classes)
+    if weights not in source.checkpoint.parts:
+        parts = ", ".join(source.checkpoint.parts)
+        raise CheckpointError(f"{source.option}weights = {weights!r}: {str(source.checkpoint.path)!r} holds {parts}")
 
 
 def check_architecture(source: Source, config: CoreConfig, num_classes: int) -> None:

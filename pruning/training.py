@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from functools import partial
 
@@ -11,6 +10,7 @@ from accelerate import Accelerator
 from diffusion_core.config import CoreConfig, DistillConfig
 from diffusion_core.data.batches import Batches
 from diffusion_core.data.datasets import Dataset
+from diffusion_core.terminal.progress import say
 from diffusion_core.training.checkpoints import SaveCheckpoints
 from diffusion_core.training.teacher import distillation_of, keep_dense_as_teacher
 from diffusion_core.training.trainer import Callback, TrainState, train
@@ -114,7 +114,4 @@ def warn_of_empty_layers(layers: Sequence[str]) -> None:
     """Print one line if pruning removed all weights of some layers."""
     if layers:
         shown = ", ".join(layers[:5]) + (", ..." if len(layers) > 5 else "")
-        print(
-            f"warning: pruning left no weight in {len(layers)} layers ({shown}); prune.scope=layer keeps some in each",
-            file=sys.stderr,
-        )
+        say(f"warning: pruning left no weight in {len(layers)} layers ({shown}); prune.scope=layer keeps some in each")

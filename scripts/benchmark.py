@@ -61,7 +61,7 @@ SUBJECTS = (
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser("benchmark.py", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("benchmark.py", description=DESCRIPTION)
     parser.add_argument(
         "subject", nargs="+", choices=["all", *SUBJECTS], metavar="SUBJECT", help="one or more of these"
     )

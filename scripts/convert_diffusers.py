@@ -47,14 +47,14 @@ from diffusion_core.messages import Parser, UserError, one_line
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     directions = parser.add_subparsers(dest="direction", required=True)
-    reading = directions.add_parser("import", help="convert a Diffusers model to a checkpoint", allow_abbrev=False)
+    reading = directions.add_parser("import", help="convert a Diffusers model to a checkpoint")
     reading.add_argument("source", metavar="SOURCE", help="folder of a DDPMPipeline or UNet2DModel, or a hub name")
     reading.add_argument("target", type=Path, metavar="TARGET", help="folder of the checkpoint; must not exist")
     reading.add_argument("--null-class", action="store_true", help='the last class stands for "no class"; needed only '
                          f"without {CLASSES_FILE}")  # fmt: skip
-    writing = directions.add_parser("export", help="convert a checkpoint to a DDPMPipeline", allow_abbrev=False)
+    writing = directions.add_parser("export", help="convert a checkpoint to a DDPMPipeline")
     writing.add_argument("source", type=Path, metavar="SOURCE", help="a checkpoint, or a run's folder")
     writing.add_argument("target", type=Path, metavar="TARGET", help="folder of the pipeline; must not exist")
     writing.add_argument(

@@ -66,7 +66,7 @@ def metrics_of_images() -> list[str]:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("path", type=Path, nargs="*", help="one or two folders of images, or .npz statistics")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--artifact", metavar="NAME:ALIAS", help="a `model` artifact on W&B, such as model-abc123:best")
@@ -110,11 +110,11 @@ def problem_of(arguments: argparse.Namespace) -> str | None:
     """Return the error in the arguments, or None."""
     is_model = bool(arguments.artifact or arguments.checkpoint or arguments.sweep)
     if is_model == bool(arguments.path) or len(arguments.path) > 2:
-        return "expected one of --artifact, --checkpoint, --sweep, PATH, or PATH1 PATH2"
+        return "PATH: expected one of --artifact, --checkpoint, --sweep, PATH, or PATH1 PATH2"
     if arguments.save_stats and len(arguments.path) != 2:
         return "--save-stats: expected a folder of images and the file to write"
     if len(arguments.path) == 1 and not arguments.data:
-        return f"{arguments.path[0]}: expected --data NAME, or a second PATH, to compare it to"
+        return f"PATH = {str(arguments.path[0])!r}: expected --data NAME, or a second PATH, to compare it to"
     if arguments.against and not is_model:
         return "--against: expected a first model, by --checkpoint, --artifact or --sweep"
     if arguments.wandb and not arguments.artifact:

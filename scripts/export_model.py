@@ -46,7 +46,7 @@ KNOBS = ("steps", "spacing", "guidance", "guidance_interval")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--artifact", metavar="NAME:ALIAS", help="a `model` artifact on W&B, such as model-abc123:best")
     source.add_argument("--checkpoint", type=Path, metavar="PATH", help="a checkpoint, or a run's folder")

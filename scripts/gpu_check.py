@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
     leave_at_once()  # Until main handles signals: the imports take seconds.
 
-import argparse
 import copy
 import time
 import traceback
@@ -221,7 +220,7 @@ CHECKS: dict[str, Callable[[Machine], list[tuple[str, bool, Any]]]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 1 if a check failed."""
-    parser = Parser("gpu_check.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("gpu_check.py", description=__doc__)
     parser.add_argument("check", nargs="*", metavar="CHECK", help=f"one or more of {', '.join(CHECKS)} (all)")
     parser.add_argument("--steps", type=int, default=30, metavar="N", help="training steps of each check (30)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there as JSON")

@@ -22,7 +22,7 @@ from pruning.lottery.report import plot_overlap, ticket_masks
 from pruning.masks.mask import MASKS_PART
 
 USAGE = """\
-usage: python scripts/lottery_ticket.py --out DIR [--key=value ...] [--print-config | --dry-run]
+usage: python scripts/lottery_ticket.py --out DIR [--KNOB=VALUE ...]
        python scripts/lottery_ticket.py --overlap TICKET TICKET --out DIR
 
 A dense network holds small subnetworks, winning tickets, that train as well from where the dense one started (Frankle &
@@ -50,13 +50,7 @@ chain grows. DIR holds summary.md, summary.json, plots of quality against remain
 and in rounds/ a folder a round that sample_images.py and evaluate.py take for --checkpoint. Each keeps checkpoint.keep
 checkpoints and the best. In W&B a chain is a group; each round is a run, made from the one before.
 
-  --out DIR            the chain's folder (the same as --log.dir)
-  --config FILE.yaml   values from a file (keys dotted or nested); the command line overrides them
-  --print-config       print all values as YAML, which --config reads, and stop
-  --dry-run            check everything, print the size and cost of the model, and stop
-  --help               this text
-
-Every knob, its default, what it does, and [what it accepts]:"""
+  --out DIR            the chain's folder (the same as --log.dir)"""
 
 OVERLAP = "--overlap"
 
@@ -72,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(words: Sequence[str]) -> int:
     """Plot and print which weights two tickets share."""
-    parser = Parser(description="Which weights two tickets share, by block.", allow_abbrev=False)
+    parser = Parser(description="Which weights two tickets share, by block.")
     parser.add_argument(
         OVERLAP, type=Path, nargs=2, required=True, metavar="TICKET", help="a checkpoint, or a round's folder"
     )

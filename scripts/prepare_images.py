@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from agent.command import run_and_leave
+from agent.command import fail, run_and_leave
 from diffusion_core.data.preparation import (
     DATA_SETS,
     REPORT_FILE,
@@ -47,6 +47,7 @@ from diffusion_core.data.preparation import (
     ignored_line,
     prepare,
 )
+from diffusion_core.messages import Parser
 from diffusion_core.signals import signal_handler
 
 SIZES = (4, 1024)
@@ -54,13 +55,8 @@ SIZES = (4, 1024)
 FOLDER_OPTIONS = ("size", "min_size", "crop", "format", "duplicates")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see --help")
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("source", metavar="SOURCE", help=f"a folder of images, or one of {', '.join(DATA_SETS)}")
     parser.add_argument("target", type=Path, metavar="TARGET", help="a new or empty folder, or that of the same call")
     parser.add_argument("--workers", metavar="N", help="number of processes (one per core)")
@@ -92,8 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with signal_handler((signal.SIGINT, signal.SIGTERM), interrupt):
             return prepare_images(parse_arguments(argv))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(str(error))
     except KeyboardInterrupt as error:
         print("stopped; run the same command again to continue", file=sys.stderr)
         return 128 + int(error.args[0])
@@ -153,7 +148,7 @@ def check_arguments(arguments: argparse.Namespace) -> Settings:
             f"of {arguments.source!r}"
         )
     if arguments.size is None:
-        raise InputError("--size is missing; expected the shorter side in pixels, such as --size 64")
+        raise InputError("--size: is missing; expected the shorter side in pixels, such as --size 64")
     size = number("--size", arguments.size, *SIZES)
     return Settings(
         source=str(source),

@@ -7,9 +7,8 @@ if __name__ == "__main__":
 
     leave_at_once()  # Until main handles signals: the imports take seconds.
 
-import sys
 
-from agent.command import run_and_leave
+from agent.command import fail, run_and_leave
 from agent.tracking.environment import has_key, load_environment
 from agent.tracking.registry import best_model, promote
 from diffusion_core.checkpoint import CheckpointError
@@ -17,7 +16,7 @@ from diffusion_core.messages import Parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--sweep", metavar="ENTITY/PROJECT/ID", help="the best model of its best run, by its metric")
     source.add_argument("--artifact", metavar="NAME:ALIAS", help="a model, such as model-RUN_ID:best")
@@ -32,8 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         name = arguments.artifact or best_model(arguments.sweep)
         target = promote(name, arguments.registry, arguments.collection, arguments.alias)
     except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(str(error))
     print(f"{name} is in {target}")
     return 0
 

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from agent.command import run_and_leave
+from agent.command import fail, run_and_leave
 from agent.tracking.artifacts import open_source
 from diffusion_core.checkpoint import Checkpoint, CheckpointError
 from diffusion_core.choice import add_which_flag, announce
@@ -54,7 +54,7 @@ STRIP_COLUMNS = 10
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--artifact", metavar="NAME:ALIAS", help="a `model` artifact on W&B, such as model-abc123:best")
     source.add_argument("--checkpoint", type=Path, metavar="PATH", help="a checkpoint, or a run's folder")
@@ -101,8 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             show_steps(task, arguments.mode)
     except (CheckpointError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(str(error))
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from here ({arguments.out})", file=sys.stderr)
         return 130

@@ -12,7 +12,7 @@ from agent.__main__ import main
 from agent.command import run_and_leave
 
 USAGE = """\
-usage: python scripts/train_cifar.py [--config FILE.yaml] [--key=value ...] [--print-config | --dry-run]
+usage: python scripts/train_cifar.py [--config FILE.yaml] [--KNOB=VALUE ...]
 
 Trains the class-conditional DDPM of Ho et al. 2020 on CIFAR-10 (downloaded once), as one local run.
 
@@ -20,14 +20,7 @@ Trains the class-conditional DDPM of Ho et al. 2020 on CIFAR-10 (downloaded once
   python scripts/train_cifar.py --train.steps=1000 --train.warmup_steps=100
   python scripts/train_cifar.py --data.name=folder --data.path=DIR  your own images, one sub-folder a class
   python scripts/train_cifar.py --log.dir=runs/cifar                stop it (Ctrl-C), run it again: it goes on
-  accelerate launch --num_processes 8 scripts/train_cifar.py        one model on eight GPUs
-
-  --config FILE.yaml   values from a file (keys dotted or nested); the command line overrides them
-  --print-config       print all values as YAML, which --config reads, and stop
-  --dry-run            check everything, print the size and cost of the model, and stop
-  --help               this text
-
-Every knob, its default, what it does, and [what it accepts]:"""
+  accelerate launch --num_processes 8 scripts/train_cifar.py        one model on eight GPUs"""
 
 if __name__ == "__main__":
     run_and_leave(lambda: main(usage=USAGE, defaults=["--preset=cifar10"]))

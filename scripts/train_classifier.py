@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
     leave_at_once()  # Until main handles signals: the imports take seconds.
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 from agent.command import fail, run_and_leave
 from agent.config import config_from_words
 from diffusion_core.config import ConfigError, TrainConfig, split_argv
+from diffusion_core.config.usage import check_data_named
 from diffusion_core.data.datasets import DataError, load_data
 from diffusion_core.evaluation.classifier.classifier import classifier_for
 from diffusion_core.evaluation.classifier.training import RECIPES, recipe_for
@@ -32,7 +32,7 @@ from diffusion_core.messages import Parser
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 if something asked for cannot be had."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("--recipe", choices=RECIPES, help="how it is trained (default: what suits images and device)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write it here as well (.safetensors)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         foreign = [key for key in values if not key.startswith("data.")]
         if foreign:
             raise ConfigError(f"{foreign[0]} = {values[foreign[0]]!r}: expected knobs of data.*, such as --data.name")
+        check_data_named(values, "data.name")
         # The network of the diffusion model has no say here; its defaults would refuse small images.
         data = config_from_words({**values, "model.channel_multipliers": "1", "model.attention_resolutions": "[]"}).data
         device = pick_device(TrainConfig(device=arguments.device))

@@ -183,3 +183,19 @@ def test_the_version_is_the_same_everywhere() -> None:
     released = re.findall(r"^## ([\d.]+) - (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert (version, str(citation["date-released"])) == released[0]
     assert citation["version"] == version
+
+
+WRITES = (
+    re.compile(r"--out (\S+)"),
+    re.compile(r"prepare_images\.py \S+ (\S+)"),
+    re.compile(r"convert_diffusers\.py \w+ \S+ (\S+)"),
+)
+"""What commands write, by the words before it."""
+
+
+def test_what_the_commands_of_the_readme_write_is_ignored_by_git() -> None:
+    ignored = {line.strip("/\n") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()}
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    written = {path for code in spans(text) for pattern in WRITES for path in pattern.findall(code)}
+    assert {"samples", "pruned", "bench/report.json", "data/photos", "exported"} <= written
+    assert {path.partition("/")[0] for path in written} <= ignored

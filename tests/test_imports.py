@@ -17,7 +17,7 @@ PACKAGES = ("diffusion_core", "pruning", "agent")
 SOURCE = (*PACKAGES, "scripts")
 
 CORE_LAYERS = (
-    {"files", "messages", "redact", "registry", "signals", "tables"},
+    {"files", "messages", "redact", "registry", "signals", "tables", "terminal"},
     {"registries"},
     {"config"},
     {"cache", "randomness", "hardware", "machine", "tracking", "run_folder", "distributed"},

@@ -7,10 +7,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from agent.command import UNUSABLE, fail, run_and_leave
-from agent.sweep.file import SweepError, SweepFile, load_sweep
+from agent.sweep.file import SweepError, SweepFile, check_places, load_sweep
 from agent.sweep.offline import OfflineSweep, run_offline
 from agent.sweep.online import OnlineSweep, create_sweep, find_sweep, online_sweep, run_agents
 from agent.tracking.environment import load_environment, wandb_mode
@@ -18,6 +17,7 @@ from diffusion_core.config import ConfigError
 from diffusion_core.config.metrics import Goal, given_goals, goals
 from diffusion_core.machine.child import in_child
 from diffusion_core.machine.sharing import shares, threads_each, visible_gpus
+from diffusion_core.messages import Parser
 from diffusion_core.run_folder import check_recorded
 
 DESCRIPTION = """\
@@ -29,17 +29,9 @@ SHOWN_TRIALS = 5
 """Number of trials that --dry-run lists."""
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports wrong words in one line, like all other errors."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the message in one line and exit, without the usage that argparse prints."""
-        sys.exit(fail(message))
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line. Exits with an error if flags contradict each other."""
-    parser = Parser("python -m agent.sweep", description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser("python -m agent.sweep", description=DESCRIPTION)
     parser.add_argument("file", type=Path, nargs="?", metavar="FILE", help="sweep file, such as sweeps/quickstart.yaml")
     parser.add_argument("--count", type=positive, metavar="N", help="run at most N trials now")
     parser.add_argument("--dry-run", action="store_true", help="list the first trials and what they cost, and stop")
@@ -123,6 +115,7 @@ def plan_offline(sweep: SweepFile | None, arguments: argparse.Namespace) -> Plan
     """Plan to run a sweep on this machine without a server."""
     if sweep is None or arguments.attach or arguments.agents:
         raise SweepError("--attach, --agents: for sweeps on W&B; leave --offline out (offline there is --jobs)")
+    check_places(sweep)
     jobs = arguments.jobs or one_per_gpu()
     coordinator = OfflineSweep(sweep, offline_folder(sweep, arguments), jobs)
     tell_cost(sweep, arguments, jobs, coordinator)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from agent.config import TrialConfig
 from agent.sweep import engine
 from agent.sweep.file import EXPONENTS, SweepFile
-from agent.sweep.parameters import choices, flat_parameters, is_whole, values_to_try
 from diffusion_core.config import is_fraction, list_knobs
+from diffusion_core.config.search_space import choices, flat_parameters, is_whole, values_to_try
 from diffusion_core.messages import shortened
 from pruning.estimate import times_logged
 

@@ -53,6 +53,7 @@ def describe_sweep(
     disk = statistics.mean(trial.disk_bytes for trial in found)
     upload = statistics.mean(trial.upload_bytes for trial in found)
     times = [trial.seconds for trial in found if trial.seconds is not None]
+    measured = next((f" (measured: {trial.measured})" for trial in found if trial.measured), "")
 
     def amount(words: Callable[[float], str], each: float, what: str, at_once: int = 1) -> str:
         whole = f", {words(each * math.ceil(trials / at_once))} in all" if trials is not None else ""
@@ -64,7 +65,7 @@ def describe_sweep(
         *([amount(size_in_words, upload, "of uploads ")] if upload else []),
         "time unknown until a trial has ended"
         if not times
-        else amount(duration, statistics.mean(times), "", at_once=jobs),
+        else amount(duration, statistics.mean(times), "", at_once=jobs) + measured,
     ]
     least = " at most" if "early_terminate" in sweep.config else ""
     lines = [f"estimate{least}: {'; '.join(said)}"]

@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from agent.config import TrialConfig, build_config
-from agent.sweep import engine
 from agent.sweep.macros import TrialCommand, read_command
-from agent.sweep.parameters import flat_parameters, grid_size, trials_of, values_to_try, with_numbers
+from agent.sweep.settings import setting_problems, violations
+from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError, flatten, list_knobs, read_yaml, unknown_key
-from diffusion_core.config.metrics import goal_of, goals
 from diffusion_core.config.plugins import KEY, plugin_problems
-from diffusion_core.messages import shortened
+from diffusion_core.config.search_space import flat_parameters, grid_size, trials_of, values_to_try, with_numbers
+from diffusion_core.messages import shortened, suggested
+from diffusion_core.registries import DATASETS
 from pruning.config import methods, unheard
-
-METHODS = ("grid", "random", "bayes")
-EXPECTED = {"early_terminate": "type: hyperband, with min_iter: alone, or with max_iter: > eta and a whole number s:"}
-"""What a setting may be, if W&B's schema does not say it in words."""
 
 EXPONENTS = ("log_uniform", "inv_log_uniform", "q_log_uniform")
 """Distributions whose ends are exponents of e. W&B advises against them, and accepts them."""
@@ -29,8 +26,14 @@ EXPONENTS = ("log_uniform", "inv_log_uniform", "q_log_uniform")
 MAX_NAME_BYTES = 200
 """Length of a sweep's name. A folder's name may have 255 bytes."""
 
+FOLDER = Path("sweeps")
+"""Folder of the sweep files of this project, from its root."""
+
 DECIDE_FIGURES = ("eval.", "data.", "model.class_conditional", "preset")
 """Knobs that decide which figures a trial logs."""
+
+DECIDE_REACH = ("prune.", "model.", "data.", "preset")
+"""Knobs that decide how narrow a network can be, and how narrow it has to be."""
 
 MOST_COMBINATIONS = 1000
 """Number of combinations of these knobs to check."""
@@ -145,7 +148,15 @@ def load_sweep(path: Path) -> SweepFile:
     try:
         config = read_yaml(path)
     except ConfigError as error:
-        raise SweepError(str(error).removeprefix("--config = ")) from None
+        ours = [str(place) for place in sorted(FOLDER.glob("*.yaml")) if not path.exists()]
+        same = [f"did you mean {place}?" for place in ours if Path(place).name == path.name]
+        hint = same[0] if same else suggested(str(path), ours)
+        problem = str(error).replace("--config =", "FILE =", 1)
+        raise SweepError(f"{problem}; {hint}" if hint else problem) from None
+    if config and not {"method", "parameters", "program", "command"} & config.keys():
+        raise SweepError(
+            f"FILE = {str(path)!r}: is no sweep file; to run it as one trial: python -m agent --config {path}"
+        )
     return check_sweep(config, str(path), path.stem)
 
 
@@ -175,10 +186,10 @@ def check_sweep(config: dict[str, Any], source: str, name: str) -> SweepFile:
     unloaded = _plugin_problems(sweep)
     problems += unloaded
     if not unloaded:  # Without a plugin, all that it adds is unknown.
-        problems += [*_setting_problems(config), *_parameter_problems(sweep)]
+        problems += [*setting_problems(config), *_parameter_problems(sweep)]
         problems += _name_problems(name) if isinstance(name, str) else []
     if not problems:
-        problems += _unlogged_metric(sweep)
+        problems += [*_unlogged_metric(sweep), *_out_of_reach(sweep)]
     if problems:
         raise SweepError("\n".join(f"{source}: {problem}" for problem in dict.fromkeys(problems)))
     return sweep
@@ -199,78 +210,56 @@ def _name_problems(name: str) -> list[str]:
     return [f"name = {shortened(name)}: expected a name that a folder can have"]
 
 
-def _setting_problems(config: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with everything but the parameters."""
-    problems: list[str] = []
-    if config.get("method") not in METHODS:
-        problems.append(f"method = {config.get('method')!r}: expected one of {', '.join(METHODS)}")
-    problems += _metric_problems(config)
-    run_cap = config.get("run_cap")
-    if run_cap is not None and (not isinstance(run_cap, int) or isinstance(run_cap, bool) or run_cap < 1):
-        problems.append(f"run_cap = {run_cap!r}: expected an integer >= 1")
-    checked = {"method", "metric", "run_cap", "command", "parameters", "early_terminate"}
-    for key, value in config.items():
-        if key not in checked:
-            problems += _violations(key, value, {key: value})
-    return problems + _early_problems(config.get("early_terminate"))
-
-
-def _early_problems(early: Any) -> list[str]:
-    if early is None:
-        return []
-    if isinstance(early, Mapping) and isinstance(early.get("strict"), bool):  # Newer than the engine's schema.
-        early = {key: value for key, value in early.items() if key != "strict"}
-    problems = _violations("early_terminate", early, {"early_terminate": early})
-    if not problems:
-        try:
-            engine.bands(early)
-        except ValueError:
-            problems = [f"early_terminate = {shortened(early)}: expected {EXPECTED['early_terminate']}"]
-    return problems
-
-
-def _metric_problems(config: Mapping[str, Any]) -> list[str]:
-    metric = config.get("metric")
-    example = "expected name: and goal:, such as {name: val/loss, goal: minimize}"
-    if metric is None:
-        needed_by = [f"method={config.get('method')}"] if config.get("method") == "bayes" else []
-        needed_by += ["early_terminate"] if "early_terminate" in config else []
-        return [f"metric = None: {example}; {' and '.join(needed_by)} cannot do without"] if needed_by else []
-    if not isinstance(metric, Mapping):
-        return [f"metric = {metric!r}: {example}"]
-    name, goal = metric.get("name"), metric.get("goal", "minimize")
-    if not isinstance(name, str) or goal_of(name) is None:
-        return [f"metric.name = {name!r}: expected one of {', '.join(goals())}"]
-    if goal != goal_of(name):
-        return [f"metric.goal = {goal!r}: expected {goal_of(name)}, which is the better way for {name}"]
-    return _violations("metric", metric, {"metric": metric})
-
-
 def _unlogged_metric(sweep: SweepFile) -> Iterator[str]:
     """Check that every trial logs the metric, whatever the sweep chooses for it."""
     metric = sweep.metric
     for chosen, trial in sweep.trials(*DECIDE_FIGURES) if metric else ():
         if not trial.logs(str(metric)):
-            where = " with " + ", ".join(f"{key}={value}" for key, value in chosen.items()) if chosen else ""
             yield (
-                f"metric.name = {metric!r}: a trial{where} does not log it; expected one of "
+                f"metric.name = {metric!r}: a trial{_where(chosen)} does not log it; expected one of "
                 f"{', '.join(trial.logged_figures())}"
             )
             return
 
 
-def _violations(key: str, value: Any, content: Mapping[str, Any]) -> list[str]:
-    """Return what W&B's schema finds wrong in one setting or parameter, in one line."""
-    found = engine.violations({"method": "random", "parameters": {"seed": {"value": 0}}} | dict(content))
-    if not found:
-        return []
-    # Drop lines without information, such as "not valid under any of the given schemas".
-    reasons = [" ".join(reason.removeprefix(f"{key}: ").split()) for reason in found]
-    reasons = [
-        reason for reason in reasons if not reason.endswith("schemas") and not reason.lower().startswith("invalid ")
-    ]
-    expected = EXPECTED.get(key, "value:, values:, or min: and max:, with a distribution: that W&B knows")
-    return [f"{key} = {shortened(value)}: {'; '.join(dict.fromkeys(reasons)) or f'expected {expected}'}"]
+def _out_of_reach(sweep: SweepFile) -> Iterator[str]:
+    """Check that structured pruning reaches its target in each trial that starts from new weights."""
+    from pruning.channels.reach import Reach  # Imports PyTorch.
+
+    reach = Reach()
+    for chosen, trial in sweep.trials(*DECIDE_REACH):
+        if trial.init.checkpoint is None and trial.init.artifact is None:
+            try:
+                reach.check(trial, trial.prune)
+            except ConfigError as error:
+                yield f"{error}{_where(chosen)}"
+                return
+
+
+def check_places(sweep: SweepFile) -> None:
+    """Check that the folders of images and the checkpoints that trials name are on this machine.
+
+    Raises:
+        SweepError: with all that are not, one per line.
+    """
+    from agent.tracking.artifacts import open_source  # Imports PyTorch.
+
+    problems: dict[str, None] = {}
+    for _, trial in sweep.trials("data.", "init.", "distill.", "preset"):
+        data = trial.data
+        if DATASETS[data.name].path == "required" and data.path is not None and not Path(data.path).is_dir():
+            problems[f"data.path = {data.path!r}: no such folder"] = None
+        for section, place in (("init.", trial.init.checkpoint), ("distill.", trial.distill.checkpoint)):
+            try:
+                open_source(place, None, section)
+            except CheckpointError as error:
+                problems[str(error)] = None
+    if problems:
+        raise SweepError("\n".join(problems))
+
+
+def _where(chosen: Mapping[str, Any]) -> str:
+    return " with " + ", ".join(f"{key}={value}" for key, value in chosen.items()) if chosen else ""
 
 
 def _parameter_problems(sweep: SweepFile) -> list[str]:
@@ -298,7 +287,7 @@ def _parameter_problems(sweep: SweepFile) -> list[str]:
 
 def _form_problems(key: str, spec: Any, method: Any) -> list[str]:
     """Return what is wrong with the form of one parameter."""
-    wrong = _violations(key, spec, {"parameters": {key: spec}})
+    wrong = violations(key, spec, {"parameters": {key: spec}})
     if wrong:
         return wrong
     if method == "bayes" and "probabilities" in spec:

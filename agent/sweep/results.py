@@ -54,7 +54,7 @@ def table(trials: Sequence[TrialRecord], varied: Sequence[str], metric: str | No
         ]
         for rank, trial in enumerate(trials, start=1)
     ]
-    return text_table(["", "trial", "state", *varied, *figures, "seconds"], rows)
+    return text_table(["", "trial", "state", *varied, *figures, "seconds"], rows, keys=2)
 
 
 def parameters_line(parameters: Mapping[str, Any], varied: Sequence[str]) -> str:

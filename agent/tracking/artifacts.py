@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from diffusion_core.choice import choose
 from diffusion_core.files import replaced_folder
 from diffusion_core.messages import one_line
 from diffusion_core.run_folder import HISTORY_FILE
+from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import BEST, MODEL, STATE
 from diffusion_core.training.resume import NEEDED
 
@@ -106,7 +106,12 @@ def open_source(checkpoint: str | Path | None, artifact: str | None, option: str
     if artifact is not None:
         model = download_model(artifact, f"{option}artifact", f"{option}checkpoint", which)
         return Source(choose(model.path, name=model.name), model.name, option)
-    return Source(choose(Path(checkpoint), which), None, option) if checkpoint is not None else None
+    if checkpoint is None:
+        return None
+    try:
+        return Source(choose(Path(checkpoint), which), None, option)
+    except CheckpointError as error:  # Most begin with the path.
+        raise CheckpointError(f"{option}checkpoint = {error}" if str(error)[0] in "'\"" else str(error)) from None
 
 
 def download_files(artifact: Artifact, folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
@@ -167,7 +172,7 @@ def fetch_checkpoint(
             try:
                 return _download([models[step], states[step]], folder, step, without)
             except CheckpointError as error:
-                print(f"W&B: skipped the checkpoint of step {step}: {error}", file=sys.stderr)
+                say(f"W&B: skipped the checkpoint of step {step}: {error}")
         return None
 
     return _again_and_again(fetch)
@@ -210,7 +215,7 @@ def _again_and_again(fetch: Callable[[], T]) -> T:
                     f"W&B has a checkpoint of this run, or may have one, but did not hand it out ({reason}); run the "
                     "same command again, or start over with --checkpoint.resume=false"
                 ) from None
-        print(f"W&B: could not download a checkpoint of this run ({reason}); trying again", file=sys.stderr)
+        say(f"W&B: could not download a checkpoint of this run ({reason}); trying again")
         time.sleep(pause)
         pause = min(2 * pause, MOST_PAUSE_S)
 

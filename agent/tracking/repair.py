@@ -9,6 +9,7 @@ from pathlib import Path
 from agent.tracking.api import server_status
 from agent.tracking.tracker import PATIENCE_S, WandbTracker
 from diffusion_core.run_folder import mark_synced, note_unsent
+from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import Tracker
 
 PREEMPTED_WITHIN_S = 20.0
@@ -32,17 +33,17 @@ def close_run(tracker: Tracker, folder: Path, told: int, *, preempted: bool = Fa
         return True
     command = f"python -m agent.sync {folder}"
     if not tracker.live and not tracker.online:
-        print(f"to put this run on W&B: {command}", file=sys.stderr)
+        say(f"to put this run on W&B: {command}")
         return True
     if not tracker.live:  # W&B did not answer at the start.
         left = ["the run"]
     if left and server_status() == 200:
-        print(f"W&B lacks {', '.join(left)}; sending it again", file=sys.stderr)
+        say(f"W&B lacks {', '.join(left)}; sending it again")
         if sent_again(folder, told, preempted):
             left = []
     note_unsent(folder, left)
     if left:
-        print(f"W&B: this has not arrived yet: {', '.join(left)}; to send it: {command}", file=sys.stderr)
+        say(f"W&B: this has not arrived yet: {', '.join(left)}; to send it: {command}")
     else:
         mark_synced(folder)
     return not left
@@ -63,8 +64,8 @@ def sent_again(folder: Path, told: int, preempted: bool) -> bool:
         # In a session of its own: a signal to all processes of the trial ended the first client.
         done = subprocess.run(words, start_new_session=True, capture_output=True, text=True, timeout=patience)
     except (OSError, subprocess.TimeoutExpired) as error:
-        print(f"W&B: {error}", file=sys.stderr)
+        say(f"W&B: {error}")
         return False
     if done.returncode != 0:
-        print(done.stderr.strip().rpartition("\n")[2], file=sys.stderr)
+        say(done.stderr.strip().rpartition("\n")[2])
     return done.returncode == 0

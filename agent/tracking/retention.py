@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from agent.tracking.api import STEP_ALIAS
 from diffusion_core.messages import one_line
+from diffusion_core.terminal.progress import say
 
 if TYPE_CHECKING:
     from wandb import Artifact
@@ -39,7 +39,7 @@ class Retention:
                 if version.aliases and all(alias.startswith(STEP_ALIAS) for alias in version.aliases):
                     self._release(version)
         except Exception as error:  # A failed clean-up must not stop uploads.
-            print(f"W&B: could not release old versions of {collection}: {one_line(error)}", file=sys.stderr)
+            say(f"W&B: could not release old versions of {collection}: {one_line(error)}")
 
     def _release(self, version: Artifact) -> None:
         version.aliases = []

@@ -6,7 +6,6 @@ round needs it, without the parts that are not needed.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from diffusion_core.checkpoint import list_checkpoints, step_folder
 from diffusion_core.config import ConfigError, flatten
 from diffusion_core.messages import one_line
 from diffusion_core.run_folder import CHECKPOINTS, HISTORY_FILE, best_figures, read_history
+from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import NullTracker, Tracker
 from diffusion_core.training.result import TrialResult, write_result
 from diffusion_core.training.resume import check_same_run
@@ -70,7 +70,7 @@ class UploadedRounds:
         except ConfigError:
             raise
         except failures() as error:
-            print(f"W&B: could not restore round {run_id} ({one_line(error)})", file=sys.stderr)
+            say(f"W&B: could not restore round {run_id} ({one_line(error)})")
             return False
         costs = {key: value for key, value in summary.items() if key.startswith(COSTS)}
         figures = best_figures(read_history(folder)) | costs

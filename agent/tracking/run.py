@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from diffusion_core.config import CheckpointConfig, ConfigError
 from diffusion_core.messages import one_line
 from diffusion_core.redact import redacted, redacted_arguments
 from diffusion_core.run_folder import check_paths, read_history
+from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import STEP
 
 if TYPE_CHECKING:
@@ -63,8 +63,7 @@ def start_wandb(
     check_paths(folder)
     threading.excepthook = tell_thread_error
     if mode == "offline" and "WANDB_MODE" not in os.environ and not beside:
-        print("W&B: no API key, so this run is recorded offline (wandb login or WANDB_API_KEY to go online)",
-              file=sys.stderr)  # fmt: skip
+        say("W&B: no API key, so this run is recorded offline (wandb login or WANDB_API_KEY to go online)")
     under_agent = "WANDB_SWEEP_ID" in os.environ
     # Keep all W&B files in the run's folder: staged artifact files of offline runs stay there until `wandb sync`.
     for variable, path in (("WANDB_DIR", folder), ("WANDB_DATA_DIR", folder / "wandb" / "data")):
@@ -120,7 +119,7 @@ def start_wandb(
                     ) from None
         if not or_offline:
             raise ConfigError(f"W&B: the server does not answer ({reason})") from None
-        print(f"W&B: the server does not answer, so this run is recorded offline ({reason})", file=sys.stderr)
+        say(f"W&B: the server does not answer, so this run is recorded offline ({reason})")
         if not beside:
             wandb.teardown()  # Stop the client's retries.
         return start("offline")
@@ -133,7 +132,7 @@ def tell_thread_error(error: threading.ExceptHookArgs) -> None:
     """
     modules = {str(frame.f_globals.get("__name__")).split(".")[0] for frame, _ in walk_tb(error.exc_traceback)}
     if "wandb" in modules:
-        print(f"W&B: a thread of its client ended: {one_line(error.exc_value)}", file=sys.stderr)
+        say(f"W&B: a thread of its client ended: {one_line(error.exc_value)}")
     else:
         threading.__excepthook__(error)
 

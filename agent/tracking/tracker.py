@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +14,7 @@ from agent.tracking.uploads import UploadQueue
 from diffusion_core.config.metrics import goal_of
 from diffusion_core.messages import one_line
 from diffusion_core.redact import redact, redacted
+from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import MODEL, STEP, Tracker, Upload
 
 if TYPE_CHECKING:
@@ -88,8 +88,7 @@ class WandbTracker(Tracker):
                 send()
             except Exception as error:
                 self.broken = one_line(error)
-                print(f"W&B: its client has broken ({self.broken}); what is missing is sent at the end",
-                      file=sys.stderr)  # fmt: skip
+                say(f"W&B: its client has broken ({self.broken}); what is missing is sent at the end")
 
     def artifact(self, *uploads: Upload) -> None:
         """Upload versions of artifacts, or keep what would be uploaded."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -13,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffusion_core.messages import one_line
+from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import BEST, Upload
 
 ATTEMPTS = 3
@@ -112,7 +112,7 @@ class UploadQueue:
             self._changed.notify_all()
             left = self.unsent()
             if left and patience_s > 0:
-                print(f"waiting up to {patience_s:.0f} s for uploads: {', '.join(left)}", file=sys.stderr)
+                say(f"waiting up to {patience_s:.0f} s for uploads: {', '.join(left)}")
             self._changed.wait_for(lambda: not self.unsent(), timeout=patience_s)
             return list(dict.fromkeys([*(item.name for item in self._failed), *self.unsent()]))
 
@@ -131,7 +131,7 @@ class UploadQueue:
             try:
                 self._try_to_send(item)
             except Exception as error:  # A failed upload must not stop training: the checkpoint is on the disk.
-                print(f"W&B: could not upload {item.name}: {one_line(error)}", file=sys.stderr)
+                say(f"W&B: could not upload {item.name}: {one_line(error)}")
                 self._failed.append(item)
             else:
                 self._failed = [old for old in self._failed if old.name != item.name or old.is_best > item.is_best]

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from diffusion_core.registry import Choice
+from diffusion_core.terminal.wrapping import filled, width_of_terminal
 
 
 def list_knobs(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -71,16 +72,22 @@ def _allowed(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:
     return " ".join([names.get(annotation, str(annotation)), " and ".join(bounds)]).strip()
 
 
-def help_text(schema: type[BaseModel]) -> str:
-    """All knobs with what they accept, their default and their purpose, a paragraph a section."""
+def help_text(schema: type[BaseModel], topic: str = "") -> str:
+    """Return knobs with what they accept, their default and their purpose, a paragraph a section.
+
+    Args:
+        schema: the knobs.
+        topic: a section or a knob to be limited to; empty: all of them.
+    """
     lines: list[str] = []
     section = None
     for key, field in list_knobs(schema):
+        if topic and key != topic and not key.startswith(f"{topic}."):
+            continue
         if key.rpartition(".")[0] != section:
             section = key.rpartition(".")[0]
             lines.append("")
-        purpose = explained(field)
         default = ",".join(map(str, field.default)) if isinstance(field.default, list) else field.default
         lines.append(f"  --{key}={default}")
-        lines.append(f"        {purpose} [{allowed(field)}]")
+        lines += filled(f"{explained(field)} [{allowed(field)}]", width_of_terminal(), " " * 8)
     return "\n".join(lines)

@@ -22,10 +22,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from diffusion_core.config.description import allowed, list_knobs
-from diffusion_core.messages import UserError, one_line
+from diffusion_core.messages import UserError, one_line, suggested
 from diffusion_core.redact import redacted
 
 Schema = TypeVar("Schema", bound=BaseModel)
+
+COMMAND_FLAGS = ("--config", "--dry-run", "--print-config", "--help", "--version")
+"""Words that every command with knobs understands besides them."""
 
 FOREIGN_KEYS = frozenset({"_wandb", "wandb_version"})
 """Keys that W&B adds to the configuration of a run, and hands back when it resumes one."""
@@ -102,7 +105,8 @@ def unknown_key(key: str, value: Any, known: typing.Iterable[str]) -> str:
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not nearest:
         nearest = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]][:1]
-    hint = f"did you mean {nearest[0]}?" if nearest else "--help lists all keys"
+    flag = suggested(f"--{key}", COMMAND_FLAGS) if value == "true" else ""  # As a word without a value is read.
+    hint = flag or (f"did you mean {nearest[0]}?" if nearest else "--help all lists all keys")
     shown = key if key.isprintable() else repr(key)
     return f"{shown} = {value!r}: unknown key; {hint}"
 
@@ -140,7 +144,8 @@ def _parse(value: Any, field: FieldInfo) -> Any:
             return None
         if list in kinds:
             return _parse_list(text)
-        return as_number(text, field) if str not in kinds else value
+        number = as_number(text, field)
+        return number if str not in kinds or isinstance(number, int | float) else value
     if isinstance(value, bool) and bool not in kinds:
         return REFUSED
     if list in kinds and isinstance(value, list | tuple):
@@ -151,9 +156,10 @@ def _parse(value: Any, field: FieldInfo) -> Any:
 def as_number(value: Any, field: FieldInfo) -> Any:
     """A number that was given as text, such as 1e-5, which YAML takes for text, if the knob is one; else the value."""
     kinds = _kinds(field)
-    if isinstance(value, str) and str not in kinds and kinds & {int, float}:
+    if isinstance(value, str) and kinds & {int, float}:
         with contextlib.suppress(ValueError):
-            return int(value)
+            whole = int(value)
+            return whole if str not in kinds else value  # Beside words such as auto, digits are read as they are.
         with contextlib.suppress(ValueError):
             number = float(value)
             return int(number) if number.is_integer() and float not in kinds else number
@@ -275,10 +281,20 @@ def _is_bounded(content: Any) -> bool:
     return seen <= MAX_YAML_VALUES
 
 
-def to_yaml(config: BaseModel, *, without_secrets: bool = False) -> str:
-    """The configuration as YAML with dotted keys: a valid ``--config`` file."""
+def to_yaml(config: BaseModel, *, without_secrets: bool = False, beyond: BaseModel | None = None) -> str:
+    """The configuration as YAML with dotted keys: a valid ``--config`` file.
+
+    Args:
+        config: every knob.
+        without_secrets: whether to remove what looks like a key or a password.
+        beyond: leave out the knobs that have the values of this configuration, except its ``preset``.
+    """
     values = redacted(flatten(config)) if without_secrets else flatten(config)
-    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
+    if beyond is not None:
+        same = flatten(beyond).items()
+        values = {key: value for key, value in values.items() if key == "preset" or (key, value) not in same}
+    flow = None if any(isinstance(value, list) for value in values.values()) else False  # Lists alone in one line.
+    return yaml.safe_dump(values, sort_keys=False, default_flow_style=flow)
 
 
 def split_argv(argv: list[str]) -> dict[str, Any]:
@@ -306,7 +322,7 @@ def split_argv(argv: list[str]) -> dict[str, Any]:
         elif bare := BARE_WORD.fullmatch(word):
             give(*bare.groups())
         elif not word.startswith("--") or word == "--":
-            raise ConfigError(f"{word!r}: expected --key=value; --help lists all keys")
+            raise ConfigError(f"{word!r}: expected --key=value; --help all lists all keys")
         else:
             key, equals, text = word[2:].partition("=")
             if not equals:

@@ -18,13 +18,13 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_core.config import DataConfig
 from diffusion_core.data.image_files import IMAGE_SUFFIXES, ImageFileError, read_rgb, square
 from diffusion_core.messages import UserError, one_line, reason_of
 from diffusion_core.randomness import Purpose, generator
 from diffusion_core.registries import DATASETS
+from diffusion_core.terminal.progress import Shown
 
 SPLIT_SEED = 0
 """The held-out split does not follow the run's seed: runs with different seeds are compared on the same images."""
@@ -129,6 +129,30 @@ def load_data(config: DataConfig, *, progress: bool = False) -> Dataset:
     return dataset
 
 
+def look_at_data(config: DataConfig, *, progress: bool = False) -> tuple[str, int]:
+    """Return what a data set holds, in words, and its number of classes. Download nothing.
+
+    Raises:
+        DataError: if it cannot be found or decoded.
+    """
+    record: DatasetRecord = DATASETS[config.name]
+    if record.path == "cache" and record.num_classes is not None:
+        place = _downloads(config)
+        if place.exists() and not place.is_dir():
+            raise DataError(f"data.path = {str(place)!r}: is no folder; expected one to keep downloads in")
+        return f"{config.name}, {record.num_classes} classes; a run reads or downloads it below {place}", (
+            record.num_classes
+        )
+    dataset = load_data(config, progress=progress)
+    counts = f"{len(dataset.train):,} training images, {len(dataset.val):,} held out"
+    return f"{config.name}, {counts}, {dataset.num_classes} classes", dataset.num_classes
+
+
+def _downloads(config: DataConfig) -> Path:
+    """Return where torchvision's files are kept."""
+    return Path(config.path) if config.path else Path.home() / ".cache" / "torchvision"
+
+
 def _load_digits(config: DataConfig, _progress: bool) -> Dataset:
     table_NP = _digits_table()
     images_NHW = torch.from_numpy(np.round(table_NP[:, :-1] * (255.0 / 16.0)).astype(np.uint8)).view(-1, 8, 8)
@@ -155,7 +179,7 @@ def _digits_table() -> np.ndarray:
 def _load_torchvision(name: str, config: DataConfig, _progress: bool) -> Dataset:
     from torchvision import datasets  # Slow to import, and `digits` and `folder` do without it.
 
-    root = Path(config.path) if config.path else Path.home() / ".cache" / "torchvision"
+    root = _downloads(config)
     loader = getattr(datasets, name)
     try:
         parts = [loader(str(root), train=train, download=True) for train in (True, False)]
@@ -214,7 +238,7 @@ def _read_classes(root: Path, class_names: Sequence[str], size: int, progress: b
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         done: Iterable[None] = pool.map(read, range(len(paths)), chunksize=64)
-        for _ in tqdm(done, f"reading {root.name}", len(paths), unit="image", disable=not progress, mininterval=0.5):
+        for _ in Shown(done, f"reading {root.name}", len(paths), "image", shown=progress):
             pass
     return Images(torch.from_numpy(images_NHWC).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels))
 

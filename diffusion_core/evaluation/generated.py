@@ -10,7 +10,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_core.config import SampleConfig
 from diffusion_core.data.datasets import DataError, to_uint8
@@ -18,6 +17,7 @@ from diffusion_core.distributed import own_positions, sum_over_processes
 from diffusion_core.evaluation.features import Extractor
 from diffusion_core.sampling.generation import Generator, Request, all_labels, round_robin
 from diffusion_core.sampling.samplers import evaluations
+from diffusion_core.terminal.progress import progress_of
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ def generated(
     """
     wanted = round_robin(all_labels(generator.network), own_positions(total))
     not_finite = 0
-    with tqdm(total=len(wanted), desc="sampling", unit="image", disable=not progress) as bar:
+    with progress_of("sampling", len(wanted), "image", shown=progress) as bar:
         for batch, x_BCHW in generator.unrounded_batches(wanted, config, seed):
             not_finite += int((~torch.isfinite(x_BCHW)).flatten(1).any(1).sum())
             yield to_uint8(x_BCHW.nan_to_num()).cpu(), torch.tensor([image.label for image in batch])

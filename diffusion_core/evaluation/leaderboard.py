@@ -6,6 +6,7 @@ All figures of a row were measured on its checkpoint: while its run trained, at 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from diffusion_core.evaluation.protocol import PREFIX
 from diffusion_core.files import write_csv, write_json
 from diffusion_core.run_folder import CHECKPOINTS, PROTOCOLS_FILE, RESULT_FILE, read_history, without_step
 from diffusion_core.tables import cell, text_table
+from diffusion_core.terminal.wrapping import wrapped
 from diffusion_core.tracking import BEST, STEP
 
 COSTS = {"parameters": "model/params", "MACs": "model/macs", "latency": "model/latency"}
@@ -163,17 +165,30 @@ def rows_of(entries: Sequence[Entry]) -> tuple[list[str], list[dict[str, Any]]]:
 
 
 def show(entries: Sequence[Entry]) -> str:
-    """Return the leaderboard as text: cells hold the numbers of protocols, and lines below spell them out."""
+    """Return the leaderboard as text. Protocols are numbered notes below it.
+
+    A note's number is in the head of its column, or behind a figure if the column's figures were measured in different
+    ways.
+    """
     columns, rows = rows_of(entries)
     lines = list(dict.fromkeys(line for item in entries for line in item.protocols.values()))
 
-    def text(column: str, value: Any) -> str:
-        return f"[{lines.index(value) + 1}]" if column.startswith(PREFIX) and value else cell(value)
+    def note(line: str | None) -> str:
+        return "" if line is None else f" [{lines.index(line) + 1}]"
 
-    head = ["protocol" if column.startswith(PREFIX) else column for column in columns]
-    table = text_table(head, [[text(column, row.get(column)) for column in columns] for row in rows])
-    notes = [UNKNOWN_STEP] if any(item.step is None for item in entries) else []
-    return "\n".join([table, *(f"[{number}] {line}" for number, line in enumerate(lines, start=1)), *notes])
+    shown = [column for column in columns if not column.startswith(PREFIX)]
+    ways = {column: [row.get(f"{PREFIX}{column}") for row in rows if column in row] for column in shown}
+    heads = [column + (note(ways[column][0]) if len(set(ways[column])) == 1 else "") for column in shown]
+
+    def text(column: str, row: Mapping[str, Any]) -> str:
+        return cell(row.get(column)) + (note(row.get(f"{PREFIX}{column}")) if len(set(ways[column])) > 1 else "")
+
+    table = text_table(heads, [[text(column, row) for column in shown] for row in rows], keys=2)
+    notes = [f"[{number}] {line}" for number, line in enumerate(lines, start=1)]
+    notes += [UNKNOWN_STEP] if any(item.step is None for item in entries) else []
+    if sys.stdout.isatty():
+        notes = [wrapped(line, shutil.get_terminal_size().columns) for line in notes]
+    return "\n".join([table, *notes])
 
 
 def write(entries: Sequence[Entry], folder: Path) -> None:

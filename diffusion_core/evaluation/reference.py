@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from diffusion_core.evaluation.features import HASH_DIGITS, Extractor, images_ha
 from diffusion_core.evaluation.measure import Reference, look
 from diffusion_core.files import first_not_finite, sha256
 from diffusion_core.messages import one_line, reason_of
+from diffusion_core.terminal.progress import say
 
 BATCH = 64
 
@@ -82,7 +82,7 @@ def _kept(statistics_file: Path, features_file: Path | None) -> tuple[Statistics
             raise DataError(f"{str(features_file)!r}: holds values that are not finite")
         return read_statistics(statistics_file), features_ND
     except (DataError, SafetensorError, OSError, KeyError) as error:
-        print(f"computing {statistics_file.stem} again: {error}", file=sys.stderr)
+        say(f"computing {statistics_file.stem} again: {error}")
         return None
 
 

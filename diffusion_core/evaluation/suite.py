@@ -5,7 +5,6 @@ Axes: B batch, C channels, H height, W width, N images.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from diffusion_core.evaluation.metrics import ImageMetric, Real
 from diffusion_core.evaluation.protocol import protocol
 from diffusion_core.evaluation.reference import Share, reference_for
 from diffusion_core.registries import METRICS
+from diffusion_core.terminal.progress import say
 
 Say = Callable[[str], None]
 """Receives one line for the user."""
@@ -62,7 +62,7 @@ class Judgement:
 
 def to_stderr(line: str) -> None:
     """Print a line to stderr."""
-    print(line, file=sys.stderr)
+    say(line)
 
 
 class Suite:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_core.config import CoreConfig, SampleConfig
 from diffusion_core.data.datasets import to_uint8
@@ -24,6 +23,7 @@ from diffusion_core.model.unet import NO_LABEL, UNet
 from diffusion_core.randomness import Purpose, generator
 from diffusion_core.sampling.guidance import between_levels, guided
 from diffusion_core.sampling.samplers import NoiseFunction, StepCallback, build_sampler
+from diffusion_core.terminal.progress import progress_of
 
 REPLAYED_FROM = 8
 """Smallest number of sampling steps for which it pays off to record the network as a CUDA graph."""
@@ -204,7 +204,7 @@ class Generator:
         def advance(_index: int, x_BCHW: Tensor, _x0_BCHW: Tensor) -> None:
             bar.update(len(x_BCHW))
 
-        with tqdm(total=len(wanted) * config.steps, desc="sampling", unit="eval", disable=not progress) as bar:
+        with progress_of("sampling", len(wanted) * config.steps, "evaluation", shown=progress) as bar:
             for batch, x_BCHW in self.unrounded_batches(wanted, config, seed, advance):
                 yield batch, to_uint8(x_BCHW).cpu()
 

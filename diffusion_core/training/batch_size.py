@@ -49,18 +49,26 @@ def settled(config: Config, accelerator: Accelerator, dataset: Dataset, checkpoi
         dataset: a batch holds at most as many images as there are.
         checkpoints: folder of the run's checkpoints. A resumed run keeps its batch size.
     """
+    config = as_resumed(config, checkpoints)
     if config.train.batch_size != "auto":
         return config
-    resumed = newest_checkpoint(checkpoints) if config.checkpoint.resume else None
-    if resumed is not None:
-        size = int(resumed.metadata["config"]["train.batch_size"])
-    else:
-        network = build_network(config, dataset.num_classes).to(accelerator.device)
-        limit = len(dataset.train) // accelerator.num_processes
-        share = torch.tensor([largest_share(network, config, accelerator, limit)], device=accelerator.device)
-        size = int(accelerator.gather(share).min()) * accelerator.num_processes
-        if accelerator.is_main_process:
-            print(f"train.batch_size=auto: {size} images per step fit into memory", file=sys.stderr)
+    network = build_network(config, dataset.num_classes).to(accelerator.device)
+    limit = len(dataset.train) // accelerator.num_processes
+    share = torch.tensor([largest_share(network, config, accelerator, limit)], device=accelerator.device)
+    size = int(accelerator.gather(share).min()) * accelerator.num_processes
+    if accelerator.is_main_process:
+        print(f"train.batch_size=auto: {size} images per step fit into memory", file=sys.stderr)
+    return config.model_copy(update={"train": config.train.model_copy(update={"batch_size": size})})
+
+
+def as_resumed(config: Config, checkpoints: Path) -> Config:
+    """Return the configuration with the batch size of the run that is resumed, if it is ``auto`` and there is one."""
+    if config.train.batch_size != "auto" or not config.checkpoint.resume:
+        return config
+    resumed = newest_checkpoint(checkpoints)
+    if resumed is None:
+        return config
+    size = int(resumed.metadata["config"]["train.batch_size"])
     return config.model_copy(update={"train": config.train.model_copy(update={"batch_size": size})})
 
 

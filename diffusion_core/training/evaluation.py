@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from diffusion_core.hardware import pick_precision
 from diffusion_core.registries import METRICS
 from diffusion_core.run_folder import PROTOCOLS_FILE
 from diffusion_core.sampling.generation import Generator
+from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import Tracker, Upload
 from diffusion_core.training.trainer import TrainState, is_due
 
@@ -111,7 +111,7 @@ class Evaluate:
         """Print a line once."""
         if self.accelerator.is_main_process and line not in self._said:
             self._said.add(line)
-            print(line, file=sys.stderr)
+            say(line)
 
     def _share(self, name: str, source: str, file: Path) -> None:
         """Upload reference statistics."""

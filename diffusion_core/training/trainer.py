@@ -7,7 +7,6 @@ A callback is a function ``(state, row) -> None``, called after every optimizer 
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -18,7 +17,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_core.checkpoint import Checkpoint, CheckpointError
 from diffusion_core.config import CoreConfig, EmaConfig, TrainConfig
@@ -31,13 +29,12 @@ from diffusion_core.model.compilation import compile_network, pick_compilation
 from diffusion_core.model.cuda_graphs import Replayed, is_replayed
 from diffusion_core.model.unet import UNet
 from diffusion_core.randomness import Purpose, stream_seed
+from diffusion_core.terminal.progress import progress_of
 from diffusion_core.training.distillation import Distillation
 from diffusion_core.training.ema import Ema, profiles, sampled_profile
 from diffusion_core.training.sums import RowSums
 
 Callback = Callable[["TrainState", dict[str, Any]], None]
-PROGRESS_EVERY_S = 0.5
-PROGRESS_EVERY_S_IN_FILES = 30.0
 
 
 class TrainingDiverged(RuntimeError):
@@ -214,14 +211,8 @@ def train(
     denoiser = Denoiser.from_config(network, config.diffusion, config.model, device)
     sums, resumed_at = state.since_row, time.perf_counter()
     sums.place(accelerator)
-    bar = tqdm(
-        total=settings.steps,
-        initial=state.step,
-        desc="training",
-        unit="step",
-        disable=not (config.log.progress and accelerator.is_main_process),
-        mininterval=PROGRESS_EVERY_S if sys.stderr.isatty() else PROGRESS_EVERY_S_IN_FILES,
-    )
+    shown = config.log.progress and accelerator.is_main_process
+    bar = progress_of("training", settings.steps, "step", shown=shown, initial=state.step)
 
     def update_weights(*draws: Any) -> tuple[Tensor, ...]:
         loss = _accumulate_gradients(denoiser, Draws(*draws), config, accelerator, precision, distillation)
@@ -271,7 +262,9 @@ def train(
                     "train/images_per_second": sums.steps * batches.batch_size / sums.seconds,
                     "train/epoch": state.step * batches.batch_size / len(batches.images),
                 }
-                bar.set_postfix(loss=f"{mean_loss:.4f}", images_per_s=f"{row['train/images_per_second']:.0f}")
+                bar.set_postfix_str(
+                    f"loss {mean_loss:.4f}, {row['train/images_per_second']:.0f} images/s", refresh=False
+                )
                 sums.reset()
             if is_due(state.step, config.checkpoint.every, settings.steps):
                 sums.share(accelerator)

@@ -20,7 +20,7 @@ from pruning.calibration import Calibration
 from pruning.channels.groups import ChannelGroup, Kept, channel_groups, kept_places
 from pruning.channels.importance import channel_scores
 from pruning.channels.search import STEPS, Counts, choose_all, find_counts, layer_sizes, shrunk_sizes
-from pruning.config import PruneConfig
+from pruning.config import COUNTED_TARGETS, PruneConfig
 from pruning.registries import IMPORTANCES
 
 LATENCY_STEPS = 8
@@ -126,7 +126,7 @@ def _cost_to_hit(
 
         return ratio, keep
     layers, now = network_layers(network), layer_sizes(network)
-    unit = ("channels", "params", "macs").index(prune.target)
+    unit = COUNTED_TARGETS.index(prune.target)
 
     def count(counts: Mapping[str, int]) -> float:
         return count_sizes(layers, shrunk_sizes(now, groups, counts))[unit]

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from diffusion_core.config import ConfigError
 from diffusion_core.model.structure import Structure, sizes
 from diffusion_core.model.unet import UNet
+from diffusion_core.terminal.progress import Shown
 from pruning.blocks import shared_blocks
 from pruning.channels.groups import ChannelGroup, Kept, size_key
 from pruning.config import PruneConfig
@@ -77,7 +77,7 @@ def find_counts(
     depth = range(int(math.log2(max(1, _norm_groups(network) // 4))) + 1)
     units = [prune.round_to] if prune.round_to else [2**i for i in reversed(depth)]
     limits = {name: int(score.isfinite().sum()) for name, score in scores.items()}
-    wanted = _removal(network, groups, scores, prune)
+    wanted = wanted_counts(network, groups, scores, prune)
     best: Counts = {}
     error = math.inf
     for unit in units:
@@ -88,14 +88,10 @@ def find_counts(
         least = cost(counts_at(1.0))
         if least > target * (1.0 + TOLERANCE):
             if unit == units[-1] and not best:
-                share = prune.keep * least / target
-                raise ConfigError(
-                    f"prune.keep = {prune.keep:g}: out of reach; at least {math.ceil(share * 1000) / 1000:g} of the "
-                    f"{prune.target} stays at the narrowest widths"
-                )
+                raise out_of_reach(prune, prune.keep * least / target)
             continue
         low, high = 0.0, 1.0
-        for _ in tqdm(range(steps), desc=f"widths in steps of {unit}", leave=False, disable=not progress):
+        for _ in Shown(range(steps), f"widths in steps of {unit}", steps, "step", shown=progress, leave=False):
             middle = (low + high) / 2.0
             low, high = (middle, high) if cost(counts_at(middle)) > target else (low, middle)
         for amount in (low, high):
@@ -107,11 +103,19 @@ def find_counts(
     return best
 
 
+def out_of_reach(prune: PruneConfig, share: float) -> ConfigError:
+    """Return the error that at least this share of the target is left."""
+    return ConfigError(
+        f"prune.keep = {prune.keep:g}: out of reach; at least {math.ceil(share * 1000) / 1000:g} of the "
+        f"{prune.target} stays at the narrowest widths"
+    )
+
+
 def _norm_groups(network: UNet) -> int:
     return max(module.num_groups for module in network.modules() if isinstance(module, nn.GroupNorm))
 
 
-def _removal(
+def wanted_counts(
     network: UNet, groups: list[ChannelGroup], scores: Mapping[str, Tensor], prune: PruneConfig
 ) -> Callable[[float], dict[str, float]]:
     """Return a function that maps the removed amount, 0 to 1 (all), to channels of each group to keep, not rounded."""

@@ -18,9 +18,7 @@ T = TypeVar("T", int, float)
 
 def parser_of(description: str | None, out: str, usage: str | None = None) -> argparse.ArgumentParser:
     """Return a parser with the option ``--out``, the folder of all results."""
-    parser = Parser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, usage=usage
-    )
+    parser = Parser(description=description, usage=usage)
     parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help=f"folder of all results ({out})")
     return parser
 

@@ -20,7 +20,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from agent.__main__ import main
 from agent.config import TrialConfig, build_config, config_from_words
-from diffusion_core.config import NONE_WORDS, PRESETS, flatten, help_text, list_knobs, split_argv, to_yaml
+from diffusion_core.config import NONE_WORDS, PRESETS, ConfigError, flatten, help_text, list_knobs, split_argv, to_yaml
 from diffusion_core.registries import DATASETS
 from diffusion_core.registry import Choice
 
@@ -507,16 +507,20 @@ def test_the_strategies_reach_every_knob() -> None:
 # --help, --print-config, --dry-run
 
 
-def test_help_names_every_knob_with_default_purpose_and_what_it_accepts(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"]) == 0
+def test_help_names_every_knob_with_default_purpose_and_what_it_accepts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["--help", "all"]) == 0
     out = capsys.readouterr().out
     assert out.rstrip().endswith(help_text(TrialConfig).rstrip())
     for key, field in KNOBS.items():
         assert field.description, f"{key} has no docstring"
         assert out.count(f"\n  --{key}=") == 1, key
-        assert " ".join(field.description.split()) in out, key
+        assert " ".join(field.description.split()) in " ".join(out.split()), key
     assert "--train.lr=0.0002\n        Peak learning rate of AdamW. [a number > 0 and <= 1]" in out
     assert "--model.channel_multipliers=1,2,2,2\n" in out
+    out = " ".join(out.split())
     assert "[a list of at least 1 and at most 8 such as 1,2,2, each an integer >= 1]" in out
     assert "[an integer >= 4 and <= 1024 or None]" in out
     assert f"[an integer >= 0 and < {2**63}]" in out
@@ -567,7 +571,7 @@ def test_the_real_command_prints_what_it_reads(tmp_path: Path) -> None:
     (tmp_path / "all.yaml").write_text(printed.stdout)
     again = run_agent("--config=all.yaml", "--print-config", folder=tmp_path)
     assert again.stdout == printed.stdout
-    helped = run_agent("--help", folder=tmp_path)
+    helped = run_agent("--help", "all", folder=tmp_path)
     assert helped.returncode == 0
     assert all(f"--{key}=" in helped.stdout for key in KNOBS)
 
@@ -577,3 +581,31 @@ def test_layers_do_not_leak_into_each_other() -> None:
     build_config(layer, {"train.lr": 0.25})
     assert layer == {"preset": "digits", "train": {"lr": 0.5}}
     assert build_config({"preset": "digits"}).train.lr == PRESETS["digits"]["train.lr"]
+
+
+def test_a_number_that_a_sweep_passes_as_text_is_a_number_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """YAML reads 2e-3 as text. W&B records what the sweep says; the trial says that it is another kind of value."""
+    chosen = {"train.lr": "2e-3", "train.steps": "1e3", "train.batch_size": "64", "data.name": "digits", "seed": 3}
+    file = tmp_path / "chosen.yaml"
+    file.write_text(yaml.safe_dump({key: {"value": value} for key, value in chosen.items()}))
+    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(file))
+    words = [f"--{key}={value}" for key, value in chosen.items()]
+    assert main(["--preset=digits", *words, "--print-config"]) == 0
+    out, err = capsys.readouterr()
+    values = yaml.safe_load(out)
+    assert (values["train.lr"], values["train.steps"], values["train.batch_size"]) == (0.002, 1000, 64)
+    told = sorted(line.partition(" = ")[0] for line in err.splitlines())
+    assert told == ["train.batch_size", "train.lr", "train.steps"]
+    assert "train.lr = '2e-3': text in the sweep's file, and so on W&B; here it is 0.002\n" in err
+
+
+@pytest.mark.parametrize("spelled", ["1e3", "1E3", "1_000", "1000", "1000.0"])
+@pytest.mark.parametrize("key", ["train.steps", "train.batch_size", "log.every"])
+def test_an_integer_may_be_spelled_with_an_exponent(key: str, spelled: str, tmp_path: Path) -> None:
+    for words in ([f"--{key}={spelled}"], [config_file(tmp_path, f"{key}: '{spelled}'")]):
+        value = flatten(parse("--preset=digits", *words))[key]
+        assert (value, type(value)) == (1000, int)
+    with pytest.raises(ConfigError, match=rf"{key} = '1\.5e0': expected an integer"):
+        parse("--preset=digits", f"--{key}=1.5e0")

@@ -13,7 +13,7 @@ import export_model as script
 import numpy as np
 import pytest
 import torch
-from runs import lively_run
+from tiny import lively_run
 
 from diffusion_core.checkpoint import read_checkpoint
 from diffusion_core.config import build, flatten

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import run_command
 from tiny import tiny_config, tiny_state
 
 from agent.config import build_config
 from diffusion_core.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from diffusion_core.config import ConfigError
 from diffusion_core.config.plugins import import_plugins, missing_plugins, plugin_names
-from diffusion_core.registries import SAMPLERS
+from diffusion_core.files import write_json, write_text
+from diffusion_core.registries import METRICS, SAMPLERS
 from diffusion_core.training.checkpoints import describe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +28,15 @@ from diffusion_core.sampling.samplers import SamplerRecord, ddim
 Path("imported").touch()
 SAMPLERS["mine"] = SamplerRecord(ddim, "DDIM by another name")
 """
+
+FIGURE = """
+from diffusion_core.config.metrics import Part
+from diffusion_core.evaluation.metrics import FeatureMetric
+from diffusion_core.registries import METRICS
+
+METRICS["mine"] = FeatureMetric([Part("mine", "minimize")], None, "a figure")
+"""
+RESULT = {"run_id": "r", "step": 3, "best_checkpoint": "run/checkpoints/step-00000003", "figures": {"model/params": 7}}
 
 
 @pytest.fixture
@@ -103,3 +114,24 @@ def test_every_script_that_reads_checkpoints_takes_plugins(script: str, plugin: 
         assert done.returncode == 2
         assert expected in (None, done.stderr)
         assert (tmp_path / "imported").exists()
+
+
+def test_the_leaderboard_and_sync_take_plugins(
+    plugin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A figure that a plugin adds has a goal only with the plugin, and is shown only then."""
+    (tmp_path / "plugin_with_a_figure.py").write_text(FIGURE, encoding="utf-8")
+    (tmp_path / "run").mkdir()
+    write_json(tmp_path / "run" / "result.json", RESULT)
+    write_text(tmp_path / "run" / "history.jsonl", '{"step": 3, "val/loss": 0.5, "eval/mine_inception": 0.25}\n')
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    try:
+        assert run_command("agent.leaderboard", "run") == 0
+        assert "mine" not in capsys.readouterr().out
+        assert run_command("agent.leaderboard", "run", "--plugins=plugin_with_a_figure") == 0
+        assert "eval/mine_inception" in capsys.readouterr().out
+    finally:
+        METRICS.pop("mine", None)
+        sys.modules.pop("plugin_with_a_figure", None)
+    assert run_command("agent.sync", "nowhere", "--plugins", plugin) == 2
+    assert (tmp_path / "imported").exists()

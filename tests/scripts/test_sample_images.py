@@ -15,7 +15,7 @@ import pytest
 import sample_images as script
 from image_files import frame_count
 from PIL import Image
-from runs import lively_run
+from tiny import lively_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "sample_images.py"

@@ -21,9 +21,9 @@ SCRIPTS = ROOT / "scripts"
 
 RUN_BY = {
     "agent.clean": ["test_keeping.py"],
-    "agent.leaderboard": ["test_evaluate.py", "test_published.py", "test_choice.py"],
+    "agent.leaderboard": ["test_evaluate.py", "test_published.py", "test_choice.py", "test_plugins.py"],
     "agent.sweep": ["test_end_to_end.py", "test_estimate.py", "test_offline_sweeps.py", "test_sweep_files.py"],
-    "agent.sync": ["test_outages.py", "test_faults.py"],
+    "agent.sync": ["test_outages.py", "test_faults.py", "test_plugins.py"],
     "benchmark": ["test_benchmark.py"],
     "check_formulations": ["test_formulations.py"],
     "compare_formulations": ["test_formulations.py"],
@@ -83,7 +83,7 @@ def flags_of(parser: argparse.ArgumentParser) -> Iterator[str]:
         if isinstance(action, argparse._SubParsersAction):
             for sub_parser in action.choices.values():
                 yield from flags_of(sub_parser)
-        elif not isinstance(action, argparse._HelpAction):
+        elif not isinstance(action, argparse._HelpAction | argparse._VersionAction):  # Run by test_terminal.py.
             yield from (flag for flag in action.option_strings if flag.startswith("--"))
 
 

@@ -13,12 +13,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from tqdm import tqdm
-
 from diffusion_core.data.preparation.image import make_image
 from diffusion_core.data.preparation.records import Job, Result, Settings
 from diffusion_core.data.preparation.target import JOURNAL_FILE
 from diffusion_core.signals import ignore_interrupts
+from diffusion_core.terminal.progress import progress_of
 
 CHUNK = 8
 """Images per task of a worker; small, because stopping waits for running tasks."""
@@ -43,8 +42,8 @@ def run(
         with journal.open("a", encoding="utf-8") as lines:
             pool = ProcessPoolExecutor(min(workers, len(missing)), initializer=start_worker)
             try:
-                fresh = pool.map(work, missing, chunksize=CHUNK)  # May fork: call it before tqdm starts its thread.
-                with tqdm(None, "preparing", len(jobs), unit="image", initial=len(done), mininterval=0.5) as bar:
+                fresh = pool.map(work, missing, chunksize=CHUNK)  # May fork: call it before a bar starts its thread.
+                with progress_of("preparing", len(jobs), "image", shown=True, initial=len(done)) as bar:
                     for result in fresh:
                         results[result.source] = result
                         lines.write(json.dumps(asdict(result)) + "\n")

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_core.data.datasets import Images, to_unit
 from diffusion_core.evaluation.classifier.network import ClassifierNetwork
 from diffusion_core.hardware import Precision, autocast, has_bf16
 from diffusion_core.randomness import Purpose, generator, stream_seed
+from diffusion_core.terminal.progress import Shown
 
 WARM_UP_SHARE = 0.2
 """Share of the steps over which the learning rate rises."""
@@ -58,7 +58,7 @@ def train_classifier(
         network.parameters(), lr=recipe.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
     )
     precision: Precision = "bf16" if recipe.width >= BF16_FROM_WIDTH and has_bf16(device) else "fp32"
-    for step in tqdm(range(total), "classifier", unit="step", disable=not progress, mininterval=0.5):
+    for step in Shown(range(total), "classifier", total, "step", shown=progress):
         if step % per_epoch == 0:
             order = torch.randperm(len(images), generator=generator(recipe.seed, Purpose.CLASSIFIER, 1, step))
         chosen = order[step % per_epoch * batch_size :][:batch_size]

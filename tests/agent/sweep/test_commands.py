@@ -228,7 +228,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any] | None, str]] = {
     "a word that is none": (
         [*AGENT, "fit", "${args}"],
         None,
-        "command = 'fit': expected --key=value; --help lists all keys",
+        "command = 'fit': expected --key=value; --help all lists all keys",
     ),
     "a file that is missing": (
         [*AGENT, "--config", "none.yaml", "${args}"],

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import TINY
 
 from agent.config import TrialConfig, build_config
@@ -19,11 +21,13 @@ from diffusion_core.messages import size_in_words
 from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.tracking import MemoryTracker
 from diffusion_core.training.trainer import is_due
+from pruning import estimate
 from pruning.config import PruneConfig
 from pruning.estimate import (
     BACKWARD_COST,
     STARTUP_SECONDS,
     Estimator,
+    Speed,
     checkpoint_bytes,
     checkpoints_saved,
     count_params,
@@ -61,8 +65,6 @@ def test_the_published_network_and_its_checkpoint() -> None:
 
 def trained(config: TrialConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[MemoryTracker, int, int]:
     """A trial that was really run: its tracker, and images that passed through the network with and without grad."""
-    import torch
-
     passed = {True: 0, False: 0}
     forward = UNet.forward
 
@@ -150,13 +152,50 @@ def test_time_is_unknown_where_it_cannot_be_measured(monkeypatch: pytest.MonkeyP
     def seconds(config: TrialConfig, *past: float) -> float | None:
         return Estimator(offline=True, past_seconds=past).trial(config, config.prune).seconds
 
-    assert seconds(build_config({"preset": "cifar10"})) is None, "too large to try"
+    monkeypatch.setattr(estimate, "MAX_TRIED_PARAMS", 100)
+    assert seconds(config_of(train__device="cpu")) is None, "too large to try"
+    monkeypatch.undo()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert seconds(config_of(train__device="auto")) is None, "trials run on the GPU"
     assert seconds(config_of(train__device="auto"), 5.0) == 5.0
     measured = seconds(config_of(train__device="cpu"))
     assert measured is not None
     assert measured > STARTUP_SECONDS
+
+
+def test_a_training_step_is_timed_where_forward_passes_would_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that the network moves: a quarter of a second an image forward, and twice that backward."""
+    now, shown = 0.0, 0
+    forward = UNet.forward
+
+    def pass_on(self: UNet, x_BCHW: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+        nonlocal now, shown
+        now += 0.25 * len(x_BCHW) * (3 if torch.is_grad_enabled() else 1)
+        shown += len(x_BCHW)
+        return forward(self, x_BCHW, *arguments, **named)
+
+    monkeypatch.setattr(UNet, "forward", pass_on)
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: now)
+    config = config_of()
+    small = estimate.measure_speed(config, 1, 1000)
+    assert small == Speed(0.25, "forward passes of 16 images on the processor")
+    shown = 0
+    large = estimate.measure_speed(config, 1, estimate.SMALL_PARAMS + 1)
+    # Of 3 seconds, an image takes 0.75.
+    assert large == Speed(0.25, "a training step of 4 images on the processor, scaled to 8")
+    assert shown == 5, "one image, then as many as there is time for"
+    monkeypatch.setattr(estimate, "MEASURE_S", 0.5)
+    slow = estimate.measure_speed(config, 1, estimate.SMALL_PARAMS + 1)
+    assert slow == Speed(0.25, "a training step of 1 image on the processor, scaled to 8")
+
+
+def test_a_sweep_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "SMALL_PARAMS", 0)
+    sweep = check_sweep(SWEEP, "x", "x")
+    told = describe_sweep(sweep, Estimator(offline=True), jobs=1, trials=2)
+    assert re.search(r" a trial, .* in all \(measured: a training step of 8 images on the processor\)$", told)
+    monkeypatch.setattr(estimate, "MEASURE_IN_ALL_S", -1.0)
+    assert "time unknown" in describe_sweep(sweep, Estimator(offline=True), jobs=1, trials=2)
 
 
 @pytest.mark.parametrize(

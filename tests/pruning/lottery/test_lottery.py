@@ -365,7 +365,7 @@ def test_the_script_refuses_in_one_line_and_writes_nothing(
 
 
 def test_the_script_teaches(capsys: pytest.CaptureFixture[str]) -> None:
-    assert lottery_ticket.main(["--help"]) == 0
+    assert lottery_ticket.main(["--help", "all"]) == 0
     text = capsys.readouterr().out
     for word in ("--out DIR", "prune.control=reinit", "Frankle & Carbin 2019", "--prune.rounds=35", "--overlap"):
         assert word in text

@@ -1,4 +1,4 @@
-"""The parameters of a sweep: flatten them, count the trials of a grid, and list values to check."""
+"""The parameters of a W&B sweep: flatten them, count the trials of a grid, and list values of knobs to check."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from diffusion_core.config import as_number
+from diffusion_core.config.parsing import as_number
 
 LARGEST_EXPONENT = 700.0
 """A distribution over exponents of e reaches no further: a float would overflow."""

@@ -1,0 +1,278 @@
+"""What commands refuse: one line in one form, exit status 2, and nothing on the disk."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from commands import COMMANDS, run_command, tree
+from PIL import Image
+from server import WandbServer
+from tiny import TINY
+from wandb_client import Client, finish
+
+WORDS = [f"--{key}={','.join(map(str, value)) if isinstance(value, list) else value}" for key, value in TINY.items()]
+LINE = re.compile(r"error: [^\s:=][^:=]*( = ('(\\.|[^'])*'|\S+))?: \S.*\S")
+"""``error: KEY = VALUE: what is wrong``, or without a value what is missing."""
+
+SWEEP = """
+method: grid
+command: ["${env}", python, -m, agent, "${args}"]
+parameters:
+"""
+PRUNING = SWEEP + "  preset: {value: digits}\n  prune.method: {value: structured}\n  prune.target: {value: channels}\n"
+FILES: dict[str, str | bytes] = {
+    "values.yaml": "train.lr: 0.1\n",
+    "sweep.yaml": SWEEP + "  preset: {value: digits}\n",
+    "unknown.yaml": SWEEP + "  train.lrr: {value: 1}\n",
+    "narrow.yaml": PRUNING + "  prune.keep: {values: [0.5, 0.001]}\n",
+    "places.yaml": SWEEP + "  data.name: {value: folder}\n  data.path: {values: [classes, nowhere]}\n"
+    "  init.checkpoint: {value: none}\n",
+    "damaged.yaml": "a: [",
+    "sweeps/quickstart.yaml": SWEEP + "  preset: {value: digits}\n",
+    "file": "x",
+    "classes/a/0.png": b"no image",
+    "classes/b/0.png": b"no image",
+    "empty/a/readme.txt": "x",
+}
+
+NEEDS_MODEL = ("--checkpoint", "nowhere")
+REFUSED: dict[str, list[list[str]]] = {
+    "agent": [
+        [],
+        ["--dryrun", "--preset=digits"],
+        ["--train.lrr=1", "--preset=digits"],
+        ["x"],
+        ["--preset=nothing"],
+        ["--config", "nowhere.yaml"],
+        ["--config", "sweep.yaml"],
+        ["--config", "damaged.yaml"],
+        ["--help", "trian"],
+        ["--preset=digits", "--log.dir=file/run"],
+        ["--preset=digits", "--log.dir=file/run", "--dry-run"],
+        *(
+            [*words, *dry]
+            for dry in ([], ["--dry-run"])
+            for words in (
+                ["--data.name=folder", "--data.path=nowhere"],
+                ["--data.name=folder", "--data.path=classes", "--data.image_size=32"],
+                ["--data.name=folder", "--data.path=empty"],
+                ["--preset=digits", "--init.checkpoint=nowhere"],
+                ["--preset=digits", "--distill.checkpoint=nowhere", "--distill.output=1"],
+                ["--preset=digits", "--prune.method=structured", "--prune.target=channels", "--prune.keep=0.001"],
+                ["--preset=digits", "--train.device=cuda"],
+            )
+        ),
+        ["--data.name=mnist", "--preset=mnist", "--data.path=file", "--dry-run"],
+    ],
+    "agent.sweep": [
+        [],
+        ["quickstart.yaml"],
+        ["values.yaml", "--offline"],
+        ["unknown.yaml", "--offline"],
+        ["narrow.yaml", "--offline", "--dry-run"],
+        ["places.yaml", "--offline", "--dry-run"],
+        ["sweep.yaml", "--jobs=0"],
+        ["sweep.yaml", "--dryrun"],
+        ["sweep.yaml", "--agents=2"],
+    ],
+    "agent.sync": [[], ["nowhere"], ["empty"], ["empty", "--plugins=no_such_module"]],
+    "agent.clean": [["nowhere"], ["file"], ["--yess"]],
+    "agent.leaderboard": [["nowhere"], ["nowhere", "--out=out"], ["--by=zzz"], ["--upload"], ["--which=x", "nowhere"],
+                          ["nowhere", "--plugins=no_such_module"]],
+    "benchmark": [[], ["zzz"], ["all", "--rounds=0"], ["all", "--rounds=x"]],
+    "check_formulations": [["--steps=x"], ["--seeds=-1", "--out=out"], ["--zzz"]],
+    "compare_formulations": [["--steps=x"], ["--seeds=-1", "--out=out"], ["--zzz"]],
+    "compare_pruning": [["--keep=2", "--out=out"], ["--tables=x", "--out=out"], ["--steps=1", "--out=out"]],
+    "compare_tickets": [["--seeds=x", "--out=out"], ["--zzz"]],
+    "convert_diffusers": [[], ["export", "nowhere", "t"], ["export", "x", "file"]],
+    "evaluate": [[], [*NEEDS_MODEL], ["nowhere", "--data=digits"], ["--sweep=nowhere"], ["--checkpoint=a", "--sweep=b"],
+                 ["--checkpoint=a", "--num-images=0"], ["--checkpoint=nowhere", "--json=out/figures.json"],
+                 ["nowhere", "elsewhere"], ["--checkpoint=a", "--device=tpu"]],
+    "gpu_check": [["zzz"], ["--steps=x"]],
+    "lottery_ticket": [
+        [],
+        ["--out", "out"],
+        ["--preset=digits", "--out", "out", "--prune.rounds=0"],
+        ["--preset=digits", "--out", "out", "--init.checkpoint=x"],
+        ["--overlap", "nowhere", "elsewhere", "--out", "out"],
+        ["--overlap", "nowhere"],
+    ],
+    "prepare_images": [[], ["nowhere", "out", "--size=8"], ["classes", "out"], ["classes", "out", "--size=x"]],
+    "promote": [[], ["--artifact=a:b", "--collection=c"]],
+    "prune": [
+        [],
+        [*NEEDS_MODEL, "--target=macs=0.5", "--out=out"],
+        ["--preset=digits", "--target=channels=0.001", "--out=out"],
+        ["--preset=digits", "--target=macs", "--out=out"],
+        ["--preset=digits", "--target=macs=0.5", "--out=out", "--importance=zzz"],
+        ["--preset=digits", "--target=macs=0.5", "--out=file/out"],
+    ],
+    "sample_images": [
+        [],
+        [*NEEDS_MODEL, "--out=out"],
+        [*NEEDS_MODEL, "--out=out", "--gif", "--num-images=0"],
+        [*NEEDS_MODEL, "--out=out", "--mode=zzz"],
+    ],
+    "train_cifar": [["--train.lrr=1"], ["--dryrun"], ["--data.name=folder", "--data.path=nowhere"]],
+    "train_classifier": [[], ["--recipe=cpu"], ["--train.lr=1"], ["--data.name=folder", "--data.path=nowhere"],
+                         ["--data.name=folder", "--data.path=nowhere", "--out=out/c.safetensors"]],
+}  # fmt: skip
+"""Words of each command that it refuses."""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with some wrong files, without an account."""
+    folder = tmp_path / "work"
+    for name, content in FILES.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(folder / "none"))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_SWEEP_ID", "WANDB_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return folder
+
+
+def test_every_command_refuses_something() -> None:
+    assert set(REFUSED) == set(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [(name, words) for name, calls in REFUSED.items() for words in calls],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_it_is_refused_in_one_form_and_leaves_nothing(
+    name: str, words: list[str], place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = tree(place)
+    assert run_command(name, *words) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert lines
+    assert all(LINE.fullmatch(line) for line in lines), err
+    assert len(lines) == 1 or name == "agent.sweep"
+    assert tree(place) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["agent", "--preset=digits", "--dryrun"], "did you mean --dry-run?"),
+        (["agent", "--preset=digits", "--printconfig"], "did you mean --print-config?"),
+        (["agent", "--help", "trian"], "did you mean train?"),
+        (["agent", "--config", "sweep.yaml"], "python -m agent.sweep sweep.yaml"),
+        (["agent.sweep", "quickstart.yaml"], "did you mean sweeps/quickstart.yaml?"),
+        (["agent.sweep", "sweeps/quikstart.yaml"], "did you mean sweeps/quickstart.yaml?"),
+        (["agent.sweep", "values.yaml"], "python -m agent --config values.yaml"),
+        (["agent.sweep", "sweep.yaml", "--dryrun"], "did you mean --dry-run?"),
+        (["agent.clean", "--yess"], "did you mean --yes?"),
+        (["agent"], "--preset=digits"),
+        (["lottery_ticket", "--out", "x"], "--preset=digits"),
+        (["train_classifier", "--recipe=cpu"], "--data.name=digits"),
+        (["agent", "--preset=digits", "--train.steps=1.5e0"], "expected an integer"),
+        (["agent", "--preset=digits", "--train.batch_size=1.5e0"], "expected an integer"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+@pytest.mark.usefixtures("place")
+def test_a_refusal_says_what_to_type(words: list[str], hint: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_command(*words) == 2
+    assert hint in capfd.readouterr().err
+
+
+# Dry runs.
+
+
+def dry(capfd: pytest.CaptureFixture[str], *words: str) -> str:
+    capfd.readouterr()
+    assert run_command("agent", *words, "--dry-run") == 0, capfd.readouterr().err
+    return capfd.readouterr().out
+
+
+def test_a_dry_run_looks_at_the_data_and_the_checkpoint(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It says the size of the network that the run starts with, and where it goes on."""
+    for label in ("cat", "dog", "owl"):
+        for number in range(4):
+            file = place / "animals" / label / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(file)
+    words = [*WORDS, "--data.name=folder", "--data.path=animals", "--data.image_size=8", "--eval.classifier=none"]
+    words += ["--train.steps=2", "--sample.every=0"]
+    before = tree(place)
+    whole = dry(capfd, *words)
+    assert "# data: folder, 9 training images, 3 held out, 3 classes\n" in whole
+    assert "# start: new weights\n" in whole
+    assert tree(place) == before
+
+    assert run_command("agent", *words, "--log.dir=dense") == 0
+    params = {"dense": params_of(place / "dense")}
+    assert f"# model: {params['dense']:,} parameters" in whole
+    pruning = ["--checkpoint", "dense", "--target", "params=0.4", "--out", "half", "--num-images=0"]
+    assert run_command("prune", *pruning) == 0
+    params["half"] = params_of(place / "half")
+    assert params["half"] < 0.5 * params["dense"]
+    before = tree(place)
+    assert f"# model: {params['half']:,} parameters" in dry(capfd, *words, "--init.checkpoint=half")
+    assert "# start: continues from 'dense/checkpoints/step-" in dry(capfd, *words, "--log.dir=dense")
+    for wrong, key in (
+        (["--init.checkpoint=half", "--model.channels=16"], "model.channels = 16"),
+        (["--distill.checkpoint=half", "--distill.output=1", "--model.channels=16"], "model.channels = 16"),
+        (["--log.dir=dense", "--train.lr=0.5"], "train.lr = 0.5"),
+        (["--log.dir=dense", "--checkpoint.resume=false"], "checkpoint.resume = False"),
+    ):
+        for only_dry in (["--dry-run"], []):
+            capfd.readouterr()
+            assert run_command("agent", *words, *wrong, *only_dry) == 2
+            assert capfd.readouterr().err.startswith(f"error: {key}: "), wrong
+    assert tree(place) == before
+
+
+def params_of(folder: Path) -> int:
+    from diffusion_core.checkpoint import newest_checkpoint, read_checkpoint
+
+    checkpoint = newest_checkpoint(folder / "checkpoints") if (folder / "checkpoints").is_dir() else None
+    tensors = (checkpoint or read_checkpoint(folder)).tensors("ema")
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def test_the_summary_of_a_dry_run_is_last_and_short(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["--preset=digits", "--train.steps=1e2", "--model.channel_multipliers=1,2,2"]
+    lines = dry(capfd, *words).splitlines()
+    assert set(lines[1:4]) == {"train.steps: 100", "model.channel_multipliers: [1, 2, 2]", "preset: digits"}
+    assert [line.partition(":")[0] for line in lines[4:]] == ["# data", "# start", "# model", "# checkpoint"]
+    everything = dry(capfd, *words, "--print-config")
+    assert everything.count("\n") > 100
+    assert everything.splitlines()[-2:] == lines[-2:]
+
+
+@pytest.mark.parametrize("words", [["--print-config"], ["--dry-run"], ["--dry-run", "--print-config"]])
+def test_no_secret_is_printed(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    address = "https://someone:hunter2secret@example.org/data"
+    assert run_command("agent", "--preset=digits", f"--log.dir={address}", *words) in (0, 2)
+    out, err = capfd.readouterr()
+    assert "hunter2secret" not in out + err
+
+
+def test_nothing_is_on_wandb_of_a_run_that_is_refused(tmp_path: Path) -> None:
+    """With an account, too, all checks come before the run."""
+    with WandbServer() as server:
+        client = Client(server, tmp_path)
+        words = ["--preset=digits", "--init.checkpoint=nowhere", "--train.steps=2"]
+        said = finish(client.popen(sys.executable, "-m", "agent", *words, WANDB_MODE="online"), code=2)
+        assert said.splitlines()[-1].startswith("error: init.checkpoint = 'nowhere': ")
+        assert not server.runs
+        assert not (tmp_path / "runs").exists()
+
+
+def test_clean_says_that_it_found_nothing(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_command("agent.clean", "empty") == 0
+    assert capfd.readouterr() == ("", "empty: nothing to remove\n")
