@@ -29,6 +29,7 @@ from agent.tracking.run import leave_sweep, may_fetch, start_wandb, wandb_tracke
 from agent.tracking.stop_cause import was_asked_to_end
 from agent.trial import run_trial
 from diffusion_core.config import ConfigError, flatten
+from diffusion_core.data.announcement import advise, announce_data
 from diffusion_core.data.datasets import load_data
 from diffusion_core.distributed import WATCH_EVERY_S, Peers, first_process_first, make_accelerator
 from diffusion_core.files import write_json
@@ -215,6 +216,9 @@ class Session:
         if self.is_main and self.greeting:
             print(self.greeting, file=sys.stderr)
         if self.is_main:
+            announce_data(config.data, dataset)
+            for warning in advise(config, dataset):
+                print(warning, file=sys.stderr)
             make_folder(self.folder)
             self.stack.enter_context(locked(self.folder))
             self.preemptions = read_run_file(self.folder).get("preemptions", 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import NoReturn
 
 from diffusion_core.redact import redact
@@ -41,11 +42,29 @@ def shortened(value: object) -> str:
     return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
 
 
+def printable(text: str) -> str:
+    """Escape the characters of a name that a terminal cannot show on one line."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def listed(words: Iterable[str], most: int) -> str:
+    """Return words with commas between them, and the number of those after the first ``most``."""
+    known = list(words)
+    return ", ".join(known[:most]) + (f" and {len(known) - most:,} more" if len(known) > most else "")
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number and what it counts, whose plural takes an s: ``1 image``, ``1,200 images``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
-    """Return a length of time in words: ``34 s``, ``5 min``, ``7.5 h``."""
+    """Return a length of time in words: ``34 s``, ``5 min``, ``7.5 h``, ``12 days``."""
     if seconds < 100:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 100 * 3600 else f"{seconds / 86400:,.0f} days"
 
 
 def size_in_words(number: float) -> str:
