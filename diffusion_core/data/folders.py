@@ -188,7 +188,7 @@ def arrange(listing: Listing) -> Arrangement:
         return _with_splits(listing, splits, nested)
     if nested and not all(any("/" not in rest for rest in tops[top]) for top in splits):
         raise FolderError(
-            f"{_folders(splits)} hold class folders, as splits do, but {_folders(others)} {_be(others)} beside; move "
+            f"{_folders(splits)} {_hold(splits)} class folders, as splits do, but {_folders(others)} {_be(others)} beside; move "
             "one kind away, or rename what is no split"
         )
     if splits and not others and any(tops.values()):
@@ -279,6 +279,8 @@ def notes(listing: Listing, found: Arrangement | None) -> Iterator[str]:
     if found is not None:
         for folder, images in found.unread.items():
             yield f"{printable(folder)}/ ({counted(len(images), 'image')}) is neither trained on nor held out"
+        if empty := [name for name in found.class_names if not found.train[name]]:
+            yield f"no images in class folder {listed(map(repr, empty), 5)}"
         if found.loose:
             yield f"{counted(len(found.loose), 'image')} in no class folder: {listed(map(printable, found.loose), 3)}"
     if listing.passed_over:
