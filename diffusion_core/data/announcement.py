@@ -41,5 +41,5 @@ def advise(config: CoreConfig, dataset: Dataset) -> Iterator[str]:
     if total > images:
         yield (
             f"{WARNING}train.batch_size = {total}: more than the {counted(images, 'training image')}, so a step "
-            f" shows each {total / images:.2g} times; lower it, or add images"
+            f"shows each {total / images:.2g} times; lower it, or add images"
         )

@@ -12,13 +12,13 @@ from diffusion_core.messages import UserError, one_line
 
 IMAGE_SUFFIXES = frozenset({
     ".apng", ".avif", ".avifs", ".blp", ".bmp", ".bw", ".cur", ".dcx", ".dds", ".dib", ".flc", ".fli", ".ftc",
-    ".ftu", ".gbr", ".gif", ".icb", ".icns", ".ico", ".im", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe",
+    ".ftu", ".gbr", ".gif", ".icb", ".icns", ".ico", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe",
     ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".msp", ".pbm", ".pcd", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".psd",
     ".pxr", ".qoi", ".ras", ".rgb", ".rgba", ".sgi", ".tga", ".tif", ".tiff", ".vda", ".vst", ".webp", ".xbm",
     ".xpm",
 })  # fmt: skip
-"""Suffixes of the picture formats that Pillow decodes by itself. Left out are programs (EPS), stubs, and formats of
-measured numbers, whose range is unknown (FITS, PFM)."""
+"""Suffixes of the picture formats that Pillow decodes by itself. Left out are programs (EPS), stubs, formats of
+measured numbers, whose range is unknown (FITS, PFM), and IM, which Pillow gives up."""
 
 WHITE_IS_ZERO = 0
 PHOTOMETRIC = 262

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from diffusion_core.checkpoint import Checkpoint
 from diffusion_core.config import CoreConfig, TrainConfig
@@ -146,12 +147,11 @@ class SayDuration:
         left = seconds * (self.train.steps - state.step)
         if left >= WORTH_SAYING_S:
             steps = f"{self.train.steps - state.step:,} more steps"
-            print(f"training: {seconds:.2g} s a step, about {duration(left)} for {steps}", file=sys.stderr)
+            _write(f"training: {seconds:.2g} s a step, about {duration(left)} for {steps}")
         if left >= LONG_S and self.device.type == "cpu":
-            print(
+            _write(
                 f"warning: train.steps = {self.train.steps}: takes about {duration(left)} on this processor; use a "
-                "GPU, fewer steps, or a smaller network (--preset=digits has one)",
-                file=sys.stderr,
+                "GPU, fewer steps, or a smaller network (--preset=digits has one)"
             )
 
     def _seconds_of_a_step(self, row: dict[str, Any], summed: float) -> float | None:
@@ -166,6 +166,10 @@ class SayDuration:
         elif self.calls > 1 and self.device.type == "cpu" and passed > 0:
             return passed
         return None
+
+
+def _write(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)  # Above the progress bar.
 
 
 class WatchQuality:
