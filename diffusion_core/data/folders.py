@@ -188,8 +188,8 @@ def arrange(listing: Listing) -> Arrangement:
         return _with_splits(listing, splits, nested)
     if nested and not all(any("/" not in rest for rest in tops[top]) for top in splits):
         raise FolderError(
-            f"{_folders(splits)} {_hold(splits)} class folders, as splits do, but {_folders(others)} {_be(others)} beside; move "
-            "one kind away, or rename what is no split"
+            f"{_folders(splits)} {_hold(splits)} class folders, as splits do, but {_folders(others)} {_be(others)} "
+            "beside; move one kind away, or rename what is no split"
         )
     if splits and not others and any(tops.values()):
         raise FolderError(

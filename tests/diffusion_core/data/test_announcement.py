@@ -18,7 +18,7 @@ from diffusion_core.data.announcement import advise, announce_data
 from diffusion_core.data.classes import shown_classes
 from diffusion_core.data.datasets import load_data
 from diffusion_core.training.callbacks import SayDuration
-from diffusion_core.training.trainer import train
+from diffusion_core.training.trainer import Callback, train
 
 
 def class_folder(root: Path, counts: dict[str, int]) -> Path:
@@ -122,7 +122,7 @@ def test_a_long_training_on_a_processor_is_announced_once(log_every: int, capsys
     seconds: list[float] = []
     state = tiny_state(config)
     say = SayDuration(config.train, torch.device("cpu"))
-    timed = [say, lambda state, _row: seconds.append(state.since_row.seconds)]
+    timed: list[Callback] = [say, lambda state, _row: seconds.append(state.since_row.seconds)]
     train(state, tiny_batches(config), config, timed, accelerator=cpu(), until=4)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2

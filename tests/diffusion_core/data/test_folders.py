@@ -331,6 +331,17 @@ def test_training_evaluation_and_preparation_read_the_same(
     assert sorted(folder.rglob("*")) == before
 
 
+def test_samples_are_measured_without_what_lies_beside_them(folder: Path) -> None:
+    samples, beside = ["0-0.png", "12-3.png"], ["grid.png", "diffusion.gif", "strips/0.png"]
+    make(Case(pictures(*samples, *beside) | {"samples.json": text}), folder)
+    found = image_folder(folder)
+    assert [path.name for path in found.files] == samples
+    assert found.labels == (0, 12)
+    assert found.notes == ("1 image in folders beside the samples: not read", "passed over: 1 .json")
+    picture(folder / "none-4.png", 9)
+    assert image_folder(folder).labels is None
+
+
 def test_there_are_many_folders() -> None:
     assert len(CASES) >= 40
     assert len({tuple(case.files) for case in CASES.values()}) == len(CASES)

@@ -72,10 +72,11 @@ NAMES = st.lists(st.text("ab1,\u00e9 ", min_size=1, max_size=5), min_size=1, max
 
 
 @settings(max_examples=50)
-@given(NAMES, st.data(), st.sampled_from(["NFC", "NFD"]))
-def test_each_class_can_be_named_alone(names: list[str], data: st.DataObject, form: str) -> None:
+@given(NAMES, st.data())
+def test_each_class_can_be_named_alone(names: list[str], data: st.DataObject) -> None:
     label = data.draw(st.integers(0, len(names) - 1))
-    assert find_labels("--labels", unicodedata.normalize(form, names[label]), names) == [label]
+    for word in (names[label], unicodedata.normalize("NFD", names[label])):
+        assert find_labels("--labels", word, names) == [label]
 
 
 @settings(max_examples=50)
