@@ -146,7 +146,7 @@ class Lottery:
     def _dataset_of(self, this: Round) -> Dataset:
         """Return the images with the labels of the round before, whose masks and weights a round takes."""
         before = newest_checkpoint(this.before.folder(self.folder) / CHECKPOINTS) if this.number else None
-        return self.dataset if before is None else with_labels_of(before, self.config, self.dataset)
+        return self.dataset if before is None else with_labels_of(before, self.config.data, self.dataset)
 
     def _start(self, this: Round, config: TrialConfig, tracker: Tracker) -> TrainState:
         """Return the training state that a round starts from."""

@@ -217,7 +217,7 @@ class Session:
             print(self.greeting, file=sys.stderr)
         if self.is_main:
             announce_data(config.data, dataset)
-            for warning in advise(config, dataset):
+            for warning in advise(config.model, config.train, dataset):
                 print(warning, file=sys.stderr)
             make_folder(self.folder)
             self.stack.enter_context(locked(self.folder))

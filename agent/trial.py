@@ -116,7 +116,7 @@ def run_trial(
         torch.set_num_threads(resumed.metadata.get("threads", torch.get_num_threads()))
         state = TrainState.restore(resumed, config.train, config.ema, accelerator.device)
         resume_pruning(state)
-        dataset = with_labels_of(resumed, config, dataset)
+        dataset = with_labels_of(resumed, config.data, dataset)
     elif start is not None:
         state = start()
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from diffusion_core.config import CoreConfig, DataConfig
+from diffusion_core.config import DataConfig, ModelConfig, TrainConfig
 from diffusion_core.data.classes import shown_classes
 from diffusion_core.data.datasets import Dataset
 from diffusion_core.messages import counted
@@ -30,14 +30,14 @@ def describe_images(config: DataConfig, dataset: Dataset) -> Iterator[str]:
         yield note if note.startswith(WARNING) else f"data: {note}"
 
 
-def advise(config: CoreConfig, dataset: Dataset) -> Iterator[str]:
-    """Yield warnings of images that can hardly teach the model of a configuration."""
-    if dataset.num_classes == 1 and config.model.class_conditional:
+def advise(model: ModelConfig, train: TrainConfig, dataset: Dataset) -> Iterator[str]:
+    """Yield warnings of images that can hardly teach a model."""
+    if dataset.num_classes == 1 and model.class_conditional:
         yield (
             f"{WARNING}model.class_conditional = True: there is one class, {dataset.class_names[0]!r}, so labels mean "
             "nothing; put the images of each class into a folder of its own, or set it to false"
         )
-    total, images = config.train.images_per_step, len(dataset.train)
+    total, images = train.images_per_step, len(dataset.train)
     if total > images:
         yield (
             f"{WARNING}train.batch_size = {total}: more than the {counted(images, 'training image')}, so a step "

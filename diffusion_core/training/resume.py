@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_core.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint
-from diffusion_core.config import ConfigError, CoreConfig, flatten
+from diffusion_core.config import ConfigError, CoreConfig, DataConfig, flatten
 from diffusion_core.data.classes import in_order, same_classes, shown_classes
 from diffusion_core.data.datasets import Dataset, in_recorded_order
 from diffusion_core.redact import redacted
@@ -78,7 +78,7 @@ def check_same_run(config: CoreConfig, then: Mapping[str, Any], folder: Path, *,
             )
 
 
-def with_labels_of(checkpoint: Checkpoint, config: CoreConfig, dataset: Dataset) -> Dataset:
+def with_labels_of(checkpoint: Checkpoint, config: DataConfig, dataset: Dataset) -> Dataset:
     """Return the images with the labels of the checkpoint that a run resumes from.
 
     The order of classes may have been another one when the run was started; it stays.
@@ -87,13 +87,13 @@ def with_labels_of(checkpoint: Checkpoint, config: CoreConfig, dataset: Dataset)
         ConfigError: if the classes are not those of the checkpoint, and the model knows them.
     """
     if checkpoint.metadata["num_classes"] and not same_classes(dataset.class_names, checkpoint.class_names):
-        key, value = ("data.path", config.data.path) if config.data.path else ("data.name", config.data.name)
+        key, value = ("data.path", config.path) if config.path else ("data.name", config.name)
         raise ConfigError(
             f"{key} = {value!r}: holds {shown_classes(dataset.class_names)}; the run was started with "
             f"{shown_classes(checkpoint.class_names)} ({str(checkpoint.path)!r}); choose another log.dir, or the "
             "images of the run"
         )
-    return in_recorded_order(dataset, config.data, checkpoint.class_names)
+    return in_recorded_order(dataset, config, checkpoint.class_names)
 
 
 def check_same_labels(source: Checkpoint, teacher: Checkpoint) -> None:

@@ -107,7 +107,7 @@ def test_images_that_can_hardly_teach_are_warned_of(
     counts: dict[str, int], changes: dict[str, Any], words: list[str], tmp_path: Path
 ) -> None:
     config = config_of(class_folder(tmp_path, counts), train__batch_size=8 if len(counts) > 1 else 4, **changes)
-    lines = list(advise(config, load_data(config.data)))
+    lines = list(advise(config.model, config.train, load_data(config.data)))
     assert len(lines) == len(words)
     for line, word in zip(lines, words, strict=True):
         assert line.startswith(word), line
