@@ -20,7 +20,7 @@ from agent.config import TrialConfig
 from agent.tracking.repair import close_run
 from agent.tracking.rounds import OpenTracker
 from agent.trial import run_trial
-from diffusion_core.checkpoint import list_checkpoints, read_checkpoint
+from diffusion_core.checkpoint import list_checkpoints, newest_checkpoint, read_checkpoint
 from diffusion_core.config import flatten
 from diffusion_core.data.datasets import Dataset
 from diffusion_core.distributed import make_accelerator
@@ -30,7 +30,7 @@ from diffusion_core.run_folder import CHECKPOINTS, HISTORY_FILE, RESULT_FILE, wr
 from diffusion_core.tracking import STATE, STEP, NullTracker, Tracker
 from diffusion_core.training.checkpoints import SaveCheckpoints
 from diffusion_core.training.result import TrialResult, read_result, write_result
-from diffusion_core.training.resume import check_same_run, find_checkpoint
+from diffusion_core.training.resume import check_same_run, find_checkpoint, with_labels_of
 from diffusion_core.training.stopping import Stopped, StopRequest
 from diffusion_core.training.trainer import Callback, TrainState
 from pruning.consistency import keep_dense_images
@@ -127,7 +127,7 @@ class Lottery:
             result = run_trial(
                 config,
                 tracker,
-                dataset=self.dataset,
+                dataset=self._dataset_of(this),
                 folder=folder,
                 run_id=run_id,
                 stop=self.stop,
@@ -142,6 +142,11 @@ class Lottery:
         finally:
             close_run(tracker, folder, status, preempted=status > 128)
         return result
+
+    def _dataset_of(self, this: Round) -> Dataset:
+        """Return the images with the labels of the round before, whose masks and weights a round takes."""
+        before = newest_checkpoint(this.before.folder(self.folder) / CHECKPOINTS) if this.number else None
+        return self.dataset if before is None else with_labels_of(before, self.config.data, self.dataset)
 
     def _start(self, this: Round, config: TrialConfig, tracker: Tracker) -> TrainState:
         """Return the training state that a round starts from."""

@@ -29,6 +29,7 @@ from agent.tracking.stop_cause import was_asked_to_end
 from agent.trial import check_start, first_network, run_trial
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError, flatten, to_yaml
+from diffusion_core.data.announcement import advise, announce_data
 from diffusion_core.data.datasets import DataError, load_data, look_at_data
 from diffusion_core.distributed import WATCH_EVERY_S, Peers, first_process_first, make_accelerator
 from diffusion_core.files import write_json
@@ -258,6 +259,9 @@ class Session:
         if self.is_main and self.greeting:
             say(self.greeting)
         if self.is_main:
+            announce_data(config.data, dataset)
+            for warning in advise(config.model, config.train, dataset):
+                say(warning)
             make_folder(self.folder)
             self.stack.enter_context(locked(self.folder))
             self.preemptions = read_run_file(self.folder).get("preemptions", 0)

@@ -15,7 +15,7 @@ from agent.config import TrialConfig
 from agent.tracking.artifacts import open_source
 from diffusion_core.choice import announce
 from diffusion_core.config import flatten
-from diffusion_core.data.datasets import Dataset
+from diffusion_core.data.datasets import Dataset, in_recorded_order
 from diffusion_core.distributed import first_process_first, make_accelerator
 from diffusion_core.evaluation.protocol import PREFIX
 from diffusion_core.files import write_json
@@ -30,13 +30,13 @@ from diffusion_core.run_folder import (
     write_run_files,
 )
 from diffusion_core.tracking import Tracker
-from diffusion_core.training.callbacks import DrawSamples, LogHistory, WatchQuality
+from diffusion_core.training.callbacks import DrawSamples, LogHistory, SayDuration, WatchQuality
 from diffusion_core.training.checkpoints import SaveCheckpoints
 from diffusion_core.training.evaluation import Evaluate
 from diffusion_core.training.result import TrialResult, write_result
-from diffusion_core.training.resume import describe_longer, find_checkpoint
+from diffusion_core.training.resume import check_same_labels, describe_longer, find_checkpoint, with_labels_of
 from diffusion_core.training.stopping import Stopped, StopRequest
-from diffusion_core.training.summary import costs_of, describe_data, system_facts
+from diffusion_core.training.summary import costs_of, describe_changed, describe_data, system_facts
 from diffusion_core.training.teacher import keep_teacher
 from diffusion_core.training.trainer import Callback, TrainState
 from pruning.channels.reach import check_reach
@@ -67,11 +67,16 @@ def first_network(config: TrialConfig, num_classes: int, source: Source | None) 
     return build_network(config, num_classes) if source is None else source.checkpoint.network(config.init.weights)
 
 
-def start_state(config: TrialConfig, dataset: Dataset, tracker: Tracker, accelerator: Accelerator) -> TrainState:
+def start_state(
+    config: TrialConfig, dataset: Dataset, tracker: Tracker, accelerator: Accelerator
+) -> tuple[TrainState, Dataset]:
     """Return the state before the first step: new weights, or those of the checkpoint that ``init.*`` names.
 
+    Also return the images, with the labels of that checkpoint and of the teacher's.
+
     Raises:
-        ConfigError, CheckpointError: as :func:`check_start`.
+        ConfigError: as :func:`check_start`, or if the labels of a checkpoint are others.
+        CheckpointError: as :func:`check_start`.
     """
     with first_process_first(accelerator):  # The first process downloads, the others read its files.
         start = check_start(config, dataset.num_classes)
@@ -84,10 +89,13 @@ def start_state(config: TrialConfig, dataset: Dataset, tracker: Tracker, acceler
     if teacher is not None:
         keep_teacher(state, teacher.checkpoint.network(), config.model)
     for used in filter(None, (source, teacher)):
+        dataset = in_recorded_order(dataset, config.data, used.checkpoint.class_names)
         announce(used.checkpoint)
         if used.artifact is not None:
             tracker.use(used.artifact)
-    return state
+    if source is not None and teacher is not None:
+        check_same_labels(source.checkpoint, teacher.checkpoint)
+    return state, dataset
 
 
 def run_trial(
@@ -129,10 +137,11 @@ def run_trial(
         torch.set_num_threads(resumed.metadata.get("threads", torch.get_num_threads()))
         state = TrainState.restore(resumed, config.train, config.ema, accelerator.device)
         resume_pruning(state)
+        dataset = with_labels_of(resumed, config.data, dataset)
     elif start is not None:
         state = start()
     else:
-        state = start_state(config, dataset, tracker, accelerator)
+        state, dataset = start_state(config, dataset, tracker, accelerator)
 
     def is_dense(state: TrainState) -> bool:
         return config.prune.method != "none" and not is_pruned(state)
@@ -146,10 +155,14 @@ def run_trial(
         if resumed is not None and (note := describe_longer(config, resumed)):
             (folder / RESULT_FILE).unlink(missing_ok=True)  # It is of the shorter run.
             print(note, file=sys.stderr)
-        write_json(folder / DATA_FILE, describe_data(config.data.name, dataset))
+        described = describe_data(config.data.name, dataset)
+        if resumed is not None and (note := describe_changed(folder / DATA_FILE, described)):
+            print(note, file=sys.stderr)
+        write_json(folder / DATA_FILE, described)
         if resumed is None:
             tracker.use(f"data-{config.data.name}", "dataset", [folder / DATA_FILE])
         after_step += [
+            SayDuration(config.train, accelerator.device),
             DrawSamples(config, dataset, accelerator, folder / SAMPLES),
             WatchQuality(metric, best_figures(read_history(folder)).get(metric), tracker),
             history,

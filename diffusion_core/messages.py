@@ -96,6 +96,22 @@ def shortened(value: object) -> str:
     return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
 
 
+def printable(text: str) -> str:
+    """Escape the characters of a name that a terminal cannot show on one line."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def listed(words: Iterable[str], most: int) -> str:
+    """Return words with commas between them, and the number of those after the first ``most``."""
+    known = list(words)
+    return ", ".join(known[:most]) + (f" and {len(known) - most:,} more" if len(known) > most else "")
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number and what it counts, whose plural takes an s: ``1 image``, ``1,200 images``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """Return a length of time in words: ``34 s``, ``5 min``, ``7.5 h``, ``12 days``."""
     if seconds < 100:

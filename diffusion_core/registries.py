@@ -13,5 +13,5 @@ from diffusion_core.registry import Registry
 SAMPLERS: Registry[Any] = Registry("sample.sampler", "diffusion_core.sampling.samplers")
 SCHEDULES: Registry[Any] = Registry("diffusion.schedule", "diffusion_core.diffusion.schedule")
 PREDICTIONS: Registry[Any] = Registry("diffusion.prediction", "diffusion_core.diffusion.predictions")
-DATASETS: Registry[Any] = Registry("data.name", "diffusion_core.data.datasets")
+DATASETS: Registry[Any] = Registry("data.name", "diffusion_core.data.datasets", "diffusion_core.data.labelled_folder")
 METRICS: Registry[Any] = Registry("eval.figures", "diffusion_core.evaluation.metrics")

@@ -38,12 +38,13 @@ from diffusion_core.choice import add_which_flag, announce, best_of_sweep, choos
 from diffusion_core.config import ConfigError, CoreConfig, DataConfig, EvalConfig, build, flatten
 from diffusion_core.config.metrics import INCEPTION
 from diffusion_core.config.plugins import add_plugins_flag
+from diffusion_core.data.announcement import announce_data
 from diffusion_core.data.datasets import DataError, load_data
 from diffusion_core.distributed import first_process_first, own_positions
 from diffusion_core.evaluation.consistency import consistency_of_models
 from diffusion_core.evaluation.extractors import download_inception, read_extractor, read_inception
 from diffusion_core.evaluation.features import Extractor, ExtractorError, with_channels
-from diffusion_core.evaluation.folders import as_reference, image_folder, is_statistics, see
+from diffusion_core.evaluation.folders import ImageFolder, as_reference, image_folder, is_statistics, see
 from diffusion_core.evaluation.generated import estimate_seconds, generated
 from diffusion_core.evaluation.leaderboard import EVALUATION_FILE
 from diffusion_core.evaluation.measure import needs_every_image
@@ -53,7 +54,8 @@ from diffusion_core.evaluation.suite import Judgement, Suite
 from diffusion_core.files import write_json
 from diffusion_core.hardware import pick_precision
 from diffusion_core.machine.launch import launch_errors
-from diffusion_core.messages import Parser, reason_of
+from diffusion_core.messages import Parser, counted, listed, reason_of
+from diffusion_core.redact import redact
 from diffusion_core.registries import DATASETS, METRICS
 from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs
 from diffusion_core.sampling.generation import Generator
@@ -164,8 +166,7 @@ def report(found: Judgement, file: Path | None) -> None:
     print(text_table(["figure", "value"], [[name, f"{value:.6g}"] for name, value in found.figures.items()]))
     for line in dict.fromkeys(found.protocols.values()):
         names = [name for name, other in found.protocols.items() if other == line]
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        print(f"\n{shown}:\n  {line}")
+        print(f"\n{listed(names, 3)}:\n  {line}")
     if file is not None:
         try:
             write_json(file, {"figures": found.figures, "protocols": found.protocols})
@@ -185,7 +186,7 @@ def of_two_paths(arguments: argparse.Namespace, processes: PartialState) -> Judg
     keep = needs_every_image(figures) and not (arguments.save_stats or is_statistics(one) or is_statistics(two))
     for path in (one,) if arguments.save_stats else (one, two):
         if not is_statistics(path):
-            image_folder(path)  # Report errors before long work starts.
+            announce_folder(image_folder(path), processes)  # Report errors before long work starts.
     if arguments.save_stats:
         if two.exists():
             raise DataError(f"{str(two)!r}: exists already; choose another file for the statistics")
@@ -203,6 +204,13 @@ def of_two_paths(arguments: argparse.Namespace, processes: PartialState) -> Judg
         ours = see(one, extractor, arguments.batch_size, keep=keep)
         found.compare(figures, ours, theirs, str(one), extractor)
     return found
+
+
+def announce_folder(folder: ImageFolder, processes: PartialState) -> None:
+    """Print how many images a folder holds, and what is not read."""
+    if processes.is_main_process:
+        for note in (counted(len(folder), "image"), *folder.notes):
+            print(redact(f"{folder.path}: {note}"), file=sys.stderr)
 
 
 def protocol_of(extractor: Extractor) -> str:
@@ -224,9 +232,18 @@ def extractors_of(arguments: argparse.Namespace, device: torch.device) -> list[E
 
 
 def suite_of(
-    arguments: argparse.Namespace, data: DataConfig, device: torch.device, *, count: int, conditional: bool
+    arguments: argparse.Namespace,
+    data: DataConfig,
+    device: torch.device,
+    *,
+    count: int,
+    conditional: bool,
+    recorded: Sequence[str] = (),
 ) -> Suite:
-    """Return the evaluation for images of a data set, by default with Inception, or with a classifier for digits."""
+    """Return the evaluation for images of a data set, by default with Inception, or with a classifier for digits.
+
+    Labels of the data set are those of a model, if the names of its classes are given.
+    """
     default = "classifier" if DATASETS[data.name].quick_classifier and not arguments.inception_weights else INCEPTION
     extractors = arguments.extractor or [default]
     settings = {
@@ -236,7 +253,10 @@ def suite_of(
         "reference": arguments.reference,
         "inception_weights": arguments.inception_weights,
     }
-    dataset = load_data(data, progress=PartialState().is_main_process)
+    is_main = PartialState().is_main_process
+    dataset = load_data(data, progress=is_main, recorded=recorded)
+    if is_main:
+        announce_data(data, dataset)
     return Suite(
         data,
         build(EvalConfig, settings),
@@ -250,6 +270,7 @@ def suite_of(
 def of_folder(arguments: argparse.Namespace, processes: PartialState) -> Judgement:
     """Compare a folder of images with a data set."""
     folder = image_folder(arguments.path[0])
+    announce_folder(folder, processes)
     data = build(DataConfig, {"name": arguments.data, "path": arguments.data_path})
     suite = suite_of(arguments, data, processes.device, count=len(folder), conditional=folder.labels is not None)
     channels, _, _ = suite.dataset.shape_CHW
@@ -271,7 +292,8 @@ def of_model(arguments: argparse.Namespace, checkpoint: Checkpoint, processes: P
         return of_two_models(arguments, checkpoint, generator, choose(arguments.against), processes)
     total, sample = arguments.num_images, config.sample
     conditional = bool(checkpoint.metadata["num_classes"])
-    suite = suite_of(arguments, config.data, processes.device, count=total, conditional=conditional)
+    names = checkpoint.class_names
+    suite = suite_of(arguments, config.data, processes.device, count=total, conditional=conditional, recorded=names)
     announce(checkpoint)
     if processes.is_main_process:
         seconds = estimate_seconds(generator, total, sample, suite.networks)

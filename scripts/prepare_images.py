@@ -5,11 +5,11 @@
   python scripts/prepare_images.py cifar10 data/cifar10      extracts torchvision's files, downloads them if needed
   python scripts/train_cifar.py --data.name=folder --data.path=data/photos --data.image_size=64
 
-SOURCE is a folder with one sub-folder per class, or with train/ and test/ (or val/) that hold those; deeper folders
-keep their place. Every image is rotated as its EXIF data say, put on white where it is transparent, and converted to
-8-bit RGB; of animations the first frame is used. Damaged and small images are dropped. Hidden files and files without
-an image suffix are ignored; links to folders are not followed. TARGET/report.json lists the dropped images with
-reasons. SOURCE is never changed.
+SOURCE is a folder with one sub-folder per class, or with train/ and val/ or test/ that hold those; deeper folders keep
+their place. Every image is rotated as its EXIF data say, put on white where it is transparent, and converted to 8-bit
+RGB; of animations the first frame is used. Damaged and small images are dropped. As in training, all formats that
+Pillow decodes are read, links to folders are followed, and hidden files, folders of systems (__MACOSX) and images
+beside the class folders are passed over. TARGET/report.json lists dropped images with reasons. SOURCE is never changed.
 
 SOURCE can also be cifar10, cifar100, mnist or fashion_mnist (write ./mnist for a folder of that name): TARGET gets
 train/CLASS/NUMBER.png and test/CLASS/NUMBER.png with unchanged pixels; NUMBER is the index in the data set.
@@ -44,7 +44,6 @@ from diffusion_core.data.preparation import (
     check_target,
     describe,
     find_images,
-    ignored_line,
     prepare,
 )
 from diffusion_core.messages import Parser
@@ -100,12 +99,13 @@ def prepare_images(arguments: argparse.Namespace) -> int:
     target: Path = arguments.target
     workers = number("--workers", arguments.workers or str(os.cpu_count() or 1), 1, 1024)
     check_target(target, settings)
-    jobs, ignored = find_images(settings, arguments.root)
-    if not jobs:  # Do not empty TARGET: SOURCE may be a disk that is not mounted.
-        print(ignored_line(ignored))
+    source = find_images(settings, arguments.root)
+    if not source.jobs:  # Do not empty TARGET: SOURCE may be a disk that is not mounted.
+        for line in source.notes:
+            print(f"note: {line}")
         print(f"nothing usable: no images below {arguments.source}", file=sys.stderr)
         return 1
-    prepared = prepare(jobs, ignored, settings, target, workers, write=not arguments.dry_run)
+    prepared = prepare(source, settings, target, workers, write=not arguments.dry_run)
     for line in describe(prepared, dry_run=arguments.dry_run):
         print(line)
     if not arguments.dry_run:
@@ -113,8 +113,11 @@ def prepare_images(arguments: argparse.Namespace) -> int:
     if not prepared.report["kept"]:
         print(f"nothing usable: no image below {arguments.source} was kept", file=sys.stderr)
         return 1
-    if not arguments.dry_run:
-        size = settings.size if jobs[0].pixels is None else len(jobs[0].pixels)
+    if problem := prepared.report["refused_by_training"]:
+        print(f"not ready to train: {problem}")
+    elif not arguments.dry_run:
+        pixels = source.jobs[0].pixels
+        size = settings.size if pixels is None else len(pixels)
         path = shlex.quote(str(target))
         print(f"to train: python scripts/train_cifar.py --data.name=folder --data.path={path} --data.image_size={size}")
     return 0

@@ -38,6 +38,7 @@ from diffusion_core.checkpoint import CheckpointError, list_checkpoints, write_c
 from diffusion_core.choice import add_which_flag, announce
 from diffusion_core.config import ConfigError, flatten, list_knobs, split_argv
 from diffusion_core.config.plugins import add_plugins_flag
+from diffusion_core.data.announcement import announce_data
 from diffusion_core.data.datasets import DataError, load_data
 from diffusion_core.evaluation.consistency import consistency_of_models
 from diffusion_core.hardware import pick_device, pick_precision
@@ -195,7 +196,11 @@ def prepare(arguments: argparse.Namespace, words: Sequence[str]) -> PruningTask:
 def run(job: PruningTask, batch: int) -> dict[str, Any]:
     """Prune, measure, and write the checkpoint; returns what came of it, as plain JSON."""
     config, device = job.config, pick_device(job.config.train)
-    dataset = load_data(config.data, progress=config.log.progress) if config.prune.needs_images else None
+    recorded = job.source.checkpoint.class_names if job.source else ()
+    dataset = None
+    if config.prune.needs_images:
+        dataset = load_data(config.data, progress=config.log.progress, recorded=recorded)
+        announce_data(config.data, dataset)
     if job.source is None:
         num_classes = dataset.num_classes if dataset else DATASETS[config.data.name].num_classes or 0
         class_names = dataset.class_names if dataset else [str(label) for label in range(num_classes)]

@@ -46,6 +46,7 @@ from diffusion_core.sampling import media
 from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs
 from diffusion_core.sampling.generation import Generator, Request, requests, round_robin
 from diffusion_core.sampling.image_folder import check_folder, file_name, read_png, save_png, settings
+from diffusion_core.sampling.labels import find_labels
 
 MODES = ("sample", "denoise", "progressive", "interpolate")
 IMAGES_PER_LABEL = 8
@@ -60,7 +61,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--checkpoint", type=Path, metavar="PATH", help="a checkpoint, or a run's folder")
     add_which_flag(parser, "a run's folder, or version of an artifact without alias")
     parser.add_argument("--mode", choices=MODES, default="sample", help="see above (sample)")
-    parser.add_argument("--labels", default="all", help="classes by number or name, such as 0,3,7 or cat,dog; or all")
+    parser.add_argument("--labels", default="all", help="classes by name or number from 0, such as cat,dog or "
+                        "0,3,7; or all. A name counts before a number, and may hold commas and spaces")  # fmt: skip
     parser.add_argument(
         "--num-images",
         metavar="N",
@@ -280,15 +282,7 @@ def pick_labels(text: str, checkpoint: Checkpoint) -> list[int]:
         return [NO_LABEL]
     if text == "all":
         return list(range(number))
-    names = {name: label for label, name in enumerate(checkpoint.class_names)}
-    labels = []
-    for word in (part.strip() for part in text.split(",")):
-        label = int(word) if word.isdecimal() else names.get(word, number)
-        if label >= number:
-            shown = ", ".join(checkpoint.class_names[:GRID_ROWS])
-            raise ConfigError(f"--labels = {word!r}: expected all, or some of 0 to {number - 1} or of {shown}")
-        labels.append(label)
-    return list(dict.fromkeys(labels))
+    return find_labels("--labels", text, checkpoint.class_names[:number])
 
 
 def pick_count(text: str | None, default: int) -> int:

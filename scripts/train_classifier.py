@@ -22,6 +22,7 @@ from agent.command import fail, run_and_leave
 from agent.config import config_from_words
 from diffusion_core.config import ConfigError, TrainConfig, split_argv
 from diffusion_core.config.usage import check_data_named
+from diffusion_core.data.announcement import announce_data
 from diffusion_core.data.datasets import DataError, load_data
 from diffusion_core.evaluation.classifier.classifier import classifier_for
 from diffusion_core.evaluation.classifier.training import RECIPES, recipe_for
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = config_from_words({**values, "model.channel_multipliers": "1", "model.attention_resolutions": "[]"}).data
         device = pick_device(TrainConfig(device=arguments.device))
         dataset = load_data(data, progress=True)
+        announce_data(data, dataset)
         recipe = arguments.recipe or recipe_for(dataset.shape_CHW, device.type == "cuda")
         started = time.perf_counter()
         classifier = classifier_for(

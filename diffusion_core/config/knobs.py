@@ -39,7 +39,7 @@ class DataConfig(Section):
     """Mirror each training image with probability 1/2. None: yes for `cifar10`, `cifar100` and `folder`, else no."""
     val_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.2
     """Held-out share of each class of `digits` and `folder`. Unused where there is a test set: by the other data sets,
-    and by a folder that holds train/ and test/ (or val/), each with a sub-folder a class."""
+    and by a folder that holds train/ and val/ or test/, each with a sub-folder a class."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -6,9 +6,7 @@ Axes: N images of a data set, B batch, C channels, H height, W width.
 from __future__ import annotations
 
 import gzip
-import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -20,11 +18,11 @@ import torch
 from torch import Tensor
 
 from diffusion_core.config import DataConfig
-from diffusion_core.data.image_files import IMAGE_SUFFIXES, ImageFileError, read_rgb, square
-from diffusion_core.messages import UserError, one_line, reason_of
+from diffusion_core.data.classes import in_order
+from diffusion_core.data.folders import single_image
+from diffusion_core.messages import UserError, one_line
 from diffusion_core.randomness import Purpose, generator
 from diffusion_core.registries import DATASETS
-from diffusion_core.terminal.progress import Shown
 
 SPLIT_SEED = 0
 """The held-out split does not follow the run's seed: runs with different seeds are compared on the same images."""
@@ -60,11 +58,21 @@ class Images:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training images, held-out images, and the names of the classes."""
+    """Training images, held-out images, and the names of the classes.
+
+    Attributes:
+        train: the training images.
+        val: the images that are held out.
+        class_names: by label.
+        held_out: which images are held out, in words.
+        notes: what a command says of how the images were read, a line each.
+    """
 
     train: Images
     val: Images
     class_names: tuple[str, ...]
+    held_out: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def shape_CHW(self) -> tuple[int, int, int]:
@@ -92,6 +100,7 @@ class DatasetRecord:
         path: what ``data.path`` is for it: ``required``, ``refused``, or a ``cache`` of downloads.
         least_images: images in its smaller split; None where it is known once they are read.
         quick_classifier: whether a classifier of it trains within seconds, so that one is used unless it is refused.
+        load_ordered: reads it with its classes in a given order; None if their order is fixed.
     """
 
     load: Callable[[DataConfig, bool], Dataset]
@@ -103,6 +112,7 @@ class DatasetRecord:
     path: Literal["required", "refused", "cache"] = "cache"
     least_images: int | None = None
     quick_classifier: bool = False
+    load_ordered: Callable[[DataConfig, bool, Sequence[str]], Dataset] | None = None
 
 
 def to_unit(images_BCHW: Tensor) -> Tensor:
@@ -115,14 +125,19 @@ def to_uint8(images_BCHW: Tensor) -> Tensor:
     return images_BCHW.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def load_data(config: DataConfig, *, progress: bool = False) -> Dataset:
+def load_data(config: DataConfig, *, progress: bool = False, recorded: Sequence[str] = ()) -> Dataset:
     """Read a data set into memory.
+
+    Args:
+        config: which one.
+        progress: show a bar.
+        recorded: names of a checkpoint's classes, for :func:`in_recorded_order`.
 
     Raises:
         DataError: if it cannot be downloaded, found or decoded.
     """
     record: DatasetRecord = DATASETS[config.name]
-    dataset = record.load(config, progress)
+    dataset = in_recorded_order(record.load(config, progress), config, recorded, progress=progress)
     _, height, width = config.image_shape
     if dataset.train.images_NCHW.shape[2:] != (height, width):
         dataset = replace(dataset, train=_resized(dataset.train, height), val=_resized(dataset.val, height))
@@ -153,12 +168,34 @@ def _downloads(config: DataConfig) -> Path:
     return Path(config.path) if config.path else Path.home() / ".cache" / "torchvision"
 
 
+def in_recorded_order(
+    dataset: Dataset, config: DataConfig, recorded: Sequence[str], *, progress: bool = False
+) -> Dataset:
+    """Return a data set with the labels of a checkpoint, whose classes may be in another order than here.
+
+    Args:
+        dataset: the data set, which is returned if its classes are others or in this order.
+        config: where to read it again: which images are held out depends on the labels.
+        recorded: names of the checkpoint's classes, by label.
+        progress: show a bar.
+    """
+    names = in_order(dataset.class_names, recorded)
+    if names == dataset.class_names:
+        return dataset
+    record: DatasetRecord = DATASETS[config.name]
+    if record.load_ordered is not None:
+        return record.load_ordered(config, progress, names)
+    new = torch.tensor([names.index(name) for name in dataset.class_names])
+    train, val = (replace(part, labels_N=new[part.labels_N]) for part in (dataset.train, dataset.val))
+    return replace(dataset, train=train, val=val, class_names=names)
+
+
 def _load_digits(config: DataConfig, _progress: bool) -> Dataset:
     table_NP = _digits_table()
     images_NHW = torch.from_numpy(np.round(table_NP[:, :-1] * (255.0 / 16.0)).astype(np.uint8)).view(-1, 8, 8)
     everything = Images(images_NHW[:, None].contiguous(), torch.from_numpy(table_NP[:, -1].astype(np.int64)))
     train, val = stratified_split(everything, config.val_fraction)
-    return Dataset(train, val, tuple(str(digit) for digit in range(10)))
+    return Dataset(train, val, tuple(str(digit) for digit in range(10)), share_held_out(config))
 
 
 def _digits_table() -> np.ndarray:
@@ -194,66 +231,12 @@ def _load_torchvision(name: str, config: DataConfig, _progress: bool) -> Dataset
         images = torch.as_tensor(np.asarray(part.data))
         images_NCHW = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
         splits.append(Images(images_NCHW, torch.as_tensor(np.asarray(part.targets)).long()))
-    return Dataset(splits[0], splits[1], tuple(str(name) for name in parts[0].classes))
+    return Dataset(splits[0], splits[1], tuple(str(name) for name in parts[0].classes), "its test images")
 
 
-def _load_folder(config: DataConfig, progress: bool) -> Dataset:
-    assert config.path is not None  # The schema refuses such a configuration.
-    root = Path(config.path)
-    names = _subfolders(root)
-    size = config.image_shape[1]
-    for val_name in ("test", "val"):
-        if names == sorted(["train", val_name]):
-            class_names = _subfolders(root / "train")
-            if class_names != _subfolders(root / val_name):
-                raise DataError(f"data.path = {config.path!r}: train/ and {val_name}/ have different classes")
-            train = _read_classes(root / "train", class_names, size, progress)
-            return Dataset(train, _read_classes(root / val_name, class_names, size, progress), tuple(class_names))
-    train, val = stratified_split(_read_classes(root, names, size, progress), config.val_fraction)
-    return Dataset(train, val, tuple(names))
-
-
-def _subfolders(root: Path) -> list[str]:
-    if not root.is_dir():
-        raise DataError(f"data.path = {str(root)!r}: no such folder")
-    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise DataError(f"data.path = {str(root)!r}: no sub-folders; expected one sub-folder of images a class")
-    return names
-
-
-def _read_classes(root: Path, class_names: Sequence[str], size: int, progress: bool) -> Images:
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(class_names):
-        found = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        if not found:
-            raise DataError(f"data.path = {str(root)!r}: class folder {name!r} holds no images")
-        paths += found
-        labels += [label] * len(found)
-    images_NHWC = np.empty((len(paths), size, size, 3), dtype=np.uint8)
-
-    def read(index: int) -> None:
-        images_NHWC[index] = read_image(paths[index], size)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        done: Iterable[None] = pool.map(read, range(len(paths)), chunksize=64)
-        for _ in Shown(done, f"reading {root.name}", len(paths), "image", shown=progress):
-            pass
-    return Images(torch.from_numpy(images_NHWC).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels))
-
-
-def read_image(path: Path, size: int) -> np.ndarray:
-    """Decode an image as RGB, scale its shorter side to ``size`` and crop the centre: ``(size, size, 3)`` uint8.
-
-    Raises:
-        DataError: if the file is no readable image.
-    """
-    try:
-        return np.asarray(square(read_rgb(path), size))
-    except (ImageFileError, OSError) as error:
-        reason = reason_of(error)
-        raise DataError(f"{str(path)!r}: not a readable image ({reason}); remove it") from None
+def share_held_out(config: DataConfig) -> str:
+    """Return in words which images :func:`stratified_split` holds out."""
+    return f"{config.val_fraction:.3g} of each class"
 
 
 def _resized(images: Images, size: int) -> Images:
@@ -262,8 +245,13 @@ def _resized(images: Images, size: int) -> Images:
     return replace(images, images_NCHW=resize(images.images_NCHW, [size, size], antialias=True))
 
 
-def stratified_split(images: Images, val_fraction: float) -> tuple[Images, Images]:
+def stratified_split(images: Images, val_fraction: float, class_names: Sequence[str] = ()) -> tuple[Images, Images]:
     """Hold out the same share of every class (at least one image), always the same ones.
+
+    Args:
+        images: all images.
+        val_fraction: share to hold out, in (0, 1).
+        class_names: by label, for messages.
 
     Raises:
         DataError: if a class has a single image.
@@ -273,7 +261,7 @@ def stratified_split(images: Images, val_fraction: float) -> tuple[Images, Image
     for label in images.labels_N.unique().tolist():
         members = (images.labels_N == label).nonzero()[:, 0]
         if len(members) < 2:
-            raise DataError(f"class {label} has {len(members)} image; expected at least 2, one of them held out")
+            raise DataError(single_image([class_names[label] if class_names else str(label)]))
         held_out = max(1, round(val_fraction * len(members)))
         order = torch.randperm(len(members), generator=generator(SPLIT_SEED, Purpose.SPLIT, label))
         val.append(members[order[:held_out]])
@@ -313,6 +301,3 @@ for _name, _class, _channels, _size, _classes, _mirrored in (
         mirrored=_mirrored,
         least_images=10_000,
     )
-DATASETS["folder"] = DatasetRecord(
-    _load_folder, "one sub-folder a class under data.path", channels=3, size=32, mirrored=True, path="required"
-)

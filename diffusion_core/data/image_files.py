@@ -6,10 +6,23 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from diffusion_core.messages import UserError, one_line
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"})
+IMAGE_SUFFIXES = frozenset({
+    ".apng", ".avif", ".avifs", ".blp", ".bmp", ".bw", ".cur", ".dcx", ".dds", ".dib", ".flc", ".fli", ".ftc",
+    ".ftu", ".gbr", ".gif", ".icb", ".icns", ".ico", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe",
+    ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".msp", ".pbm", ".pcd", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".psd",
+    ".pxr", ".qoi", ".ras", ".rgb", ".rgba", ".sgi", ".tga", ".tif", ".tiff", ".vda", ".vst", ".webp", ".xbm",
+    ".xpm",
+})  # fmt: skip
+"""Suffixes of the picture formats that Pillow decodes by itself. Left out are programs (EPS), stubs, formats of
+measured numbers, whose range is unknown (FITS, PFM), and IM, which Pillow gives up."""
+
+WHITE_IS_ZERO = 0
+PHOTOMETRIC = 262
+"""Tag of TIFF (6.0, section 3) that says whether 0 is white (:data:`WHITE_IS_ZERO`) or black."""
 
 
 class ImageFileError(UserError):
@@ -31,8 +44,10 @@ def read_rgb(path: Path) -> Image.Image:
         with Image.open(path) as image:
             if image.format == "EPS":  # Ghostscript would run it as a program, whatever the suffix.
                 raise ImageFileError("PostScript")
+            raw = _raw_mode(image)
+            white_is_zero = isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
             image.load()
-            rgb = _on_white(_eight_bits(_upright(image)))
+            rgb = _on_white(_eight_bits(_upright(image), raw, image.format, white_is_zero=white_is_zero))
     except (ImageFileError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
@@ -61,13 +76,37 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _raw_mode(image: Image.Image) -> str:
+    """Return how the file stores its samples, in Pillow's words; known until the image is loaded."""
+    tiles = getattr(image, "tile", [])
+    arguments = tiles[0].args if tiles else ""
+    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
+
+
+def _eight_bits(image: Image.Image, raw: str, kind: str | None, *, white_is_zero: bool) -> Image.Image:
+    """Return an image with 8 bits a sample, and its transparent colour (``tRNS`` of PNG) in those."""
     # Pillow would clip samples of more than 8 bits to white.
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PPM"):  # It scales PPM to 0..65535.
+        return _from_sixteen_bits(image, 12 if raw == "I;12" else 16, white_is_zero=white_is_zero)
     if image.mode in ("I", "F"):
-        raise ImageFileError("32 bits a pixel; expected 8 or 16")
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        raise ImageFileError("samples of 32 bits or with a sign, whose range is unknown; expected 8 or 16 bits")
+    # Pillow scales samples to 8 bits, and leaves the transparent colour as the file has it.
+    transparent, most = image.info.get("transparency"), {"L;2": 3, "L;4": 15}.get(raw)
+    if isinstance(transparent, int) and most is not None:
+        image.info["transparency"] = transparent * 255 // most
+    elif isinstance(transparent, tuple) and raw == "RGB;16B":  # The low bits are gone, so near colours count as well.
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
     return image
+
+
+def _from_sixteen_bits(image: Image.Image, bits: int, *, white_is_zero: bool) -> Image.Image:
+    samples_HW = np.asarray(image)
+    gray_HW = (samples_HW >> (bits - 8)).astype(np.uint8)
+    gray = Image.fromarray(255 - gray_HW if white_is_zero else gray_HW)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        gray.putalpha(Image.fromarray(np.where(samples_HW == transparent, 0, 255).astype(np.uint8)))
+    return gray
 
 
 def _on_white(image: Image.Image) -> Image.Image:

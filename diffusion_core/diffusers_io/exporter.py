@@ -16,6 +16,7 @@ from diffusion_core.diffusers_io.scheduler import EXTRA, fewer_steps, scheduler_
 from diffusion_core.diffusers_io.source import CLASSES_FILE
 from diffusion_core.diffusers_io.unet import unet_config
 from diffusion_core.model.unet import NO_LABEL
+from diffusion_core.sampling.labels import find_label
 from diffusion_core.tracking import BEST
 
 PIPELINE_STEPS = 1000
@@ -97,9 +98,4 @@ def pick_label(text: str | None, checkpoint: Checkpoint, has_null_class: bool) -
         if not has_null_class:
             raise ConfigError("--label = 'none': the model was trained with train.label_dropout = 0; name a class")
         return NO_LABEL
-    names = {name: label for label, name in enumerate(checkpoint.class_names)}
-    label = int(text) if text.isdecimal() else names.get(text, number)
-    if label >= number:
-        shown = ", ".join(checkpoint.class_names[:20])
-        raise ConfigError(f"--label = {text!r}: expected none, or one of 0 to {number - 1} or of {shown}")
-    return label
+    return find_label("--label", text, checkpoint.class_names[:number], "none, or one")

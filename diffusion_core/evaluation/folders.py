@@ -14,19 +14,27 @@ import torch
 from torch import Tensor
 
 from diffusion_core.config.metrics import space_name
+from diffusion_core.data.classes import shown_classes
 from diffusion_core.data.datasets import DataError
-from diffusion_core.data.image_files import IMAGE_SUFFIXES, ImageFileError, read_rgb
+from diffusion_core.data.folders import (
+    SAMPLE_NAME,
+    Arrangement,
+    FolderError,
+    Listing,
+    arrange,
+    list_images,
+    notes,
+    passed_over_line,
+)
+from diffusion_core.data.image_files import ImageFileError, read_rgb
 from diffusion_core.distributed import own_positions
 from diffusion_core.evaluation.features import Extractor
 from diffusion_core.evaluation.measure import FEWEST, Reference, Seen, look
 from diffusion_core.evaluation.reference import read_statistics
-from diffusion_core.messages import reason_of
+from diffusion_core.messages import counted, reason_of
 
-SAMPLE_NAME = re.compile(r"(\d+)-\d+\.png")
-"""``{label}-{index}.png``: file names of scripts/sample_images.py."""
-
-NOT_IMAGES = frozenset({"grid.png", "diffusion.gif"})
-"""Other files of scripts/sample_images.py."""
+SAMPLE_LABEL = re.compile(r"(\d+)-\d+\.png")
+"""The label in a file name of scripts/sample_images.py."""
 
 STATISTICS_SUFFIX = ".npz"
 STATISTICS_SPACE = "statistics"
@@ -41,11 +49,15 @@ class ImageFolder:
         path: the folder.
         files: the image files, sorted.
         labels: classes of the images if all file names contain them, else None.
+        class_names: names of the class folders, if there are any.
+        notes: what the user is told of how the folder was read, a line each.
     """
 
     path: Path
     files: tuple[Path, ...]
     labels: tuple[int, ...] | None
+    class_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -81,23 +93,46 @@ class ImageFolder:
 
 
 def image_folder(path: Path) -> ImageFolder:
-    """Return the images in a folder; if it contains none, those in its sub-folders.
+    """Return the images of a folder: those of all its splits and classes, or those in it if it has no class folders.
+
+    Samples of scripts/sample_images.py are read without the folders beside them.
 
     Raises:
-        DataError: if there is no such folder, or no image in it.
+        DataError: if there is no such folder, no image in it, or its layout is ambiguous.
     """
     if not path.is_dir():
         raise DataError(f"{str(path)!r}: no such folder")
-    files = _images(path.iterdir()) or _images(path.rglob("*"))
-    if not files:
-        raise DataError(f"{str(path)!r}: no images in it; expected {', '.join(sorted(IMAGE_SUFFIXES))}")
-    matches = [SAMPLE_NAME.fullmatch(file.name) for file in files]
+    try:
+        listing = list_images(path)
+        samples = [name for name in listing.images if "/" not in name]
+        are_samples = bool(samples) and all(map(SAMPLE_NAME.fullmatch, samples))
+        found = None if are_samples or len(samples) == len(listing.images) else arrange(listing)
+    except FolderError as error:
+        raise DataError(f"{str(path)!r}: {error}") from None
+    names = samples if found is None else found.images
+    if not names:
+        told = f" ({passed_over_line(listing.passed_over)})" if listing.passed_over else ""
+        raise DataError(f"{str(path)!r}: no images in it{told}; expected such as .png, .jpg, .webp or .tif")
+    matches = [SAMPLE_LABEL.fullmatch(Path(name).name) for name in names]
     labels = tuple(int(match[1]) for match in matches if match)
-    return ImageFolder(path, tuple(files), labels if len(labels) == len(files) else None)
+    return ImageFolder(
+        path,
+        tuple(path / name for name in names),
+        labels if len(labels) == len(names) else None,
+        found.class_names if found else (),
+        (*_what_is_read(listing, found), *notes(listing, found)),
+    )
 
 
-def _images(paths: Iterator[Path]) -> list[Path]:
-    return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.name not in NOT_IMAGES)
+def _what_is_read(listing: Listing, found: Arrangement | None) -> Iterator[str]:
+    if found is None:
+        if below := sum("/" in name for name in listing.images):
+            yield f"{counted(below, 'image')} in folders beside the samples: not read"
+        return
+    yield shown_classes(found.class_names)
+    splits = [f"{folder}/" for folder in (found.train_folder, found.val_folder, *found.unread) if folder]
+    if len(splits) > 1:
+        yield f"all splits are measured together: {', '.join(splits)}; name one to measure it alone"
 
 
 def is_statistics(path: Path) -> bool:

@@ -7,17 +7,20 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from diffusion_core.checkpoint import Checkpoint
-from diffusion_core.config import CoreConfig
+from diffusion_core.config import CoreConfig, TrainConfig
 from diffusion_core.config.metrics import goal_of
 from diffusion_core.data.datasets import Dataset
 from diffusion_core.files import write_json_lines
 from diffusion_core.hardware import pick_precision
+from diffusion_core.messages import duration
 from diffusion_core.run_folder import HISTORY_FILE, read_history
 from diffusion_core.sampling import media
 from diffusion_core.sampling.generation import Generator, all_labels, requests
+from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import STEP, Tracker
 from diffusion_core.training.recorded import log_rows
 from diffusion_core.training.trainer import TrainState, is_due
@@ -27,6 +30,12 @@ WORSE_LOSS = 1.5
 
 WORSE_SHARE = 0.75
 """A quality below its best value times this is a regression."""
+
+WORTH_SAYING_S = 60.0
+"""Seconds of training from which its duration is printed."""
+
+LONG_S = 86_400.0
+"""Seconds of training on a processor from which a warning is printed."""
 
 PREEMPTIONS = 3
 """Number of preemptions at which a trial raises an alert."""
@@ -100,6 +109,56 @@ class LogHistory:
         numbers = {key: value for key, value in row.items() if not isinstance(value, Path)}
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({STEP: state.step, **numbers}) + "\n")
+
+
+class SayDuration:
+    """Once, after the first steps, print how long training will take; warn if a processor would take days.
+
+    The first step is not timed, as it compiles and allocates. A GPU works behind the loop, so there the second row of
+    figures counts.
+
+    Args:
+        train: number of steps and images a step.
+        device: where it trains.
+    """
+
+    def __init__(self, train: TrainConfig, device: torch.device) -> None:
+        self.train = train
+        self.device = device
+        self.said = False
+        self.calls = self.rows = 0
+        self.before = 0.0
+
+    def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
+        """Print the estimate as soon as there is one."""
+        if self.said:
+            return
+        seconds = self._seconds_of_a_step(row, state.since_row.seconds)
+        if seconds is None:
+            return
+        self.said = True
+        left = seconds * (self.train.steps - state.step)
+        if left >= WORTH_SAYING_S:
+            steps = f"{self.train.steps - state.step:,} more steps"
+            say(f"training: {seconds:.2g} s a step, about {duration(left)} for {steps}")
+        if left >= LONG_S and self.device.type == "cpu":
+            say(
+                f"warning: train.steps = {self.train.steps}: takes about {duration(left)} on this processor; use a "
+                "GPU, fewer steps, or a smaller network (--preset=digits has one)"
+            )
+
+    def _seconds_of_a_step(self, row: dict[str, Any], summed: float) -> float | None:
+        """Return how long a step takes, without callbacks; None as long as that is unknown."""
+        self.calls += 1
+        passed, self.before = summed - self.before, summed
+        if rate := row.get("train/images_per_second"):
+            self.rows += 1
+            self.before = 0.0
+            if self.calls > 1 and (self.device.type == "cpu" or self.rows > 1):
+                return self.train.images_per_step / float(rate)
+        elif self.calls > 1 and self.device.type == "cpu" and passed > 0:
+            return passed
+        return None
 
 
 class WatchQuality:

@@ -1,4 +1,4 @@
-"""Find the checkpoint that a run resumes from, and check that it was trained with the same configuration."""
+"""Find the checkpoint that a run resumes from; check that its configuration and its classes are the same."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_core.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint
-from diffusion_core.config import ConfigError, CoreConfig, flatten
+from diffusion_core.config import ConfigError, CoreConfig, DataConfig, flatten
+from diffusion_core.data.classes import in_order, same_classes, shown_classes
+from diffusion_core.data.datasets import Dataset, in_recorded_order
 from diffusion_core.redact import redacted
 
 NEEDED = ("model",)
@@ -74,6 +76,38 @@ def check_same_run(config: CoreConfig, then: Mapping[str, Any], folder: Path, *,
                 f"{key} = {value!r}: the run in {str(folder)!r} was started with {then[key]!r}{hint}; choose another "
                 f"log.dir, or set it back to continue"
             )
+
+
+def with_labels_of(checkpoint: Checkpoint, config: DataConfig, dataset: Dataset) -> Dataset:
+    """Return the images with the labels of the checkpoint that a run resumes from.
+
+    The order of classes may have been another one when the run was started; it stays.
+
+    Raises:
+        ConfigError: if the classes are not those of the checkpoint, and the model knows them.
+    """
+    if checkpoint.metadata["num_classes"] and not same_classes(dataset.class_names, checkpoint.class_names):
+        key, value = ("data.path", config.path) if config.path else ("data.name", config.name)
+        raise ConfigError(
+            f"{key} = {value!r}: holds {shown_classes(dataset.class_names)}; the run was started with "
+            f"{shown_classes(checkpoint.class_names)} ({str(checkpoint.path)!r}); choose another log.dir, or the "
+            "images of the run"
+        )
+    return in_recorded_order(dataset, config, checkpoint.class_names)
+
+
+def check_same_labels(source: Checkpoint, teacher: Checkpoint) -> None:
+    """Check that a label means the same class for the network to start from and for its teacher.
+
+    Raises:
+        ConfigError: if they know the same classes in different orders.
+    """
+    names = teacher.class_names
+    if in_order(names, source.class_names) != tuple(names):
+        raise ConfigError(
+            f"distill.checkpoint = {str(teacher.path)!r}: knows {shown_classes(names)}, in another order than "
+            f"{str(source.path)!r}; choose a teacher that was trained with the same order"
+        )
 
 
 def is_longer(config: CoreConfig, then: Mapping[str, Any]) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -55,6 +56,26 @@ def describe_data(name: str, dataset: Dataset) -> dict[str, Any]:
         "val_images": len(dataset.val),
         "sha256": dataset_sha256(dataset),
     }
+
+
+def describe_changed(file: Path, described: Mapping[str, Any]) -> str | None:
+    """Return a warning if a run's images are not those of ``data.json``; None if they are, or it cannot be read.
+
+    Args:
+        file: the run's ``data.json``.
+        described: the images now, as :func:`describe_data` describes them.
+    """
+    try:
+        then = json.loads(file.read_text(encoding="utf-8"))
+        if then["sha256"] == described["sha256"]:
+            return None
+        counts = f"{then['train_images']:,} for training and {then['val_images']:,} held out"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return (
+        f"warning: data.name = {described['name']}: not the images that the run was started with, which were {counts}; "
+        f"now {described['train_images']:,} and {described['val_images']:,}"
+    )
 
 
 def system_facts(

@@ -143,7 +143,8 @@ def test_a_tree_keeps_its_shape_and_loses_what_is_no_use(tmp_path: Path, capsys:
     assert content["dropped"] == {"corrupt": 3, "too large": 1, "too small": 1}
     assert content["ignored"] == {".txt": 1, "hidden": 2, "without a suffix": 1}
     assert content["classes"] == {"test/cat": 2, "test/dog": 2, "train/cat": 5, "train/dog": 4}
-    assert content["notes"] == []
+    assert content["notes"] == ["passed over: 2 hidden, 1 .txt, 1 without a suffix"]
+    assert content["refused_by_training"] is None
     details = {entry["image"]: entry["detail"] for entry in content["images_dropped"]}
     assert details["train/cat/small.png"] == "40x7, expected 8 or more"
     assert "truncated" in details["train/dog/cut.jpg"]
@@ -297,25 +298,28 @@ def test_links(tmp_path: Path) -> None:
     (source / "a" / "broken.png").symlink_to(tmp_path / "nowhere.png")
     os.mkfifo(source / "a" / "pipe.png")
     assert prepare(source, tmp_path / "target") == 0
-    assert images(tmp_path / "target") == ["a/file.png", "a/near.png"]
+    assert images(tmp_path / "target") == ["a/file.png", "a/near.png", "b/far.png"]
     assert dropped(tmp_path / "target") == {"a/broken.png": "unreadable"}
-    assert report(tmp_path / "target")["ignored"] == {"link to a folder": 2, ".png": 1}
-    assert "2 links to folders" in report(tmp_path / "target")["notes"][0]
+    assert report(tmp_path / "target")["ignored"] == {"link to a folder above it": 1, ".png": 1}
+    assert "link to a folder above it" in report(tmp_path / "target")["notes"][0]
     write(tmp_path / "nowhere.png", gradient())
     assert prepare(source, tmp_path / "target") == 0
     assert dropped(tmp_path / "target") == {}
 
 
-def test_what_training_would_stumble_over_is_said(tmp_path: Path) -> None:
+def test_what_training_would_stumble_over_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "s" / "loose.png", gradient())
     write(tmp_path / "s" / "a" / "0.png", gradient())
     write(tmp_path / "s" / "b" / "0.png", gradient(4, 4))
     assert prepare(tmp_path / "s", tmp_path / "t") == 0
-    assert images(tmp_path / "t") == ["a/0.png", "loose.png"]
+    assert images(tmp_path / "t") == ["a/0.png"]
     assert not (tmp_path / "t" / "b").exists()
     loose, lost = report(tmp_path / "t")["notes"]
-    assert "1 images lie in no class folder" in loose
+    assert loose == "1 image in no class folder: loose.png"
     assert "'b'" in lost
+    out = capsys.readouterr().out
+    assert "to train:" not in out.replace("not ready to train:", "")
+    assert "not ready to train: class 'a' has 1 image; expected at least 2" in out
 
 
 def test_duplicates(tmp_path: Path) -> None:

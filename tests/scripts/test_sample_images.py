@@ -187,7 +187,7 @@ def test_a_model_without_labels_can_be_guided_too(tmp_path: Path, run: Path, cap
 @pytest.mark.parametrize(
     ("words", "fragments"),
     [
-        (["--labels", "0,33"], ["--labels = '33'", "0 to 9"]),
+        (["--labels", "0,33"], ["--labels = '33'", "0, 1, 2"]),
         (["--labels", "cat"], ["--labels = 'cat'"]),
         (["--num-images", "0"], ["--num-images = '0'", "integer >= 1"]),
         (["--num-images", "many"], ["--num-images = 'many'"]),

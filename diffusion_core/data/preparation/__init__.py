@@ -11,7 +11,7 @@ report.py     report which images were kept and dropped, and why
 
 from diffusion_core.data.preparation.prepare import prepare
 from diffusion_core.data.preparation.records import DATA_SETS, InputError, Settings
-from diffusion_core.data.preparation.report import describe, ignored_line
+from diffusion_core.data.preparation.report import describe
 from diffusion_core.data.preparation.sources import SUFFIXES, find_images
 from diffusion_core.data.preparation.target import REPORT_FILE, check_target
 
@@ -24,6 +24,5 @@ __all__ = [
     "check_target",
     "describe",
     "find_images",
-    "ignored_line",
     "prepare",
 ]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 
-from diffusion_core.data.preparation.records import InputError, Job, Prepared, Settings
+from diffusion_core.data.preparation.records import InputError, Prepared, Settings, Source
 from diffusion_core.data.preparation.report import build_report
 from diffusion_core.data.preparation.target import (
     JOURNAL_FILE,
@@ -23,16 +22,13 @@ from diffusion_core.data.preparation.workers import run
 from diffusion_core.files import write_json
 
 
-def prepare(
-    jobs: Sequence[Job], ignored: Mapping[str, int], settings: Settings, target: Path, workers: int, *, write: bool
-) -> Prepared:
+def prepare(source: Source, settings: Settings, target: Path, workers: int, *, write: bool) -> Prepared:
     """Run the jobs that no earlier call finished, and bring TARGET up to date.
 
     If it is interrupted, the same call continues from there.
 
     Args:
-        jobs: all images of the source, sorted.
-        ignored: number of ignored files by kind, for the report.
+        source: the images.
         settings: settings of TARGET.
         target: the folder to write.
         workers: number of processes.
@@ -42,15 +38,15 @@ def prepare(
         InputError: if TARGET cannot be written, or a worker was killed.
     """
     old = read_journal(target / JOURNAL_FILE)
-    done = still_valid(jobs, old, target)
+    done = still_valid(source.jobs, old, target)
     removed = 0
     try:
         if write:
             target.mkdir(parents=True, exist_ok=True)
             write_json(target / SETTINGS_FILE, asdict(settings))
-        made = run(jobs, done, settings, target, workers, write=write)
+        made = run(source.jobs, done, settings, target, workers, write=write)
         results = without_duplicates(made)
-        report = build_report(settings, results, ignored)
+        report = build_report(settings, results, source)
         if write:
             remove(target, made, results)
             removed = remove(target, old, results)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +41,21 @@ class Job(NamedTuple):
     """Changes whenever the source image changes."""
     pixels: np.ndarray | None = None
     """The image itself if it comes from a data set: ``(H, W)`` or ``(H, W, 3)``, uint8."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The images to prepare.
+
+    Attributes:
+        jobs: all images, sorted.
+        ignored: number of files and folders that are not read, by kind.
+        notes: what the user is told of how the folder was read, a line each.
+    """
+
+    jobs: list[Job]
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

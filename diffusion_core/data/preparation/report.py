@@ -7,50 +7,56 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from diffusion_core.data.preparation.records import DATA_SETS, Prepared, Result, Settings
+from diffusion_core.data.folders import FolderError, Listing, arrange, check_trainable
+from diffusion_core.data.preparation.records import Prepared, Result, Settings, Source
+from diffusion_core.messages import counted, listed, printable
 
 EXAMPLES = 3
 
 
-def build_report(settings: Settings, results: Sequence[Result], ignored: Mapping[str, int]) -> dict[str, Any]:
+def build_report(settings: Settings, results: Sequence[Result], source: Source) -> dict[str, Any]:
     """Return the content of the report file."""
     dropped = [result for result in results if result.dropped]
-    found = count_by_class([result.source for result in results])
-    kept = count_by_class([result.source for result in results if not result.dropped])
+    kept = [result.target for result in results if not result.dropped]
+    found = count_by_class([result.target for result in results])
     return {
         "settings": asdict(settings),
         "found": len(results),
-        "kept": len(results) - len(dropped),
+        "kept": len(kept),
         "dropped": dict(sorted(Counter(result.dropped for result in dropped).items())),
-        "ignored": dict(sorted(ignored.items())),
-        "classes": dict(sorted(kept.items())),
-        "notes": list(notes(settings, found, kept, ignored)),
+        "ignored": dict(sorted(source.ignored.items())),
+        "classes": count_by_class(kept),
+        "notes": [*source.notes, *lost_classes(found, count_by_class(kept))],
+        "refused_by_training": problem_of(kept) if kept else None,
         "images_dropped": [
             {"image": result.source, "reason": result.dropped, "detail": result.detail} for result in dropped
         ],
     }
 
 
-def count_by_class(paths: Sequence[str]) -> Counter[str]:
-    """Count the images of each class folder that training would see; images in no class folder count under ''."""
-    parts = [path.split("/")[:-1] for path in paths]
-    top = sorted({part[0] for part in parts if part})
-    depth = 2 if top in (["test", "train"], ["train", "val"]) else 1
-    return Counter("/".join(part[:depth]) if len(part) >= depth else "" for part in parts)
+def count_by_class(names: Sequence[str]) -> dict[str, int]:
+    """Count the images of each class, by ``CLASS`` or ``SPLIT/CLASS``; by top folder if training refuses the layout."""
+    try:
+        found = arrange(Listing.of_names(names))
+    except FolderError:
+        return dict(sorted(Counter(name.partition("/")[0] if "/" in name else "" for name in names).items()))
+    depth = 2 if found.train_folder else 1
+    return dict(sorted(Counter("/".join(name.split("/")[:-1][:depth]) for name in found.images).items()))
 
 
-def notes(
-    settings: Settings, found: Mapping[str, int], kept: Mapping[str, int], ignored: Mapping[str, int]
-) -> Iterator[str]:
-    """Yield what the user should know before training."""
-    if settings.source in DATA_SETS:
-        return
-    if loose := found.get(""):
-        yield f"{loose} images lie in no class folder; training ignores them"
+def problem_of(names: Sequence[str]) -> str | None:
+    """Return why training refuses a folder of these images; None if it does not."""
+    try:
+        check_trainable(arrange(Listing.of_names(names)))
+    except FolderError as error:
+        return str(error)
+    return None
+
+
+def lost_classes(found: Mapping[str, int], kept: Mapping[str, int]) -> Iterator[str]:
+    """Yield a line if all images of some classes were dropped."""
     if lost := sorted(set(found) - set(kept) - {""}):
-        yield f"all images of {len(lost)} class folders were dropped: {', '.join(map(repr, lost[:EXAMPLES]))}"
-    if links := ignored.get("link to a folder"):
-        yield f"{links} links to folders were not followed; copy the folders themselves into SOURCE"
+        yield f"all images of {counted(len(lost), 'class folder')} were dropped: {listed(map(repr, lost), EXAMPLES)}"
 
 
 def describe(prepared: Prepared, *, dry_run: bool) -> Iterator[str]:
@@ -65,18 +71,5 @@ def describe(prepared: Prepared, *, dry_run: bool) -> Iterator[str]:
             yield f"    {printable(result.source)}: {printable(result.detail)}"
     if prepared.removed:
         yield f"removed {prepared.removed} images of an earlier call, because their sources changed or are gone"
-    if report["ignored"]:
-        yield ignored_line(report["ignored"])
     for note in report["notes"]:
         yield f"note: {note}"
-
-
-def ignored_line(ignored: Mapping[str, int]) -> str:
-    """Return how many files were ignored, by kind, most frequent first."""
-    counts = Counter(ignored).most_common()
-    return f"ignored: {', '.join(f'{count} {printable(kind)}' for kind, count in counts) or 'nothing'}"
-
-
-def printable(text: str) -> str:
-    """Escape the characters of a file name that a terminal cannot show on one line."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import os
 import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusion_core.data.image_files import IMAGE_SUFFIXES
-from diffusion_core.data.preparation.records import DATA_SETS, InputError, Job, Settings
+from diffusion_core.data.folders import FolderError, arrange, list_images, notes
+from diffusion_core.data.preparation.records import DATA_SETS, InputError, Job, Settings, Source
 
 SUFFIXES = {"png": ".png", "jpeg": ".jpg"}
 
 
-def find_images(settings: Settings, root: str | None = None) -> tuple[list[Job], Counter[str]]:
-    """Return a job for every image, sorted, and the number of ignored files by kind.
+def find_images(settings: Settings, root: str | None = None) -> Source:
+    """Find the images of a folder or of a data set.
 
     Args:
         settings: their source is a folder or the name of a data set.
@@ -26,45 +25,40 @@ def find_images(settings: Settings, root: str | None = None) -> tuple[list[Job],
         InputError: if the images cannot be read or downloaded.
     """
     if settings.source in DATA_SETS:
-        return data_set_jobs(settings.source, root), Counter()
-    return folder_jobs(Path(settings.source), SUFFIXES[settings.format])
+        return Source(data_set_jobs(settings.source, root))
+    return folder_source(Path(settings.source), SUFFIXES[settings.format])
 
 
-def folder_jobs(root: Path, suffix: str) -> tuple[list[Job], Counter[str]]:
-    """Return a job for every image file below a folder, sorted, and the number of ignored files by kind."""
-    stamps: dict[str, str] = {}
-    ignored: Counter[str] = Counter()
-    folders = [root]
-    while folders:
-        folder = folders.pop()
-        try:
-            entries = list(os.scandir(folder))
-        except OSError as error:
-            raise InputError(
-                f"SOURCE = {str(root)!r}: cannot read {str(folder)!r} ({error.strerror}); make it readable or move it "
-                "away"
-            ) from None
-        for entry in entries:
-            kind = Path(entry.name).suffix.lower()
-            if entry.name.startswith("."):
-                ignored["hidden"] += 1
-            elif entry.is_dir():
-                if entry.is_symlink():  # The link may form a cycle or leave SOURCE.
-                    ignored["link to a folder"] += 1
-                else:
-                    folders.append(Path(entry.path))
-            elif kind in IMAGE_SUFFIXES and (entry.is_file() or entry.is_symlink()):
-                stamps[Path(entry.path).relative_to(root).as_posix()] = stamp(entry)
-            else:
-                ignored[kind or "without a suffix"] += 1
-    names = sorted(stamps, key=lambda name: name.split("/"))
-    return [Job(name, output, stamps[name]) for name, output in output_names(names, suffix).items()], ignored
+def folder_source(root: Path, suffix: str) -> Source:
+    """Return the images below a folder that training reads.
+
+    Images in no class folder are passed over if there are class folders. A folder whose layout training refuses is
+    prepared whole.
+
+    Raises:
+        InputError: if a folder cannot be read.
+    """
+    try:
+        listing = list_images(root)
+    except FolderError as error:
+        raise InputError(f"SOURCE = {str(root)!r}: {error}") from None
+    try:
+        found = arrange(listing)
+    except FolderError:
+        found = None
+    names = listing.images if found is None else found.images
+    outputs = output_names(names, suffix)
+    jobs = [Job(name, outputs[name], stamp(root / name)) for name in names]
+    ignored = Counter(listing.passed_over)
+    if loose := len(listing.images) - len(names):
+        ignored["in no class folder"] = loose
+    return Source(jobs, ignored, tuple(notes(listing, found)))
 
 
-def stamp(entry: os.DirEntry[str]) -> str:
+def stamp(path: Path) -> str:
     """Return the size and the time of a file; empty for a broken link, which the worker reports."""
     try:
-        status = entry.stat()
+        status = path.stat()
     except OSError:
         return ""
     return f"{status.st_size}-{status.st_mtime_ns}"

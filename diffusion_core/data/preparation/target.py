@@ -9,10 +9,11 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from diffusion_core.data.folders import PREPARED
 from diffusion_core.data.preparation.records import UNREADABLE, InputError, Job, Result, Settings
 from diffusion_core.files import write_json_lines
 
-SETTINGS_FILE = ".prepare.json"
+SETTINGS_FILE = PREPARED
 JOURNAL_FILE = ".prepare.jsonl"
 """One line per image, appended as soon as it is done; a later call skips these images."""
 REPORT_FILE = "report.json"

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from diffusion_core.config import DataConfig
 from diffusion_core.data.batches import Batches
-from diffusion_core.data.datasets import DataError, Images, load_data, read_image, stratified_split, to_uint8, to_unit
+from diffusion_core.data.datasets import DataError, Images, load_data, stratified_split, to_uint8, to_unit
+from diffusion_core.data.labelled_folder import read_image
 from diffusion_core.randomness import Purpose, stream_seed
 
 CPU = torch.device("cpu")

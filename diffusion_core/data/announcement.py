@@ -1,0 +1,45 @@
+"""Say which images a command works with, and warn of data that are hardly what the user meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from diffusion_core.config import DataConfig, ModelConfig, TrainConfig
+from diffusion_core.data.classes import shown_classes
+from diffusion_core.data.datasets import Dataset
+from diffusion_core.messages import counted
+from diffusion_core.redact import redact
+from diffusion_core.terminal.progress import say
+
+WARNING = "warning: "
+
+
+def announce_data(config: DataConfig, dataset: Dataset) -> None:
+    """Print how many images and classes there are, which images are held out, and what was not read, to stderr."""
+    for line in describe_images(config, dataset):
+        say(redact(line))
+
+
+def describe_images(config: DataConfig, dataset: Dataset) -> Iterator[str]:
+    """Yield the lines of :func:`announce_data`."""
+    name = f"{config.name} {config.path!r}" if config.path else config.name
+    held_out = f"{len(dataset.val):,} held out{f' ({dataset.held_out})' if dataset.held_out else ''}"
+    count = counted(len(dataset.train), "image")
+    yield f"data: {name}: {count} for training, {held_out}; {shown_classes(dataset.class_names)}"
+    for note in dataset.notes:
+        yield note if note.startswith(WARNING) else f"data: {note}"
+
+
+def advise(model: ModelConfig, train: TrainConfig, dataset: Dataset) -> Iterator[str]:
+    """Yield warnings of images that can hardly teach a model."""
+    if dataset.num_classes == 1 and model.class_conditional:
+        yield (
+            f"{WARNING}model.class_conditional = True: there is one class, {dataset.class_names[0]!r}, so labels mean "
+            "nothing; put the images of each class into a folder of its own, or set it to false"
+        )
+    total, images = train.images_per_step, len(dataset.train)
+    if total > images:
+        yield (
+            f"{WARNING}train.batch_size = {total}: more than the {counted(images, 'training image')}, so a step "
+            f"shows each {total / images:.2g} times; lower it, or add images"
+        )

@@ -1,0 +1,70 @@
+"""Which labels a user means by names and numbers of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from decimal import Decimal
+
+from diffusion_core.config import ConfigError
+from diffusion_core.data.classes import SHOWN, are_numbers, normal
+from diffusion_core.messages import listed
+
+
+def find_labels(option: str, text: str, class_names: Sequence[str]) -> list[int]:
+    """Return the labels of a list such as ``0,3,7`` or ``cat,dog``, each once.
+
+    A name may contain commas and spaces. Of several ways to read the list, the one with the longest names counts.
+
+    Raises:
+        ConfigError: if there is no such class; the message starts with ``option``.
+    """
+    words = text.split(",")
+    labels, start = [], 0
+    while start < len(words):
+        for end in range(len(words), start, -1):
+            label = _named(",".join(words[start:end]), class_names)
+            if label is not None:
+                break
+        else:
+            label, end = find_label(option, words[start], class_names), start + 1
+        labels.append(label)
+        start = end
+    return list(dict.fromkeys(labels))
+
+
+def find_label(option: str, word: str, class_names: Sequence[str], others: str = "all, or some") -> int:
+    """Return the label of a class, by its name or its number from 0.
+
+    A name counts before a number. If all names are numbers, a number is a name, also written otherwise (``07``).
+
+    Args:
+        option: for messages.
+        word: what the user typed.
+        class_names: by label.
+        others: for messages, what else is accepted.
+
+    Raises:
+        ConfigError: if there is no such class.
+    """
+    label = _named(word, class_names)
+    if label is not None:
+        return label
+    word, numbers = word.strip(), are_numbers(class_names)
+    if numbers and are_numbers([word]):
+        equal = [label for label, name in enumerate(class_names) if Decimal(name) == Decimal(word)]
+        if len(equal) == 1:
+            return equal[0]
+    elif word.isascii() and word.isdecimal() and int(word) < len(class_names):
+        return int(word)
+    known = f"of {listed(class_names, SHOWN)}"
+    numbered = "" if numbers else f"of 0 to {len(class_names) - 1} or "
+    raise ConfigError(f"{option} = {word!r}: expected {others} {numbered}{known}")
+
+
+def _named(word: str, class_names: Sequence[str]) -> int | None:
+    """Return the label of the class of this name, or of the only one that differs in spaces around it; None if none."""
+    names = [normal(name) for name in class_names]
+    for wanted in (normal(word), normal(word.strip())):
+        if wanted in names:
+            return names.index(wanted)
+    return None
