@@ -96,7 +96,12 @@ def dry_run(config: TrialConfig) -> int:
     cost = count_cost(network)
     checkpoint_bytes = 4 * 4 * cost.params
     print(to_yaml(config, without_secrets=True), end="")
-    print(f"# model: {cost.params:,} parameters, {cost.macs:,} MACs an image of {channels} x {size} x {size}")
+    attention = f" ({cost.macs_with_attention:,} with the products of attention)" * (
+        cost.macs_with_attention > cost.macs
+    )
+    print(
+        f"# model: {cost.params:,} parameters, {cost.macs:,} MACs{attention} an image of {channels} x {size} x {size}"
+    )
     print(f"# checkpoint: about {checkpoint_bytes / 1e6:,.0f} MB, {config.checkpoint.keep} kept and the best one")
     return 0
 
