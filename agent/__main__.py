@@ -96,11 +96,9 @@ def dry_run(config: TrialConfig) -> int:
     cost = count_cost(network)
     checkpoint_bytes = 4 * 4 * cost.params
     print(to_yaml(config, without_secrets=True), end="")
-    attention = f" ({cost.macs_with_attention:,} with the products of attention)" * (
-        cost.macs_with_attention > cost.macs
-    )
     print(
-        f"# model: {cost.params:,} parameters, {cost.macs:,} MACs{attention} an image of {channels} x {size} x {size}"
+        f"# model: {cost.params:,} parameters, {cost.macs:,} MACs an image of {channels} x {size} x {size} "
+        f"({cost.macs_with_attention:,} with the products of attention)"
     )
     print(f"# checkpoint: about {checkpoint_bytes / 1e6:,.0f} MB, {config.checkpoint.keep} kept and the best one")
     return 0
