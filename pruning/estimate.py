@@ -17,7 +17,7 @@ from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.registries import DATASETS
 from diffusion_core.sampling.media import GIF_COLUMNS, GIF_ROWS
 from diffusion_core.sampling.samplers import evaluations
-from diffusion_core.training.ema import profiles
+from diffusion_core.training.ema import copies
 from pruning.config import PruneConfig
 
 FLOAT_BYTES = 4
@@ -112,9 +112,9 @@ def checkpoint_bytes(config: CoreConfig, prune: PruneConfig, params: int) -> int
 
     Structured pruning makes later checkpoints smaller. This is not counted.
     """
-    copies = 3 + len(profiles(config.ema))
+    stored = 3 + copies(config.ema)
     masks = 0 if prune.method in ("none", "structured") else params
-    return FLOAT_BYTES * copies * params + masks
+    return FLOAT_BYTES * stored * params + masks
 
 
 def trainings(prune: PruneConfig) -> int:

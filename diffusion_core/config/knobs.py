@@ -154,9 +154,10 @@ class TrainConfig(Section):
     """Largest norm of the gradient; None leaves it as it is."""
     label_dropout: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     """Share of training images shown without their label, which classifier-free guidance needs."""
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
-    """Arithmetic of the network; auto is bf16 where the processor or GPU computes in it. Weights stay fp32. tf32 lets a
-    GPU round the factors of products to 10 bits; a processor computes in fp32 then."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the network; auto is bf16 where the processor or GPU computes in it, and fp16 on older GPUs with
+    tensor cores (V100, T4). Weights stay fp32. fp16 scales the loss, and skips steps whose gradients overflow. tf32
+    lets a GPU round the factors of products to 10 bits; a processor computes in fp32 then."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     compile: Literal["auto", "none", "blocks", "network"] = "auto"

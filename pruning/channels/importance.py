@@ -130,8 +130,8 @@ def over_timesteps(network: UNet, prune: PruneConfig, calibration: Calibration) 
     ``prune.calibration_batches`` evenly spaced timesteps are visited in the order of increasing noise, each with its
     own batch of images and noise, until the error of the predicted noise falls below ``prune.threshold`` times the
     largest one so far. The gradients are those of the training loss. Both published programs, ``ddpm_prune.py`` and
-    ``ddpm_exp/prune.py``, use one batch of images and noise for all timesteps instead. The former also adds the gradient
-    at the timestep that falls below the threshold, which the paper, the latter and this function leave out.
+    ``ddpm_exp/prune.py``, use one batch of images and noise for all timesteps instead. The former also adds the
+    gradient at the timestep that falls below the threshold, which the paper, the latter and this function leave out.
     """
     weights = _weights(network)
     total = {name: torch.zeros_like(weight) for name, weight in weights.items()}

@@ -60,9 +60,9 @@ def find_counts(
 ) -> Counts:
     """Bisect the amount of removal until the network reaches the target cost.
 
-    Widths are multiples of ``prune.round_to``. If it is not set, they are multiples of the number of groups of the group
-    norms, so that all norms keep their groups; if these miss the target, multiples of its next smaller divisor, and so
-    on. A width that is a multiple of a divisor leaves its norm at least that many groups.
+    Widths are multiples of ``prune.round_to``. If it is not set, they are multiples of the number of groups of the
+    group norms, so that all norms keep their groups. If these miss the target, they are multiples of its next smaller
+    divisor, and so on. A multiple of a divisor leaves a norm at least that many groups.
 
     Args:
         network: the network to shrink.
