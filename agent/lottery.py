@@ -158,7 +158,7 @@ class Lottery:
             if this.number == 1:
                 dense = read_checkpoint(this.before.folder(self.folder) / CHECKPOINTS).network().to(device)
                 keep_dense_images(state, dense, config)
-            warn_of_empty_layers(empty_layers(held_masks(state) or {}))
+            warn_of_empty_layers(empty_layers(held_masks(state) or {}), "lottery")
         return state
 
     def _keep_for_rewinding(self, config: TrialConfig, tracker: Tracker) -> Callback:

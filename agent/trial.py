@@ -41,6 +41,7 @@ from diffusion_core.training.teacher import keep_teacher
 from diffusion_core.training.trainer import Callback, TrainState
 from pruning.channels.reach import check_reach
 from pruning.consistency import dense_consistency
+from pruning.masks.mask import held_masks
 from pruning.pruner import is_pruned, records, resume_pruning
 from pruning.start import Source, Start, start_from
 from pruning.training import train_and_prune
@@ -184,7 +185,7 @@ def run_trial(
     result = None
     if is_main:
         alike = dense_consistency(state, config)
-        costs = costs_of(state.network, state.ema.network, saver.best_path)
+        costs = costs_of(state.network, state.ema.network, saver.best_path, held_masks(state))
         if pruned := records(state):
             costs["prune/sparsity"] = pruned[-1]["sparsity"]
         costs |= alike.figures

@@ -11,7 +11,10 @@ import torch
 
 from diffusion_core.config import ConfigError, TrainConfig
 
-Precision = Literal["fp32", "tf32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+
+AUTOCAST: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types of the precisions in which networks compute with fewer bits than their weights have."""
 
 
 def pick_device(config: TrainConfig) -> torch.device:
@@ -26,10 +29,15 @@ def pick_device(config: TrainConfig) -> torch.device:
 
 
 def pick_precision(config: TrainConfig, device: torch.device) -> Precision:
-    """The precision that a configuration asks for; ``auto`` is bf16 where the device computes in it."""
+    """The precision that a configuration asks for.
+
+    ``auto`` is bf16 where the device computes in it, fp16 on older GPUs that have tensor cores, and else fp32.
+    """
     if config.precision != "auto":
         return config.precision
-    return "bf16" if has_bf16(device) else "fp32"
+    if has_bf16(device):
+        return "bf16"
+    return "fp16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -44,7 +52,8 @@ def has_bf16(device: torch.device) -> bool:
 @contextmanager
 def autocast(device: torch.device, precision: Precision) -> Iterator[None]:
     """The context in which networks compute in that precision."""
-    with products(precision), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+    dtype = AUTOCAST.get(precision)
+    with products(precision), torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
         yield
 
 

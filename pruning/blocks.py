@@ -11,6 +11,11 @@ def block_of(name: str) -> str:
     return ".".join(words[:2]) if words[0] in ("down", "up") else words[0]
 
 
+def is_conditioning(name: str) -> bool:
+    """Return whether a parameter belongs to the path of time and label: its network, or its layer in a block."""
+    return not {"time_mlp", "label_embedding", "embed", "embed_scale"}.isdisjoint(name.split("."))
+
+
 def shared_blocks(levels: int) -> list[str]:
     """Return the blocks of ``prune.block_keep`` of a network with ``levels`` resolutions; ``up.0`` is the lowest."""
     return [*(f"down.{i}" for i in range(levels)), "middle", *(f"up.{i}" for i in range(levels))]

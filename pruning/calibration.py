@@ -13,7 +13,7 @@ from diffusion_core.data.batches import Batches
 from diffusion_core.data.datasets import Images
 from diffusion_core.diffusion.denoiser import Denoiser
 from diffusion_core.diffusion.draws import Draws, draw
-from diffusion_core.diffusion.losses import diffusion_loss
+from diffusion_core.diffusion.losses import diffusion_loss, noise_error
 from diffusion_core.model.unet import UNet
 from diffusion_core.randomness import Purpose, stream_seed
 from diffusion_core.terminal.progress import Shown
@@ -65,6 +65,12 @@ class Calibration:
             drawn.labels_B,
             self.config.diffusion,
             drawn.shown_B,
+        )
+
+    def noise_error(self, network: UNet, drawn: Draws) -> Tensor:
+        """Return the squared error of the noise that the network predicts, without weights, ``(B,)``, no gradient."""
+        return noise_error(
+            self._denoiser(network), drawn.x0_BCHW, drawn.noise_BCHW, drawn.t_B, drawn.labels_B, drawn.shown_B
         )
 
     def gradients(self, network: UNet, count: int) -> Iterator[dict[str, Tensor]]:

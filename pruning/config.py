@@ -45,7 +45,8 @@ class PruneConfig(Section):
     iterations: Annotated[int, Field(ge=1, le=100)] = 1
     """Rounds of structured removal. Each round ranks the channels again."""
     round_to: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Make widths multiples of this. None: as coarse as the target allows, so that group norms keep many groups."""
+    """Make widths multiples of this. None: of model.norm_groups, so that group norms keep all their groups, or of its
+    largest divisor that meets prune.target within 2%."""
     block_keep: list[Annotated[float, Field(gt=0.0, le=1.0)]] = Field(default=[])
     """Share to keep of each block: the resolutions on the way down, the middle, the resolutions on the way up; 1 spares
     a block. structured: the removed shares of channels are scaled together until prune.target is met. Masks with
@@ -53,7 +54,8 @@ class PruneConfig(Section):
     calibration_batches: Annotated[int, Field(ge=1, le=100_000)] = 100
     """Batches of training images for gradients. Timesteps are drawn as in training; for diff_pruning, evenly spaced."""
     threshold: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
-    """Diff-Pruning stops at the first timestep whose loss is below this share of the largest (Fang et al. 2023)."""
+    """Diff-Pruning stops at the first timestep at which the squared error of the predicted noise is below this share of
+    the largest (Fang et al. 2023), whatever the network predicts and however its loss is weighted."""
     step: Annotated[int, Field(ge=0)] | None = None
     """Optimizer steps before pruning, or before its start (gradual). Training continues afterwards. 0: at once, for a
     run with init.*. None: half of train.steps; gradual: a quarter; snip, synflow: 0. Layers that start at zero need
@@ -65,7 +67,7 @@ class PruneConfig(Section):
     """Optimizer steps between two prunings with gradual. Sparsity follows a cubic: fast at first, then more slowly."""
     pattern: Literal["1:2", "2:4", "4:8"] = "2:4"
     """For n_of_m: how many weights to keep of how many neighbouring inputs. Layers with an indivisible number of inputs
-    stay dense."""
+    stay dense. GPUs have instructions for 2:4; nothing here uses them, so speed does not change."""
     rounds: Annotated[int, Field(ge=1, le=1000)] = 35
     """Rounds of a lottery after the training of the dense network. Each is a whole training. 1 is one-shot pruning."""
     per_round: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2

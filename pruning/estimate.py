@@ -20,7 +20,7 @@ from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.registries import DATASETS
 from diffusion_core.sampling.media import GIF_COLUMNS, GIF_ROWS
 from diffusion_core.sampling.samplers import evaluations
-from diffusion_core.training.ema import profiles
+from diffusion_core.training.ema import copies
 from pruning.config import PruneConfig
 
 FLOAT_BYTES = 4
@@ -144,9 +144,9 @@ def checkpoint_bytes(config: CoreConfig, prune: PruneConfig, params: int) -> int
 
     Structured pruning makes later checkpoints smaller. This is not counted.
     """
-    copies = 3 + len(profiles(config.ema))
+    stored = 3 + copies(config.ema)
     masks = 0 if prune.method in ("none", "structured") else params
-    return FLOAT_BYTES * copies * params + masks
+    return FLOAT_BYTES * stored * params + masks
 
 
 def describe_model(network: UNet, config: CoreConfig, prune: PruneConfig) -> list[str]:
@@ -154,7 +154,8 @@ def describe_model(network: UNet, config: CoreConfig, prune: PruneConfig) -> lis
     cost, (channels, size, _) = count_cost(network), config.data.image_shape
     kept = checkpoint_bytes(config, prune, cost.params)
     return [
-        f"model: {cost.params:,} parameters, {cost.macs:,} MACs an image of {channels} x {size} x {size}",
+        f"model: {cost.params:,} parameters, {cost.macs:,} MACs an image of {channels} x {size} x {size} "
+        f"({cost.macs_with_attention:,} with the products of attention)",
         f"checkpoint: about {size_in_words(kept)}, {config.checkpoint.keep} kept and the best one",
     ]
 

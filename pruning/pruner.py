@@ -103,7 +103,7 @@ def prune_state(
     state: TrainState, config: CoreConfig, prune: PruneConfig, calibration: Calibration | None = None
 ) -> PruneReport:
     """Prune a training state in place, and add a record of it."""
-    before = count_cost(state.network)
+    before = count_cost(state.network, held_masks(state))
     pruner = prune_structure if prune.method == "structured" else prune_weights
     pruned = pruner(state, config, prune, calibration)
     report = PruneReport(
@@ -113,7 +113,7 @@ def prune_state(
         seed=config.seed,
         sparsity=pruned.sparsity,
         before=before,
-        after=count_cost(state.network),
+        after=count_cost(state.network, held_masks(state)),
         details=pruned.details,
     )
     keep_record(state, report)

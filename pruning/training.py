@@ -15,7 +15,7 @@ from diffusion_core.training.checkpoints import SaveCheckpoints
 from diffusion_core.training.teacher import distillation_of, keep_dense_as_teacher
 from diffusion_core.training.trainer import Callback, TrainState, train
 from pruning.calibration import Calibration
-from pruning.config import PruneConfig
+from pruning.config import PruneConfig, listens_to
 from pruning.consistency import KeepDenseImages
 from pruning.masks.gradual import GradualPruning, Ramp
 from pruning.pruner import PruneReport, is_pruned, prune_state
@@ -107,11 +107,20 @@ def _print_report(report: PruneReport) -> None:
         f"{report.before.nonzero_params:,} -> {report.after.nonzero_params:,}, MACs {report.before.macs:,} -> "
         f"{report.after.macs:,}"
     )
-    warn_of_empty_layers(report.details.get("empty_layers", []))
+    warn_of_empty_layers(report.details.get("empty_layers", []), report.method)
 
 
-def warn_of_empty_layers(layers: Sequence[str]) -> None:
-    """Print one line if pruning removed all weights of some layers."""
+def warn_of_empty_layers(layers: Sequence[str], method: str) -> None:
+    """Print one line if pruning with a method removed all weights of some layers, with a remedy that the method takes.
+
+    Args:
+        layers: names of the layers.
+        method: ``prune.method``.
+    """
     if layers:
         shown = ", ".join(layers[:5]) + (", ..." if len(layers) > 5 else "")
-        say(f"warning: pruning left no weight in {len(layers)} layers ({shown}); prune.scope=layer keeps some in each")
+        if "scope" in listens_to(method):
+            remedy = "prune.scope=layer keeps some in each"
+        else:
+            remedy = f"{method} ranks all layers together; keep more with a larger prune.keep"
+        say(f"warning: pruning left no weight in {len(layers)} layers ({shown}); {remedy}")

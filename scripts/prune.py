@@ -23,7 +23,7 @@ import argparse
 import json
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -43,7 +43,7 @@ from diffusion_core.data.datasets import DataError, load_data
 from diffusion_core.evaluation.consistency import consistency_of_models
 from diffusion_core.hardware import pick_device, pick_precision
 from diffusion_core.messages import Parser
-from diffusion_core.model.cost import LATENCY_BATCH, count_cost, latencies, peak_memory
+from diffusion_core.model.cost import LATENCY_BATCH, Cost, latencies, peak_memory
 from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.registries import DATASETS
 from diffusion_core.run_folder import make_folder
@@ -223,7 +223,7 @@ def run(job: PruningTask, batch: int) -> dict[str, Any]:
         alike = consistency_of_models(
             one, two, job.num_images, config.sample, config.seed, progress=config.log.progress
         )
-    before, after = costs([dense, state.network], batch)
+    before, after = costs({dense: report.before, state.network: report.after}, batch)
     result = {
         "method": report.method,
         "importance": config.prune.importance,
@@ -257,11 +257,11 @@ def run(job: PruningTask, batch: int) -> dict[str, Any]:
     return result
 
 
-def costs(networks: list[UNet], batch: int) -> list[dict[str, Any]]:
-    """What networks cost, by name; times in milliseconds, memory in bytes."""
-    single, several = (latencies(networks, size, 1.0, least=3) for size in (1, batch))
+def costs(counted: Mapping[UNet, Cost], batch: int) -> list[dict[str, Any]]:
+    """What networks cost, by name: what was counted, times in milliseconds, memory in bytes."""
+    single, several = (latencies(list(counted), size, 1.0, least=3) for size in (1, batch))
     return [
-        asdict(count_cost(network))
+        asdict(cost)
         | {
             "latency": 1000.0 * several[i],
             "latency_batch": batch,
@@ -269,7 +269,7 @@ def costs(networks: list[UNet], batch: int) -> list[dict[str, Any]]:
             "peak_memory": peak_memory(network, batch),
             "peak_memory_single": peak_memory(network, 1),
         }
-        for i, network in enumerate(networks)
+        for i, (network, cost) in enumerate(counted.items())
     ]
 
 

@@ -94,8 +94,9 @@ class DiffusionConfig(Section):
     beta_end: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.02
     """Last variance of the linear schedule, stated for T = 1000 and scaled to other T."""
     logsnr_shift: Annotated[float, Field(ge=-20.0, le=20.0)] = 0.0
-    """Added to the logarithm of the signal-to-noise ratio; 2 ln(64 / image size) with the cosine schedule is the
-    shifted cosine of simple diffusion (Hoogeboom et al. 2023). Not for karras."""
+    """Added to the logarithm of the signal-to-noise ratio at every timestep. 2 ln(64 / image size) with the cosine
+    schedule approximates the shifted cosine of simple diffusion (Hoogeboom et al. 2023): within 0.1 from 14% of the
+    timesteps on, and up to 2.8 less at the first one. Not for karras."""
     zero_terminal_snr: bool = False
     """Rescale so that the last timestep is pure noise (Lin et al. 2023); needs diffusion.prediction=x0 or v."""
     sigma_min: Annotated[float, Field(gt=0.0)] = 0.002
@@ -153,9 +154,10 @@ class TrainConfig(Section):
     """Largest norm of the gradient; None leaves it as it is."""
     label_dropout: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
     """Share of training images shown without their label, which classifier-free guidance needs."""
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
-    """Arithmetic of the network; auto is bf16 where the processor or GPU computes in it. Weights stay fp32. tf32 lets a
-    GPU round the factors of products to 10 bits; a processor computes in fp32 then."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the network; auto is bf16 where the processor or GPU computes in it, and fp16 on older GPUs with
+    tensor cores (V100, T4). Weights stay fp32. fp16 scales the loss, and skips steps whose gradients overflow. tf32
+    lets a GPU round the factors of products to 10 bits; a processor computes in fp32 then."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     compile: Literal["auto", "none", "blocks", "network"] = "auto"

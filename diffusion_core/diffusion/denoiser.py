@@ -103,8 +103,17 @@ class Denoiser:
         This converts weights of one error to weights of the other. It is SNR for eps, 1 for x0, SNR + 1 for v, and the
         EDM weighting for edm.
         """
+        return self.record.error_scale(*self._amplitudes(t_B))
+
+    def snr(self, t_B: Tensor) -> Tensor:
+        """Return the signal-to-noise ratios ``(alpha / sigma) ** 2``, ``(B,)`` float32."""
+        alpha, sigma = self._amplitudes(t_B)
+        return (alpha / sigma).square()
+
+    def _amplitudes(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return alpha and sigma of each image, ``(B,)`` each."""
         alpha, sigma = (part.flatten() for part in self.schedule.at(t_B, t_B[:, None, None, None].float()))
-        return self.record.error_scale(alpha, sigma)
+        return alpha, sigma
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None) -> Tensor:
         """Estimate the clean images, float32.

@@ -19,6 +19,8 @@ from diffusion_core.diffusion.schedule import NoiseSchedule
 
 HALF_LEVEL = 1.0 / 255.0
 """Half the distance between two uint8 levels in [-1, 1]."""
+LEAST_LOG_RATIO = 1e-12
+"""Least difference of two logarithms of probabilities that is taken for more than rounding."""
 
 
 def diffusion_loss(
@@ -45,18 +47,46 @@ def diffusion_loss(
         Unreduced losses, ``(B,)``, float32.
     """
     x_BCHW = denoiser.schedule.add_noise(x0_BCHW, noise_BCHW, t_B)
-    estimate_BCHW = None
-    if shown_B is not None:
-        with torch.no_grad():
-            first, _ = denoiser.predict(x_BCHW, t_B, labels_B)
-            estimate_BCHW = denoiser.clean(first, x_BCHW, t_B).clamp(-1.0, 1.0) * shown_B[:, None, None, None]
-    output, fraction = denoiser.predict(x_BCHW, t_B, labels_B, estimate_BCHW)
+    output, fraction = _answer(denoiser, x_BCHW, t_B, labels_B, shown_B)
     loss_B = distance(output, denoiser.target(x0_BCHW, noise_BCHW, t_B), config) * weight(denoiser, t_B, config)
     if fraction is not None:
         clean = denoiser.clean(output.detach(), x_BCHW, t_B)
         bound_B = variational_bound(denoiser.schedule, x0_BCHW, x_BCHW, clean, fraction, t_B)
         loss_B = loss_B + config.vlb_weight * denoiser.schedule.timesteps * bound_B
     return loss_B
+
+
+def _answer(
+    denoiser: Denoiser, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None, shown_B: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the network's output, and the variance fraction if it is learned, with an estimate where ``shown_B``."""
+    estimate_BCHW = None
+    if shown_B is not None:
+        with torch.no_grad():
+            first, _ = denoiser.predict(x_BCHW, t_B, labels_B)
+            estimate_BCHW = denoiser.clean(first, x_BCHW, t_B).clamp(-1.0, 1.0) * shown_B[:, None, None, None]
+    return denoiser.predict(x_BCHW, t_B, labels_B, estimate_BCHW)
+
+
+@torch.no_grad()
+def noise_error(
+    denoiser: Denoiser,
+    x0_BCHW: Tensor,
+    noise_BCHW: Tensor,
+    t_B: Tensor,
+    labels_B: Tensor | None,
+    shown_B: Tensor | None = None,
+) -> Tensor:
+    """Return the mean squared error of the noise that the network's output implies, ``(B,)``, float32.
+
+    This is the loss of Ho et al. 2020 (eq. 14) for every parametrisation, without weights. For the arguments, see
+    :func:`diffusion_loss`. From pure noise it is 0, whatever the network predicts, as the input is the noise.
+    """
+    x_BCHW = denoiser.schedule.add_noise(x0_BCHW, noise_BCHW, t_B)
+    output, _ = _answer(denoiser, x_BCHW, t_B, labels_B, shown_B)
+    errors_B = (output - denoiser.target(x0_BCHW, noise_BCHW, t_B)).square().mean(dim=(1, 2, 3))
+    # The error of the noise is that of the clean image times the signal-to-noise ratio.
+    return errors_B * denoiser.snr(t_B) / denoiser.error_scale(t_B)
 
 
 def distance(output_BCHW: Tensor, target_BCHW: Tensor, config: DiffusionConfig) -> Tensor:
@@ -79,18 +109,21 @@ def weight(denoiser: Denoiser, t_B: Tensor, config: DiffusionConfig) -> Tensor:
 
     Weightings are defined for the squared error of the clean image. Dividing by :meth:`Denoiser.error_scale` makes them
     equivalent for every parametrisation. ``uniform`` is 1 for every parametrisation.
+
+    From pure noise (``diffusion.zero_terminal_snr``), min-SNR and P2 would be 0, so that the last timestep, where
+    sampling starts, would never be learned. There, the error of the clean image, which is that of v, has weight 1, as
+    every timestep has in the v loss of Lin et al. 2023 (section 3.2).
     """
     if config.weighting == "uniform":
         return torch.ones(len(t_B), device=t_B.device)
-    alpha, sigma = (part.flatten() for part in denoiser.schedule.at(t_B, t_B[:, None, None, None].float()))
-    snr_B = (alpha / sigma).square()
+    snr_B = denoiser.snr(t_B)
+    if config.weighting == "edm":  # Karras et al. 2022, table 1: (level^2 + sigma_data^2) / (level * sigma_data)^2.
+        return (1.0 / SIGMA_DATA**2 + snr_B) / denoiser.error_scale(t_B)
     if config.weighting == "min_snr":  # Hang et al. 2023, eq. 6.
         wanted_B = snr_B.clamp(max=config.min_snr_gamma)
-    elif config.weighting == "p2":  # Choi et al. 2022, eq. 8, with k = 1; they weigh the error of eps.
+    else:  # Choi et al. 2022, eq. 8, with k = 1; they weigh the error of eps.
         wanted_B = snr_B / (1.0 + snr_B) ** config.p2_gamma
-    else:  # Karras et al. 2022, table 1: (level^2 + sigma_data^2) / (level * sigma_data)^2.
-        wanted_B = 1.0 / SIGMA_DATA**2 + snr_B
-    return wanted_B / denoiser.error_scale(t_B)
+    return torch.where(snr_B > 0.0, wanted_B, 1.0) / denoiser.error_scale(t_B)
 
 
 def variational_bound(
@@ -156,10 +189,18 @@ def _one_step(schedule: NoiseSchedule, t_B: Tensor, like_BCHW: Tensor) -> tuple[
 
 
 def discretised_log_likelihood(x0_BCHW: Tensor, mean_BCHW: Tensor, log_std_BCHW: Tensor) -> Tensor:
-    """Return the log-likelihood of uint8 levels under normal distributions (Ho et al. 2020, eq. 13), in nats."""
-    scale = (-log_std_BCHW).exp()
-    upper = torch.special.ndtr((x0_BCHW - mean_BCHW + HALF_LEVEL) * scale)
-    lower = torch.special.ndtr((x0_BCHW - mean_BCHW - HALF_LEVEL) * scale)
-    upper = torch.where(x0_BCHW > 0.999, 1.0, upper)
-    lower = torch.where(x0_BCHW < -0.999, 0.0, lower)
-    return (upper - lower).clamp(min=1e-12).log()
+    """Return the log-likelihood of uint8 levels under normal distributions (Ho et al. 2020, eq. 13), in nats.
+
+    It is computed from logarithms of the cumulative distribution, in float64, so that it has a value and a gradient at
+    any distance from the mean. The result has the type of the means.
+    """
+    scale = (-log_std_BCHW.double()).exp()
+    away = (x0_BCHW.double() - mean_BCHW.double()) * scale
+    half = HALF_LEVEL * scale
+    # By symmetry: the mass between the two bounds is that between their negatives. Left of the mean, both are small.
+    near, far = half - away.abs(), -half - away.abs()
+    log_near, log_far = torch.special.log_ndtr(near), torch.special.log_ndtr(far)
+    between = log_near + (-torch.expm1((log_far - log_near).clamp(max=-LEAST_LOG_RATIO))).log()
+    between = torch.where(x0_BCHW > 0.999, torch.special.log_ndtr(half - away), between)
+    between = torch.where(x0_BCHW < -0.999, torch.special.log_ndtr(half + away), between)
+    return between.to(mean_BCHW.dtype)

@@ -23,7 +23,12 @@ from diffusion_core.tables import cell, text_table
 from diffusion_core.terminal.wrapping import wrapped
 from diffusion_core.tracking import BEST, STEP
 
-COSTS = {"parameters": "model/params", "MACs": "model/macs", "latency": "model/latency"}
+COSTS = {
+    "parameters": "model/params",
+    "MACs": "model/macs",
+    "MACs with attention": "model/macs_with_attention",
+    "latency": "model/latency",
+}
 """Columns of costs, and the prefix of the figure in each."""
 
 QUALITY_PREFIXES = ("val/loss", "eval/")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffusion_core.model.structure import maskable, sizes
-from diffusion_core.model.unet import UNet
+from diffusion_core.model.structure import sizes
+from diffusion_core.model.unet import AttentionBlock, UNet
 
 LATENCY_BATCH = 16
 """The larger of the two batch sizes at which latency and memory are measured."""
@@ -29,10 +29,13 @@ class Cost:
     Attributes:
         channels: output channels of all convolutions and linear layers, except those of the image.
         params: number of parameters.
-        nonzero_params: parameters that are not pruned: all except exact zeros among the maskable weights.
+        nonzero_params: parameters that are not pruned by masks. A weight that merely is zero, such as those of layers
+            that start at zero, is not pruned.
         macs: multiply-accumulates of convolutions, linear layers and norms, counted as torch-pruning and the published
             figures for Diff-Pruning do. The two matrix products of attention are not counted.
-        nonzero_macs: multiply-accumulates with weights that are not pruned.
+        nonzero_macs: those of ``macs`` with weights that are not pruned by masks.
+        macs_with_attention: ``macs``, and the two matrix products of attention: of queries and keys, and of their
+            softmax and values (Vaswani et al. 2017, eq. 1). These grow with the square of the number of pixels.
     """
 
     channels: int
@@ -40,6 +43,7 @@ class Cost:
     nonzero_params: int
     macs: int
     nonzero_macs: int
+    macs_with_attention: int
 
 
 @dataclass(frozen=True)
@@ -66,16 +70,33 @@ def example_inputs(network: UNet, batch: int = 1) -> tuple[Tensor, ...]:
     return (image, t, t.clone()) if network.num_classes else (image, t)
 
 
-def count_cost(network: UNet) -> Cost:
-    """Count the cost of a network."""
+def count_cost(network: UNet, masks: Mapping[str, Tensor] | None = None) -> Cost:
+    """Count the cost of a network.
+
+    Args:
+        network: the network, of any widths.
+        masks: True for each weight that is kept, by name of the weight; None: no weight is masked.
+    """
     layers = network_layers(network)
     channels, params, macs = count_sizes(layers, {name: sizes(network.get_submodule(name)) for name in layers})
-    zeros = masked_macs = 0
-    for name, weight in maskable(network).items():
-        pruned = int((weight == 0).sum())
-        zeros += pruned
+    masked = masked_macs = 0
+    for name, mask in (masks or {}).items():
+        pruned = mask.numel() - int(mask.sum())
+        masked += pruned
         masked_macs += pruned * layers[name.removesuffix(".weight")].positions
-    return Cost(channels, params, params - zeros, macs, macs - masked_macs)
+    return Cost(
+        channels, params, params - masked, macs, macs - masked_macs, macs + _attention_products(network, layers)
+    )
+
+
+def _attention_products(network: UNet, layers: Mapping[str, Layer]) -> int:
+    """Return the multiply-accumulates of the matrix products of attention, of all blocks and heads."""
+    products = 0
+    for name, module in network.named_modules():
+        if isinstance(module, AttentionBlock):
+            pairs = layers[f"{name}.query"].positions ** 2
+            products += pairs * (module.query.out_features + module.value.out_features)
+    return products
 
 
 def network_layers(network: UNet) -> dict[str, Layer]:

@@ -24,7 +24,7 @@ from diffusion_core.hardware import algorithms, autocast, pick_precision
 from diffusion_core.machine.sharing import sharers
 from diffusion_core.model.compilation import compile_network, pick_compilation
 from diffusion_core.model.unet import UNet, build_network
-from diffusion_core.training.ema import profiles
+from diffusion_core.training.ema import copies
 from diffusion_core.training.trainer import TrainState
 
 SHARE = 0.8
@@ -175,7 +175,7 @@ def training_memory(network: UNet, config: CoreConfig) -> TrainingMemory:
     weights = sum(parameter.nbytes for parameter in network.parameters())
     small, large = (kept_for_backward(network, config.train, batch, device) for batch in (PROBE, 2 * PROBE))
     per_image = (large - small) // PROBE
-    return TrainingMemory(weights * (COPIES + len(profiles(config.ema))), per_image)
+    return TrainingMemory(weights * (COPIES + copies(config.ema)), per_image)
 
 
 def kept_for_backward(network: UNet, train: TrainConfig, batch: int, device: torch.device) -> int:

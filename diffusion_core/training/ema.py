@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ class Ema:
 
     Attributes:
         networks: the averaged networks by profile, in evaluation mode (no dropout), without gradients.
+        precise: the same averages in float64, by profile and name of the parameter, of the profiles whose updates
+            become ever smaller. In float32, an update of 1e-7 of the average is lost, so that the average would stall.
+            The networks hold them rounded to float32.
         updates: number of updates so far. All profiles depend on it, so checkpoints store it.
     """
 
@@ -32,12 +36,42 @@ class Ema:
         self.networks = {profile: copy.deepcopy(network).eval().requires_grad_(False) for profile in profiles(config)}
         # Keep lists of the tensors: walking through the modules takes longer than averaging small weights.
         self._averages = {profile: _tensors(averaged) for profile, averaged in self.networks.items()}
+        self.precise = {
+            profile: {
+                name: weight.detach().to(torch.float64, copy=True) for name, weight in averaged.named_parameters()
+            }
+            for profile, averaged in self.networks.items()
+            if profile != DECAY
+        }
         self._followed: tuple[UNet, tuple[list[Tensor], list[Tensor]]] | None = None
 
     @property
     def network(self) -> UNet:
         """The average that is sampled, validated and published."""
         return self.networks[sampled_profile(self.config)]
+
+    def load(self, profile: str, weights: Mapping[str, Tensor], precise: Mapping[str, Tensor] | None) -> None:
+        """Continue from the average of a checkpoint.
+
+        Args:
+            profile: which average.
+            weights: the state of its network.
+            precise: its parameters in float64, of a profile in :attr:`precise`; None: those of the network, as older
+                checkpoints have no others.
+        """
+        self.networks[profile].load_state_dict(weights)
+        for name, average in self.precise.get(profile, {}).items():
+            average.copy_(weights[name] if precise is None else precise[name])
+
+    @torch.no_grad()
+    def mask(self, factors: Mapping[str, Tensor]) -> None:
+        """Multiply every average by factors, by name of the parameter, in place: 0 for pruned weights, else 1."""
+        for averaged in self.networks.values():
+            parameters = dict(averaged.named_parameters())
+            torch._foreach_mul_([parameters[name] for name in factors], list(factors.values()))
+        for averages in self.precise.values():
+            for name, factor in factors.items():
+                averages[name].mul_(factor)
 
     def share(self, profile: str) -> float:
         """Return the weight of the new weights in a profile's next update, in [0, 1]."""
@@ -57,7 +91,11 @@ class Ema:
             self._followed = network, _tensors(network)
         weights, buffers = self._followed[1]
         for profile, (averages, copies) in self._averages.items():
-            torch._foreach_lerp_(averages, weights, self.share(profile))
+            if profile in self.precise:
+                for average, precise, weight in zip(averages, self.precise[profile].values(), weights, strict=True):
+                    average.copy_(precise.lerp_(weight.double(), self.share(profile)))
+            else:
+                torch._foreach_lerp_(averages, weights, self.share(profile))
             for average, buffer in zip(copies, buffers, strict=True):
                 average.copy_(buffer)
         self.updates += 1
@@ -76,6 +114,11 @@ def widths(config: EmaConfig) -> dict[str, float]:
 def profiles(config: EmaConfig) -> list[str]:
     """Return the names of the averages that a configuration asks for."""
     return [DECAY, *widths(config), *([AVERAGE] if config.average_from is not None else [])]
+
+
+def copies(config: EmaConfig) -> int:
+    """Return the size of all averages, in networks of float32. One in float64 takes as much as two."""
+    return sum(1 if profile == DECAY else 3 for profile in profiles(config))
 
 
 def sampled_profile(config: EmaConfig) -> str:

@@ -26,7 +26,9 @@ from diffusion_core.model.unet import UNet
 from diffusion_core.redact import redacted
 
 
-def costs_of(network: UNet, averaged: UNet, checkpoint: Path) -> dict[str, float]:
+def costs_of(
+    network: UNet, averaged: UNet, checkpoint: Path, masks: Mapping[str, Tensor] | None = None
+) -> dict[str, float]:
     """Return what a network costs, as figures ``model/*``.
 
     Parameters and multiply-accumulates are counted. Measured on this machine, in float32: milliseconds and peak bytes
@@ -36,8 +38,9 @@ def costs_of(network: UNet, averaged: UNet, checkpoint: Path) -> dict[str, float
         network: the network in training, whose cost is counted.
         averaged: the averaged network, which is measured.
         checkpoint: folder of a checkpoint of it.
+        masks: the masks that hold weights at zero; None: there are none.
     """
-    costs: dict[str, float] = {f"model/{name}": value for name, value in asdict(count_cost(network)).items()}
+    costs: dict[str, float] = {f"model/{name}": value for name, value in asdict(count_cost(network, masks)).items()}
     for batch, suffix in ((1, "_single"), (LATENCY_BATCH, "")):
         costs[f"model/latency{suffix}"] = 1000.0 * latencies([averaged], batch)[0]
         costs[f"model/peak_memory{suffix}"] = peak_memory(averaged, batch)

@@ -32,6 +32,7 @@ from diffusion_core.randomness import Purpose, stream_seed
 from diffusion_core.terminal.progress import progress_of
 from diffusion_core.training.distillation import Distillation
 from diffusion_core.training.ema import Ema, profiles, sampled_profile
+from diffusion_core.training.loss_scale import LossScale
 from diffusion_core.training.sums import RowSums
 
 Callback = Callable[["TrainState", dict[str, Any]], None]
@@ -57,6 +58,8 @@ class TrainState:
     """Incremented when something changes what a step computes, such as masks. A recorded CUDA graph is then renewed."""
     since_row: RowSums = field(default_factory=RowSums)
     """Sums over the steps since the last row."""
+    loss_scale: LossScale = field(default_factory=LossScale)
+    """The scale of losses in fp16."""
 
     @classmethod
     def start(cls, network: UNet, train: TrainConfig, ema: EmaConfig, step: int = 0) -> TrainState:
@@ -70,6 +73,7 @@ class TrainState:
         averages = {ema_part(profile, self.ema.config): network for profile, network in self.ema.networks.items()}
         return {
             **{part: dict(network.state_dict()) for part, network in averages.items()},
+            **{precise_part(profile): dict(tensors) for profile, tensors in self.ema.precise.items()},
             "model": dict(self.network.state_dict()),
             "optimizer": self._optimizer_tensors(),
             **self.extra_parts,
@@ -77,7 +81,13 @@ class TrainState:
 
     def metadata(self) -> dict[str, Any]:
         """Return the JSON of a checkpoint that depends on training."""
-        return {"ema_updates": self.ema.updates, "extra": self.extra_metadata, "since_row": self.since_row.stored()}
+        described = {
+            "ema_updates": self.ema.updates,
+            "extra": self.extra_metadata,
+            "since_row": self.since_row.stored(),
+        }
+        scale = self.loss_scale.stored()
+        return described if scale is None else described | {"loss_scale": scale}
 
     @classmethod
     def restore(cls, checkpoint: Checkpoint, train: TrainConfig, ema: EmaConfig, device: torch.device) -> TrainState:
@@ -93,15 +103,26 @@ class TrainState:
             raise CheckpointError(f"{str(checkpoint.path)!r}: cannot resume without {', '.join(sorted(missing))}")
         state = cls.start(checkpoint.network("model").to(device), train, ema, checkpoint.step)
         for profile, part in averages.items():
-            state.ema.networks[profile].load_state_dict(checkpoint.network(part).state_dict())
+            precise = precise_part(profile)
+            tensors = checkpoint.tensors(precise) if precise in checkpoint.parts else None
+            own_parts.add(precise)
+            try:
+                state.ema.load(profile, checkpoint.network(part).state_dict(), tensors)
+            except (KeyError, RuntimeError):
+                raise CheckpointError(
+                    f"{str(checkpoint.path)!r}: its part {precise!r} is of another network; take another checkpoint"
+                ) from None
         state.ema.updates = int(checkpoint.metadata["ema_updates"])
         state._load_optimizer(checkpoint.tensors("optimizer"))
         state.extra_parts = {part: checkpoint.tensors(part) for part in set(checkpoint.parts) - own_parts}
         state.extra_metadata = dict(checkpoint.metadata["extra"])
         try:
-            state.since_row = RowSums.restored(checkpoint.metadata.get("since_row"))
+            key = "since_row"
+            state.since_row = RowSums.restored(checkpoint.metadata.get(key))
+            key = "loss_scale"
+            state.loss_scale = LossScale.restored(checkpoint.metadata.get(key))
         except ValueError as error:
-            raise CheckpointError(f"{str(checkpoint.path)!r}: since_row: {error}; take another checkpoint") from None
+            raise CheckpointError(f"{str(checkpoint.path)!r}: {key}: {error}; take another checkpoint") from None
         return state
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
@@ -126,6 +147,11 @@ class TrainState:
 def ema_part(profile: str, config: EmaConfig) -> str:
     """Return the checkpoint's part of an average: ``ema`` for the one that is sampled, else ``ema-<profile>``."""
     return "ema" if profile == sampled_profile(config) else f"ema-{profile}"
+
+
+def precise_part(profile: str) -> str:
+    """Return the checkpoint's part of an average in float64 (:attr:`Ema.precise`)."""
+    return f"float64-{profile}"
 
 
 def build_optimizer(network: UNet, config: TrainConfig) -> torch.optim.AdamW:
@@ -187,7 +213,9 @@ def train(
 
     Every ``log.every`` steps, and at the last one, the row holds ``train/loss`` (mean over the steps since the last
     row, also those before a checkpoint that the state was restored from), ``train/lr``, ``train/grad_norm`` (likewise,
-    before clipping), ``train/images_per_second`` (likewise, without the time of callbacks) and ``train/epoch``.
+    before clipping), ``train/images_per_second`` (likewise, without the time of callbacks) and ``train/epoch``. In fp16
+    it also holds ``train/loss_scale``, and ``train/skipped_steps``, the number of steps since the last row whose
+    gradients overflowed: they changed neither weights nor averages, and do not count in ``train/grad_norm``.
 
     Args:
         state: what to train.
@@ -213,16 +241,17 @@ def train(
     sums.place(accelerator)
     shown = config.log.progress and accelerator.is_main_process
     bar = progress_of("training", settings.steps, "step", shown=shown, initial=state.step)
+    scale = state.loss_scale
+    scale.place(device, precision)
 
     def update_weights(*draws: Any) -> tuple[Tensor, ...]:
-        loss = _accumulate_gradients(denoiser, Draws(*draws), config, accelerator, precision, distillation)
-        norm = accelerator.clip_grad_norm_(weights, settings.grad_clip or math.inf)
-        state.optimizer.step()
+        loss = _accumulate_gradients(denoiser, Draws(*draws), config, accelerator, precision, distillation, scale)
+        norm = scale.step(state.optimizer, lambda: accelerator.clip_grad_norm_(weights, settings.grad_clip or math.inf))
         state.optimizer.zero_grad(set_to_none=True)
         return loss, norm
 
     update: Callable[..., tuple[Tensor, ...]] = update_weights
-    if is_replayed(settings.cuda_graphs, device, accelerator.num_processes):
+    if is_replayed(settings.cuda_graphs and precision != "fp16", device, accelerator.num_processes):
         update = Replayed(update_weights, partial(set_capturable, state.optimizer))
     revision = state.revision
     with ExitStack() as stack:
@@ -238,9 +267,10 @@ def train(
                 update.forget()
             revision = state.revision
             loss, norm = update(*draw(state.step, batches, config, denoiser.schedule).tensors())
-            state.ema.update(state.network)
+            if not scale.skipped:
+                state.ema.update(state.network)
             state.step += 1
-            sums.add(loss, norm)
+            sums.add(loss, norm, skipped=scale.skipped)
             bar.update()
 
             row: dict[str, Any] = {}
@@ -249,10 +279,10 @@ def train(
                 mean_loss, mean_norm = accelerator.reduce(sums.means(), "mean").tolist()
             sums.seconds += time.perf_counter() - resumed_at
             if due:
-                if not math.isfinite(mean_loss):
+                if not math.isfinite(mean_loss) or scale.is_exhausted:
                     raise TrainingDiverged(
-                        f"train/loss = {mean_loss} at step {state.step}: training diverged; lower train.lr "
-                        f"({settings.lr:g}), lengthen train.warmup_steps ({settings.warmup_steps}), or set "
+                        f"train/loss = {mean_loss} at step {state.step}: {scale.describe()}training diverged; lower "
+                        f"train.lr ({settings.lr:g}), lengthen train.warmup_steps ({settings.warmup_steps}), or set "
                         f"train.precision=fp32 ({precision} now)"
                     )
                 row = {
@@ -262,6 +292,8 @@ def train(
                     "train/images_per_second": sums.steps * batches.batch_size / sums.seconds,
                     "train/epoch": state.step * batches.batch_size / len(batches.images),
                 }
+                if scale.value is not None:
+                    row |= {"train/loss_scale": scale.value, "train/skipped_steps": sums.skipped}
                 bar.set_postfix_str(
                     f"loss {mean_loss:.4f}, {row['train/images_per_second']:.0f} images/s", refresh=False
                 )
@@ -281,8 +313,9 @@ def _accumulate_gradients(
     accelerator: Accelerator,
     precision: Precision,
     distillation: Distillation | None,
+    scale: LossScale,
 ) -> Tensor:
-    """Accumulate the gradients of a batch's mean loss over its parts. Return that loss, detached."""
+    """Accumulate the gradients of a batch's mean loss, scaled, over its parts. Return that loss, detached."""
     parts = config.train.accumulation
     total = torch.zeros((), device=draws.x0_BCHW.device)
     for index, part in enumerate(draws.chunks(parts)):
@@ -295,6 +328,6 @@ def _accumulate_gradients(
                 if distillation is not None:
                     loss_B = loss_B + distillation.loss()
             loss = loss_B.mean() / parts
-            accelerator.backward(loss)
+            accelerator.backward(scale.scaled(loss))
         total += loss.detach()
     return total

@@ -128,7 +128,10 @@ def over_timesteps(network: UNet, prune: PruneConfig, calibration: Calibration) 
     """Return ``w * sum_t g_t`` over the important timesteps (Diff-Pruning, Fang et al. 2023, algorithm 1).
 
     ``prune.calibration_batches`` evenly spaced timesteps are visited in the order of increasing noise, each with its
-    own batch of images and noise, until the loss falls below ``prune.threshold`` times the largest loss so far.
+    own batch of images and noise, until the error of the predicted noise falls below ``prune.threshold`` times the
+    largest one so far. The gradients are those of the training loss. Both published programs, ``ddpm_prune.py`` and
+    ``ddpm_exp/prune.py``, use one batch of images and noise for all timesteps instead. The former also adds the
+    gradient at the timestep that falls below the threshold, which the paper, the latter and this function leave out.
     """
     weights = _weights(network)
     total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
@@ -141,16 +144,23 @@ def over_timesteps(network: UNet, prune: PruneConfig, calibration: Calibration) 
 def timestep_gradients(
     network: UNet, prune: PruneConfig, calibration: Calibration
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Yield the timesteps that Diff-Pruning visits, with the gradient of the loss at each."""
+    """Yield the timesteps that Diff-Pruning visits, with the gradient of the training loss at each.
+
+    They end where the error of the noise, relative to the largest so far, is below ``prune.threshold``. The paper
+    states this for networks that predict the noise, with the loss of Ho et al. 2020. So the rule does not depend on
+    what the network predicts, nor on how its loss is weighted.
+    """
     parameters = dict(network.named_parameters())
     count = min(prune.calibration_batches, calibration.config.diffusion.timesteps)
     largest = 0.0
     for index in calibration.indices(count):
         t = index * calibration.config.diffusion.timesteps // count
-        loss = calibration.loss(network, calibration.draws(index, network, t)).mean()
-        largest = max(largest, float(loss.detach()))
-        if float(loss.detach()) < prune.threshold * largest:
+        drawn = calibration.draws(index, network, t)
+        error = float(calibration.noise_error(network, drawn).mean())
+        largest = max(largest, error)
+        if error < prune.threshold * largest:
             return
+        loss = calibration.loss(network, drawn).mean()
         yield t, dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
 
 

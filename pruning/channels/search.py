@@ -20,9 +20,8 @@ Counts = dict[str, int]
 """Maps names of groups to numbers of channels to keep."""
 
 TOLERANCE = 0.02
-"""Largest relative excess over the target cost. A target that cannot be approached this closely is out of reach."""
-CLOSE_ENOUGH = 0.01
-"""Relative error of the cost at which the search stops. Until then, it tries finer widths."""
+"""Relative error of the cost at which the search stops. Until then, it tries finer widths. A target that the narrowest
+widths exceed by more is out of reach."""
 STEPS = 24
 """Number of bisections if the cost can be counted; enough to distinguish any two widths."""
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
@@ -61,6 +60,10 @@ def find_counts(
 ) -> Counts:
     """Bisect the amount of removal until the network reaches the target cost.
 
+    Widths are multiples of ``prune.round_to``. If it is not set, they are multiples of the number of groups of the
+    group norms, so that all norms keep their groups. If these miss the target, they are multiples of its next smaller
+    divisor, and so on. A multiple of a divisor leaves a norm at least that many groups.
+
     Args:
         network: the network to shrink.
         groups: its groups of channels.
@@ -74,8 +77,7 @@ def find_counts(
     Raises:
         ConfigError: if even the narrowest network costs more.
     """
-    depth = range(int(math.log2(max(1, _norm_groups(network) // 4))) + 1)
-    units = [prune.round_to] if prune.round_to else [2**i for i in reversed(depth)]
+    units = [prune.round_to] if prune.round_to else _divisors(_norm_groups(network))
     limits = {name: int(score.isfinite().sum()) for name, score in scores.items()}
     wanted = wanted_counts(network, groups, scores, prune)
     best: Counts = {}
@@ -98,7 +100,7 @@ def find_counts(
             off = abs(cost(counts_at(amount)) / target - 1.0)
             if off < error:
                 best, error = counts_at(amount), off
-        if error <= CLOSE_ENOUGH or prune.target == "latency":  # Measured times are not that precise.
+        if error <= TOLERANCE or prune.target == "latency":  # Measured times are not that precise.
             break
     return best
 
@@ -109,6 +111,11 @@ def out_of_reach(prune: PruneConfig, share: float) -> ConfigError:
         f"prune.keep = {prune.keep:g}: out of reach; at least {math.ceil(share * 1000) / 1000:g} of the "
         f"{prune.target} stays at the narrowest widths"
     )
+
+
+def _divisors(number: int) -> list[int]:
+    """Return the divisors of a number, largest first."""
+    return [unit for unit in range(number, 0, -1) if number % unit == 0]
 
 
 def _norm_groups(network: UNet) -> int:

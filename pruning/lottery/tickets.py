@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -101,17 +100,14 @@ def reinitialised(masks: WeightMasks, num_classes: int, config: CoreConfig, devi
 def record(state: TrainState, prune: PruneConfig, seed: int) -> None:
     """Add a record of its ticket to a state, as pruners do. ``prune.rounds`` is the ticket's round."""
     masks = state.extra_parts[MASKS_PART]
-    cost = count_cost(state.network)
-    # Count masks, not zeros: weights that start at zero are not pruned.
-    pruned = sum(int((~mask).sum()) for mask in masks.values())
     report = PruneReport(
         method=prune.method,
         step=state.step,
         knobs=heard_knobs(prune),
         seed=seed,
         sparsity=sparsity(masks),
-        before=replace(cost, nonzero_params=cost.params),
-        after=replace(cost, nonzero_params=cost.params - pruned),
+        before=count_cost(state.network),
+        after=count_cost(state.network, masks),
         details={"empty_layers": empty_layers(masks)},
     )
     keep_record(state, report)

@@ -140,7 +140,9 @@ MASK_STRATEGIES["gradual"] = MaskRecord(
     gradual=True,
 )
 MASK_STRATEGIES["n_of_m"] = MaskRecord(
-    _by_pattern, "masks: N:M sparsity, which GPUs multiply faster (Mishra et al. 2021)", frozenset({"pattern"})
+    _by_pattern,
+    "masks: N:M sparsity, a pattern that GPUs can use (Mishra et al. 2021); nothing here does",
+    frozenset({"pattern"}),
 )
 
 

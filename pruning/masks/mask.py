@@ -124,8 +124,7 @@ def attach_masks(state: TrainState, masks: Mapping[str, Tensor]) -> None:
     parameters = {name: parameter for name, parameter in state.network.named_parameters() if name in masks}
     factors = {name: as_factor(masks[name], parameter.detach()) for name, parameter in parameters.items()}
     apply_masks(state.network, factors)
-    for averaged in state.ema.networks.values():
-        apply_masks(averaged, factors)
+    state.ema.mask(factors)
     for handle in _HOOKS.pop(state.optimizer, []):
         handle.remove()
     handles: list[RemovableHandle] = []

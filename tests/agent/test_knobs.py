@@ -543,7 +543,8 @@ def test_device(seen: Any) -> None:
 
 
 def test_precision(seen: Any) -> None:
-    assert [seen(BASE | {"train.precision": name})["precision"] for name in ("fp32", "bf16")] == ["fp32", "bf16"]
+    names = ["fp32", "bf16", "fp16"]
+    assert [seen(BASE | {"train.precision": name})["precision"] for name in names] == names
     automatic = seen(BASE | {"train.precision": "auto"})
     assert automatic["precision"] == ("bf16" if has_bf16(torch.device("cpu")) else "fp32")
     assert automatic["weights"] == seen(BASE | {"train.precision": automatic["precision"]})["weights"]

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from diffusion_core.config import DiffusionConfig
 from diffusion_core.diffusion.denoiser import Denoiser, clipped
-from diffusion_core.diffusion.losses import diffusion_loss
+from diffusion_core.diffusion.losses import diffusion_loss, noise_error
 from diffusion_core.diffusion.schedule import build_schedule
 from diffusion_core.model.unet import NO_LABEL
+from diffusion_core.registries import PREDICTIONS
 from diffusion_core.sampling.guidance import guided
 
 SCHEDULE = build_schedule(tiny_config().diffusion)
@@ -109,6 +110,27 @@ def test_a_perfect_prediction_has_no_loss_and_zero_prediction_that_of_the_noise(
     torch.testing.assert_close(
         diffusion_loss(zero, x0, noise, t, None, loss("l2")), noise.square().mean(dim=(1, 2, 3)), rtol=1e-6, atol=0
     )
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_error_of_the_noise_is_the_same_for_every_parametrisation(prediction: str) -> None:
+    """Of outputs that imply the same noise, which is known here."""
+    x0, noise, t = draws()
+    t = t.clamp(max=40)  # In nearly pure noise, x0 is the rounding of x_t divided by a tiny alpha.
+    wrong = noise + 0.1 * torch.randn(noise.shape, generator=torch.Generator().manual_seed(8))
+    alpha, sigma = SCHEDULE.at(t, x0)
+    estimate = (alpha * x0 + sigma * noise - sigma * wrong) / alpha
+    formulas = {
+        "eps": wrong,
+        "x0": estimate,
+        "v": alpha * wrong - sigma * estimate,
+        # Karras et al. 2022, eq. 7, with sigma_data = 0.5: D = c_skip x + c_out F.
+        "edm": (estimate - 0.25 / (0.25 + (sigma / alpha) ** 2) * (x0 + sigma / alpha * noise))
+        / (0.5 * sigma / alpha * (0.25 + (sigma / alpha) ** 2) ** -0.5),
+    }
+    denoiser = Denoiser(answering(formulas[prediction]), SCHEDULE, prediction)
+    found = noise_error(denoiser, x0, noise, t, None)
+    torch.testing.assert_close(found, (wrong - noise).square().mean(dim=(1, 2, 3)), rtol=1e-3, atol=1e-6)
 
 
 class Counted:

@@ -102,6 +102,46 @@ def test_the_likelihoods_of_all_levels_add_up_to_one(mean: float, std: float) ->
     assert likelihoods.sum().item() == pytest.approx(1.0, abs=1e-8)
 
 
+@pytest.mark.parametrize("std", [0.002, 0.05])
+@pytest.mark.parametrize("away", [0.0, 3.0, 12.0, 300.0])
+def test_the_likelihood_has_a_value_and_a_gradient_in_the_tails(std: float, away: float) -> None:
+    """Against scipy's logarithms, in standard deviations from the mean; at both ends of the range as well."""
+    for level, sides in ((127, (-1, 1)), (0, (1,)), (255, (-1,))):
+        for side in sides:
+            x0 = torch.tensor([level / 127.5 - 1.0], dtype=torch.float64)
+            mean = (x0 + side * away * std).requires_grad_(True)
+            log_std = torch.tensor([math.log(std)], dtype=torch.float64, requires_grad=True)
+            found = discretised_log_likelihood(x0, mean, log_std)
+            found.sum().backward()
+            bounds = [(float(x0 - mean.detach()) + sign / 255) / std for sign in (-1, 1)]
+            if level == 0:
+                expected = norm.logcdf(bounds[1])
+            elif level == 255:
+                expected = norm.logsf(bounds[0])
+            else:
+                lower, upper = sorted(-abs(bound) if away * std > 1 / 255 else bound for bound in bounds)
+                expected = norm.logcdf(upper) + np.log(-np.expm1(norm.logcdf(lower) - norm.logcdf(upper)))
+            assert found.item() == pytest.approx(expected, rel=1e-6)
+            assert mean.grad is not None
+            assert log_std.grad is not None
+            assert torch.isfinite(mean.grad).all()
+            assert torch.isfinite(log_std.grad).all()
+            if away >= 12.0:  # Towards the image, and towards a wider distribution.
+                assert mean.grad.item() * side < 0.0
+                assert log_std.grad.item() > 0.0
+
+
+def test_likelihoods_that_are_not_used_leave_gradients_finite() -> None:
+    """The bound computes them at every timestep, also where estimates are far off, and drops all but the first."""
+    mean = torch.tensor([1e6, -1e6, 0.3], requires_grad=True)
+    log_std = torch.tensor([-12.0, 0.0, 3.0], requires_grad=True)
+    discretised_log_likelihood(torch.tensor([0.1, 1.0, -1.0]), mean, log_std).sum().backward()
+    assert mean.grad is not None
+    assert log_std.grad is not None
+    assert torch.isfinite(mean.grad).all()
+    assert torch.isfinite(log_std.grad).all()
+
+
 def test_the_bound_is_smallest_where_the_model_is_right() -> None:
     schedule = build_schedule(settings().diffusion)
     x0, noise, _, _ = draws()

@@ -168,14 +168,22 @@ def test_uniform_weighting_is_one_for_every_prediction(prediction: str) -> None:
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("prediction", ["x0", "v"])
-def test_pure_noise_has_a_finite_weight(prediction: str, weighting: Any) -> None:
+def test_pure_noise_has_a_positive_weight(prediction: str, weighting: Any) -> None:
     schedule = build_schedule(DiffusionConfig(timesteps=50, zero_terminal_snr=True, prediction=prediction))
     denoiser = Denoiser(lambda x, *_: torch.zeros_like(x), schedule, prediction)
     x0, noise = torch.full((2, 1, 2, 2), 0.5), torch.ones(2, 1, 2, 2)
     found = diffusion_loss(denoiser, x0, noise, torch.tensor([49, 10]), None, DiffusionConfig(weighting=weighting))
     assert torch.isfinite(found).all()
-    # It holds no image, so that only EDM's weight, which is at least 1 / sigma_data^2, asks for one.
-    assert found[0].item() == pytest.approx(4.0 * 0.25 if weighting == "edm" else 0.0, abs=1e-6)
+    # EDM's weight is 1 / sigma_data^2. That of the others would be 0: they have that of the v loss (Lin et al. 2023).
+    assert found[0].item() == pytest.approx((4.0 if weighting == "edm" else 1.0) * 0.25, rel=1e-5)
+
+
+def test_a_weight_that_underflows_is_not_that_of_pure_noise() -> None:
+    """P2 with a large exponent: (1 + SNR)^gamma exceeds float32 at the first timesteps."""
+    denoiser = Denoiser(unused, build_schedule(DiffusionConfig()), "eps")
+    found = weight(denoiser, torch.tensor([0, 999]), DiffusionConfig(weighting="p2", p2_gamma=10.0))
+    assert found[0].item() < 1e-20
+    assert found[1].item() == pytest.approx(1.0, rel=1e-3)
 
 
 @pytest.mark.parametrize("delta", [0.1, 0.5, 2.0])

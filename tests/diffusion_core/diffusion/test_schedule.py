@@ -217,6 +217,20 @@ def test_the_shift_of_simple_diffusion() -> None:
         assert logsnr == pytest.approx(expected, abs=0.01)  # Nichol & Dhariwal divide by f(0), which is not quite 1.
 
 
+@pytest.mark.parametrize("size", [32, 256])
+def test_the_shifted_cosine_of_simple_diffusion_is_approximate_near_the_image(size: int) -> None:
+    """As documented: theirs has no offset and no cap, so that it begins at and ends in infinity."""
+    shift = 2 * math.log(64 / size)
+    made = schedule("cosine", 1000, logsnr_shift=shift)
+    position = torch.arange(1, 1001).double() / 1000
+    theirs = -2 * (math.pi / 2 * position).tan().log() + shift
+    off = (made.alphas / made.sigmas).square().log() - theirs
+    near = (off.abs() < 0.1).nonzero()[:, 0]
+    assert (position[near[0]].item(), position[near[-1]].item()) == pytest.approx((0.134, 0.999))
+    assert len(near) == 999 - 134 + 1
+    assert off[0].item() == pytest.approx(-2.8, abs=0.05)
+
+
 def test_shift_and_zero_terminal_snr_together() -> None:
     """The shift comes first; the end stays pure noise."""
     shifted = schedule("cosine", 100, logsnr_shift=-2.0)

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import CUDA, fake_tensors
-from tiny import NUM_CLASSES, assert_same_tensors, tiny_config, tiny_network
+from tiny import NUM_CLASSES, assert_same_tensors, tiny_config, tiny_network, tiny_state
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_core.model.cost import count_cost, example_inputs, latencies, peak_memory
 from diffusion_core.model.structure import maskable
@@ -16,6 +18,7 @@ from diffusion_core.model.unet import build_network
 from pruning.channels.removal import prune_channels
 from pruning.config import PruneConfig
 from pruning.masks.strategies import global_magnitude
+from pruning.pruner import prune_state
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -60,11 +63,56 @@ def test_pruned_weights_are_not_multiplied_with() -> None:
         network(*example_inputs(network))
         for name, mask in masks.items():
             network.get_parameter(name).mul_(mask)
-    cost = count_cost(network)
+    cost = count_cost(network, masks)
     saved = sum(int((~mask).sum()) * positions[name] for name, mask in masks.items())
     assert dense.nonzero_macs == dense.macs == cost.macs
     assert cost.nonzero_macs == cost.macs - saved
     assert dense.params - cost.nonzero_params == sum(int((~mask).sum()) for mask in masks.values())
+
+
+def test_weights_that_start_at_zero_are_not_pruned() -> None:
+    """Only masks prune: an untrained network has as many weights left as it has."""
+    config = tiny_config()
+    fresh = build_network(config, NUM_CLASSES)
+    assert any(not weight.any() for weight in maskable(fresh).values())
+    cost = count_cost(fresh)
+    assert (cost.nonzero_params, cost.nonzero_macs) == (cost.params, cost.macs)
+    state = tiny_state(config)
+    report = prune_state(state, config, PruneConfig(method="random", keep=0.5))
+    pruned = sum(int((~mask).sum()) for mask in state.extra_parts["masks"].values())
+    assert report.before == cost
+    assert cost.params - report.after.nonzero_params == pruned > 0
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_attention_multiplies_twice_more(name: str) -> None:
+    """As torch counts floating point operations: two a multiply-accumulate, without norms and biases."""
+    network = tiny_network(tiny_config(model__channels=16, **NETWORKS[name]))
+    for one in (network, prune_channels(network, PruneConfig(method="structured", keep=0.5))[0]):
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            one(*example_inputs(one))
+        products = {str(operation): flops for operation, flops in counter.get_flop_counts()["Global"].items()}
+        cost = count_cost(one)
+        assert cost.macs_with_attention - cost.macs == products["aten.bmm"] // 2 > 0
+
+
+def test_attention_at_large_images_costs_the_square_of_the_pixels() -> None:
+    """The CIFAR-10 network at 64 x 64 pixels, by the definition of attention, block by block."""
+    config = tiny_config(
+        data__name="cifar10",
+        data__image_size=64,
+        model__channels=128,
+        model__channel_multipliers=[1, 2, 2, 2],
+        model__num_res_blocks=2,
+        model__attention_resolutions=[32],
+        model__norm_groups=32,
+    )
+    with torch.device("meta"):
+        cost = count_cost(build_network(config, 10))
+    blocks = {32: 2 + 3, 8: 1}  # On the way down, on the way up, and in the middle.
+    attention = sum(count * 2 * 256 * (size * size) ** 2 for size, count in blocks.items())
+    assert cost.macs_with_attention == cost.macs + attention
 
 
 @pytest.mark.parametrize("batch", [1, 16])

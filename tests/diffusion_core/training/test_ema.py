@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from diffusion_core.checkpoint import read_checkpoint, write_checkpoint
 from diffusion_core.config import EmaConfig, flatten
+from diffusion_core.model.structure import maskable
 from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.training.ema import Ema, power_exponent
 from diffusion_core.training.trainer import TrainState, train
+from pruning.masks.mask import hold_masks
+from pruning.masks.strategies import global_magnitude
 
 
 def network(seed: int = 0) -> UNet:
@@ -157,6 +160,44 @@ def test_the_plain_average_starts_when_asked() -> None:
     assert (flat(whole.network) - sum(flat(network(i)) for i in (1, 2, 3)) / 3).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("settings", [{"average_from": 0}, {"power_widths": [0.1]}], ids=["average", "power"])
+def test_averages_over_many_updates_do_not_stall(settings: dict[str, Any]) -> None:
+    """From 1 towards 1.005, after a million updates: in float32, each update would be lost."""
+    ema = Ema(network(), EmaConfig(**settings))
+    (profile,) = ema.precise
+    moving = network()
+    count, done = 100, 1_000_000
+    for parameter in (*moving.parameters(), *ema.networks[profile].parameters()):
+        parameter.data.fill_(1.0)
+    ema.load(profile, ema.networks[profile].state_dict(), None)
+    ema.updates = done
+    expected = 1.0
+    for parameter in moving.parameters():
+        parameter.data.fill_(1.005)
+    target = float(torch.tensor(1.005))
+    for _ in range(count):
+        expected += ema.share(profile) * (target - expected)
+        ema.update(moving)
+    assert ema.share(profile) * 0.005 < 2.0**-24  # Half the distance to the next float32 after 1.
+    assert expected - 1.0 > 4e-7
+    found = flat(ema.networks[profile])
+    assert (found - expected).abs().max().item() <= 2.0**-24 * 1.01
+
+
+def test_masked_weights_stay_zero_in_every_average() -> None:
+    config = tiny_config(**SEVERAL, ema__sampled="average")
+    state = tiny_state(config)
+    for k in range(1, 4):
+        state.ema.update(network(k))
+    hold_masks(state, global_magnitude(maskable(state.network), None, 0.5))
+    train(state, tiny_batches(config), config, accelerator=cpu(), until=3)
+    for averaged in state.ema.networks.values():
+        weights = maskable(averaged)
+        assert all(not weights[name][~mask].any() for name, mask in state.extra_parts["masks"].items())
+    for averages in state.ema.precise.values():
+        assert all(not averages[name][~mask].any() for name, mask in state.extra_parts["masks"].items())
+
+
 SEVERAL = {"ema__power_widths": [0.05, 0.1], "ema__average_from": 2, "ema__warmup": False}
 
 
@@ -192,6 +233,11 @@ def test_every_average_survives_a_pause_bit_for_bit(sampled: str, tmp_path: Path
         **halved.metadata(),
     }
     checkpoint = write_checkpoint(tmp_path, halved.step, metadata, halved.parts())
+    assert {part for part in checkpoint.parts if part.startswith("float64-")} == {
+        "float64-power0_05",
+        "float64-power0_1",
+        "float64-average",
+    }
     assert {part for part in checkpoint.parts if part.startswith("ema-")} | {"ema"} == {
         "ema",
         *(
@@ -207,3 +253,9 @@ def test_every_average_survives_a_pause_bit_for_bit(sampled: str, tmp_path: Path
     assert len(straight.ema.networks) == 4
     for part, tensors in straight.parts().items():
         assert_same_tensors(tensors, resumed.parts()[part])
+    older = {part: tensors for part, tensors in halved.parts().items() if not part.startswith("float64-")}
+    checkpoint = write_checkpoint(tmp_path / "older", halved.step, metadata, older)
+    old = TrainState.restore(checkpoint, config.train, config.ema, torch.device("cpu"))
+    for profile, averages in old.ema.precise.items():
+        rounded = {name: average.float() for name, average in averages.items()}
+        assert_same_tensors(rounded, dict(old.ema.networks[profile].state_dict()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -21,14 +22,15 @@ from pruning.channels.groups import ChannelGroup, channel_groups
 from pruning.channels.importance import channel_scores, hessian, timestep_gradients
 from pruning.config import PruneConfig
 
-CONFIG = tiny_config(
-    model__channels=4,
-    model__norm_groups=2,
-    model__channel_multipliers=[1, 1],
-    model__attention_resolutions=[],
-    train__batch_size=3,
-    diffusion__timesteps=6,
-)
+FEW_TIMESTEPS: dict[str, Any] = {
+    "model__channels": 4,
+    "model__norm_groups": 2,
+    "model__channel_multipliers": [1, 1],
+    "model__attention_resolutions": [],
+    "train__batch_size": 3,
+    "diffusion__timesteps": 6,
+}
+CONFIG = tiny_config(**FEW_TIMESTEPS)
 BATCHES = 2
 
 
@@ -140,6 +142,41 @@ def test_diff_pruning_adds_up_the_timesteps_whose_loss_is_large_enough(stops: bo
     assert [t for t, _ in timestep_gradients(network(), chosen, calibration())] == visited
     half = chosen.model_copy(update={"calibration_batches": 3, "threshold": 0.0})
     assert [t for t, _ in timestep_gradients(network(), half, calibration())] == [0, 2, 4]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"diffusion__weighting": "p2", "diffusion__p2_gamma": 3.0},
+        {"diffusion__prediction": "v", "diffusion__weighting": "min_snr"},
+        {"diffusion__prediction": "x0", "diffusion__loss": "l1"},
+    ],
+    ids=lambda changes: ", ".join(map(str, changes.values())),
+)
+def test_diff_pruning_stops_by_the_error_of_the_noise(changes: dict[str, Any]) -> None:
+    """Whatever the network predicts and its loss weighs: (x - alpha x0) / sigma against the noise, by hand."""
+    config = tiny_config(**FEW_TIMESTEPS, **changes)
+    sample = Calibration.of(digits().train, config, torch.device("cpu"))
+    errors, losses = [], []
+    for t in range(config.diffusion.timesteps):
+        drawn = sample.draws(t, network(), t)
+        denoiser = Denoiser.from_config(network(), config.diffusion, config.model, torch.device("cpu"))
+        alpha, sigma = denoiser.schedule.at(drawn.t_B, drawn.x0_BCHW)
+        x_BCHW = alpha * drawn.x0_BCHW + sigma * drawn.noise_BCHW
+        with torch.no_grad():
+            noise = (x_BCHW - alpha * denoiser(x_BCHW, drawn.t_B, drawn.labels_B)) / sigma
+        errors.append(float((noise - drawn.noise_BCHW).square().mean()))
+        losses.append(float(sample.loss(network(), drawn).mean().detach()))
+
+    def visited(values: list[float], threshold: float) -> int:
+        return next((t for t, value in enumerate(values) if value < threshold * max(values[: t + 1])), len(values))
+
+    # A threshold at which the loss would stop elsewhere.
+    threshold = next(
+        share / 50 for share in range(49, 0, -1) if visited(errors, share / 50) != visited(losses, share / 50)
+    )
+    chosen = knobs("diff_pruning", threshold=threshold, calibration_batches=config.diffusion.timesteps)
+    assert len(list(timestep_gradients(network(), chosen, sample))) == visited(errors, threshold)
 
 
 def test_fisher_squares_the_gradient_of_every_image() -> None:

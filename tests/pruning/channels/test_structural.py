@@ -165,7 +165,7 @@ def test_the_target_is_hit_within_two_percent(target: str, scope: str) -> None:
 
 
 def test_the_published_architecture_hits_the_published_points() -> None:
-    """35.7 M parameters and 6.06 G multiply-accumulates; widths alone, without memory for the weights."""
+    """35.7 M parameters and 6.06 G multiply-accumulates; all 51 group norms keep their 32 groups."""
     settings = CoreConfig()
     dense = UNet(settings.model, 32, 3, 0)
     published = {"macs": 3.39e9 / 6.06e9, "params": 19.85e6 / 35.75e6}
@@ -173,7 +173,30 @@ def test_the_published_architecture_hits_the_published_points() -> None:
     assert cost.params == 35_746_307
     assert cost.macs == pytest.approx(6.06e9, rel=0.005)
     for target, keep in published.items():
-        assert share(smaller_one(dense, keep, target=target), dense, target) == pytest.approx(keep, rel=0.02)
+        smaller = smaller_one(dense, keep, target=target)
+        assert share(smaller, dense, target) == pytest.approx(keep, rel=0.02)
+        assert norm_groups(smaller) == [32] * 51
+
+
+def norm_groups(network: UNet) -> list[int]:
+    return [module.num_groups for module in network.modules() if isinstance(module, nn.GroupNorm)]
+
+
+@pytest.mark.parametrize("keep", [0.9, 0.5, 0.1])
+def test_automatic_widths_are_the_coarsest_that_hit_the_target(keep: float) -> None:
+    """Multiples of the number of groups, then of its divisors, each of which is tried by itself here."""
+    network = tiny_network(config(model__channels=12, model__norm_groups=6))
+    found = smaller_one(network, keep)
+    for unit in (6, 3, 2, 1):
+        try:
+            tried = smaller_one(network, keep, round_to=unit)
+        except ConfigError:  # Even one multiple in each group costs more.
+            continue
+        if share(tried, network, "macs") == pytest.approx(keep, rel=0.02):
+            assert_same_tensors(dict(found.state_dict()), dict(tried.state_dict()))
+            assert min(norm_groups(found)) >= unit
+            return
+    raise AssertionError(f"no width hits {keep}")
 
 
 def test_latency_is_measured_and_falls() -> None:
@@ -205,7 +228,7 @@ def test_widths_are_multiples_as_asked() -> None:
 
 def test_group_norms_take_fewer_groups_and_attention_keeps_its_heads() -> None:
     network = tiny_network(config(heads=4))
-    smaller = smaller_one(network, 0.41, scope="global")
+    smaller = smaller_one(network, 0.41, scope="global", round_to=1)
     dense = dict(network.named_modules())
     fewer = 0
     for name, module in smaller.named_modules():
@@ -228,7 +251,7 @@ def test_blocks_lose_as_they_were_told_to() -> None:
     network = tiny_network(config())
     names = shared_blocks(len(network.down))
     assert names == ["down.0", "down.1", "middle", "up.0", "up.1"]
-    smaller = smaller_one(network, 0.7, target="params", block_keep=[1.0, 0.75, 0.5, 0.75, 1.0])
+    smaller = smaller_one(network, 0.7, target="params", round_to=1, block_keep=[1.0, 0.75, 0.5, 0.75, 1.0])
     assert share(smaller, network, "params") == pytest.approx(0.7, rel=0.02)
     kept = {
         name: block(smaller, name).conv1.out_channels / block(network, name).conv1.out_channels

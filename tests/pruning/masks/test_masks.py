@@ -202,6 +202,7 @@ def test_the_report_says_what_happened() -> None:
     count = sum(weight.numel() for weight in maskable(state.network).values())
     assert (report.method, report.step) == ("magnitude", 4)
     assert report.before == dense
+    assert dense.nonzero_params == dense.params
     assert report.after.params == dense.params  # Masked weights are still there,
     assert report.after.macs == dense.macs  # and still multiplied with.
     assert report.after.nonzero_params == dense.params - round(0.5 * count)

@@ -7,14 +7,18 @@ import torch
 from tiny import NUM_CLASSES, digits, lively, tiny_config, tiny_network
 from torch import Tensor, nn
 
-from diffusion_core.config import CoreConfig
+from diffusion_core.config import CoreConfig, build
+from diffusion_core.config.presets import PRESETS
 from diffusion_core.model.structure import maskable
 from diffusion_core.model.unet import UNet, build_network
+from pruning.blocks import is_conditioning
 from pruning.calibration import Calibration
-from pruning.config import PruneConfig
+from pruning.config import PruneConfig, unheard
 from pruning.masks.build import choose_masks
-from pruning.masks.mask import empty_layers, sparsity
+from pruning.masks.mask import apply_masks, empty_layers, masked, sparsity
 from pruning.masks.saliency import snip_scores, stand_in, synflow_masks, synflow_scores
+from pruning.registries import MASK_STRATEGIES
+from pruning.training import warn_of_empty_layers
 
 CONFIG = tiny_config(
     model__channels=4, model__channel_multipliers=[1], model__norm_groups=2, model__attention_resolutions=[8]
@@ -63,21 +67,27 @@ def test_snip_is_how_much_the_loss_feels_a_connection() -> None:
 
 
 def test_the_flow_through_a_weight_is_what_is_lost_without_it() -> None:
-    """R is linear in each weight, so a score is R minus R with that weight at zero."""
+    """R is linear in each weight, so a score is R minus R with that weight at zero.
+
+    Of the image alone, or of what the timestep adds to it.
+    """
     network = tiny_network(CONFIG)
     scores = synflow_scores(network)
 
-    def total(net: UNet) -> float:
-        """R from the scores: every path leaves through conv_out, so its scores add up to R."""
-        return float(synflow_scores(net)["conv_out.weight"].sum())
+    def totals(net: UNet) -> tuple[float, float]:
+        """R from the scores: paths of the image all leave through conv_out, those of time enter through its network."""
+        found = synflow_scores(net)
+        return float(found["conv_out.weight"].sum()), float(found["time_mlp.0.weight"].sum())
 
-    whole = total(network)
     weights = maskable(network)
+    before_any = totals(network)
     for name, i in some(weights):
         flat = weights[name].view(-1)
         before = flat[i].clone()
         flat[i] = 0.0
-        expected = whole - total(network)
+        way = int(is_conditioning(name))
+        whole = before_any[way]
+        expected = whole - totals(network)[way]
         flat[i] = before
         assert float(scores[name].view(-1)[i]) == pytest.approx(expected, rel=1e-6, abs=1e-9 * whole), name
 
@@ -116,15 +126,67 @@ def test_networks_at_initialisation_are_ranked_by_stand_ins_for_layers_that_star
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-def test_synflow_in_many_steps_keeps_layers_that_one_step_empties() -> None:
-    network = lively(build_network(CONFIG, NUM_CLASSES))
+def test_time_and_label_do_not_change_the_flow_of_the_image() -> None:
+    """However wide their paths are."""
+    network = tiny_network(CONFIG)
+    before = synflow_scores(network)
     with torch.no_grad():
-        maskable(network)["middle.0.conv1.weight"].mul_(1e-3)
-    at_once = synflow_masks(network, None, 0.9, iterations=1)
-    slowly = synflow_masks(network, None, 0.9, iterations=60)
+        for name, weight in maskable(network).items():
+            if is_conditioning(name):
+                weight.mul_(1000.0)
+    after = synflow_scores(network)
+    for name, score in before.items():
+        if is_conditioning(name):
+            assert float(after[name].sum()) > 100.0 * float(score.sum()) > 0.0
+        else:
+            assert torch.equal(after[name], score), name
+
+
+PRESET_NETWORKS = {
+    "digits": build(CoreConfig, PRESETS["digits"]),
+    "digits, scale and shift": build(CoreConfig, PRESETS["digits"] | {"model.conditioning": "scale_shift"}),
+    # The layers of the CIFAR-10 network, an eighth as wide, at 8 x 8 pixels.
+    "cifar10": build(
+        CoreConfig,
+        {"model.channels": 16, "model.norm_groups": 4, "data.image_size": 8, "model.attention_resolutions": [4]},
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "keep"), list(zip(PRESET_NETWORKS, [0.5, 0.05, 0.05], strict=True)))
+def test_synflow_leaves_weights_in_every_layer(name: str, keep: float) -> None:
+    """Tanaka et al. 2020: no layer collapses. The image enters through the first layer, and leaves through the last."""
+    network = stand_in(build_network(PRESET_NETWORKS[name], NUM_CLASSES), 0)
+    masks = synflow_masks(network, None, 1.0 - keep, iterations=5)
+    left = {layer: int(mask.sum()) / mask.numel() for layer, mask in masks.items()}
+    total = sum(mask.numel() for mask in masks.values())
+    assert sum(int(mask.sum()) for mask in masks.values()) == total - round((1.0 - keep) * total)
+    assert min(left.values()) >= 0.1 * keep
+    assert min(left["conv_in.weight"], left["conv_out.weight"]) > 0.7
+    assert all(share == pytest.approx(keep, abs=0.01) for layer, share in left.items() if is_conditioning(layer))
+    apply_masks(network, masks)
+    assert all(float(score.sum()) > 0.0 for score in synflow_scores(network).values())
+
+
+def test_the_remedy_for_empty_layers_is_one_that_the_method_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    for method in MASK_STRATEGIES:
+        warn_of_empty_layers(["conv_in"], method)
+        advised = "prune.scope=layer" in capsys.readouterr().err
+        refused = list(unheard(PruneConfig(method=method, scope="layer")))
+        assert advised != bool(refused), method
+
+
+def test_synflow_in_many_steps_keeps_more_flow_than_in_one() -> None:
+    network = lively(build_network(CONFIG, NUM_CLASSES))
+    at_once, slowly = (synflow_masks(network, None, 0.9, iterations=count) for count in (1, 40))
     assert sparsity(at_once) == sparsity(slowly) == pytest.approx(0.9, abs=1e-3)
-    assert len(empty_layers(slowly)) < len(empty_layers(at_once))
-    again = synflow_masks(network, slowly, 0.95, iterations=10)
+
+    def flow(masks: dict[str, Tensor]) -> float:
+        with masked(network, masks):
+            return float(synflow_scores(network)["conv_out.weight"].sum())
+
+    assert flow(slowly) > 1.1 * flow(at_once) > 0.0
+    again = synflow_masks(network, slowly, 0.95, iterations=5)
     assert all(not (again[name] & ~slowly[name]).any() for name in slowly)
 
 
