@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from agent.report import NAME, write_ended
 from agent.sweep.file import SweepError, SweepFile, check_sweep
 from agent.sweep.results import TrialRecord, table
 from diffusion_core.config.metrics import best_first
@@ -134,6 +135,7 @@ def run_agents(online: OnlineSweep, sweep: SweepFile, shares: Sequence[dict[str,
     print(f"\n{sweep.name}: {len(records)} trials" + (f", best {sweep.metric} first" if sweep.metric else ""))
     print(table(records, sweep.varied, sweep.metric))
     print(online.url)
+    write_ended(path, Path("runs/sweeps") / path.rpartition("/")[2] / NAME)
     if received:
         return 130
     failed = any(process.returncode for process in processes)

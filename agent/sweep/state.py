@@ -12,11 +12,11 @@ from typing import Any
 from agent.sweep import engine
 from agent.sweep.file import SweepError, SweepFile
 from diffusion_core.files import write_json
-from diffusion_core.run_folder import Held, held
+from diffusion_core.run_folder import SWEEP_LOCK, SWEEP_STATE, SWEEP_TRIALS, Held, held
 
-STATE_FILE = "sweep.json"
-LOCK_FILE = ".lock"
-TRIALS = "trials"
+STATE_FILE = SWEEP_STATE
+LOCK_FILE = SWEEP_LOCK
+TRIALS = SWEEP_TRIALS
 FREE_TO_CHANGE = frozenset({"run_cap", "description"})
 """Settings that may change when a sweep resumes. All others decide what its trials are, or which of them is best."""
 
