@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +10,8 @@ from typing import Any
 from agent.tracking.api import api_errors, entity_name, failures, flat_summary, project_name, summary_figures
 from agent.tracking.project import best_model
 from diffusion_core.config import ConfigError
-from diffusion_core.evaluation.protocol import PREFIX
-from diffusion_core.report.folders import searched_settings, with_parents
-from diffusion_core.report.study import RUNS, SECONDS, SWEEP, Study, Trial
-from diffusion_core.tracking import STEP
+from diffusion_core.report.study import Study, Trial
+from diffusion_core.report.uploaded import LINK, uploaded_sweep, uploaded_trial
 
 HISTORY_ROWS = 200
 """Rows of a run's history that are asked for, evenly spaced."""
@@ -113,57 +109,26 @@ def study(path: str) -> Study:
     """
     import wandb
 
-    api = wandb.Api()
-    with api_errors(f"{path!r}: neither a sweep nor a run"):
+    with api_errors(f"{path!r}: no such folder, and no sweep or run on W&B"):
+        api = wandb.Api()
         try:
-            found = api.sweep(path)
+            sweep = api.sweep(path)
         except failures():
             run = api.run(path)
-            return Study(run.name, [_trial(run, ())], RUNS, running=run.state == "running", links={"on W&B": run.url})
-        config = dict(found.config)
-        searched, keys = searched_settings(config["parameters"])
-        trials = [_trial(run, keys) for run in found.runs]
-    return Study(
-        str(config.get("name") or found.id),
-        with_parents(trials),
-        SWEEP,
-        f"{config.get('method', '')} search",
-        searched,
-        (config.get("metric") or {}).get("name"),
-        varied=list(searched),
-        running=any(trial.state == "running" for trial in trials),
-        links={"on W&B": found.url},
-    )
+            return Study(run.name, [_trial(run)], running=run.state == "running", links={LINK: run.url})
+        return uploaded_sweep(sweep.id, sweep.config, sweep.url, [_trial(run) for run in sweep.runs])
 
 
-def _trial(run: Any, keys: Any) -> Trial:
-    """Return a run as a trial. Its figures are those of its best model, if it has one, as on the leaderboard."""
-    model, summary = best_model(run), flat_summary(run.summary)
-    figures = summary_figures(run.summary)
-    if "figures" in model:
-        figures = {key: value for key, value in figures.items() if key.startswith(("model/", "prune/"))} | model[
-            "figures"
-        ]
-    if isinstance(seconds := summary.get("_runtime"), int | float):
-        figures[SECONDS] = float(seconds)
-    rows = [{key: value for key, value in row.items() if isinstance(value, int | float) and key[0] != "_"}
-            | {STEP: row.get(STEP, row["_step"])} for row in run.history(samples=HISTORY_ROWS, pandas=False)]  # fmt: skip
-    flags = [f"--{key}={value if isinstance(value := run.config.get(key), str) else json.dumps(value)}" for key in keys]
-    protocols = {key.removeprefix(PREFIX): str(line) for key, line in summary.items() if key.startswith(PREFIX)}
-    return Trial(
+def _trial(run: Any) -> Trial:
+    return uploaded_trial(
         run.id,
         run.state,
-        dict(run.config),
-        figures,
-        protocols | model.get("protocols", {}),
-        model.get("step"),
-        rows,
-        parent=str(run.config.get("init.artifact") or "") or None,
-        links={"on W&B": run.url},
-        reproduce=shlex.join(["python", "-m", "agent", *flags]) if flags else "",
-        sample=f"python scripts/sample_images.py --artifact {'/'.join(run.path[:2])}/model-{run.id} --out samples"
-        if model
-        else "",
+        project="/".join(run.path[:2]),
+        url=run.url,
+        config=run.config,
+        summary=flat_summary(run.summary),
+        model=best_model(run),
+        rows=run.history(samples=HISTORY_ROWS, pandas=False),
     )
 
 

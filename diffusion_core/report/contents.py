@@ -20,7 +20,7 @@ SHOWN_SETTINGS = 6
 SHOWN_COSTS = ("model/nonzero_macs", "model/params", "seconds")
 MOST_CURVES = 6
 """Figures with learning curves."""
-MOST_POINTS = 60_000
+MOST_POINTS = 40_000
 """Points of all learning curves together; of longer ones, evenly spaced rows are kept."""
 FEWEST_PER_CURVE, MOST_PER_CURVE = 20, 200
 MOST_PICTURE_BYTES = 6_000_000

@@ -18,14 +18,12 @@ from diffusion_core.report.study import CHAIN, REMAINING, RUNS, SECONDS, SWEEP, 
 from diffusion_core.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
-    HISTORY_FILE,
     LOCK_FILE,
     PROTOCOLS_FILE,
     RESULT_FILE,
     RUN_FILE,
     SAMPLES,
     SWEEP_LOCK,
-    SWEEP_RESULTS,
     SWEEP_STATE,
     SWEEP_TRIALS,
     best_figures,
@@ -92,10 +90,18 @@ def _read_sweep(folder: Path) -> Study:
         SWEEP,
         method=f"{sweep.get('method', '')} search",
         searched=searched,
-        metric=(sweep.get("metric") or {}).get("name"),
+        **metric_of(sweep),
         varied=list(searched),
         running=running,
     )
+
+
+def metric_of(sweep: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metric and goals of a study from a sweep's configuration, which knows the goals of plugins' figures."""
+    named = sweep.get("metric")
+    if not isinstance(named, Mapping) or named.get("goal") not in ("minimize", "maximize"):
+        return {}
+    return {"metric": str(named.get("name")), "goals": {str(named.get("name")): named["goal"]}}
 
 
 def flat_parameters(parameters: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -249,7 +255,7 @@ def complete(study: Study, metric: str | None = None) -> Study:
         ConfigError: if a metric is asked for that no trial has.
     """
     figures = dict.fromkeys(name for trial in study.trials for name in trial.figures)
-    goals: dict[str, Goal] = {name: goal for name in figures if (goal := goal_of(name))}
+    goals: dict[str, Goal] = {name: goal for name in figures if (goal := goal_of(name) or study.goals.get(name))}
     if metric is not None and metric not in goals:
         known = ", ".join(goals) or "none"
         raise ConfigError(f"--metric = {metric!r}: no trial has it, or it is no figure of quality; there are {known}")

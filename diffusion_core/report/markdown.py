@@ -94,7 +94,7 @@ def _pictures(study: Study, order: Sequence[int], path: Path) -> list[str]:
         file = named(path, f"samples-{len(lines) // 3 + 1}")
         try:
             image = shrunk(grid)
-        except (OSError, ValueError):
+        except (OSError, ValueError, SyntaxError):
             continue
         with replaced_file(file) as temporary:
             image.save(temporary, "png")

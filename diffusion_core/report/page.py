@@ -35,7 +35,8 @@ def render(study: Study) -> str:
     ranked = candidates(study)
     winner = ranked[0] if ranked else None
     columns, order = columns_of(study), ranking(study)
-    scripts = [plotly_source(), *(source(name) for name in SCRIPTS)]
+    # The page can be read and used before plotly.js, the largest part, is parsed.
+    scripts = [*(source(name) for name in SCRIPTS), plotly_source()]
     environment = Environment(
         loader=PackageLoader("diffusion_core.report"),
         autoescape=True,
@@ -60,10 +61,10 @@ def render(study: Study) -> str:
     )
 
 
-def write_page(study: Study, path: Path) -> None:
-    """Write a study to a file: as Markdown if its name ends in ``.md``, otherwise as HTML."""
+def write_page(study: Study, path: Path, *, markdown: bool = False) -> None:
+    """Write a study to a file, as HTML or as Markdown."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".md":
+    if markdown:
         write_markdown(study, path)
     else:
         write_text(path, render(study))

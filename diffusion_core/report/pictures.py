@@ -6,8 +6,10 @@ import base64
 import io
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MOST_PIXELS = 360
 """Greatest width and height of a grid in a page."""
@@ -18,7 +20,7 @@ QUALITY = 80
 """WebP quality of shrunk grids."""
 
 
-def shrunk(path: Path, most: int = MOST_PIXELS, fewest: int = FEWEST_PIXELS) -> Image.Image:
+def shrunk(path: Path, most: int = MOST_PIXELS, fewest: int = FEWEST_PIXELS) -> Image:
     """Return a picture of at most ``most`` pixels in each direction.
 
     A larger one is shrunk. One whose longer side is below ``fewest`` is enlarged by an integer factor with nearest
@@ -27,8 +29,13 @@ def shrunk(path: Path, most: int = MOST_PIXELS, fewest: int = FEWEST_PIXELS) -> 
     Raises:
         OSError: if the file is no picture.
     """
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
+    from PIL import Image  # Not imported with the module: the process of a sweep does without.
+
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise OSError(str(error)) from None
     longest = max(image.size)
     if longest > most:
         image.thumbnail((most, most), Image.Resampling.LANCZOS)
@@ -43,7 +50,7 @@ def grid_uri(path: Path, most: int = MOST_PIXELS) -> str | None:
     buffer = io.BytesIO()
     try:
         shrunk(path, most).save(buffer, "webp", quality=QUALITY, method=4)
-    except (OSError, ValueError, Image.DecompressionBombError):
+    except (OSError, ValueError, SyntaxError):  # SyntaxError: Pillow's word for a broken PNG.
         return None
     return data_uri(buffer.getvalue(), "image/webp")
 

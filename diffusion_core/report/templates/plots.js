@@ -2,6 +2,9 @@
 // The plots. Each is drawn when it comes into view, and again when its inputs change.
 const CONFIG = {responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"]};
 
+// The script of plotly.js comes after this one.
+const parsed = new Promise(resolve => addEventListener("DOMContentLoaded", resolve, {once: true}));
+
 // A finger that scrolls the page must not be caught by a plot.
 const TOUCH = matchMedia("(pointer: coarse)").matches;
 
@@ -22,6 +25,7 @@ const title = text => ({text: plain(text), standoff: 8});
 // Draw, and show the card of the trial that is pointed at; `customdata` holds the index of each point's trial.
 async function draw(id, traces, drawn, onPoint) {
   const box = byId(id);
+  await parsed;
   await Plotly.react(box, traces, drawn, CONFIG);
   if (onPoint && !box.dataset.listening) {
     box.dataset.listening = "yes";
@@ -29,7 +33,7 @@ async function draw(id, traces, drawn, onPoint) {
     box.on("plotly_hover", point);
     box.on("plotly_click", point);
   }
-  box.dataset.drawn = "yes";
+  document.documentElement.dataset.drawn ??= String(Math.round(performance.now()));
 }
 
 function fillSelects() {

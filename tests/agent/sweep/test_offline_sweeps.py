@@ -28,6 +28,7 @@ from agent.sweep.offline import NothingWorks, OfflineSweep
 from agent.sweep.trials import TrialReader
 from diffusion_core.machine import processes, sharing
 from diffusion_core.machine.sharing import SHARERS
+from diffusion_core.run_folder import SWEEP_STATE
 
 STUB = Path(__file__).parents[2] / "stub_trial.py"
 STEPS = 6
@@ -373,7 +374,7 @@ def test_a_second_coordinator_is_refused_in_one_line(
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"sweep": {}}', '{"sweep": {}, "trials": [{"id": 1}]}', "null"])
 def test_a_damaged_state_is_refused_in_one_line(content: str, tmp_path: Path) -> None:
-    (tmp_path / sweep_state.STATE_FILE).write_text(content)
+    (tmp_path / SWEEP_STATE).write_text(content)
     with pytest.raises(SweepError, match=r"its sweep\.json is damaged") as caught:
         OfflineSweep(SWEEPS["grid"][0], tmp_path)
     assert len(str(caught.value).splitlines()) == 1
