@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffusion_core.redact import redacted
 from diffusion_core.report.findings import front_of, stages, trial_interval
 from diffusion_core.report.pictures import animation_uri, grid_uri
 from diffusion_core.report.study import COSTS, Study, Trial
@@ -77,7 +76,7 @@ def text_of(value: Any) -> str:
 
 
 def plot_data(study: Study, order: Sequence[int]) -> dict[str, Any]:
-    """Return the data of the page's plots as JSON without NaN. Texts hold no secrets.
+    """Return the data of the page's plots as JSON without NaN.
 
     Args:
         study: the study.
@@ -116,7 +115,7 @@ def plot_data(study: Study, order: Sequence[int]) -> dict[str, Any]:
         "fronts": {f"{quality}|{cost}": front_of(study, quality, cost) for quality in qualities for cost in costs},
         "stages": {f"{quality}|{cost}": _stages(study, quality, cost) for quality in qualities for cost in costs},
     }
-    return {**redacted(data), "pictures": pictures, "animations": animations}
+    return {**data, "pictures": pictures, "animations": animations}
 
 
 def _stages(study: Study, quality: str, cost: str) -> dict[str, list[list[Any]]]:

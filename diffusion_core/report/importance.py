@@ -13,7 +13,7 @@ FEWEST = 5
 """Fewest trials that a forest is trained on."""
 PER_SETTING = 10
 """Trials per setting below which a warning is given."""
-TREES = 200
+TREES = 100
 MOST_TRIALS = 5000
 
 

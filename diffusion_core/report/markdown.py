@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffusion_core.files import replaced_file, write_text
-from diffusion_core.redact import redacted
 from diffusion_core.report.contents import columns_of, ranking, text_of
 from diffusion_core.report.findings import candidates, equal_to, front_of, trial_interval
 from diffusion_core.report.importance import importances
@@ -25,6 +24,7 @@ COLOUR, FRONT_COLOUR = "#0072b2", "#d55e00"
 
 def write_markdown(study: Study, path: Path) -> None:
     """Write a study as Markdown. Pictures are beside it: ``NAME-front.png`` and ``NAME-samples-1.png`` and so on."""
+    study = study.without_secrets()
     ranked = candidates(study)
     winner = ranked[0] if ranked else None
     equal = equal_to(winner, ranked) if winner else []
@@ -43,7 +43,7 @@ def write_markdown(study: Study, path: Path) -> None:
     if winner is not None:
         commands = [text for text in (winner.best.reproduce, winner.best.sample) if text]
         # A fence longer than any in the commands cannot be closed by them.
-        lines += ["````sh", *(redacted(text).replace("`", "'") for text in commands), "````", ""] if commands else []
+        lines += ["````sh", *(text.replace("`", "'") for text in commands), "````", ""] if commands else []
     if equal:
         lines += ["Not told apart from it:", ""]
         lines += [f"- {escaped(f'{other.best.name}: {other.text()}')}" for other in equal] + [""]
@@ -69,8 +69,8 @@ def named(path: Path, what: str) -> Path:
 
 
 def escaped(text: str) -> str:
-    """Return a text in one line in which nothing is markup, without secrets."""
-    line = " ".join(redacted(text).split())
+    """Return a text in one line in which nothing is markup."""
+    line = " ".join(text.split())
     return re.sub(r"([\\`*_{}\[\]<>#!~&])", r"\\\1", line)
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_core.files import sha256, write_text
-from diffusion_core.redact import redacted
 from diffusion_core.report.contents import Column, columns_of, plot_data, ranking, script_json, text_of
 from diffusion_core.report.findings import Candidate, candidates, equal_to
 from diffusion_core.report.importance import importances
@@ -32,6 +31,7 @@ def render(study: Study) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined  # Slow to import.
     from markupsafe import Markup
 
+    study = study.without_secrets()
     ranked = candidates(study)
     winner = ranked[0] if ranked else None
     columns, order = columns_of(study), ranking(study)
@@ -45,7 +45,7 @@ def render(study: Study) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template("page.html").render(
-        **redacted_texts(study, winner, ranked),
+        **_texts(study, winner, ranked),
         columns=columns,
         rows=[_row(study.trials[index], columns) for index in order],
         order=order,
@@ -70,10 +70,10 @@ def write_page(study: Study, path: Path, *, markdown: bool = False) -> None:
         write_text(path, render(study))
 
 
-def redacted_texts(study: Study, winner: Candidate | None, ranked: list[Candidate]) -> dict[str, Any]:
-    """Return the texts at the top of a page, without secrets."""
+def _texts(study: Study, winner: Candidate | None, ranked: list[Candidate]) -> dict[str, Any]:
+    """Return the texts at the top of a page."""
     equal = equal_to(winner, ranked) if winner else []
-    texts = {
+    return {
         "title": study.title,
         "method": study.method,
         "searched": dict(study.searched),
@@ -94,20 +94,19 @@ def redacted_texts(study: Study, winner: Candidate | None, ranked: list[Candidat
         ],
         "protocols": sorted({(name, line) for trial in study.trials for name, line in trial.protocols.items()}),
     }
-    return redacted(texts)
 
 
 def _row(trial: Trial, columns: list[Column]) -> dict[str, Any]:
     values = [column.value(trial) for column in columns]
     cells = [
         {
-            "text": text_of(redacted(value)),
+            "text": text_of(value),
             # What sorting and filtering compare: numbers in full.
             "value": repr(float(value)) if isinstance(value, int | float) and not isinstance(value, bool) else None,
         }
         for value in values
     ]
-    return {"name": redacted(trial.name), "state": redacted(trial.state), "cells": cells}
+    return {"name": trial.name, "state": trial.state, "cells": cells}
 
 
 def _pair(study: Study) -> dict[str, Any] | None:
@@ -120,7 +119,7 @@ def _pair(study: Study) -> dict[str, Any] | None:
     figures = [
         (COSTS.get(name, name), text_of(first.figures.get(name)), text_of(second.figures.get(name))) for name in names
     ]
-    return redacted({"names": [first.name, second.name], "settings": settings, "figures": figures})
+    return {"names": [first.name, second.name], "settings": settings, "figures": figures}
 
 
 def source(name: str) -> str:

@@ -6,11 +6,12 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from diffusion_core.config.metrics import Goal
+from diffusion_core.redact import redacted
 
 SEED = "seed"
 SECONDS = "seconds"
@@ -123,6 +124,17 @@ class Study:
     varied: Sequence[str] = ()
     running: bool = False
     links: Mapping[str, str] = field(default_factory=dict)
+
+    def without_secrets(self) -> Study:
+        """Return the study with secrets blanked out in all texts but the paths of pictures."""
+        names = [entry.name for entry in fields(Trial) if entry.name not in ("pictures", "history", "figures")]
+        texts = redacted([[getattr(trial, name) for name in names] for trial in self.trials])
+        trials = [
+            replace(trial, **dict(zip(names, values, strict=True)))
+            for trial, values in zip(self.trials, texts, strict=True)
+        ]
+        own = {entry.name: redacted(getattr(self, entry.name)) for entry in fields(self) if entry.name != "trials"}
+        return replace(self, **own, trials=trials)
 
     def qualities(self) -> list[str]:
         """Return the figures of quality that a trial has: the metric first."""
