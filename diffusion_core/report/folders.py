@@ -171,7 +171,7 @@ def read_trial(
         seconds: wall time; None: that of its result.
     """
     result, history = _json(folder / RESULT_FILE), read_history(folder)
-    settings = dict(parameters or {}) | dict(result.get("config") or _settings(folder))
+    settings = dict(parameters or {}) | (_mapping(result.get("config")) or _settings(folder))
     step, figures, protocols = _figures(folder, result, history)
     sparsity = figures.get("prune/sparsity")
     if sparsity is not None:
@@ -211,7 +211,8 @@ def _figures(
     from diffusion_core.choice import best_of  # These import PyTorch, which the process of a sweep does not.
     from diffusion_core.evaluation.leaderboard import from_folders
 
-    costs = {key: value for key, value in result.get("figures", {}).items() if key.startswith(COST_FIGURES)}
+    final = {key: value for key, value in _mapping(result.get("figures")).items() if isinstance(value, int | float)}
+    costs = {key: value for key, value in final.items() if key.startswith(COST_FIGURES)}
     entry = next(iter(from_folders([folder])), None) if {"run_id", "step", "figures"} <= result.keys() else None
     protocols = {key: str(line) for key, line in _json(folder / PROTOCOLS_FILE).items()}
     if entry is not None:
@@ -220,7 +221,7 @@ def _figures(
     step = None if best is None else int(best["step"])
     row = next((without_step(row) for row in history if row[STEP] == step), None)
     figures = best_figures(history) if row is None else row
-    known = {**figures, **result.get("figures", {})} if row is None else {**figures, **costs}
+    known = {**figures, **(final if row is None else costs)}
     return (None if row is None else step), known, protocols
 
 
@@ -286,7 +287,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     try:
         text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
         loaded = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        return dict(loaded) if isinstance(loaded, dict) else {}
+        return _mapping(loaded)
     except (OSError, ValueError, yaml.YAMLError):
         return {}
 
@@ -296,7 +297,12 @@ def _json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return _mapping(content)
+
+
+def _mapping(content: Any) -> dict[str, Any]:
+    """Return a mapping as a dictionary; anything else, which a damaged file may hold, as an empty one."""
+    return {str(key): value for key, value in content.items()} if isinstance(content, Mapping) else {}
 
 
 def _holder_lives(lock: Path) -> bool:

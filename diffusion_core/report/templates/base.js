@@ -1,5 +1,6 @@
 "use strict";
 // Data, state and small functions that the other scripts share. Texts become text nodes, never markup.
+const begun = performance.now();
 const data = JSON.parse(document.getElementById("data").textContent);
 const trials = data.trials;
 const byName = new Map(trials.map((trial, index) => [trial.name, index]));

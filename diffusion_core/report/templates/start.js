@@ -39,4 +39,4 @@ for (const button of document.querySelectorAll("[data-trial]")) {
 }
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => Object.values(redraw).forEach(again => again()));
 if (data.order.length) showDetail(data.order[0]);
-document.documentElement.dataset.ready = String(Math.round(performance.now()));
+document.documentElement.dataset.took = String(Math.round(performance.now() - begun));

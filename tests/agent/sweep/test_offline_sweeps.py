@@ -70,8 +70,9 @@ def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setenv("STUB_NOTES", str(folder))
     monkeypatch.setattr(offline, "POLL_SECONDS", 0.01)
-    # Takes longer than all of a stub sweep; drawn where the whole command is run, and in tests of its own.
+    # They take longer than all of a stub sweep; made where the whole command is run, and in tests of their own.
     monkeypatch.setattr(offline, "plot_results", lambda *arguments: None)
+    monkeypatch.setattr(offline, "write_ended", lambda *arguments: None)
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     return folder

@@ -17,7 +17,8 @@ import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from diffusion_core.report.contents import MOST_PICTURE_BYTES, plot_data, ranking, script_json
+from diffusion_core.report import contents
+from diffusion_core.report.contents import plot_data, ranking, script_json
 from diffusion_core.report.findings import front_of
 from diffusion_core.report.page import plotly_source, render, write_page
 from diffusion_core.report.pictures import MOST_PIXELS, animation_uri, grid_uri, shrunk
@@ -124,10 +125,9 @@ def test_json_in_a_script_ends_nothing() -> None:
 
 
 def test_the_policy_allows_the_scripts_of_the_page_and_no_connection(study_of: Callable[..., Study]) -> None:
-    page = read(study_of(5))
-    policy = next(
-        given["content"] or "" for tag, given in page.elements if given.get("http-equiv") == "Content-Security-Policy"
-    )
+    page = Reader(render(study_of(5)))
+    named = {given["http-equiv"]: given["content"] or "" for _, given in page.elements if "http-equiv" in given}
+    policy = named["Content-Security-Policy"]
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in page.scripts[1:]]
     assert rules["script-src"].split() == [f"'sha256-{digest}'" for digest in digests]
@@ -253,13 +253,16 @@ def test_what_is_no_picture_is_left_out(tmp_path: Path) -> None:
     assert animation_uri(tmp_path / "missing.gif") is None
 
 
-def test_the_best_trials_have_pictures_if_not_all_can(tmp_path: Path, study_of: Callable[..., Study]) -> None:
+def test_the_best_trials_have_pictures_if_not_all_can(
+    tmp_path: Path, study_of: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contents, "MOST_PICTURE_BYTES", 300_000)
     noise = np.random.default_rng(0).integers(0, 255, (360, 360, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
     files = {"samples": tmp_path / "noise.png"}
-    study = replace(study_of(200), trials=[replace(trial, pictures=files) for trial in study_of(200).trials])
+    study = replace(study_of(20), trials=[replace(trial, pictures=files) for trial in study_of(20).trials])
     order = ranking(study)
     pictures = plot_data(study, order)["pictures"]
     size = len(next(iter(pictures.values())))
-    assert len(pictures) == -(-MOST_PICTURE_BYTES // size) < 200
+    assert len(pictures) == -(-300_000 // size) < 20
     assert set(pictures) == {str(index) for index in order[: len(pictures)]}
