@@ -115,7 +115,7 @@ def study(path: str) -> Study:
             sweep = api.sweep(path)
         except failures():
             run = api.run(path)
-            return Study(run.name, [_trial(run)], running=run.state == "running", links={LINK: run.url})
+            return Study(str(run.name), [_trial(run)], running=run.state == "running", links={LINK: run.url})
         return uploaded_sweep(sweep.id, sweep.config, sweep.url, [_trial(run) for run in sweep.runs])
 
 

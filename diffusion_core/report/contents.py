@@ -159,7 +159,7 @@ def _curves(study: Study) -> list[dict[str, list[list[float | None]]]]:
     most = min(MOST_PER_CURVE, max(FEWEST_PER_CURVE, each))
     found = []
     for trial in study.trials:
-        curves = {}
+        curves: dict[str, list[list[float | None]]] = {}
         for name in names:
             rows = _thinned([(row[STEP], row[name]) for row in trial.history if name in row], most)
             if rows:

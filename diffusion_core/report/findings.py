@@ -10,7 +10,7 @@ from statistics import fmean
 from diffusion_core.report.front import pareto_front
 from diffusion_core.report.intervals import Interval, may_be_equal, mean_interval, wilson
 from diffusion_core.report.study import COUNTED, ENDED, SHARES, Study, Trial, recipe
-from diffusion_core.tables import cell
+from diffusion_core.tables import cell, mean_and_range
 from diffusion_core.tracking import STEP
 
 DENSE = "dense/"
@@ -57,12 +57,11 @@ class Candidate:
         return self.trials[0]
 
     def text(self) -> str:
-        """Return value and uncertainty: ``0.93 (0.91 to 0.95: Wilson interval of 500 images)``."""
-        text = f"{cell(float(self.value))}"
+        """Return value and uncertainty: ``0.93, 95% Wilson interval of 500 images 0.91 to 0.95``."""
+        text = mean_and_range(self.values, ".4g")
         if len(self.trials) > 1:
             seeds = ", ".join(str(trial.seed) for trial in self.trials)
-            spread = f"{cell(float(min(self.values)))} to {cell(float(max(self.values)))}"
-            text += f", the mean of {len(self.trials)} seeds ({seeds}; range {spread})"
+            text += f", mean and range of {len(self.trials)} seeds ({seeds})"
         if self.interval is not None:
             text += f", 95% {self.interval.how} {cell(self.interval.low)} to {cell(self.interval.high)}"
         return text

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import yaml
 
 from diffusion_core.config import ConfigError
@@ -39,6 +39,8 @@ CHAIN_FIGURES = "lottery/"
 COST_FIGURES = ("model/", "prune/")
 PREFERRED = ("eval/class_agreement", "val/loss")
 """Metrics of runs that belong to no sweep, if ``checkpoint.best_metric`` was not measured."""
+CLOCK_S = 2.0
+"""Seconds that the clock of the file system may differ from that of processes."""
 IN_FLIGHT = frozenset({"running", "stopping"})
 
 
@@ -306,8 +308,10 @@ def _mapping(content: Any) -> dict[str, Any]:
 
 
 def _holder_lives(lock: Path) -> bool:
-    """Return whether the process that a lock file names is alive. The lock itself is not tried: that would hold it."""
+    """Return whether the process that wrote a lock file is alive. The lock itself is not tried: that would hold it."""
     try:
-        return psutil.pid_exists(int(lock.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        process = psutil.Process(int(lock.read_text(encoding="utf-8")))
+        # A process that began after the file was written has inherited the id.
+        return bool(process.create_time() <= lock.stat().st_mtime + CLOCK_S)
+    except (OSError, ValueError, psutil.Error):
         return False

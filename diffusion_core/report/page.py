@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from functools import cache
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,10 @@ def source(name: str) -> str:
 @cache
 def plotly_source() -> str:
     """Return the script of plotly.js that the package plotly brings along."""
-    return (files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
+    found = find_spec("plotly")  # The package itself is slow to import.
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("No module named 'plotly'")
+    return (Path(found.origin).parent / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
 
 
 def _base64_hash(text: str) -> str:

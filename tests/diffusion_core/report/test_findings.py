@@ -65,7 +65,7 @@ def test_trials_that_differ_in_seed_and_folder_only_are_joined() -> None:
     assert joined.interval is not None
     low, high = stats.t.interval(0.95, 1, loc=0.93, scale=stats.sem([0.90, 0.96]))
     assert (joined.interval.low, joined.interval.high) == pytest.approx((max(0, low), min(1, high)))
-    assert "mean of 2 seeds (1, 0; range 0.9 to 0.96)" in joined.text()
+    assert "0.93 (0.9 to 0.96), mean and range of 2 seeds (1, 0), 95% t interval of 2 seeds " in joined.text()
     assert recipe(one) == recipe(two) != recipe(other)
     assert differing([one, two, other]) == ["seed", "train.lr"]
 
@@ -144,9 +144,11 @@ def test_the_forest_finds_the_setting_that_decides(study_of: Callable[..., Study
     assert found.settings[0].setting == "train.lr"
     assert found.settings[0].share > 0.8
     # Without ties, Spearman's correlation is Pearson's of the ranks.
-    ranks = [np.argsort(np.argsort(column)) for column in zip(*((t.settings["train.lr"], t.figures[METRIC])
-                                                                for t in trials), strict=True)]  # fmt: skip
-    assert found.settings[0].correlation == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    rates, values = (
+        np.array(column) for column in zip(*((t.settings["train.lr"], t.figures[METRIC]) for t in trials), strict=True)
+    )
+    expected = np.corrcoef(rates.argsort().argsort().astype(float), values.argsort().argsort().astype(float))[0, 1]
+    assert found.settings[0].correlation == pytest.approx(expected)
     assert sum(item.share for item in found.settings) == pytest.approx(1.0)
     assert next(item for item in found.settings if item.setting == "diffusion.schedule").correlation is None
     assert found.explained > 0.9

@@ -24,8 +24,8 @@ from diffusion_core.report.study import CHAIN, RUNS, SWEEP
 from diffusion_core.report.uploaded import uploaded_sweep, uploaded_trial
 from diffusion_core.run_folder import SWEEP_LOCK, read_history
 
-HOUSE = Path(__file__).parents[1] / "fixtures" / "house"
-STUB = Path(__file__).parents[1] / "stub_trial.py"
+HOUSE = Path(__file__).parents[2] / "fixtures" / "house"
+STUB = Path(__file__).parents[2] / "stub_trial.py"
 FINISHED, STOPPED = "house-001-dfd3", "house-002-7e12"
 
 
@@ -130,9 +130,9 @@ def test_the_command_writes_a_page_or_markdown(house: Path, capsys: pytest.Captu
     assert report.main([str(folder), "--out", str(house / "sub" / "mine.md"), "--metric", "train/loss"]) == 0
     assert (folder / "report.md").read_text().startswith("# house")
     assert "train/loss" in (house / "sub" / "mine.md").read_text().split("## Trials")[0]
-    page = house / "two.html"
-    assert report.main([str(house / "half"), str(folder / "trials" / FINISHED), "--out", str(page)]) == 0
-    assert 'id="pair"' in page.read_text()
+    pair = house / "two.html"
+    assert report.main([str(house / "half"), str(folder / "trials" / FINISHED), "--out", str(pair)]) == 0
+    assert 'id="pair"' in pair.read_text()
 
 
 @pytest.mark.parametrize(
@@ -186,6 +186,16 @@ def test_a_watched_page_follows_the_sweep_to_its_end(house: Path, monkeypatch: p
     watcher.join(120)
     assert not watcher.is_alive()
     wait_for('http-equiv="refresh"', gone=True)
+
+
+@pytest.mark.parametrize(("age", "running"), [(0.0, True), (1e6, False)])
+def test_a_process_that_inherited_the_id_of_a_sweep_does_not_run_it(house: Path, age: float, running: bool) -> None:
+    lock = house / "sweeps" / "house" / SWEEP_LOCK
+    lock.write_text(str(os.getpid()))
+    os.utime(lock, (time.time() - age,) * 2)
+    assert read_study([lock.parent]).running == running
+    lock.write_text("no number")
+    assert not read_study([lock.parent]).running
 
 
 def test_nothing_is_written_while_nothing_changes(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
