@@ -8,7 +8,10 @@ const rows = [...document.querySelectorAll("#table tbody tr")];
 const rowOf = new Map(rows.map(row => [Number(row.dataset.i), row]));
 const ENDED_EARLY = new Set(["stopped", "failed", "killed", "crashed"]);
 const SYMBOLS = {finished: "circle", stopped: "square", running: "diamond", failed: "x", killed: "square", crashed: "x"};
-const LINES = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c8c2a", "#999999"];
+// Okabe and Ito; the dark ones are lighter on a dark page.
+const DARK = matchMedia("(prefers-color-scheme: dark)");
+const lineColours = () => DARK.matches ? ["#4ba3e3", "#e69f00", "#2bc79a", "#cc79a7", "#8fd3ff", "#ff8a4c", "#d9d94a", "#b5b5b5"]
+  : ["#0072b2", "#c98a00", "#009e73", "#b85c91", "#3a9fdc", "#d55e00", "#7d7d1f", "#7a7a7a"];
 const DASHES = ["solid", "dash", "dot", "dashdot"];
 const state = {passing: new Set(trials.keys()), chosen: new Set(), shown: null};
 

@@ -1,6 +1,8 @@
 "use strict";
 // The plots. Each is drawn when it comes into view, and again when its inputs change.
-const CONFIG = {responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"]};
+// The buttons are listed, because plotly.js has one of its own that uploads a plot to a server.
+const CONFIG = {responsive: true, displaylogo: false, plotlyServerURL: "",
+  modeBarButtons: [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]]};
 
 // The script of plotly.js comes after this one.
 const parsed = new Promise(resolve => addEventListener("DOMContentLoaded", resolve, {once: true}));
@@ -98,6 +100,7 @@ function lineages(key, known, x, y) {
 function drawCurves() {
   const figure = byId("curve-figure").value, log = byId("curve-log").checked;
   const chosen = data.order.filter(i => state.chosen.has(i) && trials[i].curves[figure]);
+  const LINES = lineColours();
   const traces = chosen.flatMap((i, place) => {
     const [steps, values] = trials[i].curves[figure];
     const own = LINES[place % LINES.length];
@@ -119,6 +122,7 @@ function drawTickets() {
     const control = trial.settings["prune.control"] || data.common["prune.control"] || "none";
     kinds.set(control, [...(kinds.get(control) || []), i]);
   });
+  const LINES = lineColours();
   const names = {none: "tickets", reinit: "random reinitialisation", random_mask: "random mask"};
   const traces = [...kinds].map(([control, own], place) => {
     own.sort((a, b) => trials[b].figures.remaining - trials[a].figures.remaining);

@@ -37,6 +37,6 @@ for (const button of document.querySelectorAll("[data-copy]")) copyButton(button
 for (const button of document.querySelectorAll("[data-trial]")) {
   button.addEventListener("click", () => { const index = byName.get(button.dataset.trial); if (index !== undefined) showDetail(index, true); });
 }
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => Object.values(redraw).forEach(again => again()));
+DARK.addEventListener("change", () => Object.values(redraw).forEach(again => again()));
 if (data.order.length) showDetail(data.order[0]);
 document.documentElement.dataset.took = String(Math.round(performance.now() - begun));

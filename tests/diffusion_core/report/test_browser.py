@@ -67,6 +67,8 @@ def test_nothing_is_wider_than_the_screen(
         browser.open(tmp_path / "r.html", width, dark=dark)
         scrolled(browser)
         assert browser.run(OVERFLOW) == 0
+        boxes = "[...document.querySelectorAll('.plot svg.main-svg')].map(plot => "
+        assert all(browser.run(f"{boxes} plot.clientWidth <= plot.closest('.plot').clientWidth)"))
         paper = browser.run("getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, paper[4:-1].split(","))) < 200) == dark
 
@@ -135,6 +137,8 @@ def test_plots_show_what_was_measured(browser: Any, study_of: Callable[..., Stud
     points = browser.run("""byId("front-plot").data.filter(trace => trace.customdata)
         .flatMap(trace => trace.x.map((x, i) => [trace.customdata[i], x, trace.y[i]]))""")
     points = [point for point in points if point[0] is not None]
+    titles = set(browser.run("[...document.querySelectorAll('.modebar-btn')].map(button => button.dataset.title)"))
+    assert titles == {"Download plot as a PNG", "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes"}, "no uploads"
     cost = browser.run("byId('front-cost').value")
     for index, x, y in points:
         assert x == pytest.approx(study.trials[index].figures[cost], rel=1e-5)
