@@ -135,9 +135,9 @@ def run_agents(online: OnlineSweep, sweep: SweepFile, shares: Sequence[dict[str,
     print(f"\n{sweep.name}: {len(records)} trials" + (f", best {sweep.metric} first" if sweep.metric else ""))
     print(table(records, sweep.varied, sweep.metric))
     print(online.url)
-    write_ended(path, Path("runs/sweeps") / path.rpartition("/")[2] / NAME)
     if received:
         return 130
+    write_ended(path, Path("runs/sweeps") / path.rpartition("/")[2] / NAME)
     failed = any(process.returncode for process in processes)
     return 1 if failed or any(record.state in ("failed", "crashed") for record in records) else 0
 

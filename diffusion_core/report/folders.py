@@ -101,9 +101,12 @@ def _read_sweep(folder: Path) -> Study:
 def metric_of(sweep: Mapping[str, Any]) -> dict[str, Any]:
     """Return metric and goals of a study from a sweep's configuration, which knows the goals of plugins' figures."""
     named = sweep.get("metric")
-    if not isinstance(named, Mapping) or named.get("goal") not in ("minimize", "maximize"):
+    if not isinstance(named, Mapping) or "name" not in named:
         return {}
-    return {"metric": str(named.get("name")), "goals": {str(named.get("name")): named["goal"]}}
+    goal = named.get("goal")
+    return {"metric": str(named["name"])} | (
+        {"goals": {str(named["name"]): goal}} if goal in ("minimize", "maximize") else {}
+    )
 
 
 def flat_parameters(parameters: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

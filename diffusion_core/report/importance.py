@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffusion_core.report.study import SEED, Study, Trial
+from diffusion_core.report.study import CHAIN, SEED, Study, Trial
 
 FEWEST = 5
 """Fewest trials that a forest is trained on."""
@@ -56,7 +56,7 @@ def importances(study: Study) -> Importances | None:
     A random forest (Breiman 2001) of ``TREES`` trees with a fixed seed predicts the metric. Numbers are used as they
     are, all other values as indicators; the importances of the indicators of a setting are added.
     """
-    if study.metric is None:
+    if study.metric is None or study.kind == CHAIN:  # Each round of a chain differs from the one before in one way.
         return None
     trials = [trial for trial in study.trials if trial.value(study.metric) is not None][:MOST_TRIALS]
     settings = [key for key in study.varied if len({_text(trial.settings.get(key)) for trial in trials}) > 1]

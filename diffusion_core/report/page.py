@@ -19,6 +19,7 @@ from diffusion_core.report.words import headline, notes
 
 SCRIPTS = ("base.js", "table.js", "plots.js", "start.js")
 """The page's own scripts, in their order."""
+WEB = ("https://", "http://")
 REFRESH_SECONDS = 20
 """Seconds after which a page of a running sweep loads itself again."""
 
@@ -80,7 +81,7 @@ def _texts(study: Study, winner: Candidate | None, ranked: list[Candidate]) -> d
         "searched": dict(study.searched),
         "states": study.states(),
         "total": len(study.trials),
-        "links": dict(study.links),
+        "links": {label: address for label, address in study.links.items() if address.startswith(WEB)},
         "headline": headline(study, winner),
         "notes": notes(study, winner, ranked, equal),
         "winner": winner.best.name if winner else "",

@@ -149,7 +149,7 @@ def test_plots_show_what_was_measured(browser: Any, study_of: Callable[..., Stud
     # Pointing at a trial shows its card; so does its button in the table.
     browser.run("byId('front-plot').emit('plotly_hover', {points: [{customdata: 5}]})")
     assert browser.run("document.querySelector('#detail h3').textContent") == "trial-005"
-    assert browser.run("document.querySelector('#detail img').naturalWidth") > 0
+    browser.wait("document.querySelector('#detail img').naturalWidth > 0")
     browser.run("document.querySelector('#table [data-trial=\"trial-009\"]').click()")
     assert browser.run("document.querySelector('#detail h3').textContent") == "trial-009"
     assert "made from trial-008" in browser.run("byId('detail').textContent")
