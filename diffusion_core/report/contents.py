@@ -75,6 +75,11 @@ def text_of(value: Any) -> str:
     return cell(list(value) if isinstance(value, tuple) else value)
 
 
+def exact(value: Any) -> str:
+    """Return a setting in full, as a command line takes it: ``0.00032661``, ``[1, 2]``, ``null``."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
 def plot_data(study: Study, order: Sequence[int]) -> dict[str, Any]:
     """Return the data of the page's plots as JSON without NaN.
 
@@ -90,7 +95,7 @@ def plot_data(study: Study, order: Sequence[int]) -> dict[str, Any]:
             "name": trial.name,
             "state": trial.state,
             "step": trial.step,
-            "settings": {key: text_of(value) for key, value in trial.settings.items() if key not in common},
+            "settings": {key: exact(value) for key, value in trial.settings.items() if key not in common},
             "figures": {key: _number(value) for key, value in trial.figures.items()},
             "parent": trial.parent,
             "links": trial.links,
@@ -109,7 +114,7 @@ def plot_data(study: Study, order: Sequence[int]) -> dict[str, Any]:
         "qualities": qualities,
         "varied": list(study.varied),
         "numeric": [key for key in study.varied if _is_number(trial.settings.get(key) for trial in study.trials)],
-        "common": {key: text_of(value) for key, value in common.items()},
+        "common": {key: exact(value) for key, value in common.items()},
         "order": list(order),
         "trials": trials,
         "fronts": {f"{quality}|{cost}": front_of(study, quality, cost) for quality in qualities for cost in costs},

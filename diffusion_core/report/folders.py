@@ -152,10 +152,11 @@ def _read_chain(folder: Path) -> Study:
         number, _, control = run.name.partition("-")
         before = f"{int(number) - 1:02d}" if number.isdecimal() and int(number) else None
         parent = next((one.name for place, one in zip(runs, trials, strict=True) if place.name == before), None)
+        state = "running" if running and trial.state == "unfinished" else trial.state
         figures = {**trial.figures}
         figures.setdefault(REMAINING, 1.0)  # The dense network has no figure of its sparsity.
         settings = {**trial.settings, "prune.control": control.replace("-", "_") or "none"}
-        joined.append(replace(trial, parent=parent, figures=figures, settings=settings))
+        joined.append(replace(trial, state=state, parent=parent, figures=figures, settings=settings))
     return Study(folder.resolve().name, joined, CHAIN, "chain of lottery tickets", running=running)
 
 

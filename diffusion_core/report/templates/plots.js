@@ -162,7 +162,7 @@ function drawParallel() {
 
 function scale(key, value, indices) {
   const numeric = key === data.metric || data.numeric.includes(key);
-  const raw = i => numeric ? Number(String(value(i)).replace(/,/g, "")) : String(value(i));
+  const raw = i => numeric ? Number(value(i)) : String(value(i));
   if (numeric) {
     const all = indices.map(raw), low = Math.min(...all), high = Math.max(...all);
     const log = low > 0 && high > 20 * low, f = log ? Math.log : v => v;
@@ -173,13 +173,15 @@ function scale(key, value, indices) {
   return {key, place: i => at.get(raw(i)), ticks: kinds.length > 12 ? [] : kinds.map(kind => [at.get(kind), kind])};
 }
 
+const rounded = (key, text) => data.numeric.includes(key) ? number(Number(text)) : text;
+
 function drawGallery() {
   const chosen = data.order.filter(i => state.chosen.has(i) && data.pictures[i]);
   byId("gallery").replaceChildren(...chosen.map(i => {
     const figure = element("figure", {}, element("h3", {textContent: trials[i].name}));
     const image = picture(i);
     figure.append(image);
-    const caption = data.varied.filter(key => key in trials[i].settings).slice(0, 4).map(key => `${key.split(".").pop()}=${trials[i].settings[key]}`);
+    const caption = data.varied.filter(key => key in trials[i].settings).slice(0, 4).map(key => `${key.split(".").pop()}=${rounded(key, trials[i].settings[key])}`);
     const value = data.metric && Number.isFinite(trials[i].figures[data.metric]) ? [`${data.metric} ${figureText(trials[i], data.metric)}`] : [];
     figure.append(element("figcaption", {textContent: [...value, ...caption].join(", ")}));
     if (data.animations[i]) {

@@ -85,11 +85,16 @@ def test_rounds_of_a_chain_have_parents_and_controls(house: Path) -> None:
     assert found == {first: (None, "none"), "chain-01": (first, "none"), "chain-02": ("chain-01", "none"),
                      "chain-02-random-mask": ("chain-01", "random_mask")}  # fmt: skip
     assert [round(trial.figures["remaining"], 3) for trial in study.trials] == [1.0, 0.8, 0.64, 0.64]
+    assert [trial.state for trial in study.trials] == ["unfinished", "finished", "finished", "finished"]
+    (house / "lottery" / "lock").write_text(str(os.getpid()))
+    live = read_study([house / "lottery"])
+    assert live.running
+    assert live.trials[0].state == "running"
 
 
 @pytest.mark.parametrize("file", ["result.json", "history.jsonl", "config.yaml", "run.json", "protocols.json",
                                   "checkpoints/step-00000400/checkpoint.json"])  # fmt: skip
-@pytest.mark.parametrize("content", ["", "{", "[1]", "\x00\xff", '{"figures": 3}', '{"step": []}'])
+@pytest.mark.parametrize("content", ["", "[1]", "\x00\xff", '{"figures": 3, "step": []}'])
 def test_a_damaged_file_costs_what_it_held_and_no_more(house: Path, file: str, content: str) -> None:
     sweep = house / "sweeps" / "house"
     (sweep / "trials" / FINISHED / file).write_text(content, encoding="latin-1")
