@@ -31,7 +31,9 @@ def notes(study: Study, winner: Candidate | None, ranked: Sequence[Candidate], e
             "repeat the best trials with other seeds."
         )
     elif others:
-        which = f"{len(equal)} of the {others} others cannot be told from it" if equal else "The others differ from it"
+        some = "The other one" if others == 1 else f"{len(equal)} of the {others} others"
+        rest = "The other one differs from it" if others == 1 else "The others differ from it"
+        which = f"{some} cannot be told from it" if equal else rest
         zero = "contains" if equal else "does not contain"
         found.append(
             f"{which}: the 95% interval of the difference {zero} zero."

@@ -155,8 +155,8 @@ function drawParallel() {
   const annotations = axes.flatMap((axis, at) => axis.ticks.map(([y, text]) => ({x: at, y, text: plain(short(text, 14)), showarrow: false,
     xanchor: at === axes.length - 1 ? "right" : "left", xshift: at === axes.length - 1 ? -4 : 4, bgcolor: colour("card"), opacity: 0.85, font: {size: 11}})));
   const shapes = axes.map((axis, at) => ({type: "line", x0: at, x1: at, y0: 0, y1: 1, layer: "below", line: {color: colour("line"), width: 1}}));
-  return draw("parallel-plot", groups, layout({annotations, shapes, showlegend: false, dragmode: false, margin: {l: 20, r: 20, t: 30, b: 60},
-    xaxis: {tickvals: axes.map((axis, at) => at), ticktext: axes.map(axis => plain(short(axis.key, 22))), range: [-0.1, axes.length - 0.9], fixedrange: true, tickangle: axes.length > 5 ? 20 : 0},
+  return draw("parallel-plot", groups, layout({annotations, shapes, showlegend: false, dragmode: false, margin: {l: 50, r: 70, t: 30, b: 60},
+    xaxis: {tickvals: axes.map((axis, at) => at), ticktext: axes.map(axis => plain(short(axis.key, 22))), range: [-0.1, axes.length - 0.9], fixedrange: true, ticklabeloverflow: "allow", tickangle: axes.length > 5 ? 20 : 0},
     yaxis: {visible: false, range: [-0.06, 1.06], fixedrange: true}}), index => showDetail(index));
 }
 

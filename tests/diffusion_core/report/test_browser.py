@@ -154,6 +154,8 @@ def test_plots_show_what_was_measured(browser: Any, study_of: Callable[..., Stud
     assert browser.run("document.querySelector('#detail h3').textContent") == "trial-009"
     assert "made from trial-008" in browser.run("byId('detail').textContent")
     assert browser.run("byId('front-plot').data.some(trace => trace.name === 'lineage')")
+    labels = browser.run("[...document.querySelectorAll('#parallel-plot .xtick text')].map(label => label.textContent)")
+    assert [label.removesuffix(" (log)") for label in labels] == [*study.varied, METRIC]
     # Ticking a trial adds its curve.
     before = browser.run("byId('curve-plot').data.length")
     browser.run("rowOf.get(data.order.at(-1)).querySelector('input').click()")
