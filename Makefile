@@ -43,6 +43,7 @@ $(VENV)/.extras: $(VENV)/.installed
 demo: install
 	$(PY) -m agent.sweep sweeps/quickstart.yaml --offline
 	$(PY) scripts/evaluate.py --sweep runs/sweeps/quickstart --num-images 500
+	$(PY) -m agent.report runs/sweeps/quickstart
 
 test: install
 	$(PYTEST)

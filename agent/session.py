@@ -20,6 +20,7 @@ from agent.command import fail
 from agent.config import TrialConfig, build_config
 from agent.ending import UNSENT, Ending, ending_of, lost_peer
 from agent.lottery import run_chain
+from agent.report import NAME, write_ended
 from agent.tracking.artifacts import fetch_best, fetch_checkpoint
 from agent.tracking.environment import find_run, is_offline, load_environment, wandb_mode
 from agent.tracking.repair import close_run
@@ -342,3 +343,5 @@ class Session:
         print(f"finished {result.run_id} at step {result.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in shown.items()))
         pictures = self.folder if self.is_lottery else self.folder / SAMPLES
         print(f"best checkpoint: {result.best_checkpoint}; pictures: {pictures}")
+        if self.is_lottery:
+            write_ended(self.folder, self.folder / NAME, forked=False)

@@ -51,6 +51,12 @@ SAMPLES = "samples"
 SWEEP_RESULTS = "results.json"
 """File in an offline sweep's folder with its trials, best first."""
 
+SWEEP_STATE = "sweep.json"
+"""File in an offline sweep's folder with the sweep and the state of its trials."""
+SWEEP_TRIALS = "trials"
+SWEEP_LOCK = ".lock"
+"""File in an offline sweep's folder with the id of the process that runs it, held locked by that."""
+
 SYNCED = ".synced"
 """Suffix of W&B's marker beside the file of an uploaded run; `wandb sync` skips files with a marker."""
 

@@ -118,3 +118,9 @@ def cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def mean_and_range(values: Sequence[float], form: str) -> str:
+    """Return such as ``0.98 (0.97 to 0.99)``, or the value alone if there is only one."""
+    spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):{form}}{spread}"

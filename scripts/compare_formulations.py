@@ -22,7 +22,7 @@ from typing import Any
 
 from studies.command import at_least, parser_of, seeds_of, some_of, status_of
 from studies.study import Results
-from studies.table import mean_and_range, write_table
+from studies.table import write_table
 
 from agent.command import run_and_leave
 from agent.config import build_config
@@ -35,7 +35,7 @@ from diffusion_core.evaluation.classifier.classifier import Classifier, classifi
 from diffusion_core.hardware import pick_device, pick_precision
 from diffusion_core.sampling.generation import Generator, round_robin
 from diffusion_core.sampling.samplers import evaluations
-from diffusion_core.tables import markdown_table
+from diffusion_core.tables import markdown_table, mean_and_range
 from diffusion_core.tracking import NullTracker
 
 COMPARED = ("eps", "v", "x0", "EDM", "learned variance")

@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from studies.command import numbers, parser_of, seeds_of, status_of
-from studies.table import mean_and_range, write_table
+from studies.table import write_table
 
 from agent.command import run_and_leave
 from agent.config import TrialConfig, build_config
 from agent.lottery import run_chain
 from diffusion_core.data.datasets import load_data
 from diffusion_core.files import write_json
-from diffusion_core.tables import markdown_table
+from diffusion_core.tables import markdown_table, mean_and_range
 from diffusion_core.tracking import NullTracker
 from pruning.lottery.report import LABELS, Trained, plot_spread, read_stages
 

@@ -30,6 +30,7 @@ CORE_LAYERS = (
     {"evaluation"},
     {"training"},
     {"diffusers_io"},
+    {"report"},
 )
 """Modules and folders of the core, lowest first: each may import its own layer and those below. Add new ones here."""
 
@@ -184,6 +185,21 @@ def test_the_agent_is_thin(top: str) -> None:
 def test_modules_are_short(path: Path) -> None:
     if str(path.relative_to(ROOT)) not in LONGER:
         assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+
+
+def test_reports_are_made_without_pytorch() -> None:
+    """The process of a sweep imports the modules of reports, and must stay small."""
+    names = [name for name in MODULES if name.startswith("diffusion_core.report.")] + ["agent.report"]
+    assert len(names) > 10
+    code = f"""
+import importlib, sys
+for name in {names!r}:
+    importlib.import_module(name)
+heavy = {{"torch", "wandb", "sklearn", "scipy", "PIL", "matplotlib", "jinja2", "plotly"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_importing_the_core_and_pruning_does_no_work() -> None:

@@ -31,7 +31,7 @@ ONE_TEXT = {
     "git's description of the code: summary.commit": (r"\"git\",", "diffusion_core/training/summary.py"),
     "labels in turn: generation.round_robin": (r"Request\([^()]*%", "diffusion_core/sampling/generation.py"),
     "Markdown tables: tables.markdown_table": (r"\"\| |\|---", "diffusion_core/tables.py"),
-    "mean and range: table.mean_and_range": (r" to \{.*max\(", "scripts/studies/table.py"),
+    "mean and range: tables.mean_and_range": (r" to \{.*max\(", "diffusion_core/tables.py"),
 }
 """The same, as patterns of the text of a line."""
 

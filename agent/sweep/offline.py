@@ -6,7 +6,7 @@ runs/sweeps/NAME/
     sweep.json                   the sweep and the state of its trials
     trials/ID/                   the folder of each trial, with its offline W&B run
     ID-samples.png, ID-diffusion.gif
-    results.csv, results.json, results.png
+    results.csv, results.json, results.png, report.html
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from agent.report import NAME, write_ended
 from agent.sweep import engine
 from agent.sweep.file import SweepError, SweepFile
 from agent.sweep.macros import expand_command
@@ -291,4 +292,5 @@ def run_offline(coordinator: OfflineSweep, count: int | None) -> int:
     print(table(records, sweep.varied, sweep.metric))
     print(f"\nresults.csv, results.json, results.png, sample grids and GIFs: {folder}/")
     print(f"to put it all on W&B: python -m agent.sync {folder}")
+    write_ended(folder, folder / NAME)
     return 0 if all(record.state != FAILED for record in records) else 1

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from agent.report import NAME, write_ended
 from agent.sweep.file import SweepError, SweepFile, check_sweep
 from agent.sweep.results import TrialRecord, table
 from diffusion_core.config.metrics import best_first
@@ -136,6 +137,7 @@ def run_agents(online: OnlineSweep, sweep: SweepFile, shares: Sequence[dict[str,
     print(online.url)
     if received:
         return 130
+    write_ended(path, Path("runs/sweeps") / path.rpartition("/")[2] / NAME)
     failed = any(process.returncode for process in processes)
     return 1 if failed or any(record.state in ("failed", "crashed") for record in records) else 0
 

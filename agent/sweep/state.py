@@ -12,11 +12,8 @@ from typing import Any
 from agent.sweep import engine
 from agent.sweep.file import SweepError, SweepFile
 from diffusion_core.files import write_json
-from diffusion_core.run_folder import Held, held
+from diffusion_core.run_folder import SWEEP_LOCK, SWEEP_STATE, SWEEP_TRIALS, Held, held
 
-STATE_FILE = "sweep.json"
-LOCK_FILE = ".lock"
-TRIALS = "trials"
 FREE_TO_CHANGE = frozenset({"run_cap", "description"})
 """Settings that may change when a sweep resumes. All others decide what its trials are, or which of them is best."""
 
@@ -69,14 +66,14 @@ class SweepState:
     def read(self) -> None:
         """Read the file, if it exists."""
         try:
-            stored = json.loads((self.folder / STATE_FILE).read_text(encoding="utf-8"))
+            stored = json.loads((self.folder / SWEEP_STATE).read_text(encoding="utf-8"))
             content = stored["sweep"]
             trials = [Trial(**trial) for trial in stored["trials"]]
         except FileNotFoundError:
             return
         except (OSError, ValueError, KeyError, TypeError):
             raise SweepError(
-                f"{str(self.folder)!r}: its {STATE_FILE} is damaged; give this sweep another --name, or delete it"
+                f"{str(self.folder)!r}: its {SWEEP_STATE} is damaged; give this sweep another --name, or delete it"
             ) from None
         if _decisive(content) != _decisive(self.content):
             raise SweepError(
@@ -87,11 +84,11 @@ class SweepState:
     def write(self) -> None:
         """Write the file atomically."""
         trials = [asdict(trial) for trial in self.trials]
-        write_json(self.folder / STATE_FILE, {"sweep": self.content, "trials": trials})
+        write_json(self.folder / SWEEP_STATE, {"sweep": self.content, "trials": trials})
 
     def trial_folder(self, trial: Trial) -> Path:
         """Return the folder of a trial."""
-        return self.folder / TRIALS / trial.id
+        return self.folder / SWEEP_TRIALS / trial.id
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -103,7 +100,7 @@ class SweepState:
         with ExitStack() as stack:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(held(self.folder / LOCK_FILE))
+                stack.enter_context(held(self.folder / SWEEP_LOCK))
             except OSError as error:
                 raise SweepError(f"{str(self.folder)!r}: {error.strerror}; choose another --out") from None
             except Held as other:

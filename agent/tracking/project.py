@@ -34,11 +34,18 @@ def finished_runs(name: str, which: str) -> Iterator[tuple[str, dict[str, Any], 
     step = wanted_step(which)
     with api_errors(f"--project = {name!r}"):
         for run in wandb.Api().runs(name, filters={"state": "finished"}):
-            models = [model for model in run.logged_artifacts() if model.name.startswith(f"{MODEL}-{run.id}:")]
-            models.sort(key=lambda model: (which == BEST and BEST in model.aliases, model.metadata.get("step", -1)))
-            described = [dict(model.metadata) for model in models if step in (None, model.metadata.get("step"))]
+            described = best_model(run, which)
             if described or step is None:
-                yield run.id, flat_summary(run.summary), described[-1] if described else {}
+                yield run.id, flat_summary(run.summary), described
+
+
+def best_model(run: Any, which: str = BEST) -> dict[str, Any]:
+    """Return the metadata of the model of a run that ``which`` chooses; empty if there is none."""
+    step = wanted_step(which)
+    models = [model for model in run.logged_artifacts() if model.name.startswith(f"{MODEL}-{run.id}:")]
+    models.sort(key=lambda model: (which == BEST and BEST in model.aliases, model.metadata.get("step", -1)))
+    described = [dict(model.metadata) for model in models if step in (None, model.metadata.get("step"))]
+    return described[-1] if described else {}
 
 
 def log_table(project: str, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -7,8 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from agent.tracking.api import api_errors, entity_name, project_name, summary_figures
+from agent.tracking.api import api_errors, entity_name, failures, flat_summary, project_name, summary_figures
+from agent.tracking.project import best_model
 from diffusion_core.config import ConfigError
+from diffusion_core.report.study import Study, Trial
+from diffusion_core.report.uploaded import LINK, uploaded_sweep, uploaded_trial
+
+HISTORY_ROWS = 200
+"""Rows of a run's history that are asked for, evenly spaced."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,37 @@ def runs(path: str) -> list[SweepRun]:
             SweepRun(run.id, run.state, run.config, summary_figures(run.summary), run.summary.get("_runtime"))
             for run in wandb.Api().sweep(path).runs
         ]
+
+
+def study(path: str) -> Study:
+    """Return the trials of a sweep, or a single run, ``ENTITY/PROJECT/ID``, without pictures.
+
+    Raises:
+        ConfigError: if there is neither, or W&B cannot be reached.
+    """
+    import wandb
+
+    with api_errors(f"{path!r}: no such folder, and no sweep or run on W&B"):
+        api = wandb.Api()
+        try:
+            sweep = api.sweep(path)
+        except failures():
+            run = api.run(path)
+            return Study(str(run.name), [_trial(run)], running=run.state == "running", links={LINK: run.url})
+        return uploaded_sweep(sweep.id, sweep.config, sweep.url, [_trial(run) for run in sweep.runs])
+
+
+def _trial(run: Any) -> Trial:
+    return uploaded_trial(
+        run.id,
+        run.state,
+        project="/".join(run.path[:2]),
+        url=run.url,
+        config=run.config,
+        summary=flat_summary(run.summary),
+        model=best_model(run),
+        rows=run.history(samples=HISTORY_ROWS, pandas=False),
+    )
 
 
 def agent_environment(environment: Mapping[str, str]) -> dict[str, str]:

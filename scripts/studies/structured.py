@@ -8,13 +8,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from diffusion_core.tables import markdown_table
+from diffusion_core.tables import markdown_table, mean_and_range
 from pruning.calibration import Calibration
 from pruning.channels.removal import prune_channels
 from pruning.config import PruneConfig
 from pruning.registries import IMPORTANCES
 from studies.study import Results, Study
-from studies.table import mean_and_range, plot, write_table
+from studies.table import plot, write_table
 
 BATCHES = 20
 DENSE = "dense"

@@ -8,12 +8,6 @@ from pathlib import Path
 from diffusion_core.files import write_text
 
 
-def mean_and_range(values: Sequence[float], form: str) -> str:
-    """Return such as ``0.98 (0.97 to 0.99)``, or the value alone if there is only one."""
-    spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):{form}}{spread}"
-
-
 def write_table(file: Path, lines: Sequence[str]) -> None:
     """Write a Markdown file, and print it."""
     text = "\n".join(lines) + "\n"

@@ -103,6 +103,8 @@ def test_offline_the_rounds_are_runs_of_the_folder(tmp_path: Path) -> None:
     assert "round 01 of 1: 50.00% of the weights" in output
     assert len([path for path in tmp_path.rglob("offline-run-*") if path.is_dir()]) == 3
     assert (tmp_path / "chain" / "summary.md").is_file()
+    assert "report: chain/report.html" in output.splitlines()
+    assert 'id="ticket-plot"' in (tmp_path / "chain" / "report.html").read_text()
 
 
 STEPS = 120

@@ -10,12 +10,12 @@ import pytest
 import torch
 from studies import structured
 from studies.study import FIGURES, SAMPLING_SEED, Results
-from studies.table import mean_and_range
 
 from diffusion_core.checkpoint import read_checkpoint
 from diffusion_core.evaluation.consistency import consistency_of_models
 from diffusion_core.hardware import pick_precision
 from diffusion_core.sampling.generation import Generator
+from diffusion_core.tables import mean_and_range
 
 
 def test_it_measures_once_and_writes_table_and_plot(

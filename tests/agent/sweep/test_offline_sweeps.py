@@ -28,6 +28,7 @@ from agent.sweep.offline import NothingWorks, OfflineSweep
 from agent.sweep.trials import TrialReader
 from diffusion_core.machine import processes, sharing
 from diffusion_core.machine.sharing import SHARERS
+from diffusion_core.run_folder import SWEEP_STATE
 
 STUB = Path(__file__).parents[2] / "stub_trial.py"
 STEPS = 6
@@ -69,8 +70,9 @@ def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setenv("STUB_NOTES", str(folder))
     monkeypatch.setattr(offline, "POLL_SECONDS", 0.01)
-    # Takes longer than all of a stub sweep; drawn where the whole command is run, and in tests of its own.
+    # They take longer than all of a stub sweep; made where the whole command is run, and in tests of their own.
     monkeypatch.setattr(offline, "plot_results", lambda *arguments: None)
+    monkeypatch.setattr(offline, "write_ended", lambda *arguments: None)
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     return folder
@@ -373,7 +375,7 @@ def test_a_second_coordinator_is_refused_in_one_line(
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"sweep": {}}', '{"sweep": {}, "trials": [{"id": 1}]}', "null"])
 def test_a_damaged_state_is_refused_in_one_line(content: str, tmp_path: Path) -> None:
-    (tmp_path / sweep_state.STATE_FILE).write_text(content)
+    (tmp_path / SWEEP_STATE).write_text(content)
     with pytest.raises(SweepError, match=r"its sweep\.json is damaged") as caught:
         OfflineSweep(SWEEPS["grid"][0], tmp_path)
     assert len(str(caught.value).splitlines()) == 1

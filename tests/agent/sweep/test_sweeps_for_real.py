@@ -166,6 +166,9 @@ def test_one_command_online_where_hyperband_stops_the_bad_and_lets_the_good_fini
     better = sorted((first, third), key=lambda run: min(loss for _, loss in losses(run)))
     assert ranked == [run.id for run in [*better, stopped]]
     assert len(list((tmp_path / "runs/agents").glob(f"{sweep.id}-[12].log"))) == 2
+    assert lines[-1] == f"report: runs/sweeps/{sweep.id}/report.html"
+    report = (tmp_path / "runs/sweeps" / sweep.id / "report.html").read_text()
+    assert all(run.id in report for run in sweep.runs)
 
     # Joined when it is over: nothing is left to do but to show the same table.
     again = client.command(*command, "--attach", sweep.id)

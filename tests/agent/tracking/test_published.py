@@ -62,6 +62,12 @@ def test_figures_reach_the_artifact_its_run_and_the_leaderboard(server: WandbSer
     assert logged.summary["leaderboard"]["_type"] == "table-file"
     assert (logged.summary["leaderboard"]["nrows"], logged.summary["leaderboard"]["ncols"]) == (1, 7)
 
+    client.command(sys.executable, "-m", "agent.report", "tester/test/one", "--out", "one.md")
+    page = (tmp_path / "one.md").read_text()
+    assert "one is the best: val/loss 0.5 (lower is better) at step 10" in page
+    assert "--artifact tester/test/model-one" in page
+    assert "reference=x, n=5000" in page
+
 
 TWO_VERSIONS = """
 import wandb

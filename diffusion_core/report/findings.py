@@ -1,0 +1,161 @@
+"""What a study found: its winner, the trials that cannot be told from it, fronts and lineages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+
+from diffusion_core.report.front import pareto_front
+from diffusion_core.report.intervals import Interval, may_be_equal, mean_interval, wilson
+from diffusion_core.report.study import COUNTED, ENDED, SHARES, Study, Trial, recipe
+from diffusion_core.tables import cell, mean_and_range
+from diffusion_core.tracking import STEP
+
+DENSE = "dense/"
+"""Prefix of the figures of a network before it is pruned."""
+NETWORK = ("model.", "data.")
+"""Beginnings of the settings that decide the cost of a dense network."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Trials that differ in their seed only.
+
+    Attributes:
+        trials: those with a value of the metric, the best first.
+        metric: the figure.
+    """
+
+    trials: Sequence[Trial]
+    metric: str
+
+    @cached_property
+    def values(self) -> list[float]:
+        """The metric of each trial."""
+        return [trial.figures[self.metric] for trial in self.trials]
+
+    @property
+    def value(self) -> float:
+        """Mean of the metric."""
+        return fmean(self.values)
+
+    @cached_property
+    def interval(self) -> Interval | None:
+        """Uncertainty of the mean; None if one trial does not tell."""
+        if len(self.trials) == 1:
+            return trial_interval(self.trials[0], self.metric)
+        found = mean_interval(self.values)
+        if self.metric in SHARES:
+            return Interval(max(0.0, found.low), min(1.0, found.high), found.how)
+        return found
+
+    @property
+    def best(self) -> Trial:
+        """The trial that stands for all."""
+        return self.trials[0]
+
+    def text(self) -> str:
+        """Return value and uncertainty: ``0.93, 95% Wilson interval of 500 images 0.91 to 0.95``."""
+        text = mean_and_range(self.values, ".4g")
+        if len(self.trials) > 1:
+            seeds = ", ".join(str(trial.seed) for trial in self.trials)
+            text += f", mean and range of {len(self.trials)} seeds ({seeds})"
+        if self.interval is not None:
+            text += f", 95% {self.interval.how} {cell(self.interval.low)} to {cell(self.interval.high)}"
+        return text
+
+
+def trial_interval(trial: Trial, figure: str) -> Interval | None:
+    """Return the uncertainty of a figure of one trial: that of a share of images; None for all other figures."""
+    value, images = trial.value(figure), trial.images(figure)
+    if figure not in SHARES or value is None or not images or not 0.0 <= value <= 1.0:
+        return None
+    return wilson(value, images)
+
+
+def candidates(study: Study) -> list[Candidate]:
+    """Return the trials with a value of the metric, repeated seeds joined, best first.
+
+    Trials that are running or failed count only if no other has ended.
+    """
+    metric = study.metric
+    if metric is None or metric not in study.goals:
+        return []
+    measured = [trial for trial in study.trials if trial.value(metric) is not None]
+    ended = [trial for trial in measured if trial.state in ENDED] or measured
+    groups: dict[str, list[Trial]] = {}
+    for trial in ended:
+        groups.setdefault(recipe(trial), []).append(trial)
+    sign = 1.0 if study.goals[metric] == "minimize" else -1.0
+    found = []
+    for trials in groups.values():
+        # The best of the repetitions stands for them, so that the commands name the best checkpoint.
+        trials.sort(key=lambda trial: sign * trial.figures[metric])
+        found.append(Candidate(tuple(trials), metric))
+    return sorted(found, key=lambda candidate: sign * candidate.value)
+
+
+def equal_to(winner: Candidate, others: Sequence[Candidate]) -> list[Candidate]:
+    """Return the candidates that the measurements do not tell from the winner (see :mod:`intervals`).
+
+    Candidates without an interval are equal only if their values are.
+    """
+    equal = []
+    for other in others:
+        if winner.interval is None or other.interval is None:
+            same = other.value == winner.value
+        else:
+            same = may_be_equal(winner.value, winner.interval, other.value, other.interval)
+        if same and other is not winner:
+            equal.append(other)
+    return equal
+
+
+def front_of(study: Study, quality: str, cost: str) -> list[int]:
+    """Return the indices of the trials on the Pareto front of a figure of quality against a cost."""
+    points = []
+    for trial in study.trials:
+        good, dear = trial.value(quality), trial.value(cost)
+        points.append(None if good is None or dear is None or trial.state == "failed" else (dear, good))
+    return pareto_front(points, study.goals[quality])
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A network of a lineage before its last checkpoint: before pruning, or just after it."""
+
+    label: str
+    cost: float
+    quality: float
+
+
+def stages(study: Study, trial: Trial, quality: str, cost: str) -> list[Stage]:
+    """Return the networks that a trial went through: dense, and pruned before fine-tuning.
+
+    The cost of the dense network is that of a dense trial with the same settings of model and data. Without one, or
+    for a cost that is measured instead of counted, its stage is left out.
+    """
+    own = trial.value(cost)
+    dense = [row for row in trial.history if f"{DENSE}{quality}" in row]
+    if own is None or not dense or cost not in COUNTED:
+        return []
+    found = []
+    network = _network(trial)
+    siblings = (other for other in study.trials if _is_dense(other) and _network(other) == network)
+    before = next((value for other in siblings if (value := other.value(cost)) is not None), None)
+    if before is not None:
+        found.append(Stage("dense", before, dense[-1][f"{DENSE}{quality}"]))
+    after = [row for row in trial.history if quality in row and row[STEP] > dense[-1][STEP]]
+    if len(after) > 1 and after[0][STEP] != trial.step:
+        found.append(Stage("pruned", own, after[0][quality]))
+    return found
+
+
+def _network(trial: Trial) -> list[tuple[str, str]]:
+    return sorted((key, str(value)) for key, value in trial.settings.items() if key.startswith(NETWORK))
+
+
+def _is_dense(trial: Trial) -> bool:
+    return trial.settings.get("prune.method", "none") == "none" and trial.parent is None

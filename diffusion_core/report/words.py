@@ -1,0 +1,51 @@
+"""The sentences of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diffusion_core.report.findings import Candidate
+from diffusion_core.report.study import ENDED, SHARES, Study
+
+BETTER = {"minimize": "lower is better", "maximize": "higher is better"}
+
+
+def headline(study: Study, winner: Candidate | None) -> str:
+    """Return the result in one sentence, with its uncertainty."""
+    if winner is None or study.metric is None:
+        return f"No trial has a value of {study.metric} yet." if study.metric else "No figure of quality was measured."
+    step = f" at step {winner.best.step:,}" if winner.best.step is not None else ""
+    verb = "leads" if study.running else "is the best"
+    return f"{winner.best.name} {verb}: {study.metric} {winner.text()} ({BETTER[study.goals[study.metric]]}){step}."
+
+
+def notes(study: Study, winner: Candidate | None, ranked: Sequence[Candidate], equal: Sequence[Candidate]) -> list[str]:
+    """Return what a reader must know to judge the headline."""
+    if winner is None or study.metric is None:
+        return []
+    found = []
+    others, unmeasured = len(ranked) - 1, sum(other.interval is None for other in ranked)
+    if others and winner.interval is None:
+        found.append(
+            f"One trial does not tell how much {study.metric} varies, so no other trial can be called equal or worse: "
+            "repeat the best trials with other seeds."
+        )
+    elif others:
+        some = "The other one" if others == 1 else f"{len(equal)} of the {others} others"
+        rest = "The other one differs from it" if others == 1 else "The others differ from it"
+        which = f"{some} cannot be told from it" if equal else rest
+        zero = "contains" if equal else "does not contain"
+        found.append(
+            f"{which}: the 95% interval of the difference {zero} zero."
+            + (f" {unmeasured} have no interval and were not compared." if unmeasured else "")
+        )
+    if study.metric in SHARES and winner.interval is not None and len(winner.trials) == 1:
+        found.append("The interval covers the draw of the images, not the seed of the training.")
+    if others and len(winner.trials) == 1:
+        found.append(f"It was chosen as the best of {len(ranked)}, which flatters its figure.")
+    ways = {trial.protocols.get(study.metric) for group in ranked for trial in group.trials}
+    if len(ways) > 1:
+        found.append(f"{study.metric} was not measured in the same way in all trials: there are {len(ways)} protocols.")
+    if any(trial.state not in ENDED for trial in winner.trials):
+        found.append("It has not ended.")
+    return found

@@ -1,0 +1,171 @@
+"""What a study found: fronts by brute force, repeated seeds, winners and their equals, lineages, importances."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from diffusion_core.report.findings import candidates, equal_to, front_of, stages, trial_interval
+from diffusion_core.report.front import pareto_front
+from diffusion_core.report.importance import importances
+from diffusion_core.report.study import Study, Trial, differing, recipe
+from diffusion_core.report.words import headline, notes
+
+METRIC = "eval/class_agreement"
+
+
+@pytest.mark.parametrize("goal", ["minimize", "maximize"])
+@pytest.mark.parametrize("seed", range(40))
+def test_the_front_is_what_nothing_beats(goal: Literal["minimize", "maximize"], seed: int) -> None:
+    draw = random.Random(seed)
+    places = [
+        None if draw.random() < 0.1 else (float(draw.randint(0, 6)), float(draw.randint(0, 6)))
+        for _ in range(draw.randint(0, 14))
+    ]
+
+    def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+        sign = 1 if goal == "minimize" else -1
+        return one[0] <= other[0] and sign * one[1] <= sign * other[1] and one != other
+
+    known = [place for place in places if place is not None]
+    expected = {
+        index
+        for index, place in enumerate(places)
+        if place is not None and not any(beats(other, place) for other in known)
+    }
+    found = pareto_front(places, goal)
+    assert set(found) == expected
+    assert len(found) == len(expected)
+    costs = [place[0] for place in (places[index] for index in found) if place is not None]
+    assert costs == sorted(costs)
+
+
+def trial(name: str, value: float, *, seed: int = 0, state: str = "finished", **more: Any) -> Trial:
+    settings = {"seed": seed, "train.lr": 0.1, "log.dir": name} | more.pop("settings", {})
+    return Trial(name, state, settings, {METRIC: value}, more.pop("protocols", {METRIC: "n=200, x"}), **more)
+
+
+def study(*trials: Trial, **more: Any) -> Study:
+    return Study("t", trials, metric=METRIC, goals={METRIC: "maximize"}, **more)
+
+
+def test_trials_that_differ_in_seed_and_folder_only_are_joined() -> None:
+    one, two = trial("a", 0.90), trial("b", 0.96, seed=1)
+    other = trial("c", 0.94, settings={"train.lr": 0.2})
+    found = candidates(study(one, two, other))
+    assert [[t.name for t in group.trials] for group in found] == [["c"], ["b", "a"]]
+    joined = found[1]
+    assert joined.value == pytest.approx(0.93)
+    assert joined.interval is not None
+    low, high = stats.t.interval(0.95, 1, loc=0.93, scale=stats.sem([0.90, 0.96]))
+    assert (joined.interval.low, joined.interval.high) == pytest.approx((max(0, low), min(1, high)))
+    assert "0.93 (0.9 to 0.96), mean and range of 2 seeds (1, 0), 95% t interval of 2 seeds " in joined.text()
+    assert recipe(one) == recipe(two) != recipe(other)
+    assert differing([one, two, other]) == ["seed", "train.lr"]
+
+
+def test_the_winner_has_ended_and_its_equals_are_not_told_apart() -> None:
+    best = trial("best", 0.99, settings={"x": 1})
+    near = trial("near", 0.985, settings={"x": 2})
+    far = trial("far", 0.80, settings={"x": 3})
+    running = trial("running", 1.0, state="running", settings={"x": 4})
+    failed = trial("failed", 1.0, state="failed", settings={"x": 5})
+    ranked = candidates(study(running, far, near, best, failed))
+    assert [group.best.name for group in ranked] == ["best", "near", "far"]
+    assert [group.best.name for group in equal_to(ranked[0], ranked)] == ["near"]
+    text = headline(study(best), ranked[0])
+    wilson = stats.binomtest(198, 200).proportion_ci(method="wilson")
+    assert text.startswith("best is the best: eval/class_agreement 0.99")
+    assert f"Wilson interval of 200 images {wilson.low:.4g} to {wilson.high:.4g} (higher is better)" in text
+
+
+def test_one_trial_of_a_figure_without_images_tells_nothing_of_its_spread() -> None:
+    pair = [Trial(name, "finished", {"x": name}, {"val/loss": value}) for name, value in (("a", 0.1), ("b", 0.1001))]
+    losses = Study("t", pair, metric="val/loss", goals={"val/loss": "minimize"})
+    ranked = candidates(losses)
+    assert ranked[0].best.name == "a"
+    assert ranked[0].interval is None
+    assert equal_to(ranked[0], ranked) == []
+    assert "repeat the best trials with other seeds" in " ".join(notes(losses, ranked[0], ranked, []))
+
+
+@pytest.mark.parametrize("protocol", ["", "n=unknown, x", "images=200"])
+def test_without_a_number_of_images_there_is_no_interval(protocol: str) -> None:
+    assert trial_interval(trial("a", 0.9, protocols={METRIC: protocol}), METRIC) is None
+
+
+def test_several_protocols_are_said() -> None:
+    trials = [trial("a", 0.9), trial("b", 0.8, protocols={METRIC: "n=100, x"}, settings={"y": 1})]
+    ranked = candidates(study(*trials))
+    assert "2 protocols" in " ".join(notes(study(*trials), ranked[0], ranked, []))
+
+
+@pytest.mark.parametrize("metric", [None, "eval/other"])
+def test_without_a_metric_there_is_no_winner(metric: str | None) -> None:
+    nothing = replace(study(trial("a", 0.9)), metric=metric)
+    assert candidates(nothing) == []
+    assert headline(nothing, None)
+
+
+def test_a_front_leaves_out_failed_trials_and_values_that_are_not_finite() -> None:
+    trials = [trial("a", 0.9), trial("b", float("nan")), trial("c", 1.0, state="failed"), trial("d", 0.8)]
+    costly = [replace(t, figures={**t.figures, "seconds": cost}) for t, cost in zip(trials, (5, 1, 1, 6), strict=True)]
+    assert front_of(study(*costly), METRIC, "seconds") == [0]
+
+
+def test_a_pruned_trial_comes_from_a_dense_network_of_known_cost() -> None:
+    settings = {"model.channels": 8, "prune.method": "structured"}
+    history = [{"step": 10, f"dense/{METRIC}": 0.9}, {"step": 20, METRIC: 0.5}, {"step": 40, METRIC: 0.85}]
+    pruned = replace(trial("p", 0.85, settings=settings, history=history, step=40))
+    pruned = replace(pruned, figures={METRIC: 0.85, "model/macs": 50.0, "seconds": 3.0})
+    dense = replace(trial("d", 0.91, settings={"model.channels": 8, "prune.method": "none"}))
+    dense = replace(dense, figures={METRIC: 0.91, "model/macs": 100.0, "seconds": 3.0})
+    other = replace(dense, settings={**dense.settings, "model.channels": 16}, name="o")
+    found = stages(study(pruned, dense), pruned, METRIC, "model/macs")
+    assert [(s.label, s.cost, s.quality) for s in found] == [("dense", 100.0, 0.9), ("pruned", 50.0, 0.5)]
+    assert [s.label for s in stages(study(pruned, other), pruned, METRIC, "model/macs")] == ["pruned"]
+    assert stages(study(pruned, dense), pruned, METRIC, "seconds") == [], "seconds of another trial are not its own"
+    assert stages(study(pruned, dense), dense, METRIC, "model/macs") == []
+
+
+def test_the_forest_finds_the_setting_that_decides(study_of: Callable[..., Study]) -> None:
+    trials = []
+    for number, made in enumerate(study_of(120).trials):
+        value = 3.0 * made.settings["train.lr"] + 0.01 * (made.settings["diffusion.schedule"] == "cosine")
+        trials.append(replace(made, figures={METRIC: value}, settings={**made.settings, "noise": number % 7}))
+    found = importances(study(*trials, varied=["noise", "train.lr", "diffusion.schedule", "prune.method"]))
+    assert found is not None
+    assert found.settings[0].setting == "train.lr"
+    assert found.settings[0].share > 0.8
+    # Without ties, Spearman's correlation is Pearson's of the ranks.
+    rates, values = (
+        np.array(column) for column in zip(*((t.settings["train.lr"], t.figures[METRIC]) for t in trials), strict=True)
+    )
+    expected = np.corrcoef(rates.argsort().argsort().astype(float), values.argsort().argsort().astype(float))[0, 1]
+    assert found.settings[0].correlation == pytest.approx(expected)
+    assert sum(item.share for item in found.settings) == pytest.approx(1.0)
+    assert next(item for item in found.settings if item.setting == "diffusion.schedule").correlation is None
+    assert found.explained > 0.9
+    assert found.warning == ""
+    assert found == importances(study(*trials, varied=["noise", "train.lr", "diffusion.schedule", "prune.method"]))
+
+
+def test_few_trials_and_noise_are_warned_of(study_of: Callable[..., Study]) -> None:
+    made = study_of(120).trials
+    noise = [replace(t, figures={METRIC: float(hash((i * 7919) % 101))}) for i, t in enumerate(made)]
+    learned_nothing = importances(study(*noise, varied=["train.lr", "prune.method"]))
+    assert learned_nothing is not None
+    assert "does not predict" in learned_nothing.warning
+    few = importances(study(*noise[:8], varied=["train.lr", "prune.method"]))
+    assert few is not None
+    assert few.warning.startswith("only 8 trials for 2 settings")
+    assert importances(study(*noise[:4], varied=["train.lr"])) is None
+    assert importances(study(*noise, varied=["train.steps"])) is None, "it never varied"
+    same = [replace(t, figures={METRIC: 1.0}) for t in made]
+    assert importances(study(*same, varied=["train.lr"])) is None
