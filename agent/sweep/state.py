@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ FREE_TO_CHANGE = frozenset({"run_cap", "description"})
 
 WAITING = "waiting"
 RUNNING = "running"
+SUBMITTED = "submitted"
 STOPPING = "stopping"
 FINISHED = "finished"
 STOPPED = "stopped"
@@ -36,10 +37,11 @@ class Trial:
     Attributes:
         id: its run id.
         parameters: what the engine suggested.
-        state: ``waiting`` (to start, resume or retry), ``running``, ``stopping`` (early termination told it to end),
-            ``finished``, ``stopped`` or ``failed``.
+        state: ``waiting`` (to start, resume or retry), ``running`` (a process of this machine), ``submitted`` (a job of
+            a cluster), ``stopping`` (early termination told it to end), ``finished``, ``stopped`` or ``failed``.
         failures: number of failures.
         seconds: wall time of its processes.
+        job: id of its job on a cluster; empty: submitted, but the cluster has not said the id; None: no job.
     """
 
     id: str
@@ -47,6 +49,7 @@ class Trial:
     state: str = WAITING
     failures: int = 0
     seconds: float = 0.0
+    job: str | None = None
 
 
 class SweepState:
@@ -85,9 +88,18 @@ class SweepState:
         self.trials = trials
 
     def write(self) -> None:
-        """Write the file atomically."""
-        trials = [asdict(trial) for trial in self.trials]
-        write_json(self.folder / STATE_FILE, {"sweep": self.content, "trials": trials})
+        """Write the file atomically.
+
+        Raises:
+            SweepError: if the file system refuses, for example because it is full.
+        """
+        trials = [vars(trial) for trial in self.trials]
+        try:
+            write_json(self.folder / STATE_FILE, {"sweep": self.content, "trials": trials})
+        except OSError as error:
+            raise SweepError(
+                f"{str(self.folder / STATE_FILE)!r}: {error.strerror}; free some space, then repeat the command"
+            ) from None
 
     def trial_folder(self, trial: Trial) -> Path:
         """Return the folder of a trial."""
