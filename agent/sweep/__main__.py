@@ -60,10 +60,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     offline.add_argument("--offline", action="store_true", help="use no server; the default if there is no API key")
     offline.add_argument("--jobs", type=positive, metavar="N", help="trials at once (one per GPU, or one)")
     offline.add_argument("--out", type=Path, metavar="DIR", help="parent of the sweep's folder (runs/sweeps)")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(joined(sys.argv[1:] if argv is None else argv))
     if arguments.file is None and arguments.attach is None:
         parser.error("FILE: a sweep file is needed, such as sweeps/quickstart.yaml (or --attach ID)")
     return arguments
+
+
+def joined(words: Sequence[str]) -> list[str]:
+    """Return the words with the one after ``--slurm`` joined to it: argparse takes ``--partition=gpu`` for a flag."""
+    found: list[str] = []
+    for word in words:
+        if found and found[-1] == "--slurm":
+            found[-1] = f"--slurm={word}"
+        else:
+            found.append(word)
+    return found
 
 
 def positive(text: str) -> int:
