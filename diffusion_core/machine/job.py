@@ -156,11 +156,12 @@ def _run(folder: Path, note: Note, command: Sequence[str], received: list[int]) 
     passed = 0
     while process.poll() is None:
         if passed < len(received):
-            note.signal = WARNED if received[0] == signal.SIGUSR1 else TOLD
             passed = len(received)
             with suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
         time.sleep(POLL_S)
+    if received:  # Perhaps the command received it as well, and has ended before this process looked.
+        note.signal = WARNED if received[0] == signal.SIGUSR1 else TOLD
     note.code = process.returncode
     note.seconds, note.advanced = before + time.monotonic() - start, _progress(folder) != progress
     write_json(folder / NOTE_FILE, asdict(note))

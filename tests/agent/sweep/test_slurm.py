@@ -1,0 +1,189 @@
+"""Offline sweeps as jobs of a real Slurm: preempted, warned, cancelled, their coordinator killed; none lost or doubled.
+
+The jobs are real processes of tests/stub_trial.py, which note each step.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from slurm import Cluster, cluster, end_jobs, missing, wait_for
+
+from agent.sweep import offline
+from agent.sweep.file import SweepFile, check_sweep
+from agent.sweep.offline import OfflineSweep
+from diffusion_core.config import ConfigError
+from diffusion_core.machine.job import read_note
+from diffusion_core.machine.slurm_queue import POLL
+from diffusion_core.registries import LAUNCHERS
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
+
+ROOT = Path(__file__).resolve().parents[3]
+STUB = ROOT / "tests/stub_trial.py"
+STEPS = 6
+fork = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+@pytest.fixture
+def slurm(started: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A cluster without jobs; stub trials wait at a gate before their third step."""
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "SLURM_"))]:
+        monkeypatch.delenv(name)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "gate").touch()
+    added = {"STUB_NOTES": str(tmp_path / "notes"), "STUB_GATE": str(tmp_path / "gate"), "PYTHONPATH": str(ROOT)}
+    for name, value in {**started.environment, **added, POLL: "0.5"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(offline, "plot_results", lambda *arguments: None)
+    yield started
+    end_jobs(started)
+
+
+def stub_sweep(method: str, parameters: dict[str, Any], **more: Any) -> SweepFile:
+    fixed = {"preset": "digits", "train.steps": STEPS, "train.warmup_steps": 0, "prune.step": None}
+    content = {
+        "method": method,
+        "metric": {"name": "val/loss", "goal": "minimize"},
+        "command": ["${interpreter}", "-S", str(STUB), "${args}"],
+        "parameters": {key: {"value": value} for key, value in fixed.items()} | parameters,
+        **more,
+    }
+    return check_sweep(content, "stub.yaml", "stub")
+
+
+GRID = {"train.lr": {"values": [0.3, 0.1]}, "seed": {"values": [0, 1, 2]}}
+
+
+def coordinator(sweep: SweepFile, folder: Path, jobs: int, words: str = "--partition=low") -> OfflineSweep:
+    return OfflineSweep(sweep, folder, launcher=LAUNCHERS["slurm"].make([{}] * jobs, words))
+
+
+@contextmanager
+def coordinator_process(sweep: SweepFile, folder: Path, jobs: int, words: str = "--partition=low") -> Iterator[int]:
+    """A process that runs a sweep; yields its id. It is killed at the end."""
+    process = fork.Process(target=lambda: sys.exit(offline.run_offline(coordinator(sweep, folder, jobs, words), None)))
+    process.start()
+    try:
+        assert process.pid is not None
+        yield process.pid
+    finally:
+        process.kill()
+        process.join(60)
+
+
+def noted(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    files = (folder / "notes").glob("*.jsonl")
+    return {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in files}
+
+
+def held(folder: Path) -> list[str]:
+    """The trials that wait at the gate: their last event is the second step."""
+    return [name for name, events in noted(folder).items() if events[-1].get("step") == 2]
+
+
+def trials_of(folder: Path) -> list[dict[str, Any]]:
+    file = folder / "sweep.json"
+    stored: list[dict[str, Any]] = json.loads(file.read_text())["trials"] if file.exists() else []
+    return stored
+
+
+def assert_each_step_once(folder: Path) -> None:
+    for name, events in noted(folder).items():
+        assert [event["step"] for event in events if event["event"] == "step"] == list(range(1, STEPS + 1)), name
+        pids = [event["pid"] for event in events]
+        assert pids == sorted(pids, key=pids.index), "one process after the other"
+
+
+def test_preempted_warned_cancelled_and_without_its_coordinator_each_trial_runs_once(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    sweep, folder = stub_sweep("grid", GRID), tmp_path / "sweep"
+    with coordinator_process(sweep, folder, jobs=6):
+        wait_for(lambda: len(held(tmp_path)) == 6, "six jobs")
+        with pytest.raises(ConfigError, match="is being run by process"):
+            coordinator(sweep, folder, 6).run()
+        (folder / ".lock").unlink()  # Another node does not see the system's lock.
+        with pytest.raises(ConfigError, match=r"is being run by process \d+ on ") as refused:
+            coordinator(sweep, folder, 6).run()
+        assert len(str(refused.value).splitlines()) == 1
+    assert set(slurm.states().values()) == {"RUNNING"}, "jobs go on without their coordinator"
+    before = {trial["id"]: trial["job"] for trial in trials_of(folder)}
+    nodes = {name: getattr(read_note(folder / "trials" / name), "node", "") for name in before}
+    assert sorted(nodes.values()).count("n1") == 4
+    cancelled, warned = [name for name, node in nodes.items() if node == "n2"][:2]
+    with coordinator_process(sweep, folder, jobs=6):
+        slurm.ask("scancel", before[cancelled])
+        slurm.ask("scancel", "--batch", "--signal=USR1", before[warned])
+        wait_for(lambda: next(t["failures"] for t in trials_of(folder) if t["id"] == cancelled) == 1, "the failure")
+        slurm.preempt("n1")
+    (tmp_path / "gate").unlink()
+    slurm.start_now()
+    last = coordinator(sweep, folder, 6)
+    records = last.run()
+    assert {record.state for record in records} == {"finished"}
+    assert {trial.id: trial.failures for trial in last.state.trials} == {name: name == cancelled for name in before}
+    assert_each_step_once(tmp_path)
+    for name, node in nodes.items():
+        note = read_note(folder / "trials" / name)
+        assert note is not None
+        assert (note.job == before[name]) == (name != cancelled)
+        assert (note.restarts == 1) == (name != cancelled)
+        stops = [event["event"] for event in noted(tmp_path)[name]].count("stop")
+        assert stops == 1, f"{name} on {node}"
+
+
+def test_warned_before_its_time_limit_a_job_goes_back_into_the_queue(slurm: Cluster, tmp_path: Path) -> None:
+    sweep, folder = stub_sweep("grid", {"train.lr": {"values": [0.3]}, "seed": {"value": 0}}), tmp_path / "sweep"
+    with coordinator_process(sweep, folder, 1, "--partition=low --time=1 --signal=B:USR1@55"):
+        wait_for(lambda: bool(held(tmp_path)), "the job")
+        wait_for(lambda: [event["event"] for event in next(iter(noted(tmp_path).values()))][-1] == "stop", "a warning")
+    (tmp_path / "gate").unlink()
+    wait_for(lambda: "PENDING" in slurm.states().values(), "the queue")
+    slurm.start_now()
+    last = coordinator(sweep, folder, 1)
+    assert [record.state for record in last.run()] == ["finished"]
+    assert_each_step_once(tmp_path)
+    assert last.state.trials[0].failures == 0
+
+
+def test_hyperband_stops_jobs_for_good(slurm: Cluster, tmp_path: Path) -> None:
+    early = {"type": "hyperband", "min_iter": 1, "eta": 2}
+    space = {"train.lr": {"values": [0.1, 0.9]}, "seed": {"values": [0, 1]}}
+    sweep = stub_sweep("grid", space, early_terminate=early)
+    folder = tmp_path / "sweep"
+    with coordinator_process(sweep, folder, 4):
+        wait_for(lambda: "stopped" in [trial["state"] for trial in trials_of(folder)], "early termination")
+    (tmp_path / "gate").unlink()
+    records = coordinator(sweep, folder, 4).run()
+    assert {record.parameters["train.lr"] for record in records if record.state == "stopped"} == {0.9}
+    assert {record.parameters["train.lr"] for record in records if record.state == "finished"} >= {0.1}
+
+
+def test_bayes_reads_what_jobs_measured_and_a_killed_job_is_tried_once_more(slurm: Cluster, tmp_path: Path) -> None:
+    space = {"train.lr": {"min": 0.1, "max": 0.9}, "seed": {"value": 0}}
+    sweep, folder = stub_sweep("bayes", space, run_cap=3), tmp_path / "sweep"
+    with coordinator_process(sweep, folder, 1):
+        wait_for(lambda: bool(held(tmp_path)), "the first job")
+        (events,) = noted(tmp_path).values()
+        job = Path(f"/proc/{events[0]['pid']}/stat").read_text().rpartition(")")[2].split()[1]
+        os.kill(int(job), signal.SIGKILL)
+        wait_for(lambda: trials_of(folder)[0]["failures"] == 1, "the failure")
+        (tmp_path / "gate").unlink()
+        wait_for(lambda: [trial["state"] for trial in trials_of(folder)] == ["finished"] * 3, "the end")
+    assert_each_step_once(tmp_path)
