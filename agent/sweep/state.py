@@ -11,7 +11,7 @@ from typing import Any
 
 from agent.sweep import engine
 from agent.sweep.file import SweepError, SweepFile
-from diffusion_core.files import write_json
+from diffusion_core.files import write_text
 from diffusion_core.run_folder import Held, held
 
 STATE_FILE = "sweep.json"
@@ -93,9 +93,10 @@ class SweepState:
         Raises:
             SweepError: if the file system refuses, for example because it is full.
         """
-        trials = [vars(trial) for trial in self.trials]
+        # One line a trial, and no indentation: Python writes that ten times as slowly.
+        trials = ",\n".join(json.dumps(vars(trial)) for trial in self.trials)
         try:
-            write_json(self.folder / STATE_FILE, {"sweep": self.content, "trials": trials})
+            write_text(self.folder / STATE_FILE, f'{{"sweep": {json.dumps(self.content)}, "trials": [\n{trials}\n]}}\n')
         except OSError as error:
             raise SweepError(
                 f"{str(self.folder / STATE_FILE)!r}: {error.strerror}; free some space, then repeat the command"
