@@ -6,6 +6,7 @@ What asks the server runs in child processes. The process that waits for the age
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from diffusion_core.machine.jobs import AgentTasks, Launcher
 
 LOGS = Path("runs/agents")
 """Folder of the agents' output if several run at once."""
+
+HAND_BACK = (sys.executable, "-m", "agent.sync", "--preempted", f"--ended={128 + signal.SIGTERM}")
+"""What returns the trial of a killed agent to the sweep; the trial's folder is appended."""
 
 PATIENT = {"WANDB_AGENT_DISABLE_FLAPPING": "true", "WANDB_AGENT_MAX_INITIAL_FAILURES": "1000000"}
 """Environment of agents with early termination. They count stopped trials as failed, and give up after a few."""
@@ -108,7 +112,7 @@ def agent_tasks(path: str, agents: int, count: int | None, environment: dict[str
     own = [None if count is None else count // agents + (number < count % agents) for number in range(agents)]
     command = [sys.executable, "-m", "wandb", "agent", "--forward-signals"]
     commands = [[*command, *([] if each is None else ["--count", str(each)]), path] for each in own if each != 0]
-    return AgentTasks(path.rpartition("/")[2], commands, environment, LOGS, wait)
+    return AgentTasks(path.rpartition("/")[2], commands, environment, LOGS, wait, HAND_BACK)
 
 
 def run_agents(online: OnlineSweep, sweep: SweepFile, launcher: Launcher, count: int | None, *, wait: bool) -> int:

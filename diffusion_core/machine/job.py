@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -37,6 +38,13 @@ NOTE_FILE = "job.json"
 QUEUE_SECONDS = "DIFFUSION_SWEEPS_QUEUE_S"
 """Environment variable of a job's command: seconds in the queue so far, over all its jobs."""
 
+FOLDER = "DIFFUSION_SWEEPS_JOB_FOLDER"
+"""Environment variable of a job's command: the job's folder."""
+
+TRIAL_FILE = "trial.json"
+"""File in the folder of an agent's job: the folder of its trial, until W&B was told how that ended."""
+
+HAND_BACK_WITHIN_S = 300.0
 MODULE = "diffusion_core.machine.job"
 POLL_S = 0.1
 UNUSABLE = 2
@@ -77,27 +85,31 @@ def read_note(folder: Path) -> Note | None:
         return None
 
 
-def command_of_job(folder: Path, command: Sequence[str], *, agent: bool = False) -> list[str]:
+def command_of_job(folder: Path, command: Sequence[str], hand_back: Sequence[str] | None = None) -> list[str]:
     """Return the command line of this module.
 
     Args:
         folder: the job's folder.
         command: what to run.
-        agent: whether it is an agent of an array: its index is added to the folder's name, and after a warning it goes
-            on whatever its exit status is.
+        hand_back: not None for an agent of an array: what returns the trial of a killed one to the sweep.
     """
-    return [sys.executable, "-m", MODULE, *(["--agent"] if agent else []), str(folder), "--", *command]
+    options = [] if hand_back is None else ["--agent", shlex.join(hand_back)]
+    return [sys.executable, "-m", MODULE, *options, str(folder), "--", *command]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command as a job. Return its exit status, 0 if another job works in the folder."""
+    """Run a command as a job. Return its exit status, 0 if another job works in the folder.
+
+    With ``--agent`` it is an agent of an array. Its index is added to the folder's name, and after a warning it goes on
+    whatever its exit status is. If its last job was killed, the trial of that is handed back first.
+    """
     parser = argparse.ArgumentParser(f"python -m {MODULE}")
-    parser.add_argument("--agent", action="store_true")
+    parser.add_argument("--agent", metavar="HAND_BACK")
     parser.add_argument("folder", type=Path)
     parser.add_argument("command", nargs="+")
     arguments = parser.parse_args(argv)
     folder, job = arguments.folder, slurm.own_job()
-    if arguments.agent:
+    if arguments.agent is not None:
         folder = folder.with_name(f"{folder.name}-{os.environ.get('SLURM_ARRAY_TASK_ID', 1)}")
     if job is None:
         print(f"error: {MODULE} is started by Slurm; use python -m agent.sweep --launcher slurm", file=sys.stderr)
@@ -108,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             with leased(folder / LEASE_FILE, is_active, print):
                 note = _begin(folder, job)
+                if arguments.agent:
+                    _hand_back(folder, shlex.split(arguments.agent))
                 _run(folder, note, arguments.command, received)
         except Leased as other:
             print(f"{folder}: {other} works here; job {job} leaves it alone", file=sys.stderr)
@@ -115,13 +129,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError as error:
             print(f"error: {str(folder)!r}: {reason_of(error)}; free some space on the shared disk", file=sys.stderr)
             return UNUSABLE
-        if note.signal == WARNED and (arguments.agent or (note.code != 0 and note.advanced)):
+        if note.signal == WARNED and (arguments.agent is not None or (note.code != 0 and note.advanced)):
             try:
                 slurm.requeue(job)
             except (slurm.NoAnswer, slurm.SlurmError) as error:
                 print(f"job {job} cannot be requeued ({error}); start the sweep's command again", file=sys.stderr)
     code = note.code or 0
     return 128 - code if code < 0 else code
+
+
+def note_trial(trial: Path | None) -> None:
+    """Note in the folder of this process's job which trial it runs; None: it has left it. Nothing outside a job.
+
+    Args:
+        trial: the trial's folder.
+    """
+    named = os.environ.get(FOLDER)
+    if not named:
+        return
+    if trial is None:
+        (Path(named) / TRIAL_FILE).unlink(missing_ok=True)
+    else:
+        write_json(Path(named) / TRIAL_FILE, str(trial.absolute()))
+
+
+def _hand_back(folder: Path, command: Sequence[str]) -> None:
+    """Hand back the trial that the last job of this agent was killed in."""
+    file = folder / TRIAL_FILE
+    if file.is_file():
+        trial = json.loads(file.read_text(encoding="utf-8"))
+        print(f"{trial}: its job was killed; handing it back", flush=True)
+        with suppress(subprocess.TimeoutExpired):
+            subprocess.run([*command, trial], timeout=HAND_BACK_WITHIN_S, check=False)
+        file.unlink(missing_ok=True)
 
 
 def is_active(job: str) -> bool | None:
@@ -151,7 +191,7 @@ def _run(folder: Path, note: Note, command: Sequence[str], received: list[int]) 
     """Run the command to its end, pass signals on, and note how it ended."""
     start, progress, before = time.monotonic(), _progress(folder), note.seconds
     own = os.getpid()
-    environment = dict(os.environ) | {QUEUE_SECONDS: f"{note.queue_seconds:.0f}"}
+    environment = dict(os.environ) | {QUEUE_SECONDS: f"{note.queue_seconds:.0f}", FOLDER: str(folder.absolute())}
     process = subprocess.Popen(command, env=environment, preexec_fn=lambda: end_with_parent(own))
     passed = 0
     while process.poll() is None:

@@ -81,6 +81,7 @@ class AgentTasks:
         environment: all their variables.
         logs: folder of their output.
         wait: whether to wait for them.
+        hand_back: a command that returns the trial of a killed agent to the sweep; the trial's folder is appended.
     """
 
     name: str
@@ -88,6 +89,7 @@ class AgentTasks:
     environment: Mapping[str, str]
     logs: Path
     wait: bool = True
+    hand_back: Sequence[str] = ()
 
 
 class Launcher(Protocol):

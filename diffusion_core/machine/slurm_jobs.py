@@ -142,7 +142,7 @@ class SlurmLauncher:
 
     def _script(self, task: Task | AgentTasks) -> str:
         if isinstance(task, AgentTasks):
-            return slurm.job_script(command_of_job(task.logs / task.name, task.commands[0], agent=True))
+            return slurm.job_script(command_of_job(task.logs / task.name, task.commands[0], task.hand_back))
         return slurm.job_script(command_of_job(task.folder, task.command))
 
 

@@ -1,8 +1,11 @@
-"""A sweep on W&B whose agents are an array of jobs of a real Slurm, one of them preempted: every run ends whole."""
+"""A sweep on W&B whose agents are an array of jobs of a real Slurm, one of them preempted and one killed: every run ends whole."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +59,16 @@ def steps(run: Run) -> list[int]:
     return [row["step"] for row in run.history if "train/loss" in row]
 
 
+def processes_of(variable: str) -> list[int]:
+    """The processes whose environment has a variable."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if variable.encode() in file.read_bytes().split(b"\0"):
+                found.append(int(file.parent.name))
+    return found
+
+
 def test_an_array_of_agents_runs_a_grid_and_hands_on_what_is_preempted(
     slurm: Cluster, server: WandbServer, tmp_path: Path
 ) -> None:
@@ -77,8 +90,12 @@ def test_an_array_of_agents_runs_a_grid_and_hands_on_what_is_preempted(
     attached = client.popen(*command, "--attach", sweep.id, *words, **environment)
 
     wait_for(lambda: [len(steps(run)) > 1 for run in sweep.runs].count(True) == 2, "the first rows", 120)
+    for pid in processes_of("SLURM_ARRAY_TASK_ID=2"):  # As if its node had failed: nobody can tell W&B.
+        os.kill(pid, signal.SIGKILL)
     slurm.preempt("n1")
     wait_for(lambda: "preempted" in [run.state for run in sweep.runs], "preemption", 60)
+    (second,) = slurm.ask("squeue", "--array", "--states=FAILED", "-h", "-o", "%i").split()
+    slurm.ask("scontrol", "requeue", second)
     slurm.start_now()
     output = finish(attached)
 
@@ -89,7 +106,7 @@ def test_an_array_of_agents_runs_a_grid_and_hands_on_what_is_preempted(
         assert steps(run) == list(range(EVERY, STEPS + 1, EVERY)), "each row once"
         assert run.summary["slurm/partition"] == "low"
         assert run.summary["slurm/node"] in ("n1", "n2")
-    moved = [run for run in sweep.runs if run.summary.get("preemptions")]
-    assert [run.summary["preemptions"] for run in moved] == [1]
+    assert [run.summary["slurm/restarts"] for run in sweep.runs[:2]] == [1, 1], "both went on in a job that had ended"
+    assert "its job was killed; handing it back" in (tmp_path / f"runs/agents/{sweep.id}-2.log").read_text()
     assert f"jobs {sweep.id} are under way; no more are submitted" in output
     assert "agents: 2 completed" in output
