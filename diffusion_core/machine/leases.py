@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from diffusion_core.files import write_json
+from diffusion_core.files import replaced_file
 from diffusion_core.machine.slurm import own_job
 
 BEAT_S = 10.0
@@ -88,7 +88,8 @@ def _take(file: Path, holder: dict[str, Any] | None, mine: dict[str, Any]) -> No
         except FileExistsError:
             raise Leased(describe(_read(file) or {})) from None
         return
-    write_json(file, mine)
+    with replaced_file(file, concurrent=True) as temporary, temporary.open("w", encoding="utf-8") as new:
+        json.dump(mine, new)
     time.sleep(SETTLE_S)
     if (now := _read(file)) != mine:
         raise Leased(describe(now or {}))

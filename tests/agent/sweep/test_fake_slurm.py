@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import fake_slurm
 import pytest
+from clusters import fake_slurm
 
 from agent.sweep import __main__ as command
 from agent.sweep import engine, offline
-from agent.sweep.file import SweepFile, check_sweep
+from agent.sweep.file import SweepError, SweepFile, check_sweep
 from agent.sweep.offline import OfflineSweep
 from diffusion_core.machine import slurm_queue
+from diffusion_core.machine.child import in_child
 from diffusion_core.registries import LAUNCHERS
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def sweep_of(trials: int, method: str = "grid") -> SweepFile:
@@ -127,11 +132,38 @@ def test_without_sbatch_or_a_launcher_of_that_name_the_sweep_is_refused(
     assert line == "error: --launcher = 'slurm': no sbatch here; run it on a login node of the cluster"
 
 
-if (
-    __name__ == "__main__"
-):  # Time and memory of the coordinator: python tests/agent/sweep/test_fake_slurm.py FOLDER 50 500
-    import resource
+def test_a_plugin_adds_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example of docs/extending.md, as it stands."""
+    (example,) = re.findall(r"```py\n(.*?)```", (ROOT / "docs/extending.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "polite_plugin.py").write_text(example, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(offline, "plot_results", lambda *arguments: None)
+    priority = "import os, sys; sys.exit(0 if os.nice(0) >= 7 else 1)"
+    content = {
+        "method": "grid",
+        "command": ["${interpreter}", "-S", "-c", priority, "${args}"],
+        "parameters": {"preset": {"value": "digits"}, "plugins": {"value": ["polite_plugin"]}},
+    }
+    (tmp_path / "sweep.yaml").write_text(json.dumps(content))
+    words = [str(tmp_path / "sweep.yaml"), "--offline", "--out", str(tmp_path / "out"), "--launcher"]
+    try:
+        assert command.main([*words, "polite"]) == 0
+    finally:
+        LAUNCHERS.pop("polite", None)
 
+
+def test_a_sweep_on_a_full_disk_ends_in_one_line(fake: Path, tmp_path: Path) -> None:
+    def run() -> str:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # Files cannot grow beyond it, as on a full disk.
+        with pytest.raises(SweepError) as caught:
+            run_sweep(tmp_path, 2, at_once=1)
+        return str(caught.value)
+
+    said = "File too large; free some space, then repeat the command"
+    assert in_child(run) == f"{str(tmp_path / 'sweep/sweep.json')!r}: {said}"
+
+
+if __name__ == "__main__":  # Time and memory of a coordinator: python test_fake_slurm.py FOLDER 50 500
     for count in map(int, sys.argv[2:]):
         place = Path(sys.argv[1]) / str(count)
         place.mkdir(parents=True)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm import Cluster, cluster, end_jobs, missing, wait_for
+from clusters.slurm import Cluster, cluster, end_jobs, missing, wait_for
 
+from agent.sweep import __main__ as sweep_command
 from agent.sweep import offline
 from agent.sweep.file import SweepFile, check_sweep
 from agent.sweep.offline import OfflineSweep
@@ -146,6 +147,25 @@ def test_preempted_warned_cancelled_and_without_its_coordinator_each_trial_runs_
         assert (note.restarts == 1) == (name != cancelled)
         stops = [event["event"] for event in noted(tmp_path)[name]].count("stop")
         assert stops == 1, f"{name} on {node}"
+
+
+def test_what_slurm_refuses_is_one_line_and_nothing_is_written(
+    slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sweep.yaml").write_text(json.dumps(stub_sweep("grid", GRID).config))
+    for words, reason in {
+        "--partition=nowhere": "invalid partition specified: nowhere",
+        "--no-such-word": "sbatch: unrecognized option '--no-such-word'",
+        "--time=soon": "Invalid --time specification",
+        "--nodes=9": "Requested node configuration is not available",
+    }.items():
+        options = ["--offline", "--out", str(tmp_path / "out"), "--launcher", "slurm", "--slurm", words]
+        assert sweep_command.main([str(tmp_path / "sweep.yaml"), *options]) == 2
+        captured = capsys.readouterr()
+        (line,) = captured.err.splitlines()
+        assert line.startswith(f"error: --slurm = {words!r}: sbatch refuses it (")
+        assert reason in line
+        assert not (tmp_path / "out").exists()
 
 
 def test_warned_before_its_time_limit_a_job_goes_back_into_the_queue(slurm: Cluster, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A sweep on W&B whose agents are an array of jobs of a real Slurm, one of them preempted and one killed: every run ends whole."""
+"""A sweep on W&B whose agents are an array of jobs of Slurm, one preempted and one killed: every run ends whole."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clusters.slurm import Cluster, cluster, missing, wait_for
 from server import Run, WandbServer
-from slurm import Cluster, cluster, missing, wait_for
 from wandb_client import Client, finish
 
 from diffusion_core.machine.slurm_queue import POLL
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
 
-STEPS, EVERY = 160, 4
+STEPS, EVERY = 100, 4
 KNOBS: dict[str, Any] = {
     "preset": "digits",
     "model.channels": 16,
