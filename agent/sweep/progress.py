@@ -29,6 +29,7 @@ class SweepProgress:
     def started(self, trial: Trial) -> None:
         """Report the start of a trial's process."""
         verb = "continues" if trial.seconds else "starts"
+        verb = f"{verb} as job {trial.job}" if trial.job else verb
         print(f"{self._name(trial)} {verb}: {parameters_line(trial.parameters, self.sweep.varied)}", flush=True)
 
     def ended(self, trial: Trial, outcome: Outcome, under_way: Sequence[float], log: Path | None) -> None:

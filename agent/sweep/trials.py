@@ -21,6 +21,7 @@ from agent.sweep.state import (
     Trial,
 )
 from diffusion_core.config.metrics import best_first, is_better
+from diffusion_core.machine.job import read_note
 from diffusion_core.run_folder import HISTORY_FILE, RESULT_FILE, SAMPLES, best_figures, read_history
 
 ENGINE_STATES = {WAITING: "running", RUNNING: "running", SUBMITTED: "running", STOPPING: "running",
@@ -94,6 +95,7 @@ class TrialReader:
             config=result.get("config", {}),
             best_checkpoint=result.get("best_checkpoint"),
             seconds=trial.seconds,
+            queued=None if (note := read_note(folder)) is None else note.queue_seconds,
         )
         if trial.state in DONE:
             self._ended_records[trial.id] = record

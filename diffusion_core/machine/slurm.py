@@ -113,16 +113,16 @@ def check_words(words: Sequence[str]) -> str:
 
 
 def submit(
-    script: str, words: Sequence[str], name: str, output: str, variables: Mapping[str, str], array: int | None = None
+    script: str, words: Sequence[str], name: str, output: str, environment: Mapping[str, str], array: int | None = None
 ) -> str:
-    """Submit a job, which receives this process's environment. Return its number.
+    """Submit a job. Return its number.
 
     Args:
         script: of :func:`job_script`.
         words: the user's words for sbatch.
         name: the job's name.
         output: file that its output is appended to; a pattern of sbatch.
-        variables: added to its environment.
+        environment: all its variables, besides Slurm's own.
         array: number of members of an array; None: a single job.
 
     Raises:
@@ -130,7 +130,7 @@ def submit(
         SlurmError: if there is no sbatch.
     """
     ours = [f"--job-name={name}", f"--output={output}", "--parsable"] + ([f"--array=1-{array}"] if array else [])
-    answer = _run(["sbatch", *words, *ours], text=script, variables=variables)
+    answer = _run(["sbatch", *words, *ours], text=script, environment=environment)
     return answer.split(";")[0]  # NUMBER;CLUSTER where there are several.
 
 
@@ -198,14 +198,14 @@ def waited_seconds(job: str) -> float | None:
 
 
 def _run(
-    words: Sequence[str], text: str = "", *, both: bool = False, variables: Mapping[str, str] | None = None
+    words: Sequence[str], text: str = "", *, both: bool = False, environment: Mapping[str, str] = os.environ
 ) -> str:
     """Run a command of Slurm. Return its output; with ``both`` that of stderr as well, in one line."""
     # A coordinator may be a job itself. What Slurm told that job of its cores and memory is not for others.
-    environment = {name: value for name, value in os.environ.items() if not _of_a_job(name)} | dict(variables or {})
+    variables = {name: value for name, value in environment.items() if not _of_a_job(name)}
     try:
         done = subprocess.run(
-            words, input=text, capture_output=True, text=True, timeout=WITHIN_S, env=environment, start_new_session=True
+            words, input=text, capture_output=True, text=True, timeout=WITHIN_S, env=variables, start_new_session=True
         )
     except FileNotFoundError:
         raise SlurmError(f"--launcher = 'slurm': no {words[0]} here; run it on a login node of the cluster") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -72,7 +73,8 @@ class SlurmLauncher:
         job, output = "", _escaped(task.folder / LOG_FILE)
         task.folder.mkdir(parents=True, exist_ok=True)
         try:
-            job = slurm.submit(self._script(task), self.words, task.name, output, task.environment)
+            environment = {**os.environ, **task.environment}
+            job = slurm.submit(self._script(task), self.words, task.name, output, environment)
             submitted(job)
             self._refused = ""
         except slurm.NoAnswer as error:

@@ -81,7 +81,9 @@ def test_no_trial_is_lost_or_run_twice_on_a_bad_day(
 def test_suggestions_are_those_of_the_engine_one_by_one(method: str) -> None:
     trials = 40
     config = sweep_of(trials, method).engine_config()
-    search, past, runs = engine.Search(config), [], []
+    search = engine.Search(config)
+    past: list[dict[str, Any]] = []
+    runs: list[Any] = []
     for _ in range(trials):
         suggested = search.suggest(past, lambda: pytest.fail("only bayes needs runs"))
         assert suggested is not None

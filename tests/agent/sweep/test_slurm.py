@@ -22,6 +22,7 @@ from agent.sweep import __main__ as sweep_command
 from agent.sweep import offline
 from agent.sweep.file import SweepFile, check_sweep
 from agent.sweep.offline import OfflineSweep
+from agent.sweep.results import table
 from diffusion_core.config import ConfigError
 from diffusion_core.machine.job import read_note
 from diffusion_core.machine.slurm_queue import POLL
@@ -138,6 +139,8 @@ def test_preempted_warned_cancelled_and_without_its_coordinator_each_trial_runs_
     last = coordinator(sweep, folder, 6)
     records = last.run()
     assert {record.state for record in records} == {"finished"}
+    assert all(record.queued is not None and record.queued >= 0 for record in records)
+    assert table(records, ["seed"]).splitlines()[0].endswith("seconds  queued")
     assert {trial.id: trial.failures for trial in last.state.trials} == {name: name == cancelled for name in before}
     assert_each_step_once(tmp_path)
     for name, node in nodes.items():
