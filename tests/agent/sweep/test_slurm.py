@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from agent.sweep.file import SweepFile, check_sweep
 from agent.sweep.offline import OfflineSweep
 from agent.sweep.results import table
 from diffusion_core.config import ConfigError
+from diffusion_core.machine import slurm_jobs
 from diffusion_core.machine.job import read_note
 from diffusion_core.machine.slurm_queue import POLL
 from diffusion_core.registries import LAUNCHERS
@@ -150,6 +152,33 @@ def test_preempted_warned_cancelled_and_without_its_coordinator_each_trial_runs_
         assert (note.restarts == 1) == (name != cancelled)
         stops = [event["event"] for event in noted(tmp_path)[name]].count("stop")
         assert stops == 1, f"{name} on {node}"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_asks_once_and_then_cancels(
+    times: int, slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(slurm_jobs, "ASK_S", 2.0)
+    space = {"train.lr": {"values": [0.3, 0.1]}, "seed": {"value": 0}}
+    sweep, folder = stub_sweep("grid", space), tmp_path / "sweep"
+    with coordinator_process(sweep, folder, 2) as pid:
+        wait_for(lambda: len(held(tmp_path)) == 2, "two jobs")
+        for _ in range(times):
+            os.kill(pid, signal.SIGINT)
+            time.sleep(0.5)
+        wait_for(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z", "the end")
+    said = capfd.readouterr().err
+    assert said.count("Ctrl-C again within 2 s cancels 2 jobs; else they go on") == 1
+    assert ("2 jobs go on" in said) == (times == 1)
+    assert "the same command goes on from here" in said
+    states = {"RUNNING"} if times == 1 else {"CANCELLED"}
+    assert {state for name, state in slurm.states().items() if name in noted(tmp_path)} == states
+    assert {trial["state"] for trial in trials_of(folder)} == ({"submitted"} if times == 1 else {"waiting"})
+    (tmp_path / "gate").unlink()
+    last = coordinator(sweep, folder, 2)
+    assert {record.state for record in last.run()} == {"finished"}
+    assert {trial.failures for trial in last.state.trials} == {0}
+    assert_each_step_once(tmp_path)
 
 
 def test_what_slurm_refuses_is_one_line_and_nothing_is_written(
