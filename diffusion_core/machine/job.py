@@ -24,6 +24,7 @@ from pathlib import Path
 from diffusion_core.files import write_json
 from diffusion_core.machine import slurm
 from diffusion_core.machine.leases import Leased, leased
+from diffusion_core.machine.nodes import across_nodes, node_count
 from diffusion_core.machine.processes import end_with_parent
 from diffusion_core.messages import reason_of
 from diffusion_core.run_folder import CHECKPOINTS, HISTORY_FILE
@@ -110,6 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     folder, job = arguments.folder, slurm.own_job()
     if arguments.agent is not None:
+        if node_count() > 1:
+            print("error: --nodes: an agent runs its trials on one node; use several with --offline", file=sys.stderr)
+            return UNUSABLE
         folder = folder.with_name(f"{folder.name}-{os.environ.get('SLURM_ARRAY_TASK_ID', 1)}")
     if job is None:
         print(f"error: {MODULE} is started by Slurm; use python -m agent.sweep --launcher slurm", file=sys.stderr)
@@ -133,6 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 slurm.requeue(job)
             except (slurm.NoAnswer, slurm.SlurmError) as error:
+                if signal.SIGTERM in received:  # It is being requeued: Slurm ends scontrol as well.
+                    return UNUSABLE
                 print(f"job {job} cannot be requeued ({error}); start the sweep's command again", file=sys.stderr)
     code = note.code or 0
     return 128 - code if code < 0 else code
@@ -192,19 +198,28 @@ def _run(folder: Path, note: Note, command: Sequence[str], received: list[int]) 
     start, progress, before = time.monotonic(), _progress(folder), note.seconds
     own = os.getpid()
     environment = dict(os.environ) | {QUEUE_SECONDS: f"{note.queue_seconds:.0f}", FOLDER: str(folder.absolute())}
-    process = subprocess.Popen(command, env=environment, preexec_fn=lambda: end_with_parent(own))
+    process = subprocess.Popen(across_nodes(command), env=environment, preexec_fn=lambda: end_with_parent(own))
     passed = 0
     while process.poll() is None:
         if passed < len(received):
             passed = len(received)
-            with suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
+            _tell(process)
         time.sleep(POLL_S)
     if received:  # Perhaps the command received it as well, and has ended before this process looked.
         note.signal = WARNED if received[0] == signal.SIGUSR1 else TOLD
     note.code = process.returncode
     note.seconds, note.advanced = before + time.monotonic() - start, _progress(folder) != progress
     write_json(folder / NOTE_FILE, asdict(note))
+
+
+def _tell(process: subprocess.Popen[bytes]) -> None:
+    """Send SIGTERM to the command, on all its nodes. srun itself would kill the processes of other nodes at once."""
+    if node_count() > 1:
+        with suppress(slurm.NoAnswer):
+            slurm.terminate_steps(os.environ["SLURM_JOB_ID"])
+            return
+    with suppress(ProcessLookupError):
+        process.send_signal(signal.SIGTERM)
 
 
 def _progress(folder: Path) -> tuple[int, list[str]]:

@@ -164,6 +164,15 @@ def terminate(job: str) -> None:
     _run(["scancel", "--batch", "--signal=TERM", job])
 
 
+def terminate_steps(job: str) -> None:
+    """Send SIGTERM to the processes of a job's steps (srun) on all its nodes, and not to its script.
+
+    Raises:
+        NoAnswer: if Slurm does not answer.
+    """
+    _run(["scancel", "--signal=TERM", job])
+
+
 def requeue(job: str) -> None:
     """Put a running job back into the queue.
 

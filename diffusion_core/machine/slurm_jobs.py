@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from diffusion_core.machine import slurm
-from diffusion_core.machine.job import command_of_job, is_active
+from diffusion_core.machine.job import command_of_job, is_active, read_note
 from diffusion_core.machine.jobs import AgentTasks, Job, LauncherRecord, Task
 from diffusion_core.machine.leases import Leased, leased
 from diffusion_core.machine.local import LOG_FILE
@@ -66,9 +66,9 @@ class SlurmLauncher:
     def start(self, task: Task, submitted: Callable[[str | None], object]) -> Job:
         """Submit a job, unless one of that name is under way."""
         known = self.queue.find("", task.name)
-        if known is not None and not known.is_over:
+        if known is not None and not known.is_over and not self._has_ended(known.id, task.folder):
             submitted(known.id)
-            return SlurmJob(self.queue, task.name, task.folder, known.id)
+            return SlurmJob(self.queue, task.name, task.folder, known.id, submitted)
         submitted("")
         job, output = "", _escaped(task.folder / LOG_FILE)
         task.folder.mkdir(parents=True, exist_ok=True)
@@ -82,6 +82,12 @@ class SlurmLauncher:
                 print(f"sbatch: {error}; trying again", file=sys.stderr, flush=True)
             self._refused = str(error)
         return SlurmJob(self.queue, task.name, task.folder, job, submitted)
+
+    @staticmethod
+    def _has_ended(job: str, folder: Path) -> bool:
+        """Return whether a job noted that its command ended by itself. The last look at the queue may be older."""
+        note = read_note(folder)
+        return note is not None and note.job == job and note.code is not None and not note.signal
 
     def adopt(self, name: str, folder: Path, job: str, submitted: Callable[[str | None], object]) -> Job:
         """Return a job that an earlier process submitted."""
