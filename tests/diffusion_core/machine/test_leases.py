@@ -20,6 +20,7 @@ from diffusion_core.machine import leases
 from diffusion_core.machine.cluster import cluster_facts
 from diffusion_core.machine.job import LEASE_FILE, command_of_job, read_note
 from diffusion_core.machine.leases import Leased, leased
+from diffusion_core.machine.nodes import across_nodes
 
 ROOT = Path(__file__).resolve().parents[3]
 DEAD = 2**22 + 1
@@ -218,6 +219,19 @@ def test_a_second_job_leaves_the_folder_of_the_first_alone(
     assert note.job == "12"
     first.terminate()
     assert first.wait(60) == 143
+
+
+def test_a_command_runs_on_all_nodes_of_its_job() -> None:
+    command = ["/usr/bin/env", sys.executable, "-m", "agent", "--seed=1"]
+    assert across_nodes(command, {}) == across_nodes(command, {"SLURM_JOB_NUM_NODES": "1"}) == command
+    two = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "10007", "SLURM_GPUS_ON_NODE": "8"}
+    words = across_nodes(command, two)
+    assert words[0] == "srun"
+    assert {"--nodes=2", "--ntasks=2", "--nnodes=2", "--nproc-per-node=8", "--kill-on-bad-exit=1"} <= set(words)
+    assert f"--rdzv-endpoint={socket.gethostname()}:20007" in words
+    assert words[-3:] == command[2:]
+    assert across_nodes(["program", "a"], two)[-3:] == ["--no-python", "program", "a"]
+    assert "--nproc-per-node=1" in across_nodes(command, {**two, "SLURM_GPUS_ON_NODE": ""})
 
 
 def test_the_facts_of_a_job() -> None:
