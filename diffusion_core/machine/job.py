@@ -16,10 +16,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from diffusion_core.files import write_json
 from diffusion_core.machine import slurm
@@ -47,6 +48,15 @@ TRIAL_FILE = "trial.json"
 
 HAND_BACK_WITHIN_S = 300.0
 MODULE = "diffusion_core.machine.job"
+TEXTS = {"partition": "SLURM_JOB_PARTITION", "node": "SLURMD_NODENAME", "nodes": "SLURM_JOB_NODELIST"}
+NUMBERS = {
+    "array_index": "SLURM_ARRAY_TASK_ID",
+    "restarts": "SLURM_RESTART_COUNT",
+    "gpus": "SLURM_GPUS_ON_NODE",
+    "queue_seconds": QUEUE_SECONDS,
+}
+"""What Slurm says about a job, in its environment."""
+
 POLL_S = 0.1
 UNUSABLE = 2
 WARNED = "warned"
@@ -96,6 +106,20 @@ def command_of_job(folder: Path, command: Sequence[str], hand_back: Sequence[str
     """
     options = [] if hand_back is None else ["--agent", shlex.join(hand_back)]
     return [sys.executable, "-m", MODULE, *options, str(folder), "--", *command]
+
+
+def cluster_facts(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Describe the job that this process belongs to (``slurm/*``); empty outside Slurm.
+
+    The job's id, its array's index, partition and nodes, the number of its restarts, the GPUs on this node, and the
+    seconds that the trial waited in the queue, all its jobs together. The kind of GPU is ``system/device``.
+    """
+    job = slurm.own_job(environment)
+    if job is None:
+        return {}
+    facts: dict[str, Any] = {name: environment[key] for name, key in TEXTS.items() if environment.get(key)}
+    facts |= {name: int(environment[key]) for name, key in NUMBERS.items() if environment.get(key, "").isdecimal()}
+    return {f"slurm/{name}": value for name, value in ({"job": job, "restarts": 0} | facts).items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from diffusion_core.config import TrainConfig
 from diffusion_core.data.datasets import Dataset
 from diffusion_core.files import sha256
 from diffusion_core.hardware import pick_precision
-from diffusion_core.machine.cluster import cluster_facts
+from diffusion_core.machine.job import cluster_facts
 from diffusion_core.machine.sharing import usable_cores
 from diffusion_core.model.cost import LATENCY_BATCH, count_cost, latencies, peak_memory
 from diffusion_core.model.unet import UNet

@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 
 from diffusion_core.machine import leases
-from diffusion_core.machine.cluster import cluster_facts
-from diffusion_core.machine.job import LEASE_FILE, command_of_job, read_note
+from diffusion_core.machine.job import LEASE_FILE, cluster_facts, command_of_job, read_note
 from diffusion_core.machine.leases import Leased, leased
 from diffusion_core.machine.nodes import across_nodes
 
