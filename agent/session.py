@@ -35,6 +35,7 @@ from diffusion_core.data.datasets import DataError, load_data, look_at_data
 from diffusion_core.distributed import WATCH_EVERY_S, Peers, first_process_first, make_accelerator
 from diffusion_core.files import write_json
 from diffusion_core.hardware import pick_device
+from diffusion_core.machine.job import note_trial
 from diffusion_core.machine.launchers import watch_launchers
 from diffusion_core.redact import recorded_console
 from diffusion_core.run_folder import (
@@ -234,9 +235,10 @@ class Session:
 
     def _close(self, ending: Ending) -> int:
         """End the W&B run. Return the exit status: that of the ending, or UNSENT if only W&B lacks something."""
-        if self.folder is None or close_run(self.tracker, self.folder, ending.told, preempted=ending.preempted):
-            return ending.status
-        return ending.status or UNSENT
+        arrived = self.folder is None or close_run(self.tracker, self.folder, ending.told, preempted=ending.preempted)
+        if arrived and self.is_main:
+            note_trial(None)
+        return ending.status if arrived else ending.status or UNSENT
 
     def _close_in_time(self, ending: Ending) -> bool:
         """Close within LAST_WORDS_S. Return whether that was enough."""
@@ -266,6 +268,7 @@ class Session:
             make_folder(self.folder)
             self.stack.enter_context(locked(self.folder))
             self.preemptions = read_run_file(self.folder).get("preemptions", 0)
+            note_trial(self.folder)
             if self.mode != "disabled":
                 self._start_tracking(config, run_id, self.folder)
         self.peers.wait()

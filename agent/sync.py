@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     load_environment()
     folders: dict[Path, None] = {}
     for root in arguments.folders:
-        if not (found := run_folders(root)):
+        # A run that was killed early has no history, and is handed back nevertheless.
+        if not (found := [root] if arguments.preempted else run_folders(root)):
             return fail(f"FOLDER = {str(root)!r}: no run here; expected {RUN_FILE} and {HISTORY_FILE}")
         folders |= dict.fromkeys(found)
     status = 0

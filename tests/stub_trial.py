@@ -5,7 +5,8 @@ its step, saves, and exits 143. Its val/loss is its learning rate, worse by 1 / 
 names it notes every process and every step, so that a test can see what was run, when, and twice.
 
 STUB_MEET=N waits at the start until N trials have started, STUB_HOLD=N waits before the third step in all trials from
-the N-th on, STUB_STUBBORN ignores signals, STUB_HANG never takes a step, STUB_FAILURES says which seeds fail how often.
+the N-th on, STUB_GATE=FILE in all trials while there is such a file, STUB_STUBBORN ignores signals, STUB_HANG never
+takes a step, STUB_FAILURES says which seeds fail how often.
 """
 
 import ast
@@ -49,6 +50,8 @@ saved = folder / "saved"
 done = int(saved.read_text()) if saved.exists() else 0
 for step in range(done + 1, steps + 1):
     while step == 3 and ask("HOLD") and number >= int(ask("HOLD")) and not stop:
+        time.sleep(0.01)
+    while step == 3 and ask("GATE") and Path(ask("GATE")).exists() and not stop:
         time.sleep(0.01)
     if stop:
         note("stop")

@@ -32,6 +32,8 @@ LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 CODE = re.compile(r"```\w*\n(.*?)```|`([^`]+)`", re.DOTALL)
 COMMAND = re.compile(r"python (?:-m ([\w.]+)|scripts/(\w+)\.py)(.*)", re.DOTALL)
 FLAG = re.compile(r"(?<![\w-])--([a-z][\w.-]*)")
+SBATCH = re.compile(r'--slurm "[^"]*"')
+"""Options of sbatch in a command of ours."""
 
 STUDIES = (ROOT / "scripts" / "studies" / "command.py").read_text(encoding="utf-8")
 """Flags of scripts that compare."""
@@ -123,7 +125,7 @@ def test_commands_have_their_flags(document: Path) -> None:
                 continue
             assert path, f"{document.name}: {span}: no module {module}"
             source = path.read_text(encoding="utf-8") + STUDIES
-            for flag in FLAG.findall(words):
+            for flag in FLAG.findall(SBATCH.sub("--slurm", words)):
                 known = flag in KNOBS | WORDS | SAMPLING or f'"--{flag}"' in source
                 assert known, f"{document.name}: {span}: unknown flag --{flag}"
 

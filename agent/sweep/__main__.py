@@ -1,4 +1,4 @@
-"""``python -m agent.sweep FILE.yaml``: check a sweep, then run it online through W&B, or offline on this machine."""
+"""``python -m agent.sweep FILE.yaml``: check a sweep, then run it online through W&B, or offline without a server."""
 
 from __future__ import annotations
 
@@ -9,21 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.command import UNUSABLE, fail, run_and_leave
-from agent.sweep.file import SweepError, SweepFile, check_places, load_sweep
+from agent.sweep.file import SweepError, SweepFile, check_places, load_sweep, plugins_of_trials
 from agent.sweep.offline import OfflineSweep, run_offline
-from agent.sweep.online import OnlineSweep, create_sweep, find_sweep, online_sweep, run_agents
+from agent.sweep.online import OnlineSweep, agent_tasks, create_sweep, find_sweep, online_sweep, run_agents
 from agent.tracking.environment import load_environment, wandb_mode
 from diffusion_core.config import ConfigError
 from diffusion_core.config.metrics import Goal, given_goals, goals
 from diffusion_core.machine.child import in_child
+from diffusion_core.machine.jobs import LauncherRecord
 from diffusion_core.machine.sharing import shares, threads_each, visible_gpus
 from diffusion_core.messages import Parser
+from diffusion_core.registries import LAUNCHERS
 from diffusion_core.run_folder import check_recorded
 
 DESCRIPTION = """\
 Check every parameter of a W&B sweep file, then run its trials: online (create the sweep on W&B, and run W&B's agents
 here, one per GPU), or offline, with W&B's own search engine and no account. To resume a stopped sweep, repeat the
-command offline, or use --attach online."""
+command offline, or use --attach online. With --launcher slurm, trials and agents are jobs of Slurm."""
+
+JOBS_AT_ONCE = 8
+"""Number of jobs of a cluster that an offline sweep submits at once unless --jobs says another."""
 
 SHOWN_TRIALS = 5
 """Number of trials that --dry-run lists."""
@@ -36,17 +41,32 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--count", type=positive, metavar="N", help="run at most N trials now")
     parser.add_argument("--dry-run", action="store_true", help="list the first trials and what they cost, and stop")
     parser.add_argument("--name", help="name of the sweep and its folder (default: from the file)")
+    parser.add_argument("--launcher", default="local", metavar="NAME", help="where trials run: local, slurm (local)")
+    words = "options of sbatch, in one word, such as '--partition=gpu --time=08:00:00' (also DIFFUSION_SWEEPS_SLURM)"
+    parser.add_argument("--slurm", metavar="OPTIONS", help=words)
     online = parser.add_argument_group("online")
     online.add_argument("--agents", type=positive, metavar="N", help="agents at once (one per GPU, or one)")
     online.add_argument("--attach", metavar="[[ENTITY/]PROJECT/]ID", help="join a sweep that is on W&B already")
+    online.add_argument("--detach", action="store_true", help="with Slurm: submit the agents, and do not wait")
     offline = parser.add_argument_group("offline")
     offline.add_argument("--offline", action="store_true", help="use no server; the default if there is no API key")
     offline.add_argument("--jobs", type=positive, metavar="N", help="trials at once (one per GPU, or one)")
     offline.add_argument("--out", type=Path, metavar="DIR", help="parent of the sweep's folder (runs/sweeps)")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(joined(sys.argv[1:] if argv is None else argv))
     if arguments.file is None and arguments.attach is None:
         parser.error("FILE: a sweep file is needed, such as sweeps/quickstart.yaml (or --attach ID)")
     return arguments
+
+
+def joined(words: Sequence[str]) -> list[str]:
+    """Return the words with the one after ``--slurm`` joined to it: argparse takes ``--partition=gpu`` for a flag."""
+    found: list[str] = []
+    for word in words:
+        if found and found[-1] == "--slurm":
+            found[-1] = f"--slurm={word}"
+        else:
+            found.append(word)
+    return found
 
 
 def positive(text: str) -> int:
@@ -63,7 +83,7 @@ class Plan:
     Attributes:
         sweep: the checked sweep.
         goals: which way each figure is better.
-        shares: environment variables with which trials or agents share this machine.
+        shares: environment variables of each trial or agent, with which they share this machine.
         online: the sweep on W&B; None: run it without a server.
     """
 
@@ -82,12 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.dry_run:
             return 0
         with given_goals(plan.goals):
+            launcher = launcher_record(arguments, plan.sweep).make(plan.shares, arguments.slurm)
             if plan.online is not None:
-                return run_agents(plan.online, plan.sweep, plan.shares, arguments.count)
-            return run_offline(
-                OfflineSweep(plan.sweep, offline_folder(plan.sweep, arguments), shares_of_trials=plan.shares),
-                arguments.count,
-            )
+                return run_agents(plan.online, plan.sweep, launcher, arguments.count, wait=not arguments.detach)
+            folder = offline_folder(plan.sweep, arguments)
+            return run_offline(OfflineSweep(plan.sweep, folder, launcher=launcher), arguments.count)
     except ConfigError as error:
         for line in str(error).splitlines():
             fail(line)
@@ -111,15 +130,44 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     return plan_online(sweep, arguments)
 
 
+def launcher_record(arguments: argparse.Namespace, sweep: SweepFile | None) -> LauncherRecord:
+    """Return the launcher that the command names. A plugin of the sweep's trials may have added it.
+
+    Raises:
+        SweepError: if there is none of that name, or other options do not fit it.
+    """
+    if arguments.launcher not in LAUNCHERS and sweep is not None:
+        plugins_of_trials(sweep)
+    try:
+        record: LauncherRecord = LAUNCHERS[arguments.launcher]
+    except KeyError as error:
+        raise SweepError(error.args[0]) from None
+    if record.shares_machine and (arguments.slurm or arguments.detach):
+        raise SweepError("--slurm, --detach: for jobs of Slurm; add --launcher slurm")
+    return record
+
+
 def plan_offline(sweep: SweepFile | None, arguments: argparse.Namespace) -> Plan:
     """Plan to run a sweep on this machine without a server."""
     if sweep is None or arguments.attach or arguments.agents:
         raise SweepError("--attach, --agents: for sweeps on W&B; leave --offline out (offline there is --jobs)")
     check_places(sweep)
-    jobs = arguments.jobs or one_per_gpu()
-    coordinator = OfflineSweep(sweep, offline_folder(sweep, arguments), jobs)
+    if arguments.detach:
+        raise SweepError("--detach: for sweeps on W&B; offline, jobs go on when this command is stopped")
+    record = launcher_record(arguments, sweep)
+    jobs = arguments.jobs or (one_per_gpu() if record.shares_machine else JOBS_AT_ONCE)
+    parts = shares_for(record, jobs)
+    coordinator = OfflineSweep(sweep, offline_folder(sweep, arguments), launcher=record.make(parts, arguments.slurm))
+    preview = coordinator.preview()
     tell_cost(sweep, arguments, jobs, coordinator)
-    return Plan(sweep, goals(), coordinator.shares)
+    if arguments.dry_run and preview:
+        print(preview)
+    return Plan(sweep, goals(), parts)
+
+
+def shares_for(record: LauncherRecord, count: int) -> list[dict[str, str]]:
+    """Return the environment variables of each of ``count`` tasks: their shares of this machine, if they run here."""
+    return shares(count) if record.shares_machine else [{} for _ in range(count)]
 
 
 def offline_folder(sweep: SweepFile, arguments: argparse.Namespace) -> Path:
@@ -137,11 +185,18 @@ def plan_online(sweep: SweepFile | None, arguments: argparse.Namespace) -> Plan:
     if arguments.attach:
         path, sweep = find_sweep(arguments.attach, sweep)
     assert sweep is not None
-    agents = arguments.agents or one_per_gpu()
+    record = launcher_record(arguments, sweep)
+    if arguments.count and not record.shares_machine:
+        raise SweepError("--count: counts anew when a job is requeued; set run_cap in the sweep file")
+    agents = arguments.agents or (one_per_gpu() if record.shares_machine else 1)
+    parts = shares_for(record, agents)
+    preview = record.make(parts, arguments.slurm).preview(agent_tasks(path or sweep.name, agents, None, {}, wait=True))
+    if arguments.dry_run and preview:
+        print(preview)
     if path is None or arguments.dry_run:  # Some trials of an existing sweep may be done.
         tell_cost(sweep, arguments, agents)
     online = None if arguments.dry_run else online_sweep(path or create_sweep(sweep), sweep)
-    return Plan(sweep, goals(), shares(agents), online)
+    return Plan(sweep, goals(), parts, online)
 
 
 def one_per_gpu() -> int:

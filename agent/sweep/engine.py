@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,9 @@ import numpy as np
 from diffusion_core.randomness import stream_seed
 
 SEARCH_SEED = 0
+AT_ONCE = 16
+"""Least number of trials of a grid to ask for at once."""
+
 ACCEPTED = "min/max specify base-e exponents"
 """What the schema says of ``log_uniform`` and its like. W&B advises against them, and runs them."""
 
@@ -66,7 +69,44 @@ def suggest(config: Mapping[str, Any], runs: Sequence[Any]) -> dict[str, Any] | 
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     run = _call("next_run", dict(config), list(runs))
-    return None if run is None else {key: plain(entry["value"]) for key, entry in run.config.items()}
+    return None if run is None else _parameters(run)
+
+
+class Search:
+    """Suggests one trial after another, as :func:`suggest` does, in a time that does not grow with their number.
+
+    The engine compares a grid with all runs for each suggestion, and a random search ignores them. Only a Bayesian
+    search needs what they have measured; its time grows with their number.
+
+    Args:
+        config: for the engine.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+        self._ready: list[dict[str, Any] | None] = []
+
+    def suggest(self, past: Sequence[Mapping[str, Any]], runs: Callable[[], Sequence[Any]]) -> dict[str, Any] | None:
+        """Return the parameters of the next trial, or None when the search is exhausted.
+
+        Args:
+            past: the parameters of all trials so far, among them each that this object has suggested.
+            runs: returns these trials as :func:`past_run` does; called only if the search needs more of them.
+        """
+        if self.config["method"] == "bayes":
+            return suggest(self.config, runs())
+        if self.config["method"] == "random":
+            return suggest(self.config, [None] * len(past))
+        if not self._ready:
+            known = [past_run("", parameters, "running", {}, []) for parameters in past]
+            # As many again as there are: the engine's time per trial then stays the same.
+            found = _call("next_runs", dict(self.config), known, n=max(AT_ONCE, len(past)))
+            self._ready = [None if run is None else _parameters(run) for run in found]
+        return self._ready.pop(0) if self._ready[0] is not None else None
+
+
+def _parameters(run: Any) -> dict[str, Any]:
+    return {key: plain(entry["value"]) for key, entry in run.config.items()}
 
 
 def doomed(config: Mapping[str, Any], runs: Sequence[Any]) -> set[str]:

@@ -183,7 +183,7 @@ def check_sweep(config: dict[str, Any], source: str, name: str) -> SweepFile:
     fields = dict(list_knobs(TrialConfig))
     flat = flat_parameters(given) if isinstance(given, Mapping) else {}
     sweep = SweepFile(name, config, {key: with_numbers(spec, fields.get(key)) for key, spec in flat.items()}, command)
-    unloaded = _plugin_problems(sweep)
+    unloaded = plugins_of_trials(sweep)
     problems += unloaded
     if not unloaded:  # Without a plugin, all that it adds is unknown.
         problems += [*setting_problems(config), *_parameter_problems(sweep)]
@@ -195,7 +195,7 @@ def check_sweep(config: dict[str, Any], source: str, name: str) -> SweepFile:
     return sweep
 
 
-def _plugin_problems(sweep: SweepFile) -> list[str]:
+def plugins_of_trials(sweep: SweepFile) -> list[str]:
     """Import the plugins of all trials. Return what is wrong with the first one that cannot be imported."""
     named = [layer[KEY] for layer in sweep.command.layers if layer is not None and KEY in layer]
     spec = sweep.parameters.get(KEY)

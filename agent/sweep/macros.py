@@ -51,11 +51,19 @@ MACROS = ("${env}", "${interpreter}", "${program}", *PASSING)
 
 
 def expand_command(
-    command: Sequence[Any] | None, parameters: Mapping[str, Any], program: str | None, json_file: Path
+    command: Sequence[Any] | None,
+    parameters: Mapping[str, Any],
+    program: str | None,
+    json_file: Path,
+    *,
+    write: bool = True,
 ) -> list[str]:
-    """Fill in the macros of a sweep's command as ``wandb agent`` does. Write the JSON file if the command names it."""
+    """Fill in the macros of a sweep's command as ``wandb agent`` does.
+
+    If the command names the JSON file, it is written, unless ``write`` is false.
+    """
     words = _filled_words(command)
-    if JSON_FILE in words:
+    if write and JSON_FILE in words:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         write_json(json_file, dict(parameters))
     macros = spellings(parameters) | {

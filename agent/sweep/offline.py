@@ -1,4 +1,6 @@
-"""Run a sweep without a server: W&B's search engine suggests trials, and several run at once on this machine.
+"""Run a sweep without a server: W&B's search engine suggests trials, and a launcher runs several at once.
+
+They are processes of this machine, or jobs of a cluster, which outlive this process.
 
 The sweep survives a kill at any moment. Its folder:
 
@@ -14,11 +16,9 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,14 +29,25 @@ from agent.sweep.macros import expand_command
 from agent.sweep.plot import PLOT_FILE, plot_results
 from agent.sweep.progress import SweepProgress
 from agent.sweep.results import TrialRecord, table, write_results
-from agent.sweep.state import DONE, FAILED, FINISHED, RUNNING, STOPPED, STOPPING, WAITING, SweepState, Trial
+from agent.sweep.state import (
+    DONE,
+    FAILED,
+    FINISHED,
+    RUNNING,
+    STOPPED,
+    STOPPING,
+    SUBMITTED,
+    WAITING,
+    SweepState,
+    Trial,
+)
 from agent.sweep.trials import TrialReader
 from agent.tracking.environment import OFFLINE_SWEEP
-from diffusion_core.machine.processes import end_orphan, forward_signals, kill_group, start_process
+from diffusion_core.machine.jobs import Job, Launcher, Outcome, Task
+from diffusion_core.machine.processes import end_orphan
 from diffusion_core.machine.sharing import shares
+from diffusion_core.registries import LAUNCHERS
 
-LOG_FILE = "console.log"
-"""File in a trial's folder with its output, if several trials run at once."""
 PARAMETERS_FILE = "parameters.json"
 """File in a trial's folder with its parameters, if the sweep's command asks for it."""
 
@@ -57,52 +68,42 @@ class NothingWorks(RuntimeError):
 
 @dataclass
 class Running:
-    """A trial that has a process.
+    """A trial that has a process or a job.
 
     Attributes:
         trial: the trial.
-        process: its process.
-        slot: index of its share of the machine.
-        started_at: start of the process on the monotonic clock, in seconds.
+        job: its process, or its job on a cluster.
         kill_at: when to kill it, if it was told to end.
         history_bytes: size of its history when early termination last checked it.
     """
 
     trial: Trial
-    process: subprocess.Popen[bytes]
-    slot: int
-    started_at: float
+    job: Job
     kill_at: float | None = None
     history_bytes: int = 0
 
-    @property
-    def seconds(self) -> float:
-        """Seconds since the process started."""
-        return time.monotonic() - self.started_at
-
 
 class OfflineSweep:
-    """Runs the trials of a sweep on this machine.
+    """Runs the trials of a sweep.
 
     Args:
         sweep: a checked sweep file.
         folder: the sweep's folder. A sweep in it is resumed.
-        jobs: number of trials at once.
-        shares_of_trials: environment variables with which they share this machine; None: find them out.
+        jobs: number of trials at once, on this machine.
+        launcher: where they run instead, and how many at once.
 
     Raises:
         SweepError: if the folder holds a sweep with another content, or a damaged one.
     """
 
-    def __init__(
-        self, sweep: SweepFile, folder: Path, jobs: int = 1, shares_of_trials: list[dict[str, str]] | None = None
-    ) -> None:
+    def __init__(self, sweep: SweepFile, folder: Path, jobs: int = 1, launcher: Launcher | None = None) -> None:
         self.sweep = sweep
         self.folder = folder
         self.state = SweepState(sweep, folder)
         self.reader = TrialReader(self.state, sweep.metric)
-        self.shares = shares_of_trials or shares(jobs)
-        self.progress = SweepProgress(sweep, self.state, self.reader, len(self.shares))
+        self.search = engine.Search(sweep.engine_config())
+        self.launcher: Launcher = launcher or LAUNCHERS["local"].make(shares(jobs), None)
+        self.progress = SweepProgress(sweep, self.state, self.reader, self.launcher.slots)
         self.running: list[Running] = []
         self.exhausted = False
 
@@ -123,19 +124,19 @@ class OfflineSweep:
         """
         begun: set[str] = set()
         ended: list[str] = []
-        with self.state.locked():
-            self._take_over()
-            with forward_signals(lambda: [running.process for running in self.running]) as received:
+        with self.state.locked(), self.launcher.locked(self.folder):
+            with self.launcher.listening() as received:
+                begun |= self._take_over()
                 while True:
-                    while not received and not hopeless(ended) and len(self.running) < len(self.shares):
+                    while not received and not hopeless(ended) and len(self.running) < self.launcher.slots:
                         trial = self._next_trial(begun, may_begin=count is None or len(begun) < count)
                         if trial is None:
                             break
                         begun.add(trial.id)
-                        process = self._start(trial)
-                        if received:  # The signal came during the start, before the process could be told.
-                            process.send_signal(received[-1])
+                        self._start(trial)
                     if not self.running:
+                        break
+                    if received and self.launcher.leave([running.job for running in self.running], received):
                         break
                     time.sleep(POLL_SECONDS)
                     ended += self._end_trials(interrupted=bool(received))
@@ -148,16 +149,28 @@ class OfflineSweep:
             raise NothingWorks(f"{len(ended)} trials failed and none came to its end; nothing more is started")
         return self.reader.ranked()
 
-    def _take_over(self) -> None:
-        """Wait for the trials of a sweep process that was killed, and update their states."""
+    def _take_over(self) -> set[str]:
+        """Wait for the processes of a sweep process that was killed, and update the states of their trials.
+
+        Jobs of a cluster go on: they are under way again. Return the ids of their trials.
+        """
         for trial in self.state.trials:
-            if trial.state in (RUNNING, STOPPING):
-                end_orphan(self.state.trial_folder(trial))
-                if self.reader.has_result(trial):
-                    trial.state = FINISHED
-                else:
-                    trial.state = STOPPED if trial.state == STOPPING else WAITING
+            if trial.state not in (RUNNING, SUBMITTED, STOPPING):
+                continue
+            folder = self.state.trial_folder(trial)
+            if trial.job is not None:
+                job = self.launcher.adopt(trial.id, folder, trial.job, self._note_job(trial))
+                self.running.append(Running(trial, job))
+                if trial.state == STOPPING:
+                    self._stop(self.running[-1])
+                continue
+            end_orphan(folder)
+            if self.reader.has_result(trial):
+                trial.state = FINISHED
+            else:
+                trial.state = STOPPED if trial.state == STOPPING else WAITING
         self.state.write()
+        return {running.trial.id for running in self.running}
 
     def _next_trial(self, begun: set[str], may_begin: bool) -> Trial | None:
         """Return a waiting trial, or else a new one; None if there is none.
@@ -176,87 +189,104 @@ class OfflineSweep:
             print(f"metric.target = {self.sweep.target}: reached; no further trial begins", flush=True)
             self.exhausted = True
             return None
-        parameters = engine.suggest(self.sweep.engine_config(), self.reader.engine_runs())
+        parameters = self.search.suggest([trial.parameters for trial in trials], self.reader.engine_runs)
         if parameters is None:
             self.exhausted = True
             return None
-        name = re.sub(r"[^A-Za-z0-9_-]+", "-", self.sweep.name)[:ID_LENGTH]
-        trial = Trial(f"{name}-{len(trials) + 1:03d}-{secrets.token_hex(2)}", parameters)
+        trial = Trial(self._trial_id(len(trials) + 1), parameters)
         trials.append(trial)
         return trial
 
-    def _start(self, trial: Trial) -> subprocess.Popen[bytes]:
-        """Start the process of a trial."""
-        slot = min(set(range(len(self.shares))) - {running.slot for running in self.running})
-        folder = self.state.trial_folder(trial)
-        environment = (
-            dict(os.environ)
-            | self.shares[slot]
-            | {
-                "WANDB_MODE": "disabled" if os.environ.get("WANDB_MODE") == "disabled" else "offline",
-                "WANDB_RUN_ID": trial.id,
-                "WANDB_NAME": trial.id,
-                "WANDB_RUN_GROUP": self.sweep.name,
-                OFFLINE_SWEEP: self.sweep.name,
-                "WANDB_SILENT": os.environ.get("WANDB_SILENT", "true"),
-            }
-        )
-        config, parameters = self.sweep.config, trial.parameters | {"log.dir": str(folder)}
-        command = expand_command(config.get("command"), parameters, config.get("program"), folder / PARAMETERS_FILE)
-        # Write the state first: after a kill, the next sweep process must know that the trial may have a process.
-        trial.state = RUNNING
-        self.state.write()
-        end_orphan(folder)  # A failed attempt may have left a process.
-        try:
-            process = start_process(command, environment, folder, self._log(trial))
-        except OSError as error:
-            trial.state = WAITING
-            self.state.write()
-            raise SweepError(f"command = {command[0]!r}: {error.strerror}") from None
-        self.running.append(Running(trial, process, slot, time.monotonic()))
-        self.progress.started(trial)
-        return process
+    def preview(self) -> str:
+        """Return what the launcher would run for the first trial; empty if there is nothing to show.
 
-    def _log(self, trial: Trial) -> Path | None:
-        """Return the file of a trial's output, or None for the terminal if no other trial uses that."""
-        return self.state.trial_folder(trial) / LOG_FILE if len(self.shares) > 1 else None
+        Raises:
+            ConfigError: if the launcher would refuse it.
+        """
+        parameters = self.search.suggest([], list) or {}
+        return self.launcher.preview(self._task(Trial(self._trial_id(1), parameters), write=False))
+
+    def _trial_id(self, number: int) -> str:
+        name = re.sub(r"[^A-Za-z0-9_-]+", "-", self.sweep.name)[:ID_LENGTH]
+        return f"{name}-{number:03d}-{secrets.token_hex(2)}"
+
+    def _task(self, trial: Trial, *, write: bool = True) -> Task:
+        """Return what the launcher runs for a trial. Write the file of its parameters if the command names it."""
+        folder = self.state.trial_folder(trial)
+        environment = {
+            "WANDB_MODE": "disabled" if os.environ.get("WANDB_MODE") == "disabled" else "offline",
+            "WANDB_RUN_ID": trial.id,
+            "WANDB_NAME": trial.id,
+            "WANDB_RUN_GROUP": self.sweep.name,
+            OFFLINE_SWEEP: self.sweep.name,
+            "WANDB_SILENT": os.environ.get("WANDB_SILENT", "true"),
+        }
+        config, parameters = self.sweep.config, trial.parameters | {"log.dir": str(folder)}
+        file = folder / PARAMETERS_FILE
+        command = expand_command(config.get("command"), parameters, config.get("program"), file, write=write)
+        return Task(trial.id, command, environment, folder)
+
+    def _note_job(self, trial: Trial) -> Callable[[str | None], None]:
+        """Return what notes a trial's job. It is noted before the start: the next sweep process must know of it."""
+
+        def note(job: str | None) -> None:
+            trial.state, trial.job = RUNNING if job is None else SUBMITTED, job
+            self.state.write()
+
+        return note
+
+    def _start(self, trial: Trial) -> None:
+        """Start a trial."""
+        task = self._task(trial)
+        try:
+            job = self.launcher.start(task, self._note_job(trial))
+        except OSError as error:
+            trial.state, trial.job = WAITING, None
+            self.state.write()
+            raise SweepError(f"command = {task.command[0]!r}: {error.strerror}") from None
+        self.running.append(Running(trial, job))
+        self.progress.started(trial)
 
     def _end_trials(self, interrupted: bool) -> list[str]:
-        """Update the trials whose processes have ended. Return the states of those that are done."""
+        """Update the trials that have ended. Return the states of those that are done."""
         states = []
         for running in list(self.running):
-            code = running.process.poll()
-            if code is None:
+            outcome, trial = running.job.poll(), running.trial
+            if outcome is None:
                 if running.kill_at is not None and time.monotonic() > running.kill_at:
-                    kill_group(running.process)
+                    running.kill_at = time.monotonic() + STOP_GRACE_SECONDS
+                    running.job.kill()
                 continue
-            if code:
-                kill_group(running.process)  # Processes that it started must release the GPUs.
             self.running.remove(running)
-            trial = running.trial
-            trial.seconds += running.seconds
-            self._set_ended_state(trial, code, interrupted)
+            total = running.job.total_seconds
+            trial.seconds = trial.seconds + running.job.seconds if total is None else total
+            self._set_ended_state(trial, outcome, interrupted)
+            trial.job = None
             self.state.write()
             self.reader.copy_pictures(trial)
-            self.progress.ended(trial, code, [other.seconds for other in self.running], self._log(trial))
+            log = self.launcher.log(self.state.trial_folder(trial))
+            self.progress.ended(trial, outcome, [other.job.seconds for other in self.running], log)
             if trial.state in DONE:
                 states.append(trial.state)
         return states
 
-    def _set_ended_state(self, trial: Trial, code: int, interrupted: bool) -> None:
-        """Set the state of a trial whose process ended with an exit status."""
-        if trial.state == STOPPING:
-            trial.state = FINISHED if code == 0 and self.reader.has_result(trial) else STOPPED
-        elif code == 0:
+    def _set_ended_state(self, trial: Trial, outcome: Outcome, interrupted: bool) -> None:
+        """Set the state of a trial that ended."""
+        finished = outcome.lost or outcome.code == 0
+        if outcome.lost or trial.state == STOPPING:
+            finished = finished and self.reader.has_result(trial)
+        if finished:
             trial.state = FINISHED
-        elif interrupted:
+        elif trial.state == STOPPING:
+            trial.state = STOPPED
+        elif interrupted or outcome.interrupted:
             trial.state = WAITING
         else:
             trial.failures += 1
             trial.state = FAILED if trial.failures >= ATTEMPTS else WAITING
 
     def _stop_bad_trials(self) -> None:
-        """Send SIGTERM to the trials that early termination stops, if any history has grown."""
+        """Stop the trials that early termination gives up, if any history has grown."""
         if "early_terminate" not in self.sweep.config:
             return
         sizes = [self.reader.history_bytes(running.trial) for running in self.running]
@@ -265,11 +295,16 @@ class OfflineSweep:
         doomed = engine.doomed(self.sweep.engine_config(), self.reader.engine_runs())
         for running, size in zip(self.running, sizes, strict=True):
             running.history_bytes = size
-            if running.trial.id in doomed and running.trial.state == RUNNING:
+            if running.trial.id in doomed and running.trial.state in (RUNNING, SUBMITTED):
                 running.trial.state = STOPPING
-                running.kill_at = time.monotonic() + STOP_GRACE_SECONDS
                 self.state.write()
-                running.process.send_signal(signal.SIGTERM)
+                self._stop(running)
+
+    @staticmethod
+    def _stop(running: Running) -> None:
+        """Tell a trial to end for good."""
+        running.kill_at = time.monotonic() + STOP_GRACE_SECONDS
+        running.job.stop()
 
 
 def hopeless(ended: Sequence[str]) -> bool:

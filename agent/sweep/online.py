@@ -1,4 +1,4 @@
-"""Sweeps on W&B: create or join one, and run W&B's agents on this machine.
+"""Sweeps on W&B: create or join one, and run W&B's agents, on this machine or as jobs of a cluster.
 
 What asks the server runs in child processes. The process that waits for the agents imports neither W&B nor PyTorch.
 """
@@ -6,10 +6,8 @@ What asks the server runs in child processes. The process that waits for the age
 from __future__ import annotations
 
 import os
-import subprocess
+import signal
 import sys
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +16,14 @@ from agent.sweep.file import SweepError, SweepFile, check_sweep
 from agent.sweep.results import TrialRecord, table
 from diffusion_core.config.metrics import best_first
 from diffusion_core.machine.child import in_child
-from diffusion_core.machine.processes import forward_signals, start_process
+from diffusion_core.machine.jobs import AgentTasks, Launcher
 
 LOGS = Path("runs/agents")
 """Folder of the agents' output if several run at once."""
 
-POLL_SECONDS = 0.2
+HAND_BACK = (sys.executable, "-m", "agent.sync", "--preempted", f"--ended={128 + signal.SIGTERM}")
+"""What returns the trial of a killed agent to the sweep; the trial's folder is appended."""
+
 PATIENT = {"WANDB_AGENT_DISABLE_FLAPPING": "true", "WANDB_AGENT_MAX_INITIAL_FAILURES": "1000000"}
 """Environment of agents with early termination. They count stopped trials as failed, and give up after a few."""
 
@@ -100,46 +100,49 @@ def online_sweep(path: str, sweep: SweepFile) -> OnlineSweep:
     return OnlineSweep(path, sweeps.address(path), environment)
 
 
-def run_agents(online: OnlineSweep, sweep: SweepFile, shares: Sequence[dict[str, str]], count: int | None) -> int:
+def agent_tasks(path: str, agents: int, count: int | None, environment: dict[str, str], *, wait: bool) -> AgentTasks:
+    """Return W&B's agents on a sweep.
+
+    Args:
+        path: of the sweep, ``ENTITY/PROJECT/ID``.
+        agents: number of agents.
+        count: number of trials that they run together; None: no limit.
+        environment: all their variables.
+        wait: whether to wait for them.
+    """
+    own = [None if count is None else count // agents + (number < count % agents) for number in range(agents)]
+    command = [sys.executable, "-m", "wandb", "agent", "--forward-signals"]
+    commands = [[*command, *([] if each is None else ["--count", str(each)]), path] for each in own if each != 0]
+    return AgentTasks(path.rpartition("/")[2], commands, environment, LOGS, wait, HAND_BACK)
+
+
+def run_agents(online: OnlineSweep, sweep: SweepFile, launcher: Launcher, count: int | None, *, wait: bool) -> int:
     """Run W&B's agents on a sweep until it ends, and print the table of its trials.
 
     Args:
         online: the sweep on W&B.
         sweep: its content.
-        shares: for each agent, the environment variables with which it shares this machine.
+        launcher: where the agents run, and how many.
         count: number of trials that they run together; None: no limit.
+        wait: whether to wait for them.
 
     Returns:
         The exit status: 0, 1 if a trial or an agent failed, 130 if this process was told to stop.
     """
-    path, agents = online.path, len(shares)
+    path = online.path
     print(f"sweep {sweep.name}: {online.url}")
     print(f"to go on later, and on other machines: python -m agent.sweep --attach {path}", flush=True)
-    processes: list[subprocess.Popen[bytes]] = []
-    with forward_signals(lambda: processes) as received:
-        for number, share in enumerate(shares):
-            own = None if count is None else count // agents + (number < count % agents)
-            if received or own == 0:
-                continue
-            log = None
-            if agents > 1:
-                LOGS.mkdir(parents=True, exist_ok=True)
-                log = LOGS / f"{path.rpartition('/')[2]}-{number + 1}.log"
-                print(" ".join([f"agent {number + 1}:", *(f"{k}={v}" for k, v in share.items()), str(log)]), flush=True)
-            command = [sys.executable, "-m", "wandb", "agent", "--forward-signals"]
-            command += [path] if own is None else ["--count", str(own), path]
-            processes.append(start_process(command, online.environment | share, log=log))
-        while any(process.poll() is None for process in processes):
-            time.sleep(POLL_SECONDS)
+    codes, interrupted = launcher.run_agents(agent_tasks(path, launcher.slots, count, online.environment, wait=wait))
+    if not wait:
+        return 0
     records = in_child(lambda: _records(path, sweep))
     print(f"\n{sweep.name}: {len(records)} trials" + (f", best {sweep.metric} first" if sweep.metric else ""))
     print(table(records, sweep.varied, sweep.metric))
     print(online.url)
-    if received:
+    if interrupted:
         return 130
     write_ended(path, Path("runs/sweeps") / path.rpartition("/")[2] / NAME)
-    failed = any(process.returncode for process in processes)
-    return 1 if failed or any(record.state in ("failed", "crashed") for record in records) else 0
+    return 1 if any(codes) or any(record.state in ("failed", "crashed") for record in records) else 0
 
 
 def _records(path: str, sweep: SweepFile) -> list[TrialRecord]:

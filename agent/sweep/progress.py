@@ -9,6 +9,7 @@ from agent.sweep.file import SweepFile
 from agent.sweep.results import parameters_line
 from agent.sweep.state import DONE, FAILED, FINISHED, STOPPED, SweepState, Trial
 from agent.sweep.trials import TrialReader
+from diffusion_core.machine.jobs import Outcome
 from diffusion_core.messages import duration
 
 
@@ -28,17 +29,18 @@ class SweepProgress:
     def started(self, trial: Trial) -> None:
         """Report the start of a trial's process."""
         verb = "continues" if trial.seconds else "starts"
+        verb = f"{verb} as job {trial.job}" if trial.job else verb
         print(f"{self._name(trial)} {verb}: {parameters_line(trial.parameters, self.sweep.varied)}", flush=True)
 
-    def ended(self, trial: Trial, code: int, under_way: Sequence[float], log: Path | None) -> None:
-        """Report the end of a trial's process.
+    def ended(self, trial: Trial, outcome: Outcome, under_way: Sequence[float], log: Path | None) -> None:
+        """Report the end of a trial's process or job.
 
         Args:
-            code: exit status of the process.
+            outcome: how it ended.
             under_way: seconds that each of the other running trials has run.
             log: file of the process's output; None: the terminal.
         """
-        parts = [self._outcome(trial, code)]
+        parts = [self._outcome(trial, outcome)]
         if trial.state in (FINISHED, STOPPED):
             parts += self._rank(trial)
         elif trial.failures and log is not None:
@@ -63,14 +65,17 @@ class SweepProgress:
         return f"[{self.state.trials.index(trial) + 1}{total}] {trial.id}"
 
     @staticmethod
-    def _outcome(trial: Trial, code: int) -> str:
+    def _outcome(trial: Trial, outcome: Outcome) -> str:
+        how = f" ({outcome.reason})" if outcome.reason else f" with status {outcome.code}"
         if trial.state == STOPPED:
             return "stopped early"
         if trial.state == FAILED:
-            return f"failed again with status {code}"
+            return f"failed again{how}"
         if trial.state == FINISHED:
             return "finished"
-        return f"failed with status {code} and runs once more" if trial.failures else "interrupted"
+        if outcome.interrupted:
+            return f"interrupted{how}, runs again"
+        return f"failed{how} and runs once more" if trial.failures else "interrupted"
 
     def _rank(self, trial: Trial) -> list[str]:
         metric = self.sweep.metric

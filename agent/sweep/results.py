@@ -28,6 +28,7 @@ class TrialRecord:
         config: every knob.
         best_checkpoint: the folder of its best checkpoint, or None.
         seconds: wall time, or None.
+        queued: seconds that its jobs waited in a cluster's queue, or None.
     """
 
     id: str
@@ -37,12 +38,14 @@ class TrialRecord:
     config: Mapping[str, Any] = field(default_factory=dict)
     best_checkpoint: str | None = None
     seconds: float | None = None
+    queued: float | None = None
 
 
 def table(trials: Sequence[TrialRecord], varied: Sequence[str], metric: str | None = None) -> str:
     """Return a table of trials: rank, id, state, the varied knobs, and figures, first the sweep's metric."""
     candidates = dict.fromkeys([*([metric] if metric else []), *SHOWN_FIGURES])
     figures = [name for name in candidates if any(name in trial.figures for trial in trials)]
+    queued = ["queued"] if any(trial.queued is not None for trial in trials) else []
     rows = [
         [
             str(rank),
@@ -51,10 +54,11 @@ def table(trials: Sequence[TrialRecord], varied: Sequence[str], metric: str | No
             *(cell(trial.parameters.get(key)) for key in varied),
             *(cell(trial.figures.get(name)) for name in figures),
             cell(trial.seconds and round(trial.seconds)),
+            *(cell(trial.queued and round(trial.queued)) for _ in queued),
         ]
         for rank, trial in enumerate(trials, start=1)
     ]
-    return text_table(["", "trial", "state", *varied, *figures, "seconds"], rows, keys=2)
+    return text_table(["", "trial", "state", *varied, *figures, "seconds", *queued], rows, keys=2)
 
 
 def parameters_line(parameters: Mapping[str, Any], varied: Sequence[str]) -> str:
@@ -75,6 +79,7 @@ def write_results(folder: Path, trials: Sequence[TrialRecord]) -> None:
             "state": trial.state,
             "seconds": trial.seconds,
             "best_checkpoint": trial.best_checkpoint,
+            **({} if trial.queued is None else {"queued": trial.queued}),
             **trial.figures,
             **(trial.config or trial.parameters),
         }

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agent.sweep import engine
 from agent.sweep.file import SweepError, SweepFile
-from diffusion_core.files import write_json
+from diffusion_core.files import write_text
 from diffusion_core.run_folder import SWEEP_LOCK, SWEEP_STATE, SWEEP_TRIALS, Held, held
 
 FREE_TO_CHANGE = frozenset({"run_cap", "description"})
@@ -19,6 +19,7 @@ FREE_TO_CHANGE = frozenset({"run_cap", "description"})
 
 WAITING = "waiting"
 RUNNING = "running"
+SUBMITTED = "submitted"
 STOPPING = "stopping"
 FINISHED = "finished"
 STOPPED = "stopped"
@@ -33,10 +34,11 @@ class Trial:
     Attributes:
         id: its run id.
         parameters: what the engine suggested.
-        state: ``waiting`` (to start, resume or retry), ``running``, ``stopping`` (early termination told it to end),
-            ``finished``, ``stopped`` or ``failed``.
+        state: ``waiting`` (to start, resume or retry), ``running`` (a process of this machine), ``submitted`` (a job of
+            a cluster), ``stopping`` (early termination told it to end), ``finished``, ``stopped`` or ``failed``.
         failures: number of failures.
         seconds: wall time of its processes.
+        job: id of its job on a cluster; empty: submitted, but the cluster has not said the id; None: no job.
     """
 
     id: str
@@ -44,6 +46,7 @@ class Trial:
     state: str = WAITING
     failures: int = 0
     seconds: float = 0.0
+    job: str | None = None
 
 
 class SweepState:
@@ -82,9 +85,18 @@ class SweepState:
         self.trials = trials
 
     def write(self) -> None:
-        """Write the file atomically."""
-        trials = [asdict(trial) for trial in self.trials]
-        write_json(self.folder / SWEEP_STATE, {"sweep": self.content, "trials": trials})
+        """Write the file atomically.
+
+        Raises:
+            SweepError: if the file system refuses, for example because it is full.
+        """
+        # One line a trial, and no indentation: Python writes that ten times as slowly.
+        trials = ",\n".join(json.dumps(vars(trial)) for trial in self.trials)
+        file = self.folder / SWEEP_STATE
+        try:
+            write_text(file, f'{{"sweep": {json.dumps(self.content)}, "trials": [\n{trials}\n]}}\n')
+        except OSError as error:
+            raise SweepError(f"{str(file)!r}: {error.strerror}; free some space, then repeat the command") from None
 
     def trial_folder(self, trial: Trial) -> Path:
         """Return the folder of a trial."""

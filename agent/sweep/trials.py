@@ -8,12 +8,24 @@ from typing import Any
 
 from agent.sweep import engine
 from agent.sweep.results import TrialRecord
-from agent.sweep.state import DONE, FAILED, FINISHED, RUNNING, STOPPED, STOPPING, WAITING, SweepState, Trial
+from agent.sweep.state import (
+    DONE,
+    FAILED,
+    FINISHED,
+    RUNNING,
+    STOPPED,
+    STOPPING,
+    SUBMITTED,
+    WAITING,
+    SweepState,
+    Trial,
+)
 from diffusion_core.config.metrics import best_first, is_better
+from diffusion_core.machine.job import read_note
 from diffusion_core.run_folder import HISTORY_FILE, RESULT_FILE, SAMPLES, best_figures, read_history
 
-ENGINE_STATES = {WAITING: "running", RUNNING: "running", STOPPING: "running", FINISHED: "finished", STOPPED: "finished",
-                 FAILED: "failed"}  # fmt: skip
+ENGINE_STATES = {WAITING: "running", RUNNING: "running", SUBMITTED: "running", STOPPING: "running",
+                 FINISHED: "finished", STOPPED: "finished", FAILED: "failed"}  # fmt: skip
 
 
 class TrialReader:
@@ -83,6 +95,7 @@ class TrialReader:
             config=result.get("config", {}),
             best_checkpoint=result.get("best_checkpoint"),
             seconds=trial.seconds,
+            queued=None if (note := read_note(folder)) is None else note.queue_seconds,
         )
         if trial.state in DONE:
             self._ended_records[trial.id] = record

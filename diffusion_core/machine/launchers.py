@@ -15,6 +15,7 @@ from pathlib import PurePath
 import psutil  # type: ignore[import-untyped]
 
 LOOK_EVERY_S = 1.0
+JOB = "diffusion_core.machine.job"
 
 
 def is_launcher(words: Sequence[str]) -> bool:
@@ -22,7 +23,7 @@ def is_launcher(words: Sequence[str]) -> bool:
     names = [PurePath(word).name for word in words]
     pairs = set(pairwise(names))
     return bool(
-        {("wandb", "agent"), ("wb", "agent"), ("accelerate", "launch"), ("-m", "agent.sweep")} & pairs
+        {("wandb", "agent"), ("wb", "agent"), ("accelerate", "launch"), ("-m", "agent.sweep"), ("-m", JOB)} & pairs
         or {"torchrun", "torch.distributed.run", "accelerate-launch", "accelerate.commands.launch"} & set(names)
     )
 

@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from diffusion_core.machine.watcher import GRACE_SECONDS, watch
 from diffusion_core.signals import signal_handler
 
 LOCK_FILE = ".process"
-"""A file in a process's folder that is locked while the process lives. It holds the process's id."""
+"""A file in a process's folder that is locked while the process lives. It holds the process's id and its host."""
 
 ORPHAN_GRACE_SECONDS = GRACE_SECONDS
 PR_SET_PDEATHSIG = 1
@@ -55,13 +56,13 @@ def start_process(
     """
     lock = None if folder is None else _lock(folder)
     output = None if log is None else log.open("ab")
-    parent = os.getpid()
+    parent, host = os.getpid(), socket.gethostname()
 
     def before_program() -> None:
         end_with_parent(parent)
         if lock is not None:
             os.ftruncate(lock, 0)
-            os.pwrite(lock, str(os.getpid()).encode(), 0)
+            os.pwrite(lock, f"{os.getpid()} {host}".encode(), 0)
 
     try:
         process = subprocess.Popen(
@@ -100,7 +101,8 @@ def _lock(folder: Path) -> int:
 def end_orphan(folder: Path) -> None:
     """Wait until the process that works in a folder ends, if its parent died.
 
-    It received SIGTERM when its parent died, and is writing its checkpoint. It is killed if it does not end in time.
+    It received SIGTERM when its parent died, and is writing its checkpoint. It is killed if it does not end in time,
+    unless it runs on another host: its number is that of somebody else's process here.
     """
     deadline = time.monotonic() + ORPHAN_GRACE_SECONDS
     asked = _LIBC is not None
@@ -109,7 +111,7 @@ def end_orphan(folder: Path) -> None:
             os.close(_lock(folder))
             return
         except BlockingIOError:
-            number = int((folder / LOCK_FILE).read_text(encoding="utf-8") or 0)
+            number = _owner(folder)
         if number and not asked:
             asked = True
             with suppress(ProcessLookupError):
@@ -118,6 +120,15 @@ def end_orphan(folder: Path) -> None:
             with suppress(ProcessLookupError):
                 os.killpg(number, signal.SIGKILL)
         time.sleep(0.1)
+
+
+def _owner(folder: Path) -> int:
+    """Return the id of the process of this host that works in a folder; 0 if it is unknown, or of another host.
+
+    Files of older versions hold no host.
+    """
+    number, _, host = (folder / LOCK_FILE).read_text(encoding="utf-8").partition(" ")
+    return int(number or 0) if host in ("", socket.gethostname()) else 0
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:

@@ -20,6 +20,7 @@ from diffusion_core.config import TrainConfig
 from diffusion_core.data.datasets import Dataset
 from diffusion_core.files import sha256
 from diffusion_core.hardware import pick_precision
+from diffusion_core.machine.job import cluster_facts
 from diffusion_core.machine.sharing import usable_cores
 from diffusion_core.model.cost import LATENCY_BATCH, count_cost, latencies, peak_memory
 from diffusion_core.model.unet import UNet
@@ -84,7 +85,7 @@ def describe_changed(file: Path, described: Mapping[str, Any]) -> str | None:
 def system_facts(
     train: TrainConfig, accelerator: Accelerator, dataset: Dataset, packages: Sequence[str] = ("torch", "accelerate")
 ) -> dict[str, Any]:
-    """Describe the machine, the code and the images of a trial (``system/*``, ``data/*``).
+    """Describe the machine, its cluster, the code and the images of a trial (``system/*``, ``slurm/*``, ``data/*``).
 
     Args:
         train: device and precision.
@@ -106,6 +107,7 @@ def system_facts(
         "data/train_images": len(dataset.train),
         "data/val_images": len(dataset.val),
         "data/num_classes": dataset.num_classes,
+        **cluster_facts(),
     }
 
 

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -346,6 +347,26 @@ def test_a_trial_that_survives_its_coordinator_is_ended_before_it_is_gone_on_wit
     assert not alive(orphan)
     assert states(coordinator) == ["finished"]
     assert_each_step_once(notes)
+
+
+def test_a_process_of_another_host_is_waited_for_and_never_signalled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where locks reach other nodes, its number is that of somebody else's process here."""
+    bystander = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    monkeypatch.setattr(processes, "ORPHAN_GRACE_SECONDS", 0.1)
+    holder = processes._lock(tmp_path)
+    (tmp_path / processes.LOCK_FILE).write_text(f"{bystander.pid} elsewhere")
+    waiting = threading.Thread(target=processes.end_orphan, args=[tmp_path])
+    waiting.start()
+    time.sleep(0.5)
+    assert waiting.is_alive()
+    assert bystander.poll() is None
+    os.close(holder)
+    waiting.join(10)
+    assert not waiting.is_alive()
+    bystander.kill()
+    bystander.wait()
 
 
 def test_a_trial_that_ended_while_nobody_looked_is_not_run_again(tmp_path: Path, notes: Path) -> None:

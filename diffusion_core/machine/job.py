@@ -1,0 +1,259 @@
+"""``python -m diffusion_core.machine.job FOLDER -- COMMAND``: what a job of Slurm runs in place of its shell.
+
+It takes the lease of the folder, so that no two jobs work in it, runs the command, and notes in a file how it ended.
+SIGUSR1 is Slurm's warning before the time limit: the command is told to end (SIGTERM), and the job goes back into the
+queue. SIGTERM means preemption, where Slurm requeues the job itself, or the end for good. It is passed on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusion_core.files import write_json
+from diffusion_core.machine import slurm
+from diffusion_core.machine.leases import Leased, leased
+from diffusion_core.machine.nodes import across_nodes, node_count
+from diffusion_core.machine.processes import end_with_parent
+from diffusion_core.messages import reason_of
+from diffusion_core.run_folder import CHECKPOINTS, HISTORY_FILE
+from diffusion_core.signals import signal_handler
+
+LEASE_FILE = ".job"
+"""File in a job's folder: the lease of the job that works there."""
+
+NOTE_FILE = "job.json"
+"""File in a job's folder: what the last job noted."""
+
+QUEUE_SECONDS = "DIFFUSION_SWEEPS_QUEUE_S"
+"""Environment variable of a job's command: seconds in the queue so far, over all its jobs."""
+
+FOLDER = "DIFFUSION_SWEEPS_JOB_FOLDER"
+"""Environment variable of a job's command: the job's folder."""
+
+TRIAL_FILE = "trial.json"
+"""File in the folder of an agent's job: the folder of its trial, until W&B was told how that ended."""
+
+HAND_BACK_WITHIN_S = 300.0
+MODULE = "diffusion_core.machine.job"
+TEXTS = {"partition": "SLURM_JOB_PARTITION", "node": "SLURMD_NODENAME", "nodes": "SLURM_JOB_NODELIST"}
+NUMBERS = {
+    "array_index": "SLURM_ARRAY_TASK_ID",
+    "restarts": "SLURM_RESTART_COUNT",
+    "gpus": "SLURM_GPUS_ON_NODE",
+    "queue_seconds": QUEUE_SECONDS,
+}
+"""What Slurm says about a job, in its environment."""
+
+POLL_S = 0.1
+UNUSABLE = 2
+WARNED = "warned"
+TOLD = "told"
+
+
+@dataclass
+class Note:
+    """What a job notes in its folder.
+
+    Attributes:
+        job: its id.
+        restarts: number of times that it was requeued before.
+        node: where it ran.
+        queue_seconds: time in the queue, over all jobs of the folder.
+        seconds: run time, likewise.
+        code: exit status of its command; None: it has not ended.
+        signal: ``warned`` or ``told`` if it was told to end; empty if not.
+        advanced: whether history or checkpoints have grown.
+    """
+
+    job: str
+    restarts: int = 0
+    node: str = ""
+    queue_seconds: float = 0.0
+    seconds: float = 0.0
+    code: int | None = None
+    signal: str = ""
+    advanced: bool = False
+
+
+def read_note(folder: Path) -> Note | None:
+    """Return the note in a folder; None if there is none, or a damaged one."""
+    try:
+        return Note(**json.loads((folder / NOTE_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def command_of_job(folder: Path, command: Sequence[str], hand_back: Sequence[str] | None = None) -> list[str]:
+    """Return the command line of this module.
+
+    Args:
+        folder: the job's folder.
+        command: what to run.
+        hand_back: not None for an agent of an array: what returns the trial of a killed one to the sweep.
+    """
+    options = [] if hand_back is None else ["--agent", shlex.join(hand_back)]
+    return [sys.executable, "-m", MODULE, *options, str(folder), "--", *command]
+
+
+def cluster_facts(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Describe the job that this process belongs to (``slurm/*``); empty outside Slurm.
+
+    The job's id, its array's index, partition and nodes, the number of its restarts, the GPUs on this node, and the
+    seconds that the trial waited in the queue, all its jobs together. The kind of GPU is ``system/device``.
+    """
+    job = slurm.own_job(environment)
+    if job is None:
+        return {}
+    facts: dict[str, Any] = {name: environment[key] for name, key in TEXTS.items() if environment.get(key)}
+    facts |= {name: int(environment[key]) for name, key in NUMBERS.items() if environment.get(key, "").isdecimal()}
+    return {f"slurm/{name}": value for name, value in ({"job": job, "restarts": 0} | facts).items()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command as a job. Return its exit status, 0 if another job works in the folder.
+
+    With ``--agent`` it is an agent of an array. Its index is added to the folder's name, and after a warning it goes on
+    whatever its exit status is. If its last job was killed, the trial of that is handed back first.
+    """
+    parser = argparse.ArgumentParser(f"python -m {MODULE}")
+    parser.add_argument("--agent", metavar="HAND_BACK")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("command", nargs="+")
+    arguments = parser.parse_args(argv)
+    folder, job = arguments.folder, slurm.own_job()
+    if arguments.agent is not None:
+        if node_count() > 1:
+            print("error: --nodes: an agent runs its trials on one node; use several with --offline", file=sys.stderr)
+            return UNUSABLE
+        folder = folder.with_name(f"{folder.name}-{os.environ.get('SLURM_ARRAY_TASK_ID', 1)}")
+    if job is None:
+        print(f"error: {MODULE} is started by Slurm; use python -m agent.sweep --launcher slurm", file=sys.stderr)
+        return UNUSABLE
+    received: list[int] = []
+    with signal_handler((signal.SIGUSR1, signal.SIGTERM, signal.SIGINT), received.append):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with leased(folder / LEASE_FILE, is_active, print):
+                note = _begin(folder, job)
+                if arguments.agent:
+                    _hand_back(folder, shlex.split(arguments.agent))
+                _run(folder, note, arguments.command, received)
+        except Leased as other:
+            print(f"{folder}: {other} works here; job {job} leaves it alone", file=sys.stderr)
+            return 0
+        except OSError as error:
+            print(f"error: {str(folder)!r}: {reason_of(error)}; free some space on the shared disk", file=sys.stderr)
+            return UNUSABLE
+        if note.signal == WARNED and (arguments.agent is not None or (note.code != 0 and note.advanced)):
+            try:
+                slurm.requeue(job)
+            except (slurm.NoAnswer, slurm.SlurmError) as error:
+                if signal.SIGTERM in received:  # It is being requeued: Slurm ends scontrol as well.
+                    return UNUSABLE
+                print(f"job {job} cannot be requeued ({error}); start the sweep's command again", file=sys.stderr)
+    code = note.code or 0
+    return 128 - code if code < 0 else code
+
+
+def note_trial(trial: Path | None) -> None:
+    """Note in the folder of this process's job which trial it runs; None: it has left it. Nothing outside a job.
+
+    Args:
+        trial: the trial's folder.
+    """
+    named = os.environ.get(FOLDER)
+    if not named:
+        return
+    if trial is None:
+        (Path(named) / TRIAL_FILE).unlink(missing_ok=True)
+    else:
+        write_json(Path(named) / TRIAL_FILE, str(trial.absolute()))
+
+
+def _hand_back(folder: Path, command: Sequence[str]) -> None:
+    """Hand back the trial that the last job of this agent was killed in."""
+    file = folder / TRIAL_FILE
+    if file.is_file():
+        trial = json.loads(file.read_text(encoding="utf-8"))
+        print(f"{trial}: its job was killed; handing it back", flush=True)
+        with suppress(subprocess.TimeoutExpired):
+            subprocess.run([*command, trial], timeout=HAND_BACK_WITHIN_S, check=False)
+        file.unlink(missing_ok=True)
+
+
+def is_active(job: str) -> bool | None:
+    """Return whether a job is under way; None if Slurm does not answer, or has forgotten the job."""
+    try:
+        state = slurm.jobs().get(job)
+    except (slurm.NoAnswer, slurm.SlurmError):
+        return None
+    return None if state is None else not state.is_over
+
+
+def _begin(folder: Path, job: str) -> Note:
+    """Note the start of a job."""
+    before = read_note(folder) or Note("")
+    note = Note(
+        job,
+        int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+        os.environ.get("SLURMD_NODENAME", socket.gethostname()),
+        before.queue_seconds + (slurm.waited_seconds(job) or 0.0),
+        before.seconds,
+    )
+    write_json(folder / NOTE_FILE, asdict(note))
+    return note
+
+
+def _run(folder: Path, note: Note, command: Sequence[str], received: list[int]) -> None:
+    """Run the command to its end, pass signals on, and note how it ended."""
+    start, progress, before = time.monotonic(), _progress(folder), note.seconds
+    own = os.getpid()
+    environment = dict(os.environ) | {QUEUE_SECONDS: f"{note.queue_seconds:.0f}", FOLDER: str(folder.absolute())}
+    process = subprocess.Popen(across_nodes(command), env=environment, preexec_fn=lambda: end_with_parent(own))
+    passed = 0
+    while process.poll() is None:
+        if passed < len(received):
+            passed = len(received)
+            _tell(process)
+        time.sleep(POLL_S)
+    if received:  # Perhaps the command received it as well, and has ended before this process looked.
+        note.signal = WARNED if received[0] == signal.SIGUSR1 else TOLD
+    note.code = process.returncode
+    note.seconds, note.advanced = before + time.monotonic() - start, _progress(folder) != progress
+    write_json(folder / NOTE_FILE, asdict(note))
+
+
+def _tell(process: subprocess.Popen[bytes]) -> None:
+    """Send SIGTERM to the command, on all its nodes. srun itself would kill the processes of other nodes at once."""
+    if node_count() > 1:
+        with suppress(slurm.NoAnswer):
+            slurm.terminate_steps(os.environ["SLURM_JOB_ID"])
+            return
+    with suppress(ProcessLookupError):
+        process.send_signal(signal.SIGTERM)
+
+
+def _progress(folder: Path) -> tuple[int, list[str]]:
+    """Return what grows as a trial advances: the size of its history, and its checkpoints."""
+    history, checkpoints = folder / HISTORY_FILE, folder / CHECKPOINTS
+    return (
+        history.stat().st_size if history.is_file() else 0,
+        sorted(entry.name for entry in checkpoints.iterdir()) if checkpoints.is_dir() else [],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

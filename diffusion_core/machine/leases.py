@@ -1,0 +1,150 @@
+"""Locks on a file system that several nodes share, where the locks of the system (flock) may not reach other nodes.
+
+A lease is a file that names its holder: job id, host, process id. The holder touches it every few seconds. Whoever
+wants a lease that exists asks Slurm about the holder's job. Where that is unknown, it watches whether the file changes.
+Times are never compared: the clocks of nodes may differ by minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from diffusion_core.files import replaced_file
+from diffusion_core.machine.slurm import own_job
+
+BEAT_S = 10.0
+"""Seconds between two touches."""
+
+SILENT_S = 45.0
+"""Seconds without a touch after which a holder of which nothing else is known is taken for dead."""
+
+SETTLE_S = 1.0
+"""Seconds between writing a lease and reading it again, which shows whether another process wrote it as well."""
+
+
+class Leased(Exception):
+    """Another process holds the lease; the message names it."""
+
+
+def describe(holder: dict[str, Any]) -> str:
+    """Return a lease's holder in words: ``job 12 on node7``, ``process 34 on login1``."""
+    who = f"job {holder['job']}" if holder.get("job") else f"process {holder.get('pid')}"
+    return f"{who} on {holder.get('host')}"
+
+
+@contextmanager
+def leased(
+    file: Path, is_active: Callable[[str], bool | None], notice: Callable[[str], object] = lambda text: None
+) -> Iterator[None]:
+    """Hold a lease inside this context.
+
+    Args:
+        file: the lease; its folder exists.
+        is_active: whether the job of an id is under way; None: unknown.
+        notice: told in one line if the holder has to be watched for a while.
+
+    Raises:
+        Leased: if another process holds it.
+        OSError: if the file cannot be written.
+    """
+    mine = {"job": own_job(), "host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}
+    holder = _read(file)
+    if holder is not None and _is_held(file, holder, mine, is_active, notice):
+        raise Leased(describe(holder))
+    _take(file, holder, mine)
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(BEAT_S):
+            with suppress(OSError):  # The next one may succeed.
+                os.utime(file)
+
+    threading.Thread(target=beat, name="lease", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        if _read(file) == mine:
+            file.unlink(missing_ok=True)
+
+
+def _take(file: Path, holder: dict[str, Any] | None, mine: dict[str, Any]) -> None:
+    """Write a lease in place of a dead holder's, or a new one. Raise Leased if another process was faster."""
+    if (now := _read(file)) != holder:
+        raise Leased(describe(now or {}))
+    if holder is None:
+        try:
+            with file.open("x", encoding="utf-8") as new:
+                json.dump(mine, new)
+        except FileExistsError:
+            raise Leased(describe(_read(file) or {})) from None
+        return
+    with replaced_file(file, concurrent=True) as temporary, temporary.open("w", encoding="utf-8") as new:
+        json.dump(mine, new)
+    time.sleep(SETTLE_S)
+    if (now := _read(file)) != mine:
+        raise Leased(describe(now or {}))
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """Return the content of a lease; None if there is none. A damaged one has no job and no host."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_held(
+    file: Path,
+    holder: dict[str, Any],
+    mine: dict[str, Any],
+    is_active: Callable[[str], bool | None],
+    notice: Callable[[str], object],
+) -> bool:
+    """Return whether the holder of a lease lives."""
+    job = holder.get("job")
+    if job is not None:
+        if job == mine["job"]:  # This job before it was requeued.
+            return False
+        if (active := is_active(job)) is not None:
+            return active
+    elif holder.get("host") == mine["host"]:  # A process of this machine has a number that means something here.
+        return _is_alive(holder.get("pid"))
+    notice(f"{file}: held by {describe(holder)}; watching for {SILENT_S:.0f} s whether that lives")
+    first, deadline = _touched(file), time.monotonic() + SILENT_S
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, SILENT_S / 10))
+        if _touched(file) != first:
+            return _read(file) is not None
+    return False
+
+
+def _is_alive(pid: Any) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError, TypeError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _touched(file: Path) -> int:
+    """Return when a file was touched; 0 if it is gone. Opened first: NFS then asks the server."""
+    try:
+        with file.open("rb") as opened:
+            return os.fstat(opened.fileno()).st_mtime_ns
+    except FileNotFoundError:
+        return 0

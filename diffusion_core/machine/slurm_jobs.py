@@ -1,0 +1,162 @@
+"""The launcher ``slurm``: run trials and agents as jobs of Slurm, which go on when this process ends."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from diffusion_core.machine import slurm
+from diffusion_core.machine.job import command_of_job, is_active, read_note
+from diffusion_core.machine.jobs import AgentTasks, Job, LauncherRecord, Task
+from diffusion_core.machine.leases import Leased, leased
+from diffusion_core.machine.local import LOG_FILE
+from diffusion_core.machine.slurm_queue import AgentJobs, Queue, SlurmJob
+from diffusion_core.registries import LAUNCHERS
+from diffusion_core.signals import signal_handler
+
+LEASE_FILE = ".lease"
+"""File in a sweep's folder: the lease of the process that runs the sweep."""
+
+ASK_S = 10.0
+"""Seconds in which a second Ctrl-C cancels the jobs."""
+
+WAIT_S = 0.2
+
+
+class SlurmLauncher:
+    """Submits jobs. They go on when this process ends, and a later one finds them again.
+
+    Args:
+        shares: one entry for each job at once.
+        words: the user's words for sbatch.
+
+    Raises:
+        SlurmError: if the words cannot be used.
+    """
+
+    def __init__(self, shares: Sequence[Mapping[str, str]], words: str | None = None) -> None:
+        self.slots = len(shares)
+        self.words = slurm.slurm_words(words)
+        self.queue = Queue()
+        self._refused = ""
+        self._cancelled = False
+
+    @contextmanager
+    def listening(self) -> Iterator[list[int]]:
+        """Note signals inside this context; the jobs do not receive them."""
+        received: list[int] = []
+        with signal_handler((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), received.append):
+            yield received
+
+    @contextmanager
+    def locked(self, folder: Path) -> Iterator[None]:
+        """Hold the lease of a sweep's folder, which other nodes see."""
+        try:
+            with leased(folder / LEASE_FILE, is_active, lambda text: print(text, file=sys.stderr, flush=True)):
+                yield
+        except Leased as other:
+            raise slurm.SlurmError(f"{str(folder)!r} is being run by {other}; wait until that has ended") from None
+
+    def start(self, task: Task, submitted: Callable[[str | None], object]) -> Job:
+        """Submit a job, unless one of that name is under way."""
+        known = self.queue.find("", task.name)
+        if known is not None and not known.is_over and not self._has_ended(known.id, task.folder):
+            submitted(known.id)
+            return SlurmJob(self.queue, task.name, task.folder, known.id, submitted)
+        submitted("")
+        job, output = "", _escaped(task.folder / LOG_FILE)
+        task.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            environment = {**os.environ, **task.environment}
+            job = slurm.submit(self._script(task), self.words, task.name, output, environment)
+            submitted(job)
+            self._refused = ""
+        except slurm.NoAnswer as error:
+            if str(error) != self._refused:
+                print(f"sbatch: {error}; trying again", file=sys.stderr, flush=True)
+            self._refused = str(error)
+        return SlurmJob(self.queue, task.name, task.folder, job, submitted)
+
+    @staticmethod
+    def _has_ended(job: str, folder: Path) -> bool:
+        """Return whether a job noted that its command ended by itself. The last look at the queue may be older."""
+        note = read_note(folder)
+        return note is not None and note.job == job and note.code is not None and not note.signal
+
+    def adopt(self, name: str, folder: Path, job: str, submitted: Callable[[str | None], object]) -> Job:
+        """Return a job that an earlier process submitted."""
+        return SlurmJob(self.queue, name, folder, job, submitted)
+
+    def leave(self, jobs: Sequence[Job], received: Sequence[int]) -> bool:
+        """Ask once after Ctrl-C: the jobs go on, or a second one cancels them. Other signals do not ask."""
+        if self._cancelled:
+            return False
+        ids = [job.id for job in jobs if job.id]
+        if received[0] == signal.SIGINT and ids:
+            print(f"Ctrl-C again within {ASK_S:.0f} s cancels {len(ids)} jobs; else they go on", file=sys.stderr)
+            deadline = time.monotonic() + ASK_S
+            while len(received) < 2 and time.monotonic() < deadline:
+                time.sleep(WAIT_S)
+        if len(received) < 2:
+            print(f"{len(ids)} jobs go on; the same command finds them again", file=sys.stderr)
+            return True
+        try:
+            slurm.cancel(ids)
+        except slurm.NoAnswer as error:
+            print(f"scancel: {error}; the jobs go on", file=sys.stderr)
+            return True
+        print(f"cancelled {len(ids)} jobs; waiting for their checkpoints", file=sys.stderr, flush=True)
+        self._cancelled = True
+        return False
+
+    def log(self, folder: Path) -> Path | None:
+        """Return the file of a job's output."""
+        return folder / LOG_FILE
+
+    def preview(self, task: Task | AgentTasks) -> str:
+        """Return the script of a job and its sbatch command, after Slurm has accepted the words."""
+        said = slurm.check_words(self.words)
+        return f"{self._script(task)}# {shlex.join(['sbatch', *self.words])}\n# {said}"
+
+    def run_agents(self, agents: AgentTasks) -> tuple[list[int], bool]:
+        """Run agents as an array of jobs, or wait for those that are under way."""
+        with self.listening() as received:
+            agents_jobs = AgentJobs(self.queue, agents.name)
+            if not agents_jobs.are_under_way():
+                self._submit_agents(agents)
+            agents_jobs.since = time.monotonic()
+            while agents.wait and not agents_jobs.follow():
+                if received and self.leave(agents_jobs.under_way(), received):
+                    break
+                time.sleep(WAIT_S)
+        return agents_jobs.codes(), bool(received)
+
+    def _submit_agents(self, agents: AgentTasks) -> None:
+        folder = agents.logs / agents.name
+        agents.logs.mkdir(parents=True, exist_ok=True)
+        output = f"{_escaped(folder)}-%a.log"
+        try:
+            count = len(agents.commands)
+            job = slurm.submit(self._script(agents), self.words, agents.name, output, agents.environment, count)
+        except slurm.NoAnswer as error:
+            raise slurm.SlurmError(f"sbatch: {error}; correct --slurm, or try again") from None
+        print(f"job {job}: {count} agents, {folder}-1.log ...", flush=True)
+
+    def _script(self, task: Task | AgentTasks) -> str:
+        if isinstance(task, AgentTasks):
+            return slurm.job_script(command_of_job(task.logs / task.name, task.commands[0], task.hand_back))
+        return slurm.job_script(command_of_job(task.folder, task.command))
+
+
+def _escaped(path: Path) -> str:
+    """Return a path as sbatch reads it."""
+    return str(path.absolute()).replace("%", "%%")
+
+
+LAUNCHERS["slurm"] = LauncherRecord("jobs of Slurm; needs a file system that all nodes share", SlurmLauncher)

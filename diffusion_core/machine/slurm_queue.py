@@ -1,0 +1,211 @@
+"""Follow jobs of Slurm with one squeue for all, and find out how each ended.
+
+Slurm decides what is under way. What a job noted in its folder (:mod:`diffusion_core.machine.job`) says how its command
+ended. While Slurm does not answer, nothing is known, and nothing is started again. A job is over when two looks in a
+row say so: what it wrote on another node may appear later here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from diffusion_core.machine import slurm
+from diffusion_core.machine.job import TOLD, WARNED, Note, read_note
+from diffusion_core.machine.jobs import Outcome
+
+POLL = "DIFFUSION_SWEEPS_SLURM_POLL_S"
+"""Environment variable: seconds between two looks at the queue."""
+
+POLL_S = 10.0
+ENDED_BY_CLUSTER = frozenset({"BOOT_FAIL", "DEADLINE", "NODE_FAIL", "PREEMPTED", "REVOKED", "TIMEOUT"})
+"""States in which the cluster ended a job, which is then no failure of the trial."""
+
+
+class Queue:
+    """All jobs of this user, asked for at most every few seconds.
+
+    Attributes:
+        looks: number of answers so far.
+        asked_at: when the last answer was asked for, on the monotonic clock.
+    """
+
+    def __init__(self) -> None:
+        said = os.environ.get(POLL, "")
+        self.every = max(0.1, float(said)) if said.replace(".", "", 1).isdecimal() else POLL_S
+        self.looks = 0
+        self.asked_at = -1.0
+        self._next = 0.0
+        self._jobs: dict[str, slurm.JobState] = {}
+        self._names: dict[str, slurm.JobState] = {}
+        self._silent = False
+
+    def look(self) -> None:
+        """Ask again if it is time. Without an answer, the last one stays."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        try:
+            self._jobs = slurm.jobs()
+        except slurm.NoAnswer as error:
+            if not self._silent:
+                print(f"Slurm does not answer ({error}); asking again", file=sys.stderr)
+            self._silent = True
+        else:
+            self._names = {job.name: job for job in sorted(self._jobs.values(), key=lambda job: not job.is_over)}
+            self._silent, self.asked_at, self.looks = False, now, self.looks + 1
+        self._next = time.monotonic() + self.every
+
+    def find(self, job: str, name: str) -> slurm.JobState | None:
+        """Return a job by its id, or if that is unknown by its name; one that is under way comes first."""
+        return self._jobs.get(job) if job else self._names.get(name)
+
+    def named(self, name: str) -> list[slurm.JobState]:
+        """Return all jobs of a name."""
+        return [job for job in self._jobs.values() if job.name == name]
+
+
+class SlurmJob:
+    """A task as a job of Slurm.
+
+    Args:
+        queue: where to look for it.
+        name: its name.
+        folder: its folder.
+        job: its id; empty: sbatch has not said it.
+        submitted: called with the id once it is found.
+    """
+
+    def __init__(
+        self, queue: Queue, name: str, folder: Path, job: str, submitted: Callable[[str], object] = lambda job: None
+    ) -> None:
+        self.queue, self.name, self.folder, self.id, self.submitted = queue, name, folder, job, submitted
+        self._since = time.monotonic()
+        self._running_since: float | None = None
+        self._over_at: int | None = None
+        self._stopping = self._told = False
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since it was first seen running."""
+        return 0.0 if self._running_since is None else time.monotonic() - self._running_since
+
+    @property
+    def total_seconds(self) -> float | None:
+        """Run time of all jobs of the folder, as the last one noted it."""
+        note = read_note(self.folder)
+        return None if note is None else note.seconds
+
+    def poll(self) -> Outcome | None:
+        """Return how it ended; None while it is under way, or while Slurm does not answer."""
+        note = self._note()
+        if note is not None and note.code is not None and not note.signal:
+            return Outcome(note.code)
+        self.queue.look()
+        if self.queue.asked_at < self._since:  # Nothing was learnt since it was submitted.
+            return None
+        state = self.queue.find(self.id, self.name)
+        if state is not None and not self.id:
+            self.id = state.id
+            self.submitted(state.id)
+        if state is not None and not state.is_over:
+            self._follow(state)
+            return None
+        if self._over_at is None:
+            self._over_at = self.queue.looks
+        return self._outcome(state) if self.queue.looks > self._over_at else None
+
+    def _follow(self, state: slurm.JobState) -> None:
+        self._over_at = None
+        if state.state == "RUNNING" and self._running_since is None:
+            self._running_since = time.monotonic()
+        if self._stopping and not self._told:
+            with suppress(slurm.NoAnswer):
+                slurm.terminate(self.id) if state.state == "RUNNING" else slurm.cancel([self.id])
+                self._told = True
+
+    def _note(self) -> Note | None:
+        """Return what this job noted, not an earlier one of the folder."""
+        note = read_note(self.folder)
+        return note if note is not None and note.job == self.id else None
+
+    def _outcome(self, state: slurm.JobState | None) -> Outcome:
+        """Return how it ended. ``state`` is None if Slurm has forgotten it."""
+        word = "" if state is None else state.state
+        note = self._note()
+        if note is None or note.code is None:
+            failed = state is not None and word not in ENDED_BY_CLUSTER and word != "COMPLETED"
+            return Outcome(int(failed), not failed, word.lower() or "lost", lost=True)
+        if note.code and word == "CANCELLED":
+            return Outcome(note.code, reason="cancelled")
+        if note.code and note.signal == WARNED and not note.advanced:
+            return Outcome(note.code, reason="warned of its time limit before it had saved anything")
+        return Outcome(note.code, note.code != 0 and note.signal in (WARNED, TOLD), word.lower())
+
+    def stop(self) -> None:
+        """Ask it to end for good, as soon as Slurm answers."""
+        self._stopping = True
+
+    def kill(self) -> None:
+        """Cancel it."""
+        if self.id:
+            with suppress(slurm.NoAnswer):
+                slurm.cancel([self.id])
+
+
+class AgentJobs:
+    """The jobs of a sweep's agents, by their name.
+
+    Attributes:
+        since: from when on an answer of Slurm knows all of them, on the monotonic clock.
+    """
+
+    def __init__(self, queue: Queue, name: str) -> None:
+        self.queue = queue
+        self.name = name
+        self.since = 0.0
+        self._seen: dict[str, slurm.JobState] = {}
+        self._looks = 0
+
+    def are_under_way(self) -> bool:
+        """Return whether there are some, and say so."""
+        self.queue.look()
+        found = any(not job.is_over for job in self.queue.named(self.name))
+        if found:
+            print(f"jobs {self.name} are under way; no more are submitted", flush=True)
+        return found
+
+    def under_way(self) -> list[SlurmJob]:
+        """Return those that have not ended."""
+        members = self.queue.named(self.name)
+        return [SlurmJob(self.queue, self.name, Path(), member.id) for member in members if not member.is_over]
+
+    def follow(self) -> bool:
+        """Print what has changed, and run again what the cluster ended. Return whether all have ended."""
+        self.queue.look()
+        if self.queue.asked_at < self.since or self.queue.looks == self._looks:
+            return False
+        self._looks = self.queue.looks
+        members = self.queue.named(self.name)
+        changed = [member for member in members if member != self._seen.get(member.id)]
+        for member in changed:
+            place = f" on {member.node}" if member.node else f" ({member.reason})"
+            print(f"job {member.id} {member.state.lower()}{place}", flush=True)
+        for member in members:
+            if member.state in ENDED_BY_CLUSTER:  # The job itself had no time to go back into the queue.
+                with suppress(slurm.NoAnswer):
+                    slurm.requeue(member.id)
+        self._seen |= {member.id: member for member in members}
+        if changed:
+            counts = Counter(member.state.lower() for member in members)
+            print("agents: " + ", ".join(f"{count} {state}" for state, count in counts.items()), flush=True)
+        return all(member.is_over and member.state not in ENDED_BY_CLUSTER for member in members)
+
+    def codes(self) -> list[int]:
+        """Return 1 for each that failed, 0 for each other one."""
+        return [int(member.state not in ("COMPLETED", "CANCELLED")) for member in self._seen.values() if member.is_over]

@@ -1,0 +1,182 @@
+"""Many trials through fake commands of Slurm that fail, lose jobs and forget them: none is lost, none is run twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clusters import fake_slurm
+
+from agent.sweep import __main__ as command
+from agent.sweep import engine, offline
+from agent.sweep.file import SweepError, SweepFile, check_sweep
+from agent.sweep.offline import OfflineSweep
+from diffusion_core.machine import slurm_queue
+from diffusion_core.machine.child import in_child
+from diffusion_core.registries import LAUNCHERS
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def sweep_of(trials: int, method: str = "grid") -> SweepFile:
+    space = {"seed": {"values": list(range(trials))}} if method == "grid" else {"seed": {"min": 0, "max": 10**6}}
+    content = {
+        "method": method,
+        "metric": {"name": "val/loss", "goal": "minimize"},
+        "command": ["${interpreter}", "-m", "agent", "${args}"],
+        "parameters": {"preset": {"value": "digits"}, **space},
+        "run_cap": trials,
+    }
+    return check_sweep(content, "x.yaml", "x")
+
+
+def run_sweep(folder: Path, trials: int, at_once: int) -> OfflineSweep:
+    coordinator = OfflineSweep(sweep_of(trials), folder / "sweep", launcher=LAUNCHERS["slurm"].make([{}] * at_once, ""))
+    coordinator.run()
+    return coordinator
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, value in {**fake_slurm.install(tmp_path / "bin"), slurm_queue.POLL: "0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(offline, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(offline, "plot_results", lambda *arguments: None)
+    return tmp_path / "bin"
+
+
+def test_no_trial_is_lost_or_run_twice_on_a_bad_day(
+    fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trials = 20
+    coordinator = run_sweep(tmp_path, trials, at_once=10)
+    assert [trial.state for trial in coordinator.state.trials] == ["finished"] * trials
+    assert {trial.failures for trial in coordinator.state.trials} == {0}, "what the cluster does is no failure"
+    happened = Counter(event["event"] for event in events(fake))
+    assert happened["doubled"] == 0
+    assert happened["finished"] == trials
+    assert Counter(e["name"] for e in events(fake) if e["event"] == "finished") == Counter(
+        trial.id for trial in coordinator.state.trials
+    )
+    assert happened["started"] > trials, "some were run again"
+    captured = capsys.readouterr()
+    assert "Slurm does not answer (Unable to contact slurm controller (connect failure)); asking again" in captured.err
+    assert captured.err.count("Slurm does not answer") == 1
+    assert "sbatch: Batch job submission failed: Job violates accounting/QOS policy; trying again" in captured.err
+
+
+@pytest.mark.parametrize("method", ["grid", "random"])
+def test_suggestions_are_those_of_the_engine_one_by_one(method: str) -> None:
+    trials = 40
+    config = sweep_of(trials, method).engine_config()
+    search = engine.Search(config)
+    past: list[dict[str, Any]] = []
+    runs: list[Any] = []
+    for _ in range(trials):
+        suggested = search.suggest(past, lambda: pytest.fail("only bayes needs runs"))
+        assert suggested is not None
+        assert suggested == engine.suggest(config, runs)
+        past.append(suggested)
+        runs.append(engine.past_run("", suggested, "running", {}, []))
+    if method == "grid":
+        assert search.suggest(past, list) is None
+        assert engine.Search(config).suggest(past[:-1], list) == past[-1], "resumed"
+
+
+WRONG = {
+    ("--slurm", "--array=1-3"): "--slurm = '--array=1-3': --array is set here; leave it out",
+    ("--slurm", "gpu"): "--slurm = 'gpu': expected options of sbatch, such as --partition=gpu",
+    ("--slurm", "'"): '--slurm = "\'": No closing quotation; close the quotation',
+    ("--detach",): "--detach: for sweeps on W&B; offline, jobs go on when this command is stopped",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_words_are_refused_in_one_line(
+    words: tuple[str, ...], fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused([*words, "--launcher", "slurm"], tmp_path, capsys) == f"error: {WRONG[words]}"
+
+
+def refused(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which the command refuses a sweep."""
+    file = tmp_path / "sweep.yaml"
+    file.write_text(json.dumps(sweep_of(2).config))
+    assert command.main([str(file), "--offline", "--out", str(tmp_path / "out"), *words]) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert captured.out == ""
+    assert not (tmp_path / "out").exists()
+    return line
+
+
+def test_without_sbatch_or_a_launcher_of_that_name_the_sweep_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(["--launcher", "slrum"], tmp_path, capsys)
+    assert line == "error: --launcher = 'slrum': expected one of local, slurm; did you mean slurm?"
+    line = refused(["--slurm", "--partition=gpu"], tmp_path, capsys)
+    assert line == "error: --slurm, --detach: for jobs of Slurm; add --launcher slurm"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    line = refused(["--launcher", "slurm"], tmp_path, capsys)
+    assert line == "error: --launcher = 'slurm': no sbatch here; run it on a login node of the cluster"
+
+
+def test_a_plugin_adds_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example of docs/extending.md, as it stands."""
+    (example,) = re.findall(r"```py\n(.*?)```", (ROOT / "docs/extending.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "polite_plugin.py").write_text(example, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(offline, "plot_results", lambda *arguments: None)
+    priority = "import os, sys; sys.exit(0 if os.nice(0) >= 7 else 1)"
+    content = {
+        "method": "grid",
+        "command": ["${interpreter}", "-S", "-c", priority, "${args}"],
+        "parameters": {"preset": {"value": "digits"}, "plugins": {"value": ["polite_plugin"]}},
+    }
+    (tmp_path / "sweep.yaml").write_text(json.dumps(content))
+    words = [str(tmp_path / "sweep.yaml"), "--offline", "--out", str(tmp_path / "out"), "--launcher"]
+    try:
+        assert command.main([*words, "polite"]) == 0
+    finally:
+        LAUNCHERS.pop("polite", None)
+
+
+def test_a_sweep_on_a_full_disk_ends_in_one_line(fake: Path, tmp_path: Path) -> None:
+    def run() -> str:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # Files cannot grow beyond it, as on a full disk.
+        with pytest.raises(SweepError) as caught:
+            run_sweep(tmp_path, 2, at_once=1)
+        return str(caught.value)
+
+    said = "File too large; free some space, then repeat the command"
+    assert in_child(run) == f"{str(tmp_path / 'sweep/sweep.json')!r}: {said}"
+
+
+if __name__ == "__main__":  # Time and memory of a coordinator: python test_fake_slurm.py FOLDER 50 500
+    for count in map(int, sys.argv[2:]):
+        place = Path(sys.argv[1]) / str(count)
+        place.mkdir(parents=True)
+        os.environ |= {**fake_slurm.install(place / "bin"), slurm_queue.POLL: "0.1"}
+        offline.POLL_SECONDS, offline.plot_results = 0.01, lambda *arguments: None
+        sweep_of(count)  # Imports are counted for none.
+        start, cpu = time.monotonic(), time.process_time()
+        done = run_sweep(place, count, at_once=16)
+        finished = sum(trial.state == "finished" for trial in done.state.trials)
+        doubled = sum(event["event"] == "doubled" for event in events(place / "bin"))
+        cpu, wall = (time.process_time() - cpu) / count, (time.monotonic() - start) / count
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        print(f"{finished}/{count} finished, {doubled} doubled, peak {peak} MB")
+        print(f"{1000 * cpu:.1f} ms CPU and {1000 * wall:.0f} ms a trial")

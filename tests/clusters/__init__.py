@@ -1,0 +1,1 @@
+"""Slurm for tests: a real one, and fake commands."""
