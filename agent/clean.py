@@ -17,7 +17,7 @@ from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError
 from diffusion_core.messages import Parser
 from diffusion_core.run_folder import locked, run_folders
-from diffusion_core.training.leftovers import Leftover, on_disk
+from diffusion_core.runs.leftovers import Leftover, on_disk
 
 
 def main(argv: Sequence[str] | None = None) -> int:

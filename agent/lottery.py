@@ -27,9 +27,9 @@ from diffusion_core.distributed import make_accelerator
 from diffusion_core.files import write_json_lines
 from diffusion_core.model.unet import build_network
 from diffusion_core.run_folder import CHECKPOINTS, HISTORY_FILE, RESULT_FILE, write_run_files
+from diffusion_core.runs.result import TrialResult, read_result, write_result
 from diffusion_core.tracking import STATE, STEP, NullTracker, Tracker
 from diffusion_core.training.checkpoints import SaveCheckpoints
-from diffusion_core.training.result import TrialResult, read_result, write_result
 from diffusion_core.training.resume import check_same_run, find_checkpoint, with_labels_of
 from diffusion_core.training.stopping import Stopped, StopRequest
 from diffusion_core.training.trainer import Callback, TrainState

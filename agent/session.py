@@ -47,12 +47,12 @@ from diffusion_core.run_folder import (
     make_folder,
     read_run_file,
 )
+from diffusion_core.runs.result import TrialResult
 from diffusion_core.signals import remembered
 from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import NullTracker, Tracker
 from diffusion_core.training import callbacks
 from diffusion_core.training.batch_size import as_resumed, settled
-from diffusion_core.training.result import TrialResult
 from diffusion_core.training.resume import find_checkpoint
 from diffusion_core.training.stopping import StopRequest
 from pruning.checks import check_processes

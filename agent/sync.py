@@ -37,8 +37,8 @@ from diffusion_core.run_folder import (
     read_run_file,
     run_folders,
 )
-from diffusion_core.training.recorded import log_checkpoint, log_rows
-from diffusion_core.training.result import read_result
+from diffusion_core.runs.recorded import log_checkpoint, log_rows
+from diffusion_core.runs.result import read_result
 
 
 class Unsent(Exception):

@@ -29,11 +29,11 @@ from diffusion_core.run_folder import (
     read_history,
     write_run_files,
 )
+from diffusion_core.runs.result import TrialResult, write_result
 from diffusion_core.tracking import Tracker
 from diffusion_core.training.callbacks import DrawSamples, LogHistory, SayDuration, WatchQuality
 from diffusion_core.training.checkpoints import SaveCheckpoints
 from diffusion_core.training.evaluation import Evaluate
-from diffusion_core.training.result import TrialResult, write_result
 from diffusion_core.training.resume import check_same_labels, describe_longer, find_checkpoint, with_labels_of
 from diffusion_core.training.stopping import Stopped, StopRequest
 from diffusion_core.training.summary import costs_of, describe_changed, describe_data, system_facts

@@ -47,11 +47,11 @@ from diffusion_core.model.cost import LATENCY_BATCH, Cost, latencies, peak_memor
 from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.registries import DATASETS
 from diffusion_core.run_folder import make_folder
+from diffusion_core.runs.recorded import model_files
 from diffusion_core.sampling.generation import Generator
 from diffusion_core.tables import text_table
 from diffusion_core.tracking import MODEL, Upload
 from diffusion_core.training.checkpoints import describe
-from diffusion_core.training.recorded import model_files
 from diffusion_core.training.trainer import TrainState
 from pruning.calibration import Calibration
 from pruning.config import PruneConfig, unheard

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator
 
 from agent.config import TrialConfig
-from agent.sweep import engine
 from agent.sweep.file import EXPONENTS, SweepFile
 from diffusion_core.config import is_fraction, list_knobs
-from diffusion_core.config.search_space import choices, flat_parameters, is_whole, values_to_try
 from diffusion_core.messages import shortened
+from diffusion_core.search import engine
+from diffusion_core.search.space import choices, flat_parameters, is_whole, values_to_try
 from pruning.estimate import times_logged
 
 MANY_TRIALS = 1000

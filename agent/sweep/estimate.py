@@ -10,10 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from agent.sweep import engine
 from agent.sweep.file import SweepFile
 from agent.sweep.results import parameters_line
 from diffusion_core.messages import duration, size_in_words
+from diffusion_core.search import engine
 from pruning.estimate import Estimator, TrialEstimate
 
 SAMPLED_TRIALS = 10

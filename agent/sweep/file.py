@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from agent.config import TrialConfig, build_config
-from agent.sweep.macros import TrialCommand, read_command
 from agent.sweep.settings import setting_problems, violations
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError, flatten, list_knobs, read_yaml, unknown_key
 from diffusion_core.config.plugins import KEY, plugin_problems
-from diffusion_core.config.search_space import flat_parameters, grid_size, trials_of, values_to_try, with_numbers
 from diffusion_core.messages import shortened, suggested
 from diffusion_core.registries import DATASETS
+from diffusion_core.search.macros import TrialCommand, read_command
+from diffusion_core.search.space import flat_parameters, grid_size, trials_of, values_to_try, with_numbers
 from pruning.config import methods, unheard
 
 EXPONENTS = ("log_uniform", "inv_log_uniform", "q_log_uniform")

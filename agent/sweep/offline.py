@@ -23,9 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.report import NAME, write_ended
-from agent.sweep import engine
 from agent.sweep.file import SweepError, SweepFile
-from agent.sweep.macros import expand_command
 from agent.sweep.plot import PLOT_FILE, plot_results
 from agent.sweep.progress import SweepProgress
 from agent.sweep.results import TrialRecord, table, write_results
@@ -47,6 +45,8 @@ from diffusion_core.machine.jobs import Job, Launcher, Outcome, Task
 from diffusion_core.machine.processes import end_orphan
 from diffusion_core.machine.sharing import shares
 from diffusion_core.registries import LAUNCHERS
+from diffusion_core.search import engine
+from diffusion_core.search.macros import expand_command
 
 PARAMETERS_FILE = "parameters.json"
 """File in a trial's folder with its parameters, if the sweep's command asks for it."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from agent.sweep import engine
 from diffusion_core.config.metrics import goal_of, goals
 from diffusion_core.messages import shortened
+from diffusion_core.search import engine
 
 METHODS = ("grid", "random", "bayes")
 EXPECTED = {"early_terminate": "type: hyperband, with min_iter: alone, or with max_iter: > eta and a whole number s:"}

@@ -18,9 +18,9 @@ from diffusion_core.checkpoint import list_checkpoints, step_folder
 from diffusion_core.config import ConfigError, flatten
 from diffusion_core.messages import one_line
 from diffusion_core.run_folder import CHECKPOINTS, HISTORY_FILE, best_figures, read_history
+from diffusion_core.runs.result import TrialResult, write_result
 from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import NullTracker, Tracker
-from diffusion_core.training.result import TrialResult, write_result
 from diffusion_core.training.resume import check_same_run
 
 if TYPE_CHECKING:

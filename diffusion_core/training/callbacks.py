@@ -18,11 +18,11 @@ from diffusion_core.files import write_json_lines
 from diffusion_core.hardware import pick_precision
 from diffusion_core.messages import duration
 from diffusion_core.run_folder import HISTORY_FILE, read_history
+from diffusion_core.runs.recorded import log_rows
 from diffusion_core.sampling import media
 from diffusion_core.sampling.generation import Generator, all_labels, requests
 from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import STEP, Tracker
-from diffusion_core.training.recorded import log_rows
 from diffusion_core.training.trainer import TrainState, is_due
 
 WORSE_LOSS = 1.5

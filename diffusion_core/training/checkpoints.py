@@ -17,9 +17,9 @@ from diffusion_core.data.datasets import Dataset
 from diffusion_core.model.structure import structure
 from diffusion_core.redact import redacted
 from diffusion_core.run_folder import read_history
+from diffusion_core.runs.leftovers import kept_checkpoints
+from diffusion_core.runs.recorded import log_checkpoint, model_files
 from diffusion_core.tracking import MODEL, Tracker, Upload
-from diffusion_core.training.leftovers import kept_checkpoints
-from diffusion_core.training.recorded import log_checkpoint, model_files
 from diffusion_core.training.trainer import TrainState, is_due
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusion_core.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint
 from diffusion_core.config import ConfigError, CoreConfig, DataConfig, flatten
 from diffusion_core.data.classes import in_order, same_classes, shown_classes
-from diffusion_core.data.datasets import Dataset, in_recorded_order
 from diffusion_core.redact import redacted
+
+if TYPE_CHECKING:
+    from diffusion_core.data.datasets import Dataset
 
 NEEDED = ("model",)
 """Parts that resuming needs. The best checkpoint may have been downloaded without them."""
@@ -93,6 +95,8 @@ def with_labels_of(checkpoint: Checkpoint, config: DataConfig, dataset: Dataset)
             f"{shown_classes(checkpoint.class_names)} ({str(checkpoint.path)!r}); choose another log.dir, or the "
             "images of the run"
         )
+    from diffusion_core.data.datasets import in_recorded_order  # It imports PyTorch.
+
     return in_recorded_order(dataset, config, checkpoint.class_names)
 
 

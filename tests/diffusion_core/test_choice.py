@@ -28,8 +28,8 @@ from diffusion_core.choice import announce, best_of, choose
 from diffusion_core.config import flatten
 from diffusion_core.files import write_json, write_json_lines
 from diffusion_core.run_folder import HISTORY_FILE, PROTOCOLS_FILE, read_history
+from diffusion_core.runs.result import TrialResult, write_result
 from diffusion_core.tracking import MemoryTracker
-from diffusion_core.training.result import TrialResult, write_result
 from diffusion_core.training.trainer import TrainState
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,8 +21,16 @@ SCRIPTS = ROOT / "scripts"
 
 RUN_BY = {
     "agent.clean": ["test_keeping.py"],
+    "agent.report": ["test_reports.py", "test_published.py"],
     "agent.leaderboard": ["test_evaluate.py", "test_published.py", "test_choice.py", "test_plugins.py"],
-    "agent.sweep": ["test_end_to_end.py", "test_estimate.py", "test_offline_sweeps.py", "test_sweep_files.py"],
+    "agent.sweep": [
+        "test_end_to_end.py",
+        "test_estimate.py",
+        "test_offline_sweeps.py",
+        "test_sweep_files.py",
+        "test_fake_slurm.py",
+        "test_slurm_online.py",
+    ],
     "agent.sync": ["test_outages.py", "test_faults.py", "test_plugins.py"],
     "benchmark": ["test_benchmark.py"],
     "check_formulations": ["test_formulations.py"],

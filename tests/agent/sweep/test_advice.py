@@ -11,9 +11,9 @@ from tiny import TINY
 
 from agent.config import build_config
 from agent.sweep import __main__ as sweep_command
-from agent.sweep import engine
 from agent.sweep.advice import advice
 from agent.sweep.file import check_sweep, load_sweep
+from diffusion_core.search import engine
 from pruning.estimate import times_logged
 
 FILES = sorted((Path(__file__).parents[3] / "sweeps").glob("*.yaml"))

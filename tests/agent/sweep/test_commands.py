@@ -15,9 +15,9 @@ from agent.config import TrialConfig, build_config, config_from_words
 from agent.sweep import offline
 from agent.sweep.estimate import describe_sweep, list_trials
 from agent.sweep.file import SweepError, SweepFile, check_sweep
-from agent.sweep.macros import HYPHENATED, JSON_FILE, NO_FALSE, PASSING, expand_command, spellings
 from agent.sweep.offline import OfflineSweep
 from diffusion_core.config import split_argv
+from diffusion_core.search.macros import HYPHENATED, JSON_FILE, NO_FALSE, PASSING, expand_command, spellings
 from pruning.estimate import Estimator
 
 AGENT = ["${env}", "${interpreter}", "-m", "agent"]

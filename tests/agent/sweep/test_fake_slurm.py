@@ -16,12 +16,13 @@ import pytest
 from clusters import fake_slurm
 
 from agent.sweep import __main__ as command
-from agent.sweep import engine, offline
+from agent.sweep import offline
 from agent.sweep.file import SweepError, SweepFile, check_sweep
 from agent.sweep.offline import OfflineSweep
 from diffusion_core.machine import slurm_queue
 from diffusion_core.machine.child import in_child
 from diffusion_core.registries import LAUNCHERS
+from diffusion_core.search import engine
 
 ROOT = Path(__file__).resolve().parents[3]
 

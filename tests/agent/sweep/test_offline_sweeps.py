@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from agent.sweep import __main__ as sweep
-from agent.sweep import engine, offline
+from agent.sweep import offline
 from agent.sweep import state as sweep_state
 from agent.sweep.file import SweepError, SweepFile, check_sweep
 from agent.sweep.offline import NothingWorks, OfflineSweep
@@ -30,6 +30,7 @@ from agent.sweep.trials import TrialReader
 from diffusion_core.machine import processes, sharing
 from diffusion_core.machine.sharing import SHARERS
 from diffusion_core.run_folder import SWEEP_STATE
+from diffusion_core.search import engine
 
 STUB = Path(__file__).parents[2] / "stub_trial.py"
 STEPS = 6

@@ -17,9 +17,9 @@ from agent.config import build_config
 from agent.sweep import __main__ as sweep
 from agent.sweep import engine, file
 from agent.sweep.file import SweepError, SweepFile, load_sweep
-from agent.sweep.macros import MACROS
 from agent.sweep.offline import OfflineSweep
-from diffusion_core.config.search_space import SPREAD, flat_parameters, values_to_try
+from diffusion_core.search.macros import MACROS
+from diffusion_core.search.space import SPREAD, flat_parameters, values_to_try
 
 ROOT = Path(__file__).parents[3]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))

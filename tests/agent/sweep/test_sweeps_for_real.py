@@ -20,10 +20,10 @@ import yaml
 from server import Run, WandbServer
 from wandb_client import ROOT, TIMEOUT, Client, finish
 
-from agent.sweep import engine
 from agent.sweep.file import check_sweep
 from agent.tracking.api import summary_figures
 from diffusion_core.config import flatten
+from diffusion_core.search import engine
 
 FIXED: dict[str, Any] = {
     "preset": "digits",
