@@ -29,10 +29,11 @@ from diffusion_core.run_folder import (
     read_history,
     write_run_files,
 )
+from diffusion_core.step_distillation.phase import is_student
 from diffusion_core.tracking import Tracker
 from diffusion_core.training.callbacks import DrawSamples, LogHistory, WatchQuality
 from diffusion_core.training.checkpoints import SaveCheckpoints
-from diffusion_core.training.evaluation import Evaluate
+from diffusion_core.training.evaluation import DENSE, TEACHER, Evaluate
 from diffusion_core.training.result import TrialResult, write_result
 from diffusion_core.training.resume import describe_longer, find_checkpoint
 from diffusion_core.training.stopping import Stopped, StopRequest
@@ -41,7 +42,7 @@ from diffusion_core.training.teacher import keep_teacher
 from diffusion_core.training.trainer import Callback, TrainState
 from pruning.consistency import dense_consistency
 from pruning.pruner import is_pruned, records, resume_pruning
-from pruning.start import check_architecture, start_from
+from pruning.start import check_architecture, check_step_teacher, start_from
 from pruning.training import train_and_prune
 
 
@@ -60,6 +61,7 @@ def start_state(config: TrialConfig, dataset: Dataset, tracker: Tracker, acceler
         state = TrainState.start(network, config.train, config.ema)
     else:
         state = start_from(source, config, dataset.num_classes, config.init.weights, accelerator.device)
+        check_step_teacher(source, config, config.steps, config.prune)
     if teacher is not None:
         check_architecture(teacher, config, dataset.num_classes)
         keep_teacher(state, teacher.checkpoint.network(), config.model)
@@ -114,11 +116,13 @@ def run_trial(
     else:
         state = start_state(config, dataset, tracker, accelerator)
 
-    def is_dense(state: TrainState) -> bool:
-        return config.prune.method != "none" and not is_pruned(state)
+    def prefix(state: TrainState) -> str:
+        if config.prune.method != "none" and not is_pruned(state):
+            return DENSE
+        return TEACHER if config.steps.wanted and not is_student(state) else ""
 
     saver = SaveCheckpoints(config, dataset, tracker, folder / CHECKPOINTS, run_id, resumed)
-    after_step: list[Callback] = [*callbacks, Evaluate(config, dataset, accelerator, tracker, folder, is_dense)]
+    after_step: list[Callback] = [*callbacks, Evaluate(config, dataset, accelerator, tracker, folder, prefix)]
     if is_main:
         write_run_files(config, folder, run_id)
         history = LogHistory(tracker, folder, resumed)
@@ -139,7 +143,9 @@ def run_trial(
     if stop is not None:
         after_step.append(stop.check)
     try:
-        train_and_prune(state, config, config.prune, config.distill, dataset, after_step, saver, accelerator)
+        train_and_prune(
+            state, config, config.prune, config.distill, config.steps, dataset, after_step, saver, accelerator
+        )
     except Stopped:
         state.since_row.share(accelerator)
         if is_main:

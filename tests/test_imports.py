@@ -29,6 +29,7 @@ CORE_LAYERS = (
     {"sampling"},
     {"evaluation"},
     {"training"},
+    {"step_distillation"},
     {"diffusers_io"},
 )
 """Modules and folders of the core, lowest first: each may import its own layer and those below. Add new ones here."""

@@ -45,11 +45,7 @@ def diffusion_loss(
         Unreduced losses, ``(B,)``, float32.
     """
     x_BCHW = denoiser.schedule.add_noise(x0_BCHW, noise_BCHW, t_B)
-    estimate_BCHW = None
-    if shown_B is not None:
-        with torch.no_grad():
-            first, _ = denoiser.predict(x_BCHW, t_B, labels_B)
-            estimate_BCHW = denoiser.clean(first, x_BCHW, t_B).clamp(-1.0, 1.0) * shown_B[:, None, None, None]
+    estimate_BCHW = shown_estimate(denoiser, x_BCHW, t_B, labels_B, shown_B)
     output, fraction = denoiser.predict(x_BCHW, t_B, labels_B, estimate_BCHW)
     loss_B = distance(output, denoiser.target(x0_BCHW, noise_BCHW, t_B), config) * weight(denoiser, t_B, config)
     if fraction is not None:
@@ -57,6 +53,25 @@ def diffusion_loss(
         bound_B = variational_bound(denoiser.schedule, x0_BCHW, x_BCHW, clean, fraction, t_B)
         loss_B = loss_B + config.vlb_weight * denoiser.schedule.timesteps * bound_B
     return loss_B
+
+
+@torch.no_grad()
+def shown_estimate(
+    denoiser: Denoiser, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None, shown_B: Tensor | None
+) -> Tensor | None:
+    """Return what a network with self-conditioning is shown in training: its own estimate, or zeros.
+
+    Args:
+        denoiser: the network.
+        x_BCHW: noisy images.
+        t_B: their timesteps.
+        labels_B: their classes.
+        shown_B: which images get an estimate (bool); None: the network takes none, and the result is None.
+    """
+    if shown_B is None:
+        return None
+    first, _ = denoiser.predict(x_BCHW, t_B, labels_B)
+    return denoiser.clean(first, x_BCHW, t_B).clamp(-1.0, 1.0) * shown_B[:, None, None, None]
 
 
 def distance(output_BCHW: Tensor, target_BCHW: Tensor, config: DiffusionConfig) -> Tensor:

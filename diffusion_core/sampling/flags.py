@@ -15,6 +15,7 @@ FLAGS = {
     "eta": "eta",
     "variance": "variance",
     "spacing": "spacing",
+    "start_level": "start-level",
     "batch_size": "micro-batch",
     "compile": "compile",
 }
