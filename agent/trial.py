@@ -17,8 +17,10 @@ from diffusion_core.choice import announce
 from diffusion_core.config import flatten
 from diffusion_core.data.datasets import Dataset
 from diffusion_core.distributed import first_process_first, make_accelerator
+from diffusion_core.evaluation.generated import costs_of_images
 from diffusion_core.evaluation.protocol import PREFIX
 from diffusion_core.files import write_json
+from diffusion_core.hardware import pick_precision
 from diffusion_core.model.unet import build_network
 from diffusion_core.run_folder import (
     CHECKPOINTS,
@@ -29,6 +31,7 @@ from diffusion_core.run_folder import (
     read_history,
     write_run_files,
 )
+from diffusion_core.sampling.generation import Generator
 from diffusion_core.step_distillation.phase import is_student
 from diffusion_core.tracking import Tracker
 from diffusion_core.training.callbacks import DrawSamples, LogHistory, WatchQuality
@@ -160,7 +163,8 @@ def run_trial(
         costs = costs_of(state.network, state.ema.network, saver.best_path)
         if pruned := records(state):
             costs["prune/sparsity"] = pruned[-1]["sparsity"]
-        costs |= alike.figures
+        generator = Generator(state.ema.network, config, pick_precision(config.train, accelerator.device))
+        costs |= alike.figures | costs_of_images(generator, state.sampling(config.sample))
         tracker.summary(costs | {f"{PREFIX}{name}": line for name, line in alike.protocols.items()})
         figures = best_figures(read_history(folder)) | costs
         result = TrialResult(run_id, state.step, figures, saver.best_path, time.perf_counter() - started)

@@ -1,7 +1,8 @@
 """Consistency tuning: a trained network learns to name the end of the path that leads through a noisy image.
 
 Its clean images at a noise level and at a lower one, on the same path, become equal (Song et al. 2023). At first the
-lower level is far away, which is close to what the network has learned. It then comes closer (Geng et al. 2024).
+lower level is far away, which is close to what the network has learned. It then comes closer (Geng et al. 2024), at
+last to the timestep before.
 Axes: B batch, C channels, H height, W width, S timesteps.
 """
 
@@ -60,9 +61,11 @@ class ConsistencyTuning:
         """Return a step's draws. ``later_BS`` holds the timestep of the lower noise level."""
         draws = self.lesson.draw(step, batches, schedule)
         lower_B = lower_level(schedule.level(draws.t_B), self.doubling(step))
-        position_B = schedule.position(lower_B.clamp(min=float(schedule.levels[0])))
-        later_B = torch.where(lower_B < schedule.levels[0].to(lower_B.device), CLEAN, position_B)
-        return replace(draws, later_BS=later_B.float()[:, None])
+        is_clean = lower_B < schedule.level(torch.zeros_like(draws.t_B))
+        later_B = torch.where(is_clean, CLEAN, schedule.position(lower_B))
+        # Closer than one timestep, the pair hardly differs: the student would learn from its own errors.
+        later_B = torch.minimum(later_B, draws.t_B - 1.0)
+        return replace(draws, later_BS=torch.where(later_B < 0.0, CLEAN, later_B).float()[:, None])
 
     def loss(self, denoiser: Denoiser, draws: Draws) -> Tensor:
         """Return the weighted distance of the two clean images, ``(B,)`` float32."""
