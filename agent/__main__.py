@@ -10,6 +10,7 @@ from agent.command import fail, run_and_leave
 from agent.config import TrialConfig, config_from_words
 from agent.tracking.environment import agent_parameters, in_sweep
 from diffusion_core.config import ConfigError, flatten, help_text, split_argv, to_yaml
+from diffusion_core.config.steps import without_effect
 from diffusion_core.machine.threads import settle_threads
 from pruning.config import unheard
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None, usage: str = USAGE, defaults: Sequen
     try:
         values = split_argv([word for word in words if word not in ("--print-config", "--dry-run")])
         config = as_chosen(config_from_words(values), values)
-        if not in_sweep() and (problems := list(unheard(config.prune))):
+        if not in_sweep() and (problems := [*unheard(config.prune), *without_effect(config.steps)]):
             raise ConfigError(*problems)
     except ConfigError as error:
         return fail(str(error))

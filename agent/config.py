@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from diffusion_core.config import PRESETS, CoreConfig, DistillConfig, InitConfig, StepsConfig, build, read_yaml
 from diffusion_core.config.plugins import import_plugins
 from diffusion_core.registry import Choice
-from pruning.checks import combination_problems, steps_problems
+from pruning.checks import combination_problems, start_level_problems, steps_problems
 from pruning.config import PruneConfig
 
 
@@ -26,6 +26,8 @@ class TrialConfig(CoreConfig):
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
         yield from combination_problems(self.prune, self.init, self.distill, self.model, self.train, self.ema)
+        if self.sample.start_level is not None:
+            yield from start_level_problems(self.sample, self.diffusion)
         if self.steps.wanted:
             yield from steps_problems(self, self.steps, self.prune, self.init, self.distill)
 

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from diffusion_core.config import (
     ConfigError,
     CoreConfig,
+    DiffusionConfig,
     DistillConfig,
     EmaConfig,
     InitConfig,
     ModelConfig,
+    SampleConfig,
     StepsConfig,
     TrainConfig,
 )
@@ -145,12 +147,24 @@ def steps_problems(
     key, most = ("steps.start", steps.start) if progressive else ("steps.target", steps.target)
     if most > known:
         yield f"{key} = {most}: expected at most {known}, the timesteps up to the student's first noise level"
+    if steps.weighting == "difference" and progressive:
+        yield "steps.weighting = 'difference': not for steps.method=progressive; expected uniform or truncated_snr"
     left = train.steps - planned[-1].start
     if (config.ema.average_from or 0) >= left:
         yield (
             f"ema.average_from = {config.ema.average_from}: the last stage restarts the averages {left} steps before "
             f"the end; expected less than {left}"
         )
+
+
+def start_level_problems(sample: SampleConfig, diffusion: DiffusionConfig) -> Iterator[str]:
+    """Yield one line if there are more sampling steps than timesteps up to ``sample.start_level``."""
+    from diffusion_core.diffusion.schedule import build_schedule
+
+    try:
+        build_schedule(diffusion).steps(sample.steps, sample.spacing, sample.start_level)
+    except ConfigError as error:
+        yield str(error)
 
 
 def check_processes(prune: PruneConfig, count: int) -> None:

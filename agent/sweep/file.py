@@ -16,6 +16,7 @@ from agent.sweep.parameters import flat_parameters, grid_size, trials_of, values
 from diffusion_core.config import ConfigError, flatten, list_knobs, read_yaml, unknown_key
 from diffusion_core.config.metrics import goal_of, goals
 from diffusion_core.config.plugins import KEY, plugin_problems
+from diffusion_core.config.steps import without_effect
 from diffusion_core.messages import shortened
 from pruning.config import methods, unheard
 
@@ -324,6 +325,7 @@ def _value_problems(sweep: SweepFile) -> list[str]:
                 problems += [problem + _about_exponents(sweep, problem) for problem in error.problems]
             else:
                 problems += unheard(config.prune, named or [config.prune.method])
+                problems += without_effect(config.steps, [str(name) for name in tried.get("steps.method", [])])
     return problems
 
 

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusion_core.config import DiffusionConfig
+from diffusion_core.config import ConfigError, DiffusionConfig
 from diffusion_core.registries import SCHEDULES
 
 Spacing = Literal["uniform", "trailing", "quadratic", "karras"]
@@ -151,11 +151,15 @@ class NoiseSchedule:
                 none.
 
         Raises:
-            ValueError: if ``count`` is not in 1..T, where T is the number of timesteps that are not left out.
+            ValueError: if ``count`` is not in 1..T.
+            ConfigError: if it is larger than the number of timesteps up to ``start_level``.
         """
         known = self.timesteps_to(start_level)
         if start_level is not None and count > known:
-            raise ValueError(f"sample.steps = {count}: expected 1 to {known}, the timesteps up to sample.start_level")
+            raise ConfigError(
+                f"sample.steps = {count}: expected at most {known}, the timesteps up to sample.start_level = "
+                f"{start_level:g}"
+            )
         if spacing == "karras":
             lowest, highest = float(self.log_levels[0].exp()), float(self.log_levels[known - 1].exp())
             if self.variance_preserving and lowest < KARRAS_START < highest:

@@ -18,6 +18,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 from tiny import TINY
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from diffusion_core.config import CoreConfig, StepsConfig, build
 from diffusion_core.diffusion.denoiser import Denoiser
@@ -30,10 +31,10 @@ from diffusion_core.step_distillation.progressive import ProgressiveDistillation
 from diffusion_core.step_distillation.teaching import Lesson
 
 SHARES = np.array([0.3, 0.7])
-CENTRES = np.array([-0.7, 0.5])
-DEVIATIONS = np.array([0.1, 0.2])
+CENTRES = np.array([-0.5, 0.4])
+DEVIATIONS = np.array([0.2, 0.3])
 MEAN, DEVIATION = 0.3, 0.4
-T = 128
+T = 64
 STARTS = np.linspace(-2.0, 2.0, 41)
 
 
@@ -42,7 +43,7 @@ class Source:
     """Batches of images that are drawn, not read."""
 
     sample: Callable[[np.random.Generator, int], np.ndarray]
-    batch_size: int = 512
+    batch_size: int = 1024
     share: slice = field(default_factory=lambda: slice(None))
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
@@ -130,14 +131,19 @@ class Corrected(nn.Module):
 def train(
     network: nn.Module, objective: Objective, source: Any, steps: range, schedule: NoiseSchedule, lr: float
 ) -> None:
+    """Train with a falling learning rate. The network becomes the average of its last quarter of steps."""
     denoiser = Denoiser(network, schedule, "x0")
     optimizer = torch.optim.Adam(network.parameters(), lr=lr)
+    average = AveragedModel(network)
     for step in steps:
         for group in optimizer.param_groups:
             group["lr"] = lr * (1.0 - (step - steps.start) / len(steps))
         objective.loss(denoiser, objective.draw(step, source, schedule)).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+        if step >= steps.stop - len(steps) // 4:
+            average.update_parameters(network)
+    network.load_state_dict(average.module.state_dict())
 
 
 @torch.no_grad()
@@ -180,16 +186,15 @@ def lesson(config: CoreConfig, steps: StepsConfig, end: int, count: int, teacher
     return Lesson(config, steps, start, end, count, 1.0, None, teacher)
 
 
+@pytest.mark.slow
 def test_consistency_tuning_on_a_gaussian_meets_the_flow() -> None:
     config = settings(**ONE_STEP, **{"diffusion.timesteps": 32})
     schedule = build_schedule(config.diffusion)
     network = Affine(schedule)
     exact = gaussian_flow(schedule)
     before = np.abs(endpoints(network, schedule, config) - exact).mean()
-    steps = StepsConfig(method="consistency", loss="l2", weighting="uniform")
-    # From the last doubling on: pairs of neighbouring timesteps.
-    last = ConsistencyTuning(lesson(config, steps, 1, 1))
-    train(network, last, Source(gaussian), range(1, 301), schedule, 3e-2)
+    steps = StepsConfig(method="consistency", loss="l2", weighting="uniform", doublings=6)
+    train(network, ConsistencyTuning(lesson(config, steps, 1000, 1)), Source(gaussian), range(1000), schedule, 2e-2)
     after = np.abs(endpoints(network, schedule, config) - exact).mean()
     assert before > 0.3  # One step of the untuned denoiser leads to the mean.
     assert after < 0.04  # What 32 noise levels leave.
@@ -203,11 +208,10 @@ def test_consistency_tuning_on_a_mixture_meets_the_flow() -> None:
     exact = mixture_flow(schedule)
     before = np.abs(endpoints(network, schedule, config) - exact).mean()
     steps = StepsConfig(method="consistency", loss="l2", weighting="uniform", doublings=6)
-    train(network, ConsistencyTuning(lesson(config, steps, 1800, 1)), Source(mixture), range(1800), schedule, 3e-3)
+    train(network, ConsistencyTuning(lesson(config, steps, 1200, 1)), Source(mixture), range(1200), schedule, 3e-3)
     after = np.abs(endpoints(network, schedule, config) - exact).mean()
-    print(after)
-    assert before > 0.5
-    assert after < 0.08
+    assert before > 0.3
+    assert after < 0.06
 
 
 @pytest.mark.slow
@@ -219,11 +223,10 @@ def test_progressive_distillation_on_a_mixture_meets_the_flow() -> None:
     before = np.abs(endpoints(network, schedule, config) - exact).mean()
     steps = StepsConfig(method="progressive", start=32, target=1)
     for index, count in enumerate(halved(32, 1)):
-        span = range(600 * index, 600 * (index + 1))
+        span = range(400 * index, 400 * (index + 1))
         teacher = copy.deepcopy(network)
         stage = lesson(config, steps, span.stop, count, teacher, span.start)
         train(network, ProgressiveDistillation(stage), Source(mixture), span, schedule, 3e-3)
     after = np.abs(endpoints(network, schedule, config) - exact).mean()
-    print(after)
-    assert before > 0.5
-    assert after < 0.08
+    assert before > 0.3
+    assert after < 0.06
