@@ -75,7 +75,8 @@ def costs_of_images(generator: Generator, config: SampleConfig) -> dict[str, flo
     batch = config.model_copy(update={"batch_size": LATENCY_BATCH})
     wanted = [Request(label, 0) for label in (all_labels(generator.network) * LATENCY_BATCH)[:LATENCY_BATCH]]
     seconds = _sampling_seconds(generator, wanted, batch, 1.0)[1] / LATENCY_BATCH
-    return image_costs(generator.network, generator.config, config) | {SECONDS: seconds}
+    trained = generator.config
+    return image_costs(generator.network, config, trained.diffusion, trained.model) | {SECONDS: seconds}
 
 
 def _sampling_seconds(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffusion_core.config import CoreConfig, SampleConfig
+from diffusion_core.config import DiffusionConfig, ModelConfig, SampleConfig
 from diffusion_core.diffusion.denoiser import Denoiser
 from diffusion_core.model.cost import count_cost
 from diffusion_core.model.unet import UNet
@@ -21,7 +21,7 @@ SECONDS = "sample/seconds"
 
 
 @torch.no_grad()
-def network_evaluations(config: CoreConfig, sample: SampleConfig) -> int:
+def network_evaluations(sample: SampleConfig, diffusion: DiffusionConfig, model: ModelConfig) -> int:
     """Return how often the network is evaluated for one image. Classifier-free guidance evaluates it twice.
 
     It is counted, not computed: the sampler runs with a network that only counts, for one image of one pixel. So it
@@ -32,10 +32,10 @@ def network_evaluations(config: CoreConfig, sample: SampleConfig) -> int:
     def network(x_BCHW: Tensor, _t_B: Tensor, _labels_B: Tensor | None) -> Tensor:
         nonlocal counted
         counted += len(x_BCHW)
-        outputs = 2 if config.model.learned_variance else 1
+        outputs = 2 if model.learned_variance else 1
         return torch.zeros(len(x_BCHW), outputs, 1, 1)
 
-    denoiser = Denoiser.from_config(network, config.diffusion, config.model, torch.device("cpu"))
+    denoiser = Denoiser.from_config(network, diffusion, model, torch.device("cpu"))
     interval = sample.guidance_interval
     applies = between_levels(denoiser.schedule, *interval) if interval else None
     sampler = build_sampler(sample, denoiser)
@@ -51,10 +51,12 @@ def network_evaluations(config: CoreConfig, sample: SampleConfig) -> int:
     return counted
 
 
-def image_costs(network: UNet, config: CoreConfig, sample: SampleConfig) -> dict[str, float]:
+def image_costs(
+    network: UNet, sample: SampleConfig, diffusion: DiffusionConfig, model: ModelConfig
+) -> dict[str, float]:
     """Return the evaluations and the multiply-accumulates of one image, ``sample/evaluations`` and ``sample/macs``.
 
     Masked weights count, since they are multiplied. See :class:`~diffusion_core.model.cost.Cost` for what counts.
     """
-    evaluations = network_evaluations(config, sample)
+    evaluations = network_evaluations(sample, diffusion, model)
     return {EVALUATIONS: evaluations, MACS: evaluations * count_cost(network).macs}
