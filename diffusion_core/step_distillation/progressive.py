@@ -13,10 +13,10 @@ from torch import Tensor
 from diffusion_core.data.batches import Batches
 from diffusion_core.diffusion.denoiser import Denoiser
 from diffusion_core.diffusion.draws import Draws
-from diffusion_core.diffusion.schedule import NoiseSchedule
+from diffusion_core.diffusion.schedule import NoiseSchedule, Spacing
 from diffusion_core.step_distillation.teaching import CLEAN, Lesson, amplitudes, clean_image, follow, truncated_snr
 
-SPACING = "trailing"
+SPACING: Spacing = "trailing"
 """The spacing whose steps nest: those of a student are every second one of its teacher's."""
 
 

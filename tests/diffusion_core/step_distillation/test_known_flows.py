@@ -114,9 +114,10 @@ class Corrected(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.optimal, self.schedule = Optimal(schedule), schedule
-        self.net = nn.Sequential(nn.Linear(4, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
+        end = nn.Linear(64, 1)
+        nn.init.zeros_(end.weight)
+        nn.init.zeros_(end.bias)
+        self.net = nn.Sequential(nn.Linear(4, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), end)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         clean = self.optimal(x, t, labels)

@@ -105,13 +105,14 @@ def test_a_run_trains_prunes_and_distils(tmp_path: Path) -> None:
     ],
 )
 def test_a_resumed_distillation_equals_an_unbroken_one(method: str, cut: int, tmp_path: Path) -> None:
-    knobs: dict[str, Any] = {
+    cases: dict[str, dict[str, Any]] = {
         "consistency": CONSISTENCY,
         "progressive": PROGRESSIVE,
         "guided": CONSISTENCY | {"steps.guidance": 2.0},
         "masked": PROGRESSIVE | {"prune.method": "magnitude", "prune.step": 2, "steps.step": 4},
         "at the start": PROGRESSIVE,
-    }[method]
+    }
+    knobs = cases[method]
     dropout = {"model.dropout": 0.3, "train.lr_schedule": "cosine", "checkpoint.every": cut}
     trial(tmp_path / "whole", knobs, dropout)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
@@ -190,7 +191,8 @@ def test_a_damaged_record_is_one_line(teacher: Path, tmp_path: Path, capsys: pyt
     trial(tmp_path / "run", CONSISTENCY, {"init.checkpoint": str(teacher), "train.steps": 1})
     file = last(tmp_path / "run").path / "checkpoint.json"
     capsys.readouterr()
-    for damage in (3, {}, {"sampling": []}, {"sampling": {"steps": -1}}, {"sampling": {"nonsense": 1}}):
+    damages: list[Any] = [3, {}, {"sampling": []}, {"sampling": {"steps": -1}}, {"sampling": {"nonsense": 1}}]
+    for damage in damages:
         metadata = json.loads(file.read_text())
         metadata["extra"]["steps"] = damage
         file.write_text(json.dumps(metadata))

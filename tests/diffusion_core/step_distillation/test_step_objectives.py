@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from torch import Tensor
 from diffusion_core.config import FORMULATIONS, ConfigError, CoreConfig, StepsConfig, build
 from diffusion_core.diffusion.denoiser import Denoiser
 from diffusion_core.diffusion.draws import Draws
-from diffusion_core.diffusion.schedule import NoiseSchedule, build_schedule
+from diffusion_core.diffusion.schedule import NoiseSchedule, Spacing, build_schedule
 from diffusion_core.model.unet import NO_LABEL, UNet
 from diffusion_core.sampling.samplers import build_sampler, steps_of
 from diffusion_core.step_distillation.consistency import ConsistencyTuning, lower_level
@@ -288,10 +288,10 @@ def test_the_consistency_sampler_is_that_of_the_paper(name: str, count: int) -> 
 def test_a_start_level_leaves_the_noisier_timesteps_out() -> None:
     config = config_of("eps", **{"sample.start_level": 5.0})
     schedule = build_schedule(config.diffusion)
-    for spacing in ("uniform", "trailing", "quadratic", "karras"):
-        steps = schedule.steps(4, spacing, 5.0)  # type: ignore[arg-type]
-        assert steps.levels[0] <= 5.0 + 1e-9
-        assert steps.levels[0] == pytest.approx(max(level for level in schedule.levels.tolist() if level <= 5.0))
+    for spacing in get_args(Spacing):
+        visited = schedule.steps(4, spacing, 5.0)
+        assert visited.levels[0] <= 5.0 + 1e-9
+        assert visited.levels[0] == pytest.approx(max(level for level in schedule.levels.tolist() if level <= 5.0))
     steps = StepsConfig(method="consistency")
     objective = ConsistencyTuning(Lesson(config, steps, 0, 80, 2, 1.0, 5.0))
     t = torch.cat([objective.draw(step, tiny_batches(config), schedule).t_B for step in range(40)])
