@@ -364,8 +364,9 @@ class StepsConfig(Section):
     """Weight of each noise level, for clean images: equal, the inverse difference of the two noise levels (consistency:
     Song & Dhariwal 2023), or the signal-to-noise ratio, at least 1 (Salimans & Ho 2022). auto: as the method's
     paper."""
-    doublings: Annotated[int, Field(ge=1, le=30)] = 8
-    """consistency: stages that each halve the distance between the two noise levels (Geng et al. 2024)."""
+    doublings: Annotated[int, Field(ge=1, le=30)] = 4
+    """consistency: stages that each halve the distance between the two noise levels (Geng et al. 2024). Long trainings
+    can use more: with 400 steps on digits, 4 give far better images than 8."""
 
     @property
     def wanted(self) -> bool:

@@ -178,10 +178,11 @@ def test_a_student_is_sampled_as_it_was_made_for(
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert "sample.steps = 4, sample.guidance = 2.0" in warning
     assert "distilled for sample.steps=2, sample.guidance=1.0" in warning
-    assert evaluate.main(["--checkpoint", str(tmp_path / "run"), "--device", "cpu", "--num-images", "20",
-                          "--figures", "diversity", "--extractor", "classifier", "--steps", "1"]) == 0  # fmt: skip
+    few = ["--num-images", "20", "--figures", "diversity", "--extractor", "classifier", "--device", "cpu"]
+    other = ["--steps", "1", "--start-level", "8"]
+    assert evaluate.main(["--checkpoint", str(tmp_path / "run"), *few, *other]) == 0
     said = capsys.readouterr()
-    assert "sample.steps = 1" in said.err
+    assert "sample.steps = 1, sample.start_level = 8.0" in said.err
     figures = json.loads((checkpoint.path / "evaluation.json").read_text())["figures"]
     assert figures["sample/evaluations"] == 1
     assert figures["eval/diversity_20"] > 0.0
