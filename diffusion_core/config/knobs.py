@@ -362,8 +362,8 @@ class StepsConfig(Section):
     channels."""
     weighting: Literal["auto", "uniform", "difference", "truncated_snr"] = "auto"
     """Weight of each noise level, for clean images: equal, the inverse difference of the two noise levels (consistency:
-    Song & Dhariwal 2023), or the signal-to-noise ratio, at least 1 (Salimans & Ho 2022). auto: as the method's
-    paper."""
+    Song & Dhariwal 2023), or the signal-to-noise ratio, at least 1 (Salimans & Ho 2022). auto: uniform for consistency,
+    truncated_snr for progressive."""
     doublings: Annotated[int, Field(ge=1, le=30)] = 4
     """consistency: stages that each halve the distance between the two noise levels (Geng et al. 2024). Long trainings
     can use more: with 400 steps on digits, 4 give far better images than 8."""

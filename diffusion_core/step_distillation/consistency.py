@@ -109,7 +109,7 @@ class ConsistencyTuning:
     def _weight(self, schedule: NoiseSchedule, t_B: Tensor, later_B: Tensor, like_BCHW: Tensor) -> Tensor:
         """Return the weight of each image, ``(B,)`` float32."""
         how = self.lesson.steps.weighting
-        if how == "uniform":
+        if how in ("auto", "uniform"):
             return torch.ones_like(t_B)
         if how == "truncated_snr":
             return truncated_snr(schedule, t_B)

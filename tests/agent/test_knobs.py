@@ -262,7 +262,7 @@ TABLE: dict[str, Entry] = {
     "steps.start_level": Entry(1.0, STUDENT, TUNED),
     "steps.loss": Entry("l2", STUDENT, TUNED),
     "steps.huber_c": Entry(5.0, STUDENT, TUNED),
-    "steps.weighting": Entry("uniform", STUDENT, TUNED),
+    "steps.weighting": Entry("difference", STUDENT, TUNED),
     "steps.doublings": Entry(1, STUDENT, TUNED),
     "prune.step": Entry(5, (*WEIGHTS, "pruned at"), PRUNED),
     "prune.until": Entry(5, (*WEIGHTS, "pruned at"), GRADUAL),

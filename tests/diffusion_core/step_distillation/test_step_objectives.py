@@ -100,7 +100,7 @@ def test_pairs_are_in_order_and_at_least_a_timestep_apart(step: int) -> None:
         assert np.array_equal(later, np.maximum(t - 1.0, CLEAN))
 
 
-@pytest.mark.parametrize("weighting", ["auto", "uniform", "truncated_snr"])
+@pytest.mark.parametrize("weighting", ["auto", "uniform", "difference", "truncated_snr"])
 @pytest.mark.parametrize("loss", ["l2", "pseudo_huber"])
 def test_distances_and_weights(loss: str, weighting: str) -> None:
     check_consistency("v", StepsConfig(method="consistency", loss=loss, weighting=weighting, huber_c=0.1))  # type: ignore[arg-type]
@@ -108,7 +108,7 @@ def test_distances_and_weights(loss: str, weighting: str) -> None:
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_the_consistency_loss_is_that_of_the_paper(name: str) -> None:
-    check_consistency(name, StepsConfig(method="consistency", loss="l2"))
+    check_consistency(name, StepsConfig(method="consistency", loss="l2", weighting="difference"))
 
 
 def check_consistency(name: str, steps: StepsConfig) -> None:
@@ -126,8 +126,13 @@ def check_consistency(name: str, steps: StepsConfig) -> None:
     norm = np.sqrt(((student - target) ** 2).sum(axis=(1, 2, 3)))
     expected = norm**2 / 64 if steps.loss == "l2" else pseudo_huber(0.1, norm) / 0.1
     level, level_later = (sigma / alpha).ravel(), (sigma_later / alpha_later).ravel()
-    weight = {"uniform": np.ones(8), "truncated_snr": np.maximum(level**-2, 1.0)}
-    expected = expected * weight.get(steps.weighting, 1.0 / (level - level_later))
+    weight = {
+        "auto": np.ones(8),
+        "uniform": np.ones(8),
+        "difference": 1.0 / (level - level_later),
+        "truncated_snr": np.maximum(level**-2, 1.0),
+    }
+    expected = expected * weight[steps.weighting]
     assert ours.detach().numpy() == pytest.approx(expected, rel=2e-3, abs=1e-6)
 
 
