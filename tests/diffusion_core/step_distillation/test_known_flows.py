@@ -189,16 +189,16 @@ def lesson(config: CoreConfig, steps: StepsConfig, end: int, count: int, teacher
 
 @pytest.mark.slow
 def test_consistency_tuning_on_a_gaussian_meets_the_flow() -> None:
-    config = settings(**ONE_STEP, **{"diffusion.timesteps": 32})
+    config = settings(**ONE_STEP)
     schedule = build_schedule(config.diffusion)
     network = Affine(schedule)
     exact = gaussian_flow(schedule)
     before = np.abs(endpoints(network, schedule, config) - exact).mean()
-    steps = StepsConfig(method="consistency", loss="l2", weighting="uniform", doublings=6)
-    train(network, ConsistencyTuning(lesson(config, steps, 1000, 1)), Source(gaussian), range(1000), schedule, 2e-2)
+    steps = StepsConfig(method="consistency", loss="l2", weighting="uniform", doublings=8)
+    train(network, ConsistencyTuning(lesson(config, steps, 1200, 1)), Source(gaussian), range(1200), schedule, 2e-2)
     after = np.abs(endpoints(network, schedule, config) - exact).mean()
     assert before > 0.3  # One step of the untuned denoiser leads to the mean.
-    assert after < 0.04  # What 32 noise levels leave.
+    assert after < 0.05  # What the distance of the noise levels leaves.
 
 
 @pytest.mark.slow
