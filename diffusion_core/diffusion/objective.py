@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 
-from diffusion_core.config import CoreConfig
+from diffusion_core.config import DiffusionConfig
 from diffusion_core.data.batches import Batches
 from diffusion_core.diffusion.denoiser import Denoiser
-from diffusion_core.diffusion.draws import Draws, draw
+from diffusion_core.diffusion.draws import Draws
 from diffusion_core.diffusion.losses import diffusion_loss
 from diffusion_core.diffusion.schedule import NoiseSchedule
 
@@ -28,15 +29,17 @@ class Denoising:
     """The objective of diffusion models: :func:`~diffusion_core.diffusion.losses.diffusion_loss`.
 
     Args:
-        config: every knob of the core.
+        diffusion: the loss's knobs.
+        draws: returns a step's draws.
     """
 
-    def __init__(self, config: CoreConfig) -> None:
-        self.config = config
+    def __init__(self, diffusion: DiffusionConfig, draws: Callable[[int, Batches, NoiseSchedule], Draws]) -> None:
+        self.diffusion = diffusion
+        self.draws = draws
 
     def draw(self, step: int, batches: Batches, schedule: NoiseSchedule) -> Draws:
         """Return this process's share of a step's draws."""
-        return draw(step, batches, self.config, schedule)
+        return self.draws(step, batches, schedule)
 
     def loss(self, denoiser: Denoiser, draws: Draws) -> Tensor:
         """Return the unreduced loss, ``(B,)`` float32."""
@@ -46,6 +49,6 @@ class Denoising:
             draws.noise_BCHW,
             draws.t_B,
             draws.labels_B,
-            self.config.diffusion,
+            self.diffusion,
             draws.shown_B,
         )

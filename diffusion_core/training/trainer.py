@@ -24,7 +24,7 @@ from diffusion_core.checkpoint import Checkpoint, CheckpointError, student_knobs
 from diffusion_core.config import CoreConfig, EmaConfig, SampleConfig, TrainConfig
 from diffusion_core.data.batches import Batches
 from diffusion_core.diffusion.denoiser import Denoiser
-from diffusion_core.diffusion.draws import Draws
+from diffusion_core.diffusion.draws import Draws, draw
 from diffusion_core.diffusion.objective import Denoising, Objective
 from diffusion_core.hardware import Precision, algorithms, autocast, memory_format, pick_precision
 from diffusion_core.model.compilation import compile_network, pick_compilation
@@ -239,7 +239,8 @@ def train(
     """
     settings, device = config.train, accelerator.device
     until = settings.steps if until is None else until
-    objective = objective or Denoising(config)
+    if objective is None:
+        objective = Denoising(config.diffusion, lambda step, given, schedule: draw(step, given, config, schedule))
     precision = pick_precision(settings, device)
     compile_network(state.network, pick_compilation(settings, state.network, device))
     network = accelerator.prepare_model(state.network)
