@@ -16,6 +16,7 @@ from agent.command import fail, run_and_leave
 from agent.config import TrialConfig, config_from_words
 from agent.tracking.environment import agent_parameters, in_sweep
 from diffusion_core.config import ConfigError, flatten, split_argv, to_yaml
+from diffusion_core.config.steps import without_effect
 from diffusion_core.config.usage import answer, check_data_named
 from diffusion_core.machine.threads import settle_threads
 from pruning.config import unheard
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None, usage: str = USAGE, defaults: Sequen
         if not begun_by_wandb and (defaults or not given):
             check_data_named(values)
         config = as_chosen(config_from_words(values), values)
-        if not in_sweep() and (problems := list(unheard(config.prune))):
+        if not in_sweep() and (problems := [*unheard(config.prune), *without_effect(config.steps)]):
             raise ConfigError(*problems)
     except ConfigError as error:
         return fail(str(error))

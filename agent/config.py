@@ -6,10 +6,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from diffusion_core.config import PRESETS, ConfigError, CoreConfig, DistillConfig, InitConfig, build, read_yaml
+from diffusion_core.config import (
+    PRESETS,
+    ConfigError,
+    CoreConfig,
+    DistillConfig,
+    InitConfig,
+    StepsConfig,
+    build,
+    read_yaml,
+)
 from diffusion_core.config.plugins import import_plugins
 from diffusion_core.registry import Choice
-from pruning.checks import combination_problems
+from pruning.checks import combination_problems, start_level_problems, steps_problems
 from pruning.config import PruneConfig
 
 
@@ -21,10 +30,20 @@ class TrialConfig(CoreConfig):
     prune: PruneConfig = PruneConfig()
     init: InitConfig = InitConfig()
     distill: DistillConfig = DistillConfig()
+    steps: StepsConfig = StepsConfig()
 
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
         yield from combination_problems(self.prune, self.init, self.distill, self.model, self.train, self.ema)
+        if self.sample.start_level is not None:
+            yield from start_level_problems(self.sample, self.diffusion)
+        if self.steps.wanted:
+            yield from steps_problems(self, self.steps, self.prune, self.init, self.distill)
+
+    def logged_figures(self) -> list[str]:
+        """Names of the figures that are better one way. A student of step distillation has no ``val/loss``."""
+        names = super().logged_figures()
+        return [name for name in names if not name.startswith("val/")] if self.steps.wanted else names
 
 
 def build_config(*layers: Mapping[str, Any]) -> TrialConfig:

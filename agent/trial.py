@@ -17,8 +17,10 @@ from diffusion_core.choice import announce
 from diffusion_core.config import flatten
 from diffusion_core.data.datasets import Dataset, in_recorded_order
 from diffusion_core.distributed import first_process_first, make_accelerator
+from diffusion_core.evaluation.generated import costs_of_images
 from diffusion_core.evaluation.protocol import PREFIX
 from diffusion_core.files import write_json
+from diffusion_core.hardware import pick_precision
 from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.run_folder import (
     CHECKPOINTS,
@@ -30,10 +32,12 @@ from diffusion_core.run_folder import (
     write_run_files,
 )
 from diffusion_core.runs.result import TrialResult, write_result
+from diffusion_core.sampling.generation import Generator
+from diffusion_core.step_distillation.phase import is_student
 from diffusion_core.tracking import Tracker
 from diffusion_core.training.callbacks import DrawSamples, LogHistory, SayDuration, WatchQuality
 from diffusion_core.training.checkpoints import SaveCheckpoints
-from diffusion_core.training.evaluation import Evaluate
+from diffusion_core.training.evaluation import DENSE, TEACHER, Evaluate
 from diffusion_core.training.resume import check_same_labels, describe_longer, find_checkpoint, with_labels_of
 from diffusion_core.training.stopping import Stopped, StopRequest
 from diffusion_core.training.summary import costs_of, describe_changed, describe_data, system_facts
@@ -43,7 +47,7 @@ from pruning.channels.reach import check_reach
 from pruning.consistency import dense_consistency
 from pruning.masks.mask import held_masks
 from pruning.pruner import is_pruned, records, resume_pruning
-from pruning.start import Source, Start, start_from
+from pruning.start import Source, Start, check_step_teacher, start_from
 from pruning.training import train_and_prune
 
 
@@ -58,6 +62,8 @@ def check_start(config: TrialConfig, num_classes: int) -> Start:
     start = Start(source, open_source(config.distill.checkpoint, config.distill.artifact, "distill."))
     if start.source or start.teacher:
         start.check(config, num_classes, config.init.weights)
+    if source is not None:
+        check_step_teacher(source, config, config.steps, config.prune)
     if config.prune.method == "structured":
         check_reach(first_network(config, num_classes, source), config.prune)
     return start
@@ -144,11 +150,13 @@ def run_trial(
     else:
         state, dataset = start_state(config, dataset, tracker, accelerator)
 
-    def is_dense(state: TrainState) -> bool:
-        return config.prune.method != "none" and not is_pruned(state)
+    def prefix(state: TrainState) -> str:
+        if config.prune.method != "none" and not is_pruned(state):
+            return DENSE
+        return TEACHER if config.steps.wanted and not is_student(state) else ""
 
     saver = SaveCheckpoints(config, dataset, tracker, folder / CHECKPOINTS, run_id, resumed)
-    after_step: list[Callback] = [*callbacks, Evaluate(config, dataset, accelerator, tracker, folder, is_dense)]
+    after_step: list[Callback] = [*callbacks, Evaluate(config, dataset, accelerator, tracker, folder, prefix)]
     if is_main:
         write_run_files(config, folder, run_id)
         history = LogHistory(tracker, folder, resumed)
@@ -173,7 +181,9 @@ def run_trial(
     if stop is not None:
         after_step.append(stop.check)
     try:
-        train_and_prune(state, config, config.prune, config.distill, dataset, after_step, saver, accelerator)
+        train_and_prune(
+            state, config, config.prune, config.distill, config.steps, dataset, after_step, saver, accelerator
+        )
     except Stopped:
         state.since_row.share(accelerator)
         if is_main:
@@ -188,7 +198,8 @@ def run_trial(
         costs = costs_of(state.network, state.ema.network, saver.best_path, held_masks(state))
         if pruned := records(state):
             costs["prune/sparsity"] = pruned[-1]["sparsity"]
-        costs |= alike.figures
+        generator = Generator(state.ema.network, config, pick_precision(config.train, accelerator.device))
+        costs |= alike.figures | costs_of_images(generator, state.sampling(config.sample))
         tracker.summary(costs | {f"{PREFIX}{name}": line for name, line in alike.protocols.items()})
         figures = best_figures(read_history(folder)) | costs
         result = TrialResult(run_id, state.step, figures, saver.best_path, time.perf_counter() - started)

@@ -44,6 +44,10 @@ SAMPLING_PARTS = ("ema",)
 """What goes into the `model` artifact; all other parts go into the `training-state` artifact."""
 
 
+STUDENT = "steps"
+"""Key of a checkpoint's extra metadata for the record of its step distillation, if it holds a student."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that cannot be written, read or used; the message is one line meant for the user."""
 
@@ -84,11 +88,15 @@ class Checkpoint:
         return tuple(name.removesuffix(".safetensors") for name in self.metadata["files"])
 
     def config(self) -> CoreConfig:
-        """The core's part of the configuration that the model was trained with."""
+        """The core's part of the configuration that the model was trained with.
+
+        Its ``sample.*`` are those of the trained model: a student of step distillation is sampled in few steps.
+        """
         known = {key for key, _ in list_knobs(CoreConfig)}
         stored = self.metadata["config"]
         try:
-            return build(CoreConfig, {key: value for key, value in stored.items() if key in known})
+            student = student_knobs(self.metadata["extra"])
+            return build(CoreConfig, {key: value for key, value in stored.items() if key in known}, student)
         except ConfigError as error:
             reason = missing_plugins(stored) or f"its configuration cannot be used: {error}"
             raise CheckpointError(f"{str(self.path)!r}: {reason}") from None
@@ -135,6 +143,24 @@ class Checkpoint:
             reason = one_line(error)
             raise CheckpointError(f"{str(self.path)!r}: its weights do not fit its network: {reason}") from None
         return network.eval()
+
+
+def student_knobs(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the knobs ``sample.*`` with which a student of step distillation is sampled; empty for other networks.
+
+    Args:
+        extra: the metadata ``extra`` of a checkpoint.
+
+    Raises:
+        ConfigError: if the record of the distillation is damaged.
+    """
+    record = extra.get(STUDENT)
+    if record is None:
+        return {}
+    try:
+        return {f"sample.{name}": value for name, value in record["sampling"].items()}
+    except (AttributeError, KeyError, TypeError):
+        raise ConfigError("the record of its step distillation cannot be read; take another checkpoint") from None
 
 
 def step_folder(step: int) -> str:

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from diffusion_core.config import ConfigError, DistillConfig, EmaConfig, InitConfig, ModelConfig, TrainConfig
-from pruning.config import PruneConfig
+from diffusion_core.config import (
+    ConfigError,
+    CoreConfig,
+    DiffusionConfig,
+    DistillConfig,
+    EmaConfig,
+    InitConfig,
+    ModelConfig,
+    SampleConfig,
+    StepsConfig,
+    TrainConfig,
+)
+from diffusion_core.registries import STEP_METHODS
+from pruning.config import PruneConfig, steps_start
 
 
 def combination_problems(
@@ -93,6 +105,66 @@ def _teacher_problems(prune: PruneConfig, distill: DistillConfig) -> Iterator[st
             f"distill.output = {distill.output}: the teacher {teacher!r} has no effect while distill.output and "
             "distill.features are 0; set one of them"
         )
+
+
+def steps_problems(
+    config: CoreConfig, steps: StepsConfig, prune: PruneConfig, init: InitConfig, distill: DistillConfig
+) -> Iterator[str]:
+    """Yield what is wrong with step distillation, given all other sections."""
+    from diffusion_core.diffusion.schedule import build_schedule
+    from diffusion_core.step_distillation.phase import stages, start_level
+
+    train = config.train
+    from_parent = init.checkpoint is not None or init.artifact is not None
+    if prune.method == "lottery":
+        yield f"steps.method = {steps.method!r}: not for prune.method=lottery; start a run from its ticket (init.*)"
+        return
+    first = steps_start(steps, prune, train.steps, from_parent=from_parent)
+    if first >= train.steps:
+        yield f"steps.step = {first}: expected less than train.steps = {train.steps}"
+        return
+    if first == 0 and not from_parent:
+        yield "steps.step = 0: there is no teacher yet; set init.checkpoint or init.artifact, or a later step"
+    if prune.method != "none" and prune.end(train.steps) > first:
+        yield f"steps.step = {first}: expected at least {prune.end(train.steps)}, where the network is pruned"
+    if distill.wanted and first == 0:
+        yield f"distill.output = {distill.output}: has no effect with steps.step=0; leave it out"
+    guidance = config.sample.guidance if steps.guidance is None else steps.guidance
+    if guidance != 1.0 and not (config.model.class_conditional and train.label_dropout):
+        yield (
+            f"steps.guidance = {guidance}: guidance other than 1 needs model.class_conditional=true and "
+            f"train.label_dropout above 0"
+        )
+    try:
+        planned = stages(steps, first, train.steps)
+    except ValueError as error:
+        yield str(error)
+        return
+    if any(stage.start == stage.end for stage in planned):
+        yield f"train.steps = {train.steps}: {len(planned)} stages in {train.steps - first} steps; expected more steps"
+    known = build_schedule(config.diffusion).timesteps_to(start_level(config, steps))
+    progressive = "start" in STEP_METHODS[steps.method].knobs
+    key, most = ("steps.start", steps.start) if progressive else ("steps.target", steps.target)
+    if most > known:
+        yield f"{key} = {most}: expected at most {known}, the timesteps up to the student's first noise level"
+    if steps.weighting == "difference" and progressive:
+        yield "steps.weighting = 'difference': not for steps.method=progressive; expected uniform or truncated_snr"
+    left = train.steps - planned[-1].start
+    if (config.ema.average_from or 0) >= left:
+        yield (
+            f"ema.average_from = {config.ema.average_from}: the last stage restarts the averages {left} steps before "
+            f"the end; expected less than {left}"
+        )
+
+
+def start_level_problems(sample: SampleConfig, diffusion: DiffusionConfig) -> Iterator[str]:
+    """Yield one line if there are more sampling steps than timesteps up to ``sample.start_level``."""
+    from diffusion_core.diffusion.schedule import build_schedule
+
+    try:
+        build_schedule(diffusion).steps(sample.steps, sample.spacing, sample.start_level)
+    except ConfigError as error:
+        yield str(error)
 
 
 def check_processes(prune: PruneConfig, count: int) -> None:

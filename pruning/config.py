@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from diffusion_core.config import Section
+from diffusion_core.config import Section, StepsConfig
 from diffusion_core.registry import Choice
 from pruning.registries import IMPORTANCES, MASK_STRATEGIES
 
@@ -109,6 +109,22 @@ class PruneConfig(Section):
         if not self.is_gradual:
             return self.start(train_steps)
         return self.until if self.until is not None else max(1, 3 * train_steps // 4)
+
+
+def steps_start(steps: StepsConfig, prune: PruneConfig, train_steps: int, *, from_parent: bool) -> int:
+    """Return the optimizer steps before step distillation.
+
+    Args:
+        steps: the knobs of step distillation.
+        prune: the knobs of pruning.
+        train_steps: optimizer steps of the run.
+        from_parent: whether the run starts from the weights of another one.
+    """
+    if steps.step is not None:
+        return steps.step
+    if prune.method == "none":
+        return 0 if from_parent else train_steps // 2
+    return (prune.end(train_steps) + train_steps) // 2
 
 
 _CHAIN = frozenset({"rounds", "per_round", "rewind_step", "control"})

@@ -63,7 +63,8 @@ def inherit_dense_images(state: TrainState, checkpoint: Checkpoint) -> None:
 def dense_consistency(state: TrainState, config: CoreConfig) -> Judgement:
     """Compare images of a state's averaged network with those of the dense one (``prune/consistency_*``).
 
-    Both are sampled with the settings stored with the dense network's images, whatever ``sample.*`` is now. The result
+    Both are sampled with the settings stored with the dense network's images, whatever ``sample.*`` is now; a student
+    of step distillation is sampled as such. The result
     is empty if the network was not pruned, images of the dense one are missing, or ``eval.consistency_images`` is 0.
     """
     if not (config.eval.consistency_images and records(state) and DENSE_IMAGES in state.extra_parts):
@@ -71,6 +72,7 @@ def dense_consistency(state: TrainState, config: CoreConfig) -> Judgement:
     drawn = state.extra_metadata[DENSE_IMAGES]
     sample, seed = build(SampleConfig, drawn["sample"]), drawn["seed"]
     theirs = state.extra_parts[DENSE_IMAGES]["images"]
+    sample = state.sampling(sample)
     alike = consistency_of_images(_draw(state.ema.network, config, len(theirs), sample, seed), theirs, seed)
     figures = alike.figures("prune")
     line = protocol(len(theirs), sampling_protocol(sample, seed), None, "the dense network")

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from diffusion_core.checkpoint import Checkpoint, CheckpointError
-from diffusion_core.config import ConfigError, CoreConfig, flatten, list_knobs
+from diffusion_core.checkpoint import STUDENT, Checkpoint, CheckpointError
+from diffusion_core.config import ConfigError, CoreConfig, StepsConfig, flatten, list_knobs
 from diffusion_core.redact import redact
+from diffusion_core.registries import STEP_METHODS
 from diffusion_core.training.trainer import TrainState
+from pruning.config import PruneConfig, steps_start
 from pruning.consistency import inherit_dense_images
 from pruning.masks.mask import MASKS_PART
 from pruning.pruner import RECORD_KEY, inherit
@@ -115,6 +117,44 @@ def check_architecture(source: Source, config: CoreConfig, num_classes: int) -> 
     """
     for problem in differences(source.checkpoint, config, num_classes):
         raise ConfigError(f"{problem} as in {source.option}checkpoint = {str(source.checkpoint.path)!r}")
+
+
+SCHEDULE_KNOBS = (
+    "diffusion.schedule",
+    "diffusion.timesteps",
+    "diffusion.beta_start",
+    "diffusion.beta_end",
+    "diffusion.logsnr_shift",
+    "diffusion.zero_terminal_snr",
+    "diffusion.sigma_min",
+    "diffusion.sigma_max",
+)
+"""Knobs that decide what a timestep means."""
+
+
+def check_step_teacher(source: Source, config: CoreConfig, steps: StepsConfig, prune: PruneConfig) -> None:
+    """Check that step distillation can start from a checkpoint, if it does so without training first.
+
+    Raises:
+        ConfigError: if the checkpoint has another noise schedule, or is itself a student of other steps.
+    """
+    if not steps.wanted or steps_start(steps, prune, config.train.steps, from_parent=True):
+        return
+    named = f"of the teacher, {source.option}checkpoint = {str(source.checkpoint.path)!r}"
+    now, then = flatten(config), flatten(source.checkpoint.config())
+    for key in SCHEDULE_KNOBS:
+        if now[key] != then[key]:
+            raise ConfigError(f"{key} = {now[key]!r}: expected {then[key]!r}, {named}")
+    record = source.checkpoint.metadata["extra"].get(STUDENT)
+    if record is None:
+        return
+    sampler, count = then["sample.sampler"], then["sample.steps"]
+    if sampler != STEP_METHODS[steps.method].sampler or (sampler == "ddim" and count != steps.start):
+        raise ConfigError(
+            f"steps.method = {steps.method!r}: the teacher is a student already, of {count} steps with {sampler}; "
+            f"expected a teacher of many steps, or one that this method continues (steps.start = {count} with "
+            f"progressive)"
+        )
 
 
 def differences(checkpoint: Checkpoint, config: CoreConfig, num_classes: int) -> Iterator[str]:

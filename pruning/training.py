@@ -1,4 +1,4 @@
-"""Train to the pruning step, prune, and continue training."""
+"""Train to the pruning step, prune, continue training, and distil a student that samples in few steps."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from functools import partial
 
 from accelerate import Accelerator
 
-from diffusion_core.config import CoreConfig, DistillConfig
+from diffusion_core.config import CoreConfig, DistillConfig, StepsConfig
 from diffusion_core.data.batches import Batches
 from diffusion_core.data.datasets import Dataset
+from diffusion_core.step_distillation.phase import distil_steps, is_student
 from diffusion_core.terminal.progress import say
 from diffusion_core.training.checkpoints import SaveCheckpoints
 from diffusion_core.training.teacher import distillation_of, keep_dense_as_teacher
-from diffusion_core.training.trainer import Callback, TrainState, train
+from diffusion_core.training.trainer import Callback, Phase, TrainState, train
 from pruning.calibration import Calibration
-from pruning.config import PruneConfig, listens_to
+from pruning.config import PruneConfig, listens_to, steps_start
 from pruning.consistency import KeepDenseImages
 from pruning.masks.gradual import GradualPruning, Ramp
 from pruning.pruner import PruneReport, is_pruned, prune_state
@@ -27,18 +28,20 @@ def train_and_prune(
     config: CoreConfig,
     prune: PruneConfig,
     distill: DistillConfig,
+    steps: StepsConfig,
     dataset: Dataset,
     callbacks: Sequence[Callback],
     saver: SaveCheckpoints,
     accelerator: Accelerator,
 ) -> None:
-    """Train to the pruning step, prune, and continue training. Without pruning, train only.
+    """Train to the pruning step, prune, continue training, and distil a student, as far as the configuration says.
 
     Args:
         state: changed in place.
         config: the run's configuration.
         prune: the pruning section.
         distill: the distillation section.
+        steps: the section of step distillation.
         dataset: the images.
         callbacks: called after every step.
         saver: writes the run's checkpoints.
@@ -53,7 +56,11 @@ def train_and_prune(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-    train_until = partial(_train, state, batches, config, distill, accelerator)
+    last, phase = config.train.steps, None
+    if steps.wanted:
+        last = steps_start(steps, prune, last, from_parent=PARENT_KEY in state.extra_metadata)
+        phase = Phase(0, last, config.train.lr, config.train.warmup_steps)
+    train_until = partial(_train, state, batches, config, distill, accelerator, phase)
     if prune.method != "none" and not is_pruned(state):
         train_until([*_before_pruning(state, config, prune, accelerator), *callbacks], prune.end(config.train.steps))
         keep_dense_as_teacher(state, config.model, distill)
@@ -67,7 +74,14 @@ def train_and_prune(
             if PARENT_KEY in state.extra_metadata:
                 saver.save_pruned(state)
             _print_report(report)
-    train_until(callbacks, config.train.steps)
+    if not steps.wanted:
+        train_until(callbacks, last)
+        return
+    if not is_student(state):
+        train_until(callbacks, last)
+        if accelerator.is_main_process and last:
+            saver.save_teacher(state)
+    distil_steps(state, batches, config, steps, last, callbacks, accelerator, saver.forget_best)
 
 
 def _before_pruning(
@@ -91,12 +105,22 @@ def _train(
     config: CoreConfig,
     distill: DistillConfig,
     accelerator: Accelerator,
+    phase: Phase | None,
     callbacks: Sequence[Callback],
     until: int,
 ) -> None:
     """Train to step ``until``, with the state's teacher if it has one."""
     distillation = distillation_of(state, config.model, config.train, distill)
-    train(state, batches, config, callbacks, accelerator=accelerator, until=until, distillation=distillation)
+    train(
+        state,
+        batches,
+        config,
+        callbacks,
+        accelerator=accelerator,
+        until=until,
+        distillation=distillation,
+        phase=phase,
+    )
     if distillation is not None:
         distillation.close()
 

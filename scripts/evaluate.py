@@ -45,7 +45,7 @@ from diffusion_core.evaluation.consistency import consistency_of_models
 from diffusion_core.evaluation.extractors import download_inception, read_extractor, read_inception
 from diffusion_core.evaluation.features import Extractor, ExtractorError, with_channels
 from diffusion_core.evaluation.folders import ImageFolder, as_reference, image_folder, is_statistics, see
-from diffusion_core.evaluation.generated import estimate_seconds, generated
+from diffusion_core.evaluation.generated import costs_of_images, estimate_seconds, generated
 from diffusion_core.evaluation.leaderboard import EVALUATION_FILE
 from diffusion_core.evaluation.measure import needs_every_image
 from diffusion_core.evaluation.protocol import protocol, sampling_protocol
@@ -57,7 +57,7 @@ from diffusion_core.machine.launch import launch_errors
 from diffusion_core.messages import Parser, counted, listed, reason_of
 from diffusion_core.redact import redact
 from diffusion_core.registries import DATASETS, METRICS
-from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs
+from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs, student_note
 from diffusion_core.sampling.generation import Generator
 from diffusion_core.tables import text_table
 
@@ -295,6 +295,8 @@ def of_model(arguments: argparse.Namespace, checkpoint: Checkpoint, processes: P
     names = checkpoint.class_names
     suite = suite_of(arguments, config.data, processes.device, count=total, conditional=conditional, recorded=names)
     announce(checkpoint)
+    if processes.is_main_process and (note := student_note(checkpoint, config)):
+        print(note, file=sys.stderr)
     if processes.is_main_process:
         seconds = estimate_seconds(generator, total, sample, suite.networks)
         print(f"{checkpoint.path}: {total:,} images, about {seconds:.0f} s", file=sys.stderr)
@@ -302,6 +304,7 @@ def of_model(arguments: argparse.Namespace, checkpoint: Checkpoint, processes: P
     batches = generated(generator, total, sample, arguments.seed, progress=processes.is_main_process)
     found = suite.judge(batches, total, sampling_protocol(sample, arguments.seed))
     found.figures["eval/seconds_per_image"] = (time.perf_counter() - started) / total
+    found.figures.update(costs_of_images(generator, sample))
     if suite.classifier is not None and processes.is_main_process:
         print(f"classifier: {suite.classifier.accuracy:.2%} accuracy on the real held-out images")
     return found

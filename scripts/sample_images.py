@@ -43,7 +43,7 @@ from diffusion_core.machine.launch import launch_errors
 from diffusion_core.messages import Parser
 from diffusion_core.model.unet import NO_LABEL, UNet
 from diffusion_core.sampling import media
-from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs
+from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs, student_note
 from diffusion_core.sampling.generation import Generator, Request, requests, round_robin
 from diffusion_core.sampling.image_folder import check_folder, file_name, read_png, save_png, settings
 from diffusion_core.sampling.labels import find_labels
@@ -128,8 +128,10 @@ class SamplingTask:
         return ["" if label == NO_LABEL else self.checkpoint.class_names[label] for label in labels]
 
     def announce(self) -> None:
-        """Print which checkpoints are sampled."""
+        """Print which checkpoints are sampled, and whether a student is not sampled as it was distilled for."""
         announce(self.checkpoint, *([self.guide] if self.guide else []))
+        if self.processes.is_main_process and (note := student_note(self.checkpoint, self.config)):
+            print(note, file=sys.stderr)
 
     def wanted(self) -> list[Request]:
         """Return the images to sample; labels take turns."""

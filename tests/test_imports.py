@@ -30,6 +30,7 @@ CORE_LAYERS = (
     {"sampling"},
     {"evaluation"},
     {"training"},
+    {"step_distillation"},
     {"diffusers_io"},
     {"report"},
 )

@@ -14,6 +14,7 @@ from agent.sweep.settings import setting_problems, violations
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError, flatten, list_knobs, read_yaml, unknown_key
 from diffusion_core.config.plugins import KEY, plugin_problems
+from diffusion_core.config.steps import without_effect
 from diffusion_core.messages import shortened, suggested
 from diffusion_core.registries import DATASETS
 from diffusion_core.search.macros import TrialCommand, read_command
@@ -313,6 +314,7 @@ def _value_problems(sweep: SweepFile) -> list[str]:
                 problems += [problem + _about_exponents(sweep, problem) for problem in error.problems]
             else:
                 problems += unheard(config.prune, named or [config.prune.method])
+                problems += without_effect(config.steps, [str(name) for name in tried.get("steps.method", [])])
     return problems
 
 

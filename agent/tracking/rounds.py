@@ -26,7 +26,7 @@ from diffusion_core.training.resume import check_same_run
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
 
-COSTS = ("model/", "prune/")
+COSTS = ("model/", "prune/", "sample/")
 """Prefixes of the figures that a run has in its summary only, not in its history."""
 
 OpenTracker = Callable[[str, Path, TrialConfig], Tracker]

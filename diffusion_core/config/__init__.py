@@ -16,6 +16,7 @@ from diffusion_core.config.knobs import (
     Positive,
     SampleConfig,
     Section,
+    StepsConfig,
     TrainConfig,
 )
 from diffusion_core.config.parsing import (
@@ -61,6 +62,7 @@ __all__ = [
     "SampleConfig",
     "Schema",
     "Section",
+    "StepsConfig",
     "TrainConfig",
     "allowed",
     "as_number",

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from diffusion_core.config.metrics import INCEPTION, space_name
-from diffusion_core.registries import DATASETS, METRICS, PREDICTIONS, SAMPLERS, SCHEDULES
+from diffusion_core.registries import DATASETS, METRICS, PREDICTIONS, SAMPLERS, SCHEDULES, STEP_METHODS
 from diffusion_core.registry import Choice
 
 Positive = Annotated[int, Field(ge=1)]
@@ -204,6 +204,9 @@ class SampleConfig(Section):
     spacing: Literal["uniform", "trailing", "quadratic", "karras"] = "uniform"
     """Which timesteps are visited: evenly spaced, evenly from the noisiest (trailing), denser near the image, or by
     Karras et al.'s noise levels."""
+    start_level: Annotated[float, Field(gt=0.0)] | None = None
+    """Noise level sigma/alpha at which sampling starts: timesteps above it are left out. None: at the last timestep.
+    A network that predicts the noise knows the image badly where there is hardly any left."""
     eta: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Noise that DDIM adds: 0 none, 1 as much as ancestral sampling. Other samplers do without."""
     variance: Literal["fixed_small", "fixed_large", "learned"] = "fixed_large"
@@ -331,3 +334,43 @@ class DistillConfig(Section):
     def wanted(self) -> bool:
         """Whether there is anything to learn from a teacher."""
         return self.output > 0.0 or self.features > 0.0
+
+
+class StepsConfig(Section):
+    """Knobs of ``steps.*``: distillation of a trained network into a student that samples in few steps."""
+
+    method: Annotated[str, Choice(STEP_METHODS, {"none": "no step distillation"})] = "none"
+    """Method of step distillation. It is the last part of the run, after training and pruning."""
+    target: Positive = 2
+    """Steps an image that the student is made for. Its checkpoints are sampled so unless flags say otherwise."""
+    start: Positive = 16
+    """progressive: steps of the first teacher, steps.target times a power of two. Each stage halves them."""
+    step: Annotated[int, Field(ge=0)] | None = None
+    """Optimizer steps before it starts. None: half of those that remain after pruning, or 0 for a run with init.* that
+    does not prune. Figures before it are logged as teacher/eval/... and so on."""
+    lr: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Peak learning rate of each stage, which follows train.lr_schedule. None: train.lr."""
+    guidance: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
+    """Guidance of the teacher, which the student learns: it is sampled without guidance, at half the cost. None:
+    sample.guidance."""
+    start_level: Annotated[float, Field(gt=0.0)] | None = None
+    """Noise level at which the student starts. None: the last one, or 10 if the network cannot tell the image from pure
+    noise (diffusion.prediction=eps)."""
+    loss: Literal["l2", "pseudo_huber"] = "pseudo_huber"
+    """Distance of the clean images: mean square (l2), or the pseudo-Huber distance of whole images (Song & Dhariwal
+    2023)."""
+    huber_c: Annotated[float, Field(ge=0.0)] | None = None
+    """Distance below which pseudo_huber is quadratic. None: 0.00054 times the root of the number of pixels and
+    channels."""
+    weighting: Literal["auto", "uniform", "difference", "truncated_snr"] = "auto"
+    """Weight of each noise level, for clean images: equal, the inverse difference of the two noise levels (consistency:
+    Song & Dhariwal 2023), or the signal-to-noise ratio, at least 1 (Salimans & Ho 2022). auto: uniform for consistency,
+    truncated_snr for progressive."""
+    doublings: Annotated[int, Field(ge=1, le=30)] = 4
+    """consistency: stages that each halve the distance between the two noise levels (Geng et al. 2024). Long trainings
+    can use more: with 400 steps on digits, 4 give far better images than 8."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is a student to train."""
+        return self.method != "none"

@@ -125,9 +125,11 @@ def _dotted(layer: Mapping[str, Any], schema: type[BaseModel]) -> dict[str, Any]
                 with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                     value = ast.literal_eval(value)
             if not isinstance(value, Mapping):
+                others = [known for known, _ in list_knobs(schema) if known.rpartition(".")[2] == key]
+                hint = f", or did you mean {others[0]}?" if others else ""
                 raise ConfigError(
                     f"{key} = {value!r}: {key} is a section; set one of its keys, such as "
-                    f"{key}.{next(iter(section.annotation.model_fields))}"
+                    f"{key}.{next(iter(section.annotation.model_fields))}{hint}"
                 )
             flat.update(_flatten_mapping(value, f"{key}."))
         else:

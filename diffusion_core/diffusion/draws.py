@@ -28,6 +28,7 @@ class Draws:
         t_B: timesteps, int64, or float32 if they may lie between two timesteps.
         labels_B: classes, ``NO_LABEL`` where the label was dropped.
         shown_B: for self-conditioning, whether the network gets an estimate of the image (bool); else None.
+        later_BS: for step distillation, S timesteps after ``t_B``, float32, or -1 for the clean image; else None.
     """
 
     x0_BCHW: Tensor
@@ -35,10 +36,11 @@ class Draws:
     t_B: Tensor
     labels_B: Tensor
     shown_B: Tensor | None
+    later_BS: Tensor | None = None
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """Return the attributes, in the order of the constructor's arguments."""
-        return self.x0_BCHW, self.noise_BCHW, self.t_B, self.labels_B, self.shown_B
+        return self.x0_BCHW, self.noise_BCHW, self.t_B, self.labels_B, self.shown_B, self.later_BS
 
     def chunks(self, count: int) -> Iterator[Draws]:
         """Yield the draws in ``count`` equal parts."""
@@ -46,7 +48,9 @@ class Draws:
         for start in range(0, size * count, size):
             part = slice(start, start + size)
             shown_B = None if self.shown_B is None else self.shown_B[part]
-            yield Draws(self.x0_BCHW[part], self.noise_BCHW[part], self.t_B[part], self.labels_B[part], shown_B)
+            later_BS = None if self.later_BS is None else self.later_BS[part]
+            images = self.x0_BCHW[part], self.noise_BCHW[part], self.t_B[part], self.labels_B[part]
+            yield Draws(*images, shown_B, later_BS)
 
 
 def draw(step: int, batches: Batches, config: CoreConfig, schedule: NoiseSchedule) -> Draws:

@@ -47,7 +47,8 @@ def diffusion_loss(
         Unreduced losses, ``(B,)``, float32.
     """
     x_BCHW = denoiser.schedule.add_noise(x0_BCHW, noise_BCHW, t_B)
-    output, fraction = _answer(denoiser, x_BCHW, t_B, labels_B, shown_B)
+    estimate_BCHW = shown_estimate(denoiser, x_BCHW, t_B, labels_B, shown_B)
+    output, fraction = denoiser.predict(x_BCHW, t_B, labels_B, estimate_BCHW)
     loss_B = distance(output, denoiser.target(x0_BCHW, noise_BCHW, t_B), config) * weight(denoiser, t_B, config)
     if fraction is not None:
         clean = denoiser.clean(output.detach(), x_BCHW, t_B)
@@ -56,16 +57,23 @@ def diffusion_loss(
     return loss_B
 
 
-def _answer(
+@torch.no_grad()
+def shown_estimate(
     denoiser: Denoiser, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None, shown_B: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Return the network's output, and the variance fraction if it is learned, with an estimate where ``shown_B``."""
-    estimate_BCHW = None
-    if shown_B is not None:
-        with torch.no_grad():
-            first, _ = denoiser.predict(x_BCHW, t_B, labels_B)
-            estimate_BCHW = denoiser.clean(first, x_BCHW, t_B).clamp(-1.0, 1.0) * shown_B[:, None, None, None]
-    return denoiser.predict(x_BCHW, t_B, labels_B, estimate_BCHW)
+) -> Tensor | None:
+    """Return what a network with self-conditioning is shown in training: its own estimate, or zeros.
+
+    Args:
+        denoiser: the network.
+        x_BCHW: noisy images.
+        t_B: their timesteps.
+        labels_B: their classes.
+        shown_B: which images get an estimate (bool); None: the network takes none, and the result is None.
+    """
+    if shown_B is None:
+        return None
+    first, _ = denoiser.predict(x_BCHW, t_B, labels_B)
+    return denoiser.clean(first, x_BCHW, t_B).clamp(-1.0, 1.0) * shown_B[:, None, None, None]
 
 
 @torch.no_grad()
@@ -83,7 +91,8 @@ def noise_error(
     :func:`diffusion_loss`. From pure noise it is 0, whatever the network predicts, as the input is the noise.
     """
     x_BCHW = denoiser.schedule.add_noise(x0_BCHW, noise_BCHW, t_B)
-    output, _ = _answer(denoiser, x_BCHW, t_B, labels_B, shown_B)
+    estimate_BCHW = shown_estimate(denoiser, x_BCHW, t_B, labels_B, shown_B)
+    output, _ = denoiser.predict(x_BCHW, t_B, labels_B, estimate_BCHW)
     errors_B = (output - denoiser.target(x0_BCHW, noise_BCHW, t_B)).square().mean(dim=(1, 2, 3))
     # The error of the noise is that of the clean image times the signal-to-noise ratio.
     return errors_B * denoiser.snr(t_B) / denoiser.error_scale(t_B)

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusion_core.config import DiffusionConfig
+from diffusion_core.config import ConfigError, DiffusionConfig
 from diffusion_core.registries import SCHEDULES
 
 Spacing = Literal["uniform", "trailing", "quadratic", "karras"]
@@ -108,6 +108,19 @@ class NoiseSchedule:
         share = (logs - known[above - 1]) / (known[above] - known[above - 1])
         return above - 1 + share.clamp(0.0, 1.0)
 
+    def level(self, t_B: Tensor) -> Tensor:
+        """Return the noise levels of timesteps, ``(B,)`` float64, all finite: the inverse of :meth:`position`."""
+        at_B, logs = t_B.double().clamp(0, self.timesteps - 1), self.log_levels.to(t_B.device)
+        below = at_B.floor().long()
+        above = (below + 1).clamp(max=self.timesteps - 1)
+        return torch.lerp(logs[below], logs[above], at_B - below).exp()
+
+    def timesteps_to(self, level: float | None) -> int:
+        """Return how many timesteps have at most a noise level: T if it is None, and never less than 1."""
+        if level is None:
+            return self.timesteps
+        return max(1, int((self.levels <= level).sum()))
+
     def add_noise(self, x0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """Sample the forward process ``q(x_t | x_0)`` (Ho et al. 2020, eq. 4) with given standard normal noise."""
         alpha, sigma = self.at(t_B, x0_BCHW)
@@ -123,7 +136,7 @@ class NoiseSchedule:
         """Return a copy on another device."""
         return NoiseSchedule(self.alphas.to(device), self.sigmas.to(device), self.variance_preserving)
 
-    def steps(self, count: int, spacing: Spacing = "uniform") -> SamplingSteps:
+    def steps(self, count: int, spacing: Spacing = "uniform", start_level: float | None = None) -> SamplingSteps:
         """Return the timesteps that a sampler visits in ``count`` steps, most noisy first.
 
         See :func:`spaced_timesteps`. ``karras`` spaces noise levels instead (Karras et al. 2022, eq. 5, rho 7), from
@@ -131,11 +144,24 @@ class NoiseSchedule:
         schedule with a larger last level (cosine: 20,000), or without signal at the end, it starts at
         ``KARRAS_START``, because steps above it would be wasted.
 
+        Args:
+            count: number of steps.
+            spacing: which timesteps are visited.
+            start_level: timesteps of larger noise levels are left out, and the rest is spaced as if it were all; None:
+                none.
+
         Raises:
             ValueError: if ``count`` is not in 1..T.
+            ConfigError: if it is larger than the number of timesteps up to ``start_level``.
         """
+        known = self.timesteps_to(start_level)
+        if start_level is not None and count > known:
+            raise ConfigError(
+                f"sample.steps = {count}: expected at most {known}, the timesteps up to sample.start_level = "
+                f"{start_level:g}"
+            )
         if spacing == "karras":
-            lowest, highest = float(self.log_levels[0].exp()), float(self.log_levels[-1].exp())
+            lowest, highest = float(self.log_levels[0].exp()), float(self.log_levels[known - 1].exp())
             if self.variance_preserving and lowest < KARRAS_START < highest:
                 highest = KARRAS_START
             levels = karras_levels(count, lowest, highest).flip(0)
@@ -143,7 +169,7 @@ class NoiseSchedule:
             alphas, sigmas = self.amplitudes(levels)
             visited: tuple[float, ...] = tuple(timesteps.tolist())
         else:
-            chosen = spaced_timesteps(self.timesteps, count, spacing)
+            chosen = spaced_timesteps(known, count, spacing)
             alphas, sigmas = self.alphas.cpu()[chosen], self.sigmas.cpu()[chosen]
             visited = tuple(chosen)
         clean = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
@@ -184,7 +210,8 @@ def spaced_timesteps(timesteps: int, count: int, spacing: Spacing) -> list[int]:
     """Return ``count`` of the timesteps 0..T-1, descending from T-1.
 
     ``uniform``: evenly spaced from T-1 to 0, both included (Nichol & Dhariwal 2021, section 4).
-    ``trailing``: evenly spaced from T-1, ending a whole step above the clean image (Lin et al. 2023, table 2).
+    ``trailing``: evenly spaced from T-1, ending a whole step above the clean image (Lin et al. 2023, table 2). But for
+    rounding, every second one is one of half as many steps.
     ``quadratic``: evenly spaced square roots from 0 to 0.8 T, finer near the image (Song et al. 2021, appendix D.2),
     and T-1, where sampling starts from pure noise.
 

@@ -15,6 +15,8 @@ from diffusion_core.config import SampleConfig
 from diffusion_core.data.datasets import DataError, to_uint8
 from diffusion_core.distributed import own_positions, sum_over_processes
 from diffusion_core.evaluation.features import Extractor
+from diffusion_core.model.cost import LATENCY_BATCH
+from diffusion_core.sampling.cost import SECONDS, image_costs
 from diffusion_core.sampling.generation import Generator, Request, all_labels, round_robin
 from diffusion_core.sampling.samplers import evaluations
 from diffusion_core.terminal.progress import progress_of
@@ -56,19 +58,38 @@ def estimate_seconds(generator: Generator, total: int, config: SampleConfig, ext
     """
     share = len(own_positions(total))
     batch = min(share, config.batch_size)
-    schedule = generator.denoiser().schedule
-    once = config.model_copy(update={"steps": 1})
     wanted = [Request(label, 0) for label in (all_labels(generator.network) * batch)[:batch]]
-
-    def sample() -> Tensor:
-        return to_uint8(generator.batch(wanted, once, 0).nan_to_num()).cpu()
-
-    images, sampling = _timed(sample, evaluations(config, schedule) / evaluations(once, schedule) * share / batch)
+    images, sampling = _sampling_seconds(generator, wanted, config, share / batch)
     part = images[: max(1, batch // 8)]
     looking = 0.0
     for extractor in extractors:
         looking += _timed(partial(_features_of, extractor, part), share / len(part))[1]
     return sampling + looking
+
+
+def costs_of_images(generator: Generator, config: SampleConfig) -> dict[str, float]:
+    """Return what sampling an image costs: ``sample/evaluations``, ``sample/macs`` and ``sample/seconds``.
+
+    Seconds are measured in a batch of ``LATENCY_BATCH`` images on this machine, by one step if there are many.
+    """
+    batch = config.model_copy(update={"batch_size": LATENCY_BATCH})
+    wanted = [Request(label, 0) for label in (all_labels(generator.network) * LATENCY_BATCH)[:LATENCY_BATCH]]
+    seconds = _sampling_seconds(generator, wanted, batch, 1.0)[1] / LATENCY_BATCH
+    trained = generator.config
+    return image_costs(generator.network, config, trained.diffusion, trained.model) | {SECONDS: seconds}
+
+
+def _sampling_seconds(
+    generator: Generator, wanted: Sequence[Request], config: SampleConfig, batches: float
+) -> tuple[Tensor, float]:
+    """Return a batch of images after one step, and about how many seconds some batches take with all steps."""
+    schedule = generator.denoiser().schedule
+    once = config.model_copy(update={"steps": 1})
+
+    def sample() -> Tensor:
+        return to_uint8(generator.batch(wanted, once, 0).nan_to_num()).cpu()
+
+    return _timed(sample, evaluations(config, schedule) / evaluations(once, schedule) * batches)
 
 
 def _features_of(extractor: Extractor, images_BCHW: Tensor) -> float:

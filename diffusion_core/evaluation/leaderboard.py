@@ -19,6 +19,7 @@ from diffusion_core.config.metrics import best_first, goal_of
 from diffusion_core.evaluation.protocol import PREFIX
 from diffusion_core.files import write_csv, write_json
 from diffusion_core.run_folder import CHECKPOINTS, PROTOCOLS_FILE, RESULT_FILE, read_history, without_step
+from diffusion_core.sampling.cost import EVALUATIONS, MACS, SECONDS
 from diffusion_core.tables import cell, text_table
 from diffusion_core.terminal.wrapping import wrapped
 from diffusion_core.tracking import BEST, STEP
@@ -28,9 +29,13 @@ COSTS = {
     "MACs": "model/macs",
     "MACs with attention": "model/macs_with_attention",
     "latency": "model/latency",
+    "evaluations an image": EVALUATIONS,
+    "MACs an image": MACS,
+    "seconds an image": SECONDS,
 }
 """Columns of costs, and the prefix of the figure in each."""
 
+OF_IMAGES = "sample/"
 QUALITY_PREFIXES = ("val/loss", "eval/")
 EVALUATION_FILE = "evaluation.json"
 CHAIN_PREFIX = "lottery/"
@@ -122,14 +127,17 @@ def _entries_of(folder: Path, result: Mapping[str, Any], which: str, step: int |
     entries = []
     for number in steps:
         judged = json.loads(_text(evaluated[number])) if number in evaluated else {}
+        judged_figures = dict(judged.get("figures", {}))
+        # Figures of an evaluation come with what its images cost, which may be others than those of the run.
+        of_images = {name: value for name, value in judged_figures.items() if name.startswith(OF_IMAGES)}
         # The costs are those of the last network. Pruning forgets which checkpoint was the best before it.
         is_last = number in steps[: step is None] or _have_equal_widths(folder, number, int(result["step"]))
         entries.append(
             entry(
                 str(result["run_id"]),
                 number,
-                dict(result["figures"]) if is_last else {},
-                history.get(number, {}) | dict(judged.get("figures", {})),
+                (dict(result["figures"]) if is_last else {}) | of_images,
+                history.get(number, {}) | judged_figures,
                 protocols | dict(judged.get("protocols", {})),
             )
         )

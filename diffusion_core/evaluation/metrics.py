@@ -199,6 +199,23 @@ def _synthetic_accuracy(images: Images, real: Real) -> float:
     return accuracy(network, real.dataset.val)
 
 
+def class_variance(images: Images, num_classes: int) -> float:
+    """Return the variance of pixels within classes: the mean over pixels, channels and classes; NaN without a pair.
+
+    Classes with fewer than two images are left out.
+    """
+    values_NCHW = images.images_NCHW.double()
+    classes = [values_NCHW[images.labels_N == label] for label in range(num_classes)]
+    variances = [float(each.var(dim=0).mean()) for each in classes if len(each) > 1]
+    return sum(variances) / len(variances) if variances else float("nan")
+
+
+def _diversity(images: Images, real: Real) -> float:
+    """Return the variance of pixels within classes, generated over real."""
+    count = real.dataset.num_classes
+    return class_variance(images, count) / class_variance(real.dataset.train, count)
+
+
 def _by_timestep(losses_N: Tensor, t_N: Tensor, timesteps: int) -> Mapping[str, float]:
     from diffusion_core.evaluation.validation import by_timestep
 
@@ -233,4 +250,11 @@ METRICS["synthetic_accuracy"] = ImageMetric(
     "maximize",
     "accuracy on real images of a classifier that was trained on generated ones",
     labels=True,
+)
+METRICS["diversity"] = ImageMetric(
+    _diversity,
+    "maximize",
+    "variance of pixels within classes, generated over real; it falls where images of a class become alike",
+    labels=True,
+    split="train",
 )

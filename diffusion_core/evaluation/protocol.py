@@ -13,6 +13,8 @@ PREFIX = "protocol/"
 def sampling_protocol(config: SampleConfig, seed: int) -> str:
     """Return how images were sampled."""
     parts = [f"sampler={config.sampler}", f"steps={config.steps}", f"spacing={config.spacing}"]
+    if config.start_level is not None:
+        parts.append(f"start_level={config.start_level:g}")
     if config.eta:
         parts.append(f"eta={config.eta:g}")
     if config.sampler == "ddpm" and config.variance != SampleConfig().variance:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from diffusion_core.config import SampleConfig, explained
+from diffusion_core.checkpoint import Checkpoint, student_knobs
+from diffusion_core.config import CoreConfig, SampleConfig, explained, flatten
 
 FLAGS = {
     "sampler": "sampler",
@@ -15,6 +16,7 @@ FLAGS = {
     "eta": "eta",
     "variance": "variance",
     "spacing": "spacing",
+    "start_level": "start-level",
     "batch_size": "micro-batch",
     "compile": "compile",
 }
@@ -32,3 +34,19 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 def sampling_knobs(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the knobs that the flags set."""
     return {f"sample.{knob}": value for knob in FLAGS if (value := getattr(arguments, f"sample_{knob}")) is not None}
+
+
+def student_note(checkpoint: Checkpoint, config: CoreConfig) -> str | None:
+    """Return one line if a student of step distillation is to be sampled otherwise than it was made for, else None.
+
+    Args:
+        checkpoint: what is sampled.
+        config: how it is sampled.
+    """
+    made_for, now = student_knobs(checkpoint.metadata["extra"]), flatten(config)
+    changed = [key for key, value in made_for.items() if now[key] != value]
+    if not changed:
+        return None
+    asked = ", ".join(f"{key} = {now[key]!r}" for key in changed)
+    expected = ", ".join(f"{key}={made_for[key]}" for key in changed)
+    return f"warning: {asked}: the student {str(checkpoint.path)!r} was distilled for {expected}"

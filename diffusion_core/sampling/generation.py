@@ -22,7 +22,7 @@ from diffusion_core.model.cuda_graphs import ReplayedNetwork, is_replayed
 from diffusion_core.model.unet import NO_LABEL, UNet
 from diffusion_core.randomness import Purpose, generator
 from diffusion_core.sampling.guidance import between_levels, guided
-from diffusion_core.sampling.samplers import NoiseFunction, StepCallback, build_sampler
+from diffusion_core.sampling.samplers import NoiseFunction, StepCallback, build_sampler, steps_of
 from diffusion_core.terminal.progress import progress_of
 
 REPLAYED_FROM = 8
@@ -157,7 +157,7 @@ class Generator:
         config: SampleConfig,
         callback: StepCallback | None = None,
     ) -> Tensor:
-        steps = denoiser.schedule.steps(config.steps, config.spacing)
+        steps = steps_of(config, denoiser.schedule)
         # With a variance preserving schedule, start at unit variance, even if some signal is left at T-1.
         scale = 1.0 if denoiser.schedule.variance_preserving else float(steps.sigmas[0])
         with autocast(self.device, self.precision):
@@ -230,7 +230,7 @@ class Generator:
         frames: list[Tensor] = []
         denoiser = self.denoiser()
         preserving = denoiser.schedule.variance_preserving
-        levels = denoiser.schedule.steps(config.steps, config.spacing).levels
+        levels = steps_of(config, denoiser.schedule).levels
 
         def record(index: int, x_BCHW: Tensor, x0_BCHW: Tensor) -> None:
             if index in keep:

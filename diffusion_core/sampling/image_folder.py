@@ -30,12 +30,15 @@ def settings(
     mode: str, checkpoint: Checkpoint, guide: Checkpoint | None, config: CoreConfig, weights: str
 ) -> dict[str, Any]:
     """Return everything that determines an image, except its label and index."""
+    ignored = {"every", "per_class", "batch_size", "cuda_graphs"}
+    if config.sample.start_level is None:  # Folders of older versions do not mention it.
+        ignored.add("start_level")
     return {
         "mode": mode,
         "weights": checkpoint.metadata["files"][f"{weights}.safetensors"]["sha256"],
         "guide": guide and guide.metadata["files"]["ema.safetensors"]["sha256"],
         "seed": config.seed,
-        "sample": config.sample.model_dump(exclude={"every", "per_class", "batch_size", "cuda_graphs"}),
+        "sample": config.sample.model_dump(exclude=ignored),
     }
 
 

@@ -7,7 +7,8 @@ et al. 2021, eq. 12) from step i to i + 1 is
     x0 = model(x, timesteps[i], labels)
     x = alphas[i + 1] * x0 + sigmas[i + 1] * (x - alphas[i] * x0) / sigmas[i]
 
-from ``x = start * noise``; after the last step, x is the image in [-1, 1].
+from ``x = start * noise``; after the last step, x is the image in [-1, 1]. A student of consistency tuning (``sampler``
+in the JSON file) is sampled with new noise instead: ``x = alphas[i + 1] * x0 + sigmas[i + 1] * noise``.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from diffusion_core.model.unet import UNet
 from diffusion_core.randomness import Purpose, generator
 from diffusion_core.sampling.generation import Generator
 from diffusion_core.sampling.guidance import between_levels, guided
+from diffusion_core.sampling.samplers import steps_of
 
 DESCRIPTION = "model.json"
 TOLERANCE = 1e-4
@@ -61,7 +63,7 @@ class PortableDenoiser(nn.Module):
         self.network = network
         self.sample = config.sample
         self.denoiser = Generator(network, config, "fp32").denoiser()
-        self.steps: SamplingSteps = self.denoiser.schedule.steps(config.sample.steps, config.sample.spacing)
+        self.steps: SamplingSteps = steps_of(config.sample, self.denoiser.schedule)
         # With a variance preserving schedule, sampling starts at unit variance.
         self.start = 1.0 if self.denoiser.schedule.variance_preserving else float(self.steps.sigmas[0])
 
@@ -98,6 +100,7 @@ class PortableDenoiser(nn.Module):
             "image_shape": [self.network.in_channels, self.network.image_size, self.network.image_size],
             "class_names": list(class_names) if self.network.num_classes else [],
             "guidance": self.sample.guidance,
+            "sampler": self.sample.sampler,
             "start": self.start,
             "timesteps": list(self.steps.timesteps),
             "alphas": self.steps.alphas.tolist(),

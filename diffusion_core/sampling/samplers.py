@@ -243,6 +243,29 @@ def dpmpp_2m(
     return x_BCHW
 
 
+def consistency(
+    denoiser: DenoiserFunction,
+    x_BCHW: Tensor,
+    steps: SamplingSteps,
+    labels_B: Tensor | None,
+    *,
+    noise: NoiseFunction,
+    callback: StepCallback | None = None,
+) -> Tensor:
+    """Multi-step consistency sampling (Song et al. 2023, algorithm 1, with epsilon 0), for consistency students.
+
+    The denoiser's clean images are the images. Each further step adds fresh noise to them and improves them.
+    """
+    x0_BCHW = x_BCHW
+    for index in range(len(steps)):
+        if index:
+            x_BCHW = float(steps.alphas[index]) * x0_BCHW + float(steps.sigmas[index]) * noise()
+        x0_BCHW = denoiser(x_BCHW, steps.t(index, x_BCHW), labels_B)
+        if callback is not None:
+            callback(index, x_BCHW, x0_BCHW)
+    return x0_BCHW
+
+
 def noise_in(x_BCHW: Tensor, x0_BCHW: Tensor, steps: SamplingSteps, index: int) -> Tensor:
     """Return the noise eps in noisy images, given the clean images."""
     return (x_BCHW - float(steps.alphas[index]) * x0_BCHW) / float(steps.sigmas[index])
@@ -287,11 +310,20 @@ SAMPLERS["dpmpp_2m_sde"] = SamplerRecord(
     dpmpp_2m, "DPM-Solver++(2M) with fresh noise at every step (Lu et al. 2022)", lambda *_: {"stochastic": True}
 )
 
+SAMPLERS["consistency"] = SamplerRecord(
+    consistency, "clean images with fresh noise between steps, for consistency students (Song et al. 2023)"
+)
+
+
+def steps_of(config: SampleConfig, schedule: NoiseSchedule) -> SamplingSteps:
+    """Return the timesteps that a configuration visits."""
+    return schedule.steps(config.steps, config.spacing, config.start_level)
+
 
 def evaluations(config: SampleConfig, schedule: NoiseSchedule) -> int:
     """Return the number of evaluations of the denoiser per image."""
     record: SamplerRecord = SAMPLERS[config.sampler]
-    return record.evaluations(schedule.steps(config.steps, config.spacing))
+    return record.evaluations(steps_of(config, schedule))
 
 
 def build_sampler(config: SampleConfig, denoiser: Denoiser | None = None) -> Sampler:

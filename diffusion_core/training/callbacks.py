@@ -56,7 +56,7 @@ class DrawSamples:
 
     def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
         """Write the grid and the GIF if they are due, and put their paths into the row."""
-        config = self.config.sample
+        config = state.sampling(self.config.sample)
         if not is_due(state.step, config.every, self.config.train.steps):
             return
         generator = Generator(state.ema.network, self.config, self.precision)

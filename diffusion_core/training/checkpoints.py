@@ -89,11 +89,24 @@ class SaveCheckpoints:
         """
         self.saved_step = None  # The dense network may have been saved at this step.
         self.figures = {}  # They were measured on the dense network.
-        checkpoint = self.save(state)
-        if self.config.checkpoint.upload and checkpoint is not None:
-            name = f"pruned-{self.run_id}"
-            self.tracker.artifact(Upload(name, MODEL, model_files(checkpoint), ["latest"], dict(state.extra_metadata)))
-            self.tracker.use(name)
+        self.save(state)
+        if self.config.checkpoint.upload:
+            self._log_used(f"pruned-{self.run_id}", state)
+
+    def save_teacher(self, state: TrainState) -> None:
+        """Write a checkpoint of the network before step distillation, and log it as an artifact that the run uses.
+
+        Lineage then leads from the trained model to its student.
+        """
+        self.save(state)
+        if self.config.checkpoint.upload:
+            self._log_used(f"teacher-{self.run_id}", state)
+
+    def _log_used(self, name: str, state: TrainState) -> None:
+        """Log the newest checkpoint as a `model` artifact of a given name, which the run uses."""
+        checkpoint = read_checkpoint(self.folder / step_folder(state.step), verify=False)
+        self.tracker.artifact(Upload(name, MODEL, model_files(checkpoint), ["latest"], dict(state.extra_metadata)))
+        self.tracker.use(name)
 
     def save(self, state: TrainState, metric: float | None = None) -> Checkpoint | None:
         """Write and upload a checkpoint, and delete old ones. Skip a step that is saved already.

@@ -8,7 +8,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from diffusion_core.config import CoreConfig
+from diffusion_core.checkpoint import STUDENT
+from diffusion_core.config import CoreConfig, SampleConfig
 from diffusion_core.data.datasets import DataError, Dataset
 from diffusion_core.evaluation.features import ExtractorError
 from diffusion_core.evaluation.generated import estimate_seconds, generated
@@ -18,6 +19,7 @@ from diffusion_core.evaluation.suite import Judgement, Suite
 from diffusion_core.evaluation.validation import validation_losses
 from diffusion_core.files import write_json
 from diffusion_core.hardware import pick_precision
+from diffusion_core.model.unet import UNet
 from diffusion_core.registries import METRICS
 from diffusion_core.run_folder import PROTOCOLS_FILE
 from diffusion_core.sampling.generation import Generator
@@ -28,6 +30,9 @@ from diffusion_core.training.trainer import TrainState, is_due
 DENSE = "dense/"
 """Prefix of the figures of a network before pruning. A sweep must not rank pruned networks by them."""
 
+TEACHER = "teacher/"
+"""Prefix of the figures of a network before step distillation, likewise."""
+
 STATISTICS = "reference-statistics"
 """Type of the artifacts with statistics of real images."""
 
@@ -35,8 +40,8 @@ STATISTICS = "reference-statistics"
 class Evaluate:
     """Every ``eval.every`` steps, compute ``val/loss`` and the figures of generated images that ``eval.*`` asks for.
 
-    Before pruning they are named ``dense/val/loss`` and so on. How each figure was measured is recorded in the run's
-    summary and in ``protocols.json``.
+    Before pruning they are named ``dense/val/loss`` and so on, before step distillation ``teacher/val/loss``. How each
+    figure was measured is recorded in the run's summary and in ``protocols.json``.
 
     Args:
         config: every knob of the core.
@@ -44,7 +49,7 @@ class Evaluate:
         accelerator: processes and devices.
         tracker: receives protocols and reference statistics.
         folder: the run's folder.
-        is_dense: whether a network is yet to be pruned.
+        prefix: returns what is put before the names of a state's figures: ``DENSE``, ``TEACHER`` or nothing.
     """
 
     def __init__(
@@ -54,10 +59,10 @@ class Evaluate:
         accelerator: Accelerator,
         tracker: Tracker,
         folder: Path,
-        is_dense: Callable[[TrainState], bool] = lambda state: False,
+        prefix: Callable[[TrainState], str] = lambda state: "",
     ) -> None:
         self.config = config
-        self.is_dense = is_dense
+        self.prefix = prefix
         self.dataset = dataset
         self.accelerator = accelerator
         self.tracker = tracker
@@ -72,19 +77,25 @@ class Evaluate:
         if not is_due(state.step, self.config.eval.every, self.config.train.steps):
             return
         network = state.ema.network
+        figures = {} if STUDENT in state.extra_metadata else self._losses(network)
+        if self.config.judges_images:
+            sample = state.sampling(self.config.sample)
+            judged = self._judge(Generator(network, self.config, self.precision), sample)
+            figures |= judged.figures
+            self._note(judged.protocols)
+        prefix = self.prefix(state)
+        row.update({f"{prefix}{name}": value for name, value in figures.items()})
+
+    def _losses(self, network: UNet) -> dict[str, float]:
+        """Return ``val/*``. They say nothing about a student of step distillation, which is no denoiser any more."""
         loss_N, t_N = validation_losses(network, self.dataset.val, self.config, self.precision)
         figures = {"val/loss": float(loss_N.mean())}
         for record in (METRICS[name] for name in self.config.eval.figures):
             if isinstance(record, LossMetric):
                 figures |= record.compute(loss_N, t_N, self.config.diffusion.timesteps)
-        if self.config.judges_images:
-            judged = self._judge(Generator(network, self.config, self.precision))
-            figures |= judged.figures
-            self._note(judged.protocols)
-        prefix = DENSE if self.is_dense(state) else ""
-        row.update({f"{prefix}{name}": value for name, value in figures.items()})
+        return figures
 
-    def _judge(self, generator: Generator) -> Judgement:
+    def _judge(self, generator: Generator, sample: SampleConfig) -> Judgement:
         """Return the figures of generated images. If they cannot be computed, print why once and continue training."""
         config, total = self.config, self.config.eval.num_images
         try:
@@ -99,10 +110,10 @@ class Evaluate:
                     share=self._share,
                 )
                 if self.accelerator.is_main_process:
-                    seconds = estimate_seconds(generator, total, config.sample, self._suite.networks)
+                    seconds = estimate_seconds(generator, total, sample, self._suite.networks)
                     self._say(f"evaluation: {total:,} images, about {seconds:.1f} s each time (eval.num_images)")
-            batches = generated(generator, total, config.sample, config.seed)
-            return self._suite.judge(batches, total, sampling_protocol(config.sample, config.seed))
+            batches = generated(generator, total, sample, config.seed)
+            return self._suite.judge(batches, total, sampling_protocol(sample, config.seed))
         except (DataError, ExtractorError) as error:
             self._say(f"no figures of generated images: {error}")
             return Judgement()

@@ -18,12 +18,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from diffusion_core.checkpoint import Checkpoint, CheckpointError
-from diffusion_core.config import CoreConfig, EmaConfig, TrainConfig
+from diffusion_core.checkpoint import Checkpoint, CheckpointError, student_knobs
+from diffusion_core.config import CoreConfig, EmaConfig, SampleConfig, TrainConfig
 from diffusion_core.data.batches import Batches
 from diffusion_core.diffusion.denoiser import Denoiser
 from diffusion_core.diffusion.draws import Draws, draw
-from diffusion_core.diffusion.losses import diffusion_loss
+from diffusion_core.diffusion.objective import Denoising, Objective
 from diffusion_core.hardware import Precision, algorithms, autocast, memory_format, pick_precision
 from diffusion_core.model.compilation import compile_network, pick_compilation
 from diffusion_core.model.cuda_graphs import Replayed, is_replayed
@@ -78,6 +78,11 @@ class TrainState:
             "optimizer": self._optimizer_tensors(),
             **self.extra_parts,
         }
+
+    def sampling(self, config: SampleConfig) -> SampleConfig:
+        """Return how the network is sampled: as configured, but a student of step distillation in few steps."""
+        knobs = student_knobs(self.extra_metadata)
+        return config.model_copy(update={name.removeprefix("sample."): value for name, value in knobs.items()})
 
     def metadata(self) -> dict[str, Any]:
         """Return the JSON of a checkpoint that depends on training."""
@@ -185,13 +190,37 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run with a learning rate schedule of its own.
+
+    Attributes:
+        start: step before it.
+        end: its last step.
+        lr: peak learning rate.
+        warmup_steps: steps over which the rate rises from zero.
+    """
+
+    start: int
+    end: int
+    lr: float
+    warmup_steps: int
+
+    @classmethod
+    def whole(cls, config: TrainConfig) -> Phase:
+        """Return the only phase of a run."""
+        return cls(0, config.steps, config.lr, config.warmup_steps)
+
+
+def learning_rate(step: int, config: TrainConfig, phase: Phase | None = None) -> float:
     """Return the learning rate after ``step`` updates: linear warm-up, then constant or half a cosine."""
-    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    phase = phase or Phase.whole(config)
+    done, warmup = step - phase.start, phase.warmup_steps
+    warm = min(1.0, (done + 1) / warmup) if warmup else 1.0
     if config.lr_schedule == "constant":
-        return config.lr * warm
-    after = max(0, step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.lr * warm * 0.5 * (1.0 + math.cos(math.pi * min(1.0, after)))
+        return phase.lr * warm
+    after = max(0, done - warmup) / max(1, phase.end - phase.start - warmup)
+    return phase.lr * warm * 0.5 * (1.0 + math.cos(math.pi * min(1.0, after)))
 
 
 def is_due(step: int, every: int, last: int) -> bool:
@@ -208,6 +237,8 @@ def train(
     accelerator: Accelerator,
     until: int | None = None,
     distillation: Distillation | None = None,
+    objective: Objective | None = None,
+    phase: Phase | None = None,
 ) -> TrainState:
     """Train from ``state.step`` to step ``until``. The state is changed in place.
 
@@ -225,12 +256,16 @@ def train(
         accelerator: processes and devices.
         until: step to stop at; None: ``train.steps``.
         distillation: a loss to add to that of the images, also in ``train/loss``.
+        objective: what the network is trained for; None: denoising.
+        phase: the learning rate's schedule; None: that of the whole run.
 
     Raises:
         TrainingDiverged: if the loss is not finite. It is checked whenever a row is made.
     """
     settings, device = config.train, accelerator.device
     until = settings.steps if until is None else until
+    if objective is None:
+        objective = Denoising(config.diffusion, lambda step, given, schedule: draw(step, given, config, schedule))
     precision = pick_precision(settings, device)
     compile_network(state.network, pick_compilation(settings, state.network, device))
     network = accelerator.prepare_model(state.network)
@@ -245,7 +280,9 @@ def train(
     scale.place(device, precision)
 
     def update_weights(*draws: Any) -> tuple[Tensor, ...]:
-        loss = _accumulate_gradients(denoiser, Draws(*draws), config, accelerator, precision, distillation, scale)
+        loss = _accumulate_gradients(
+            denoiser, objective, Draws(*draws), settings.accumulation, accelerator, precision, distillation, scale
+        )
         norm = scale.step(state.optimizer, lambda: accelerator.clip_grad_norm_(weights, settings.grad_clip or math.inf))
         state.optimizer.zero_grad(set_to_none=True)
         return loss, norm
@@ -261,12 +298,12 @@ def train(
         while state.step < until:
             if config.model.dropout:
                 torch.manual_seed(stream_seed(config.seed, Purpose.DROPOUT, state.step, accelerator.process_index))
-            rate = learning_rate(state.step, settings)
+            rate = learning_rate(state.step, settings, phase)
             set_learning_rate(state.optimizer, rate)
             if state.revision != revision and isinstance(update, Replayed):
                 update.forget()
             revision = state.revision
-            loss, norm = update(*draw(state.step, batches, config, denoiser.schedule).tensors())
+            loss, norm = update(*objective.draw(state.step, batches, denoiser.schedule).tensors())
             if not scale.skipped:
                 state.ema.update(state.network)
             state.step += 1
@@ -308,23 +345,21 @@ def train(
 
 def _accumulate_gradients(
     denoiser: Denoiser,
+    objective: Objective,
     draws: Draws,
-    config: CoreConfig,
+    parts: int,
     accelerator: Accelerator,
     precision: Precision,
     distillation: Distillation | None,
     scale: LossScale,
 ) -> Tensor:
     """Accumulate the gradients of a batch's mean loss, scaled, over its parts. Return that loss, detached."""
-    parts = config.train.accumulation
     total = torch.zeros((), device=draws.x0_BCHW.device)
     for index, part in enumerate(draws.chunks(parts)):
         last = index == parts - 1
         with nullcontext() if last else accelerator.no_sync(denoiser.network):
             with autocast(accelerator.device, precision):
-                loss_B = diffusion_loss(
-                    denoiser, part.x0_BCHW, part.noise_BCHW, part.t_B, part.labels_B, config.diffusion, part.shown_B
-                )
+                loss_B = objective.loss(denoiser, part)
                 if distillation is not None:
                     loss_B = loss_B + distillation.loss()
             loss = loss_B.mean() / parts

@@ -21,7 +21,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from agent.__main__ import main
 from agent.config import TrialConfig, build_config, config_from_words
 from diffusion_core.config import NONE_WORDS, PRESETS, ConfigError, flatten, help_text, list_knobs, split_argv, to_yaml
-from diffusion_core.registries import DATASETS
+from diffusion_core.registries import DATASETS, METRICS
 from diffusion_core.registry import Choice
 
 ROOT = Path(__file__).parents[2]
@@ -387,6 +387,31 @@ def masks_made_to_go_together(values: dict[str, Any]) -> None:
         values |= {"init.weights": "ema", "distill.output": 0.0, "distill.features": 0.0}
 
 
+def steps_made_to_go_together(values: dict[str, Any]) -> None:
+    """Change what excludes each other among the knobs of step distillation."""
+    if values["sample.start_level"] is not None:
+        values |= {"sample.start_level": 1e30, "sample.steps": 1}
+    if values["prune.method"] == "lottery" or values["steps.method"] == "none":
+        values["steps.method"] = "none"
+        return
+    values |= {
+        "train.steps": values["train.steps"] + 8,  # Enough for some after pruning.
+        "prune.step": None,
+        "prune.until": None,
+        "steps.step": None,
+        "steps.target": 1,
+        "steps.start": 2,
+        "steps.guidance": None,
+        "steps.start_level": 1e30 if values["diffusion.prediction"] == "eps" else None,
+        "steps.weighting": "auto",
+        "ema.average_from": None,
+        "ema.sampled": "decay",
+        "checkpoint.best_metric": "train/loss",
+    }
+    if values["prune.method"] == "none":  # It may start at once.
+        values |= {"distill.checkpoint": None, "distill.artifact": None, "distill.output": 0.0, "distill.features": 0.0}
+
+
 @st.composite
 def configurations(draw: st.DrawFn) -> TrialConfig:
     """Random values for every knob, made to go together."""
@@ -424,7 +449,7 @@ def configurations(draw: st.DrawFn) -> TrialConfig:
     if not values["model.class_conditional"] and values["eval.classifier"] == "network":
         values["eval.classifier"] = "auto"
     if not values["model.class_conditional"]:
-        values["eval.figures"] = [f for f in values["eval.figures"] if f not in ("per_class", "synthetic_accuracy")]
+        values["eval.figures"] = [f for f in values["eval.figures"] if not METRICS[f].labels]
     files = ["inception", "classifier", "nets/a b.pt", "c.safetensors"]
     values["eval.extractors"] = draw(st.lists(st.sampled_from(files), min_size=1, max_size=3))
     values["checkpoint.best_metric"] = draw(st.sampled_from(["val/loss", "train/loss"]))
@@ -437,6 +462,7 @@ def configurations(draw: st.DrawFn) -> TrialConfig:
     if values["prune.method"] == "structured" and values["ema.average_from"] is not None:
         first = values["train.steps"] // 2 if values["prune.step"] is None else values["prune.step"]
         values["ema.average_from"] = min(values["ema.average_from"], values["train.steps"] - first - 1)
+    steps_made_to_go_together(values)
     config = build_config(values)
     assert flatten(config) == values, "a value was changed on the way in"
     return config

@@ -110,6 +110,10 @@ JUDGED = {"checkpoint.every": 1, "eval.every": 1, "log.every": 1, "train.lr": 1e
 IN_FEATURES = {"eval.figures": ["frechet"], "eval.extractors": ["classifier"], "eval.num_images": 20}
 OFTEN = {"checkpoint.every": 1, "checkpoint.upload": True}
 
+STUDENT = ("weights", "ema weights", "grid")
+TUNED = {"steps.method": "consistency", "checkpoint.best_metric": "train/loss", "train.steps": 6}
+HALVED = TUNED | {"steps.method": "progressive", "steps.start": 2, "steps.target": 1}
+
 TABLE: dict[str, Entry] = {
     "seed": Entry(1, (*WEIGHTS, "train rows"), same=("shapes", "val images")),
     "data.name": Entry("folder", ("train images", "val images", "classes", *WEIGHTS), {**BY_FOLDER, "data.name": None}),
@@ -175,6 +179,7 @@ TABLE: dict[str, Entry] = {
     "sample.sampler": Entry("ddpm", ("grid",), same=SAMPLING_ONLY),
     "sample.steps": Entry(5, ("grid", "frames"), same=SAMPLING_ONLY),
     "sample.spacing": Entry("quadratic", ("grid",), same=SAMPLING_ONLY),
+    "sample.start_level": Entry(2.0, ("grid",), same=SAMPLING_ONLY),
     "sample.eta": Entry(1.0, ("grid",), same=SAMPLING_ONLY),
     "sample.variance": Entry("fixed_small", ("grid",), DDPM, same=SAMPLING_ONLY),
     "sample.guidance": Entry(3.0, ("grid",), {"train.lr": 0.1, "train.steps": 6}, same=SAMPLING_ONLY),
@@ -248,6 +253,17 @@ TABLE: dict[str, Entry] = {
         NARROWED | {"distill.output": 1.0},
         why="without a W&B key the trial is refused, and says so",
     ),
+    "steps.method": Entry("progressive", STUDENT, TUNED | {"steps.start": 4}),
+    "steps.target": Entry(1, ("grid",), TUNED, same=("weights", "ema weights"), why="how a student is sampled"),
+    "steps.start": Entry(4, STUDENT, HALVED),
+    "steps.step": Entry(1, STUDENT, TUNED),
+    "steps.lr": Entry(0.05, (*STUDENT, "learning rates"), TUNED),
+    "steps.guidance": Entry(3.0, STUDENT, TUNED),
+    "steps.start_level": Entry(1.0, STUDENT, TUNED),
+    "steps.loss": Entry("l2", STUDENT, TUNED),
+    "steps.huber_c": Entry(5.0, STUDENT, TUNED),
+    "steps.weighting": Entry("difference", STUDENT, TUNED),
+    "steps.doublings": Entry(1, STUDENT, TUNED),
     "prune.step": Entry(5, (*WEIGHTS, "pruned at"), PRUNED),
     "prune.until": Entry(5, (*WEIGHTS, "pruned at"), GRADUAL),
     "prune.interval": Entry(3, WEIGHTS, GRADUAL, same=("pruned at", "sparsity")),

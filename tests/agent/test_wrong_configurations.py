@@ -26,7 +26,7 @@ UNKNOWN: list[Case] = [
     ("--train-lr=0.1", "train-lr = '0.1'", "did you mean train.lr?"),
     ("--train/lr=0.1", "train/lr = '0.1'", "did you mean train.lr?"),
     ("--lr=0.1", "lr = '0.1'", "did you mean train.lr?"),
-    ("--steps=5", "steps = '5'", "did you mean train.steps?"),
+    ("--steps=5", "steps = 5", "steps.method, or did you mean train.steps?"),
     ("--batch_size=5", "batch_size = '5'", "did you mean train.batch_size?"),
     ("--dropout=0.5", "dropout = '0.5'", "did you mean model.dropout?"),
     ("--ema_decay=0.5", "ema_decay = '0.5'", "did you mean ema.decay?"),
@@ -288,6 +288,13 @@ COMBINATIONS: list[Case] = [
     ("--init.weights=model", "init.weights = 'model'", "has no effect without init.checkpoint"),
     ("--distill.output=1", "distill.checkpoint = None", "no teacher"),
     ("--distill.artifact=b", "distill.output = 0.0", "the teacher 'b' has no effect"),
+    ("--steps.target=4", "steps.target = 4", "has no effect with steps.method=none; drop it or use consistency or"),
+    (
+        "--steps.method=progressive --steps.start=10 --checkpoint.best_metric=train/loss",
+        "steps.start = 10",
+        "does not halve to steps.target = 2; expected one of 4, 8, 16",
+    ),
+    ("--sample.start_level=0.02", "sample.steps = 50", "the timesteps up to sample.start_level = 0.02"),
 ]
 
 SEVERAL: list[Case] = [

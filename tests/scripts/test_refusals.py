@@ -87,6 +87,7 @@ REFUSED: dict[str, list[list[str]]] = {
     "compare_formulations": [["--steps=x"], ["--seeds=-1", "--out=out"], ["--zzz"]],
     "compare_pruning": [["--keep=2", "--out=out"], ["--tables=x", "--out=out"], ["--steps=1", "--out=out"]],
     "compare_tickets": [["--seeds=x", "--out=out"], ["--zzz"]],
+    "export_model": [[], [*NEEDS_MODEL], [*NEEDS_MODEL, "--format", "x"]],
     "convert_diffusers": [[], ["export", "nowhere", "t"], ["export", "x", "file"]],
     "evaluate": [[], [*NEEDS_MODEL], ["nowhere", "--data=digits"], ["--sweep=nowhere"], ["--checkpoint=a", "--sweep=b"],
                  ["--checkpoint=a", "--num-images=0"], ["--checkpoint=nowhere", "--json=out/figures.json"],

@@ -115,6 +115,7 @@ def test_every_flag_reaches_the_sampler(run: Path, tmp_path: Path) -> None:
         "plain": [],
         "eta": ["--eta", "0.5"],
         "spacing": ["--spacing", "trailing"],
+        "start": ["--start-level", "2"],
         "small": ["--sampler", "ddpm", "--variance", "fixed_small"],
         "large": ["--sampler", "ddpm", "--variance", "fixed_large"],
         "guided": ["--guidance", "3"],

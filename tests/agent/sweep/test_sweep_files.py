@@ -15,9 +15,10 @@ import yaml
 
 from agent.config import build_config
 from agent.sweep import __main__ as sweep
-from agent.sweep import engine, file
+from agent.sweep import file
 from agent.sweep.file import SweepError, SweepFile, load_sweep
 from agent.sweep.offline import OfflineSweep
+from diffusion_core.search import engine
 from diffusion_core.search.macros import MACROS
 from diffusion_core.search.space import SPREAD, flat_parameters, values_to_try
 

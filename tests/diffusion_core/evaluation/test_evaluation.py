@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from tiny import digits, tiny_config, tiny_network
 
+from diffusion_core.config import DataConfig
 from diffusion_core.config.metrics import Part, count_name, goal_of, goals, is_better, space_figure, space_name
+from diffusion_core.data.datasets import Images
 from diffusion_core.evaluation import validation
+from diffusion_core.evaluation.metrics import Real, class_variance
 from diffusion_core.evaluation.validation import by_timestep, validation_loss, validation_losses
 from diffusion_core.model.unet import build_network
 from diffusion_core.registries import METRICS
@@ -122,3 +126,21 @@ def test_every_kind_of_figure_has_a_goal_and_costs_have_none() -> None:
         assert goal_of(name) is None
     assert (count_name(1000), count_name(1500), count_name(None)) == ("1k", "1500", "")
     assert space_name("my_net v2.1") == "my-net-v2-1"
+
+
+def test_diversity_is_the_variance_within_classes() -> None:
+    """Against numpy, class by class; copies of one image a class have none, real images as much as themselves."""
+    train = digits().train
+    pixels, labels = train.images_NCHW.numpy().astype(float), train.labels_N.numpy()
+    real = np.mean([pixels[labels == label].var(axis=0, ddof=1).mean() for label in range(10)])
+    assert class_variance(train, 10) == pytest.approx(real)
+    images = Images(train.images_NCHW[:200], train.labels_N[:200])
+    ours = np.mean([pixels[:200][labels[:200] == label].var(axis=0, ddof=1).mean() for label in range(10)])
+    compared = Real(digits(), DataConfig(name="digits"), torch.device("cpu"))
+    record = METRICS["diversity"]
+    assert record.compute(images, compared) == pytest.approx(ours / real)
+    assert record.compute(train, compared) == 1.0
+    first = torch.stack([train.images_NCHW[train.labels_N == label][0] for label in range(10)])
+    assert record.compute(Images(first.repeat(3, 1, 1, 1), torch.arange(10).repeat(3)), compared) == 0.0
+    assert math.isnan(record.compute(Images(first, torch.arange(10)), compared))
+    assert record.goals("diversity") == {"eval/diversity_*": "maximize"}

@@ -57,7 +57,8 @@ def test_sparsity_rises_as_the_ramp_says_exact_to_one_weight(scope: str) -> None
             zeros = sum(int((weight == 0).sum()) for weight in maskable(network).values())
             assert seen.setdefault(state.step, zeros) == zeros
 
-    train_and_prune(state, settings, settings.prune, settings.distill, digits(), [watch], NoSaver(), cpu())  # type: ignore[arg-type]
+    sections = settings.prune, settings.distill, settings.steps
+    train_and_prune(state, settings, *sections, digits(), [watch], NoSaver(), cpu())  # type: ignore[arg-type]
     ramp = Ramp(2, 12, 2)
     for step, zeros in seen.items():
         done = 1.0 if step > 12 else ramp.progress(min(10, max(2, step - step % 2)))
