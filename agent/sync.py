@@ -16,11 +16,12 @@ from pathlib import Path
 from agent.command import fail, run_and_leave
 from agent.tracking.api import api_errors
 from agent.tracking.arrival import send_lost_pictures
-from agent.tracking.artifacts import uploaded_steps
 from agent.tracking.environment import has_key, load_environment
+from agent.tracking.repair import unsent_checkpoints
 from agent.tracking.run import forget_environment, start_wandb
 from agent.tracking.tracker import WandbTracker
-from diffusion_core.checkpoint import CheckpointError, list_checkpoints, read_checkpoint
+from diffusion_core.checkpoint import CheckpointError, read_checkpoint
+from diffusion_core.choice import best_of
 from diffusion_core.config import ConfigError, read_yaml
 from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.messages import Parser
@@ -102,17 +103,15 @@ def sync(folder: Path, ended: int | None = None, *, preempted: bool = False) -> 
     tracker = WandbTracker(run, first_step=run.starting_step, keep=sys.maxsize)
     with api_errors(f"FOLDER = {str(folder)!r}"):
         send_lost_pictures(run)
-        uploaded = uploaded_steps(run)
+        unsent = unsent_checkpoints(run, folder)
     log_rows(tracker, folder, rows)
     stored = read_result(folder)
     logged = {key for row in rows for key in row}
     tracker.summary({key: value for key, value in (stored[0].figures if stored else {}).items() if key not in logged})
-    paths = list_checkpoints(folder / CHECKPOINTS) if config.get("checkpoint.upload", True) else []
-    best = (read_checkpoint(paths[-1], verify=False).metadata.get("best") or {}) if paths else {}
-    for checkpoint in map(read_checkpoint, paths):
-        if checkpoint.step not in uploaded:
-            is_best, ttl_days = best.get("step") == checkpoint.step, config.get("checkpoint.ttl_days")
-            log_checkpoint(tracker, checkpoint, run.id, is_best=is_best, history=rows, ttl_days=ttl_days)
+    best = best_of(folder / CHECKPOINTS) or {}
+    for checkpoint in map(read_checkpoint, unsent):
+        is_best, ttl_days = best.get("step") == checkpoint.step, config.get("checkpoint.ttl_days")
+        log_checkpoint(tracker, checkpoint, run.id, is_best=is_best, history=rows, ttl_days=ttl_days)
     left = tracker.close((0 if stored else 1) if ended is None else ended)
     note_unsent(folder, left)
     if left:

@@ -13,8 +13,9 @@ from diffusion_core.data.datasets import Dataset
 from diffusion_core.step_distillation.phase import distil_steps, is_student
 from diffusion_core.terminal.progress import say
 from diffusion_core.training.checkpoints import SaveCheckpoints
+from diffusion_core.training.learning_rate import Phase
 from diffusion_core.training.teacher import distillation_of, keep_dense_as_teacher
-from diffusion_core.training.trainer import Callback, Phase, TrainState, train
+from diffusion_core.training.trainer import Callback, TrainState, train
 from pruning.calibration import Calibration
 from pruning.config import PruneConfig, listens_to, steps_start
 from pruning.consistency import KeepDenseImages

@@ -220,12 +220,6 @@ def _again_and_again(fetch: Callable[[], T]) -> T:
         pause = min(2 * pause, MOST_PAUSE_S)
 
 
-def uploaded_steps(run: Run) -> set[int]:
-    """Return the steps of a run for which W&B has a whole checkpoint."""
-    models, states = uploaded_versions(run, run.id)
-    return models.keys() & states.keys()
-
-
 def uploaded_versions(run: Run, run_id: str) -> tuple[dict[int, Artifact], dict[int, Artifact]]:
     """Return the versions, by step, of the `model` and the `training-state` artifact of a run in ``run``'s project."""
     import wandb

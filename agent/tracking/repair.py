@@ -5,12 +5,20 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from agent.tracking.api import server_status
+from agent.tracking.api import failures, server_status
+from agent.tracking.artifacts import uploaded_versions
 from agent.tracking.tracker import PATIENCE_S, WandbTracker
-from diffusion_core.run_folder import mark_synced, note_unsent
+from diffusion_core.checkpoint import list_checkpoints, step_of
+from diffusion_core.config import read_yaml
+from diffusion_core.messages import one_line
+from diffusion_core.run_folder import CHECKPOINTS, CONFIG_FILE, mark_synced, note_unsent
 from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import Tracker
+
+if TYPE_CHECKING:
+    from wandb.sdk.wandb_run import Run
 
 PREEMPTED_WITHIN_S = 20.0
 """Seconds for the repair of a preempted run. Cluster managers allow about 30 s from SIGTERM to SIGKILL."""
@@ -31,6 +39,11 @@ def close_run(tracker: Tracker, folder: Path, told: int, *, preempted: bool = Fa
     left = tracker.close(told)
     if not isinstance(tracker, WandbTracker):
         return True
+    if not left and tracker.live:
+        try:
+            left = [f"the checkpoint of step {step_of(path)}" for path in unsent_checkpoints(tracker.run, folder)]
+        except failures() as error:
+            left = [f"an answer of the server ({one_line(error)})"]
     command = f"python -m agent.sync {folder}"
     if not tracker.live and not tracker.online:
         say(f"to put this run on W&B: {command}")
@@ -47,6 +60,21 @@ def close_run(tracker: Tracker, folder: Path, told: int, *, preempted: bool = Fa
     else:
         mark_synced(folder)
     return not left
+
+
+def unsent_checkpoints(run: Run, folder: Path) -> list[Path]:
+    """Return the checkpoints of a run's folder to upload, oldest first: from the first on that W&B lacks.
+
+    A process that is killed between writing a checkpoint and uploading it leaves such a gap. Later ones may be there,
+    but the alias of the newest version moves to whatever is uploaded last. Of all but the newest one only the model
+    counts: the server may have deleted the training state after ``checkpoint.ttl_days``.
+    """
+    if not read_yaml(folder / CONFIG_FILE).get("checkpoint.upload", True):
+        return []
+    paths = list_checkpoints(folder / CHECKPOINTS)
+    models, states = uploaded_versions(run, run.id) if paths else ({}, {})
+    there = [step_of(path) in models and (path != paths[-1] or step_of(path) in states) for path in paths]
+    return paths[there.index(False) :] if False in there else []
 
 
 def sent_again(folder: Path, told: int, preempted: bool) -> bool:

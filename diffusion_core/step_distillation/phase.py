@@ -24,7 +24,8 @@ from diffusion_core.registries import PREDICTIONS, STEP_METHODS
 from diffusion_core.step_distillation.methods import StepMethod
 from diffusion_core.step_distillation.progressive import SPACING
 from diffusion_core.step_distillation.teaching import Lesson
-from diffusion_core.training.trainer import Callback, Phase, TrainState, train
+from diffusion_core.training.learning_rate import Phase
+from diffusion_core.training.trainer import Callback, TrainState, train
 
 TEACHER_PART = "steps_teacher"
 """The checkpoint's part with the weights of a stage's teacher."""

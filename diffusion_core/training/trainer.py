@@ -32,6 +32,7 @@ from diffusion_core.randomness import Purpose, stream_seed
 from diffusion_core.terminal.progress import progress_of
 from diffusion_core.training.distillation import Distillation
 from diffusion_core.training.ema import Ema, profiles, sampled_profile
+from diffusion_core.training.learning_rate import Phase, learning_rate, set_learning_rate
 from diffusion_core.training.loss_scale import LossScale
 from diffusion_core.training.sums import RowSums
 
@@ -179,48 +180,6 @@ def set_capturable(optimizer: torch.optim.Optimizer, recording: bool) -> None:
     """Tell an optimizer whether its step is being recorded as a CUDA graph. Without a recording it would warn."""
     for group in optimizer.param_groups:
         group["capturable"] = recording
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate. A tensor is changed in place, so that a recorded CUDA graph reads the new value."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A part of a run with a learning rate schedule of its own.
-
-    Attributes:
-        start: step before it.
-        end: its last step.
-        lr: peak learning rate.
-        warmup_steps: steps over which the rate rises from zero.
-    """
-
-    start: int
-    end: int
-    lr: float
-    warmup_steps: int
-
-    @classmethod
-    def whole(cls, config: TrainConfig) -> Phase:
-        """Return the only phase of a run."""
-        return cls(0, config.steps, config.lr, config.warmup_steps)
-
-
-def learning_rate(step: int, config: TrainConfig, phase: Phase | None = None) -> float:
-    """Return the learning rate after ``step`` updates: linear warm-up, then constant or half a cosine."""
-    phase = phase or Phase.whole(config)
-    done, warmup = step - phase.start, phase.warmup_steps
-    warm = min(1.0, (done + 1) / warmup) if warmup else 1.0
-    if config.lr_schedule == "constant":
-        return phase.lr * warm
-    after = max(0, done - warmup) / max(1, phase.end - phase.start - warmup)
-    return phase.lr * warm * 0.5 * (1.0 + math.cos(math.pi * min(1.0, after)))
 
 
 def is_due(step: int, every: int, last: int) -> bool:

@@ -245,6 +245,20 @@ def test_a_picture_that_the_dead_client_had_not_sent_is_sent_again(story: Story,
     story.check_whole()
 
 
+def test_a_checkpoint_that_a_killed_trial_had_not_uploaded_is_uploaded(story: Story) -> None:
+    """It is the last one: the trial that goes on has nothing left to train, and writes no other."""
+    story.server.faults.append(fault := Fault("CreateArtifact", drop=True))
+    trial = story.start()
+    until((story.folder / "one" / "run" / "checkpoints" / f"step-{STEPS:08d}").exists, trial)
+    for process in [*psutil.Process(trial.pid).children(recursive=True), psutil.Process(trial.pid)]:
+        process.kill()
+    trial.wait()
+    story.server.faults.remove(fault)
+    again = story.start()
+    assert again.wait() == 0, again.output
+    story.check_whole()
+
+
 def test_runs_that_were_recorded_offline_are_sent_from_wherever_they_are(story: Story) -> None:
     trial = story.start(WANDB_MODE="offline")
     assert trial.wait() == 0, trial.output

@@ -22,7 +22,8 @@ from diffusion_core.model.structure import maskable
 from diffusion_core.sampling.generation import Generator, Request
 from diffusion_core.step_distillation.phase import TEACHER_PART, distil_steps, stages
 from diffusion_core.tracking import MemoryTracker
-from diffusion_core.training.trainer import Phase, TrainState, learning_rate
+from diffusion_core.training.learning_rate import Phase, learning_rate
+from diffusion_core.training.trainer import TrainState
 
 QUIET = TINY | {
     "model.channel_multipliers": [1],

@@ -19,7 +19,8 @@ from diffusion_core.evaluation.classifier.network import ClassifierNetwork
 from diffusion_core.evaluation.classifier.training import RECIPES, train_classifier
 from diffusion_core.evaluation.distances import density_coverage, precision_recall
 from diffusion_core.hardware import algorithms, autocast
-from diffusion_core.training.trainer import set_learning_rate, train
+from diffusion_core.training.learning_rate import set_learning_rate
+from diffusion_core.training.trainer import train
 from pruning.calibration import Calibration
 from pruning.config import PruneConfig
 from pruning.masks.strategies import keep_highest
