@@ -262,11 +262,11 @@ class Session:
         if self.is_main and self.greeting:
             say(self.greeting)
         if self.is_main:
+            make_folder(self.folder)
+            self.stack.enter_context(locked(self.folder))
             announce_data(config.data, dataset)
             for warning in advise(config.model, config.train, dataset):
                 say(warning)
-            make_folder(self.folder)
-            self.stack.enter_context(locked(self.folder))
             self.preemptions = read_run_file(self.folder).get("preemptions", 0)
             note_trial(self.folder)
             if self.mode != "disabled":

@@ -7,7 +7,6 @@ queue. SIGTERM means preemption, where Slurm requeues the job itself, or the end
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -27,7 +26,7 @@ from diffusion_core.machine import slurm
 from diffusion_core.machine.leases import Leased, leased
 from diffusion_core.machine.nodes import across_nodes, node_count
 from diffusion_core.machine.processes import end_with_parent
-from diffusion_core.messages import reason_of
+from diffusion_core.messages import Parser, reason_of
 from diffusion_core.run_folder import CHECKPOINTS, HISTORY_FILE
 from diffusion_core.signals import signal_handler
 
@@ -128,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     With ``--agent`` it is an agent of an array. Its index is added to the folder's name, and after a warning it goes on
     whatever its exit status is. If its last job was killed, the trial of that is handed back first.
     """
-    parser = argparse.ArgumentParser(f"python -m {MODULE}")
+    parser = Parser(f"python -m {MODULE}")
     parser.add_argument("--agent", metavar="HAND_BACK")
     parser.add_argument("folder", type=Path)
     parser.add_argument("command", nargs="+")

@@ -215,7 +215,7 @@ def test_wrong_input_is_one_line(run: Path, tmp_path: Path, capfd: Any, words: l
 
 def test_no_checkpoint_there(tmp_path: Path, capfd: Any) -> None:
     assert script.main(["--checkpoint", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert capfd.readouterr().err.startswith(f"error: {str(tmp_path)!r}: no checkpoint here")
+    assert capfd.readouterr().err.startswith(f"error: --checkpoint = {str(tmp_path)!r}: no checkpoint here")
 
 
 @pytest.mark.slow
