@@ -264,9 +264,7 @@ class Session:
         if self.is_main:
             make_folder(self.folder)
             self.stack.enter_context(locked(self.folder))
-            announce_data(config.data, dataset)
-            for warning in advise(config.model, config.train, dataset):
-                say(warning)
+            announce_data(config.data, dataset, advise(config.model, config.train, dataset))
             self.preemptions = read_run_file(self.folder).get("preemptions", 0)
             note_trial(self.folder)
             if self.mode != "disabled":

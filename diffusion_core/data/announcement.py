@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from diffusion_core.config import DataConfig, ModelConfig, TrainConfig
 from diffusion_core.data.classes import shown_classes
@@ -14,9 +14,9 @@ from diffusion_core.terminal.progress import say
 WARNING = "warning: "
 
 
-def announce_data(config: DataConfig, dataset: Dataset) -> None:
-    """Print how many images and classes there are, which images are held out, and what was not read, to stderr."""
-    for line in describe_images(config, dataset):
+def announce_data(config: DataConfig, dataset: Dataset, warnings: Iterable[str] = ()) -> None:
+    """Print how many images and classes there are, which are held out, and what was not read, to stderr; then warnings."""
+    for line in (*describe_images(config, dataset), *warnings):
         say(redact(line))
 
 
