@@ -15,7 +15,7 @@ WARNING = "warning: "
 
 
 def announce_data(config: DataConfig, dataset: Dataset, warnings: Iterable[str] = ()) -> None:
-    """Print how many images and classes there are, which are held out, and what was not read, to stderr; then warnings."""
+    """Print to stderr how many images and classes there are, which are held out, what was not read, and warnings."""
     for line in (*describe_images(config, dataset), *warnings):
         say(redact(line))
 

@@ -38,6 +38,7 @@ from diffusion_core.model import compilation
 from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.registry import Choice
 from diffusion_core.sampling import generation
+from diffusion_core.terminal import progress
 from diffusion_core.tracking import MemoryTracker
 from diffusion_core.training import trainer
 
@@ -237,7 +238,7 @@ TABLE: dict[str, Entry] = {
     "prune.target": Entry("params", (*WEIGHTS, "widths"), NARROWED),
     "prune.importance": Entry("l1", (*WEIGHTS, "kept"), NARROWED, same=("widths",)),
     "prune.iterations": Entry(2, (*WEIGHTS, "kept"), NARROWED | {"prune.importance": "taylor"}),
-    "prune.round_to": Entry(4, (*WEIGHTS, "widths"), NARROWED),
+    "prune.round_to": Entry(1, (*WEIGHTS, "widths"), NARROWED),
     "prune.block_keep": Entry([1.0, 0.5, 0.5], (*WEIGHTS, "widths"), NARROWED),
     "prune.calibration_batches": Entry(2, (*WEIGHTS, "kept"), NARROWED | {"prune.importance": "taylor"}),
     "prune.threshold": Entry(0.9, (*WEIGHTS, "kept"), NARROWED | {"prune.importance": "diff_pruning"}),
@@ -369,6 +370,7 @@ def observe(
         for_sampling.append(type(network).__name__)
         return compilation.compiled(network)
 
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
     monkeypatch.setattr(trainer, "compile_network", compile_network)
     monkeypatch.setattr(generation, "compiled", compiled_network)
     monkeypatch.setattr(compilation, "BACKEND", "eager")  # The compiler proper takes minutes on a processor.

@@ -540,7 +540,7 @@ def test_the_real_command_estimates_runs_and_ranks(tmp_path: Path, notes: Path) 
     rows = lines[lines.index("mine: 4 trials, best val/loss first") + 3 :][:4]
     assert [row.split()[4] for row in rows] == ["0.1", "0.1", "0.3", "0.3"]
     assert {path.name for path in (tmp_path / "runs/sweeps/mine").iterdir() if not path.name.startswith(".")} == {
-        "sweep.json", "trials", "results.csv", "results.json", "results.png",
+        "sweep.json", "trials", "results.csv", "results.json", "results.png", "report.html",
     }  # fmt: skip
 
 

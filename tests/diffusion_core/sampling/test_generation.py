@@ -14,6 +14,7 @@ from diffusion_core.data.datasets import to_uint8
 from diffusion_core.diffusion.schedule import build_schedule
 from diffusion_core.model.unet import NO_LABEL, UNet, build_network
 from diffusion_core.sampling.generation import Generator, ImageNoise, Request, all_labels, requests
+from diffusion_core.terminal import progress
 from diffusion_core.training.ema import Ema
 
 CONFIG = tiny_config()
@@ -166,10 +167,11 @@ def test_a_network_without_labels_draws_too() -> None:
     assert distance(images[0], images[1]) > 3
 
 
-def test_progress_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
     drawing().images(WANTED[:2], sample(), 0, progress=False)
     assert capsys.readouterr() == ("", "")
     drawing().images(WANTED[:2], sample(), 0, progress=True)
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert "12/12" in shown.err
+    assert "sampling: 12 of 12" in shown.err

@@ -80,7 +80,8 @@ def check(found: Tensor, slack: float) -> None:
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-@pytest.mark.parametrize("name", list(SAMPLERS))
+# The consistency sampler is exact for a student, whose estimate is the end of the flow, and not for a denoiser.
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "consistency"])
 def test_every_sampler_reproduces_a_mixture(name: str, kind: str) -> None:
     found = sampled(SampleConfig(sampler=name, steps=250, variance="fixed_small"), SCHEDULES[kind])
     check(found, slack=0.006)
