@@ -98,5 +98,5 @@ def test_all_recipes_work_inside_the_project(tmp_path: Path) -> None:
         words += [f"--{knob}" for knob in knobs if knob != "prune.method=away_from_zero"]
     run(["-m", "agent", *TINY, *words, "--log.dir=run"], tmp_path, project)
     run(["-m", "agent", *TINY, "--prune.method=away_from_zero", "--log.dir=other"], tmp_path, project)
-    told = run(["-m", "agent", "--help", "diffusion"], tmp_path, project)
+    told = run(["-m", "agent", "--help", "sample"], tmp_path, project)
     assert "halfway: half of the noise" in " ".join(told.split())

@@ -30,6 +30,7 @@ from diffusion_core.data.preparation import image as making
 from diffusion_core.data.preparation.records import Job, Result
 from diffusion_core.data.preparation.target import JOURNAL_FILE, SETTINGS_FILE, still_valid
 from diffusion_core.registries import DATASETS
+from diffusion_core.terminal import progress
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, str(ROOT / "scripts" / "prepare_images.py")]
@@ -122,7 +123,10 @@ def mixed_folder(root: Path) -> Path:
 # What becomes of a tree.
 
 
-def test_a_tree_keeps_its_shape_and_loses_what_is_no_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tree_keeps_its_shape_and_loses_what_is_no_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
     source, target = mixed_folder(tmp_path / "source"), tmp_path / "a" / "target"
     before = tree(source)
     assert prepare(source, target) == 0
@@ -154,7 +158,7 @@ def test_a_tree_keeps_its_shape_and_loses_what_is_no_use(tmp_path: Path, capsys:
     assert "18 images: 13 kept, 5 dropped\n" in out
     for words in ("3 corrupt", "1 too small", "train/dog/cut.jpg: ", "2 hidden", str(target / REPORT_FILE)):
         assert words in out, words
-    assert re.search(r"preparing: 100%.*18/18 .*image/s", err)
+    assert re.search(r"^preparing: 18 of 18 images, \S+ a second$", err, re.MULTILINE)
 
     data = load_data(DataConfig(name="folder", path=str(target), image_size=8))
     assert data.class_names == ("cat", "dog")
