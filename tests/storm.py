@@ -101,6 +101,7 @@ class Storm:
         self.commands: Counter[str] = Counter()
         self.agents: list[subprocess.Popen[bytes] | None] = [None] * agents
         self.started = [-5.0] * agents
+        self.seen_at = time.monotonic()  # When a trial's process was seen last.
         self.sweep = self._sweep()
 
     def _sweep(self) -> Sweep:
@@ -156,8 +157,10 @@ class Storm:
         runs = self.sweep.runs
         if len(runs) < self.count or self.sweep.requeued:
             return False
+        if any(self._trials()):
+            self.seen_at = time.monotonic()
         # The server takes a trial that was killed for running, until its heartbeat is overdue.
-        return all(run.state != "running" for run in runs) or not any(self._trials())
+        return all(run.state != "running" for run in runs) or time.monotonic() - self.seen_at > 20.0
 
     def _trials(self) -> Iterator[psutil.Process]:
         for process in psutil.process_iter():
