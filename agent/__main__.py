@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None, usage: str = USAGE, defaults: Sequen
 
     Args:
         argv: command-line words; None: those of this process.
-        usage: head of what --help prints.
+        usage: first lines of the help text.
         defaults: words before ``argv``, which overrides them.
     """
     given = list(sys.argv[1:] if argv is None else argv)

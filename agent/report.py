@@ -31,7 +31,7 @@ def study_of(sources: Sequence[str], metric: str | None = None) -> Study:
         ConfigError: if there is no such thing, or no trial has the metric.
     """
     if _on_server(sources):
-        from agent.tracking.environment import load_environment  # PyTorch comes along.
+        from agent.tracking.environment import load_environment
         from agent.tracking.sweeps import study
 
         load_environment()

@@ -134,7 +134,7 @@ def launcher_record(arguments: argparse.Namespace, sweep: SweepFile | None) -> L
     """Return the launcher that the command names. A plugin of the sweep's trials may have added it.
 
     Raises:
-        SweepError: if there is none of that name, or other options do not fit it.
+        SweepError: if no launcher has that name, or an option does not fit the launcher.
     """
     if arguments.launcher not in LAUNCHERS and sweep is not None:
         plugins_of_trials(sweep)

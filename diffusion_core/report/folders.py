@@ -35,7 +35,6 @@ from diffusion_core.tracking import STEP
 
 ROUNDS = "rounds"
 """Folder with the rounds of a chain of tickets, in the chain's own."""
-CHAIN_FIGURES = "lottery/"
 COST_FIGURES = ("model/", "prune/")
 PREFERRED = ("eval/class_agreement", "val/loss")
 """Metrics of runs that belong to no sweep, if ``checkpoint.best_metric`` was not measured."""

@@ -22,7 +22,7 @@ from diffusion_core.model.cuda_graphs import ReplayedNetwork, is_replayed
 from diffusion_core.model.unet import NO_LABEL, UNet
 from diffusion_core.randomness import Purpose, generator
 from diffusion_core.sampling.guidance import between_levels, guided
-from diffusion_core.sampling.samplers import NoiseFunction, StepCallback, build_sampler, steps_of
+from diffusion_core.sampling.samplers import NoiseFunction, StepCallback, build_sampler, start_scale, steps_of
 from diffusion_core.terminal.progress import progress_of
 
 REPLAYED_FROM = 8
@@ -158,8 +158,7 @@ class Generator:
         callback: StepCallback | None = None,
     ) -> Tensor:
         steps = steps_of(config, denoiser.schedule)
-        # With a variance preserving schedule, start at unit variance, even if some signal is left at T-1.
-        scale = 1.0 if denoiser.schedule.variance_preserving else float(steps.sigmas[0])
+        scale = start_scale(denoiser.schedule, steps)
         with autocast(self.device, self.precision):
             sampler = build_sampler(config, denoiser)
             return sampler(guided_denoiser, scale * start_BCHW, steps, labels_B, noise=noise, callback=callback)

@@ -13,9 +13,10 @@ in the JSON file) is sampled with new noise instead: ``x = alphas[i + 1] * x0 + 
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from diffusion_core.model.unet import UNet
 from diffusion_core.randomness import Purpose, generator
 from diffusion_core.sampling.generation import Generator
 from diffusion_core.sampling.guidance import between_levels, guided
-from diffusion_core.sampling.samplers import steps_of
+from diffusion_core.sampling.samplers import start_scale, steps_of
 
 DESCRIPTION = "model.json"
 TOLERANCE = 1e-4
@@ -64,8 +65,7 @@ class PortableDenoiser(nn.Module):
         self.sample = config.sample
         self.denoiser = Generator(network, config, "fp32").denoiser()
         self.steps: SamplingSteps = steps_of(config.sample, self.denoiser.schedule)
-        # With a variance preserving schedule, sampling starts at unit variance.
-        self.start = 1.0 if self.denoiser.schedule.variance_preserving else float(self.steps.sigmas[0])
+        self.start = start_scale(self.denoiser.schedule, self.steps)
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None = None) -> Tensor:
         """Return the expected clean images, ``(B, C, H, W)`` float32.
@@ -171,7 +171,7 @@ def write_model(network: UNet, config: CoreConfig, class_names: Sequence[str], f
     """
     write, run = FORMATS[kind]
     model = PortableDenoiser(network, config).eval()
-    with _quiet():
+    with warnings.catch_warnings(action="ignore"):  # The exporters warn about their own insides.
         path = write(model, folder)
     write_json(folder / DESCRIPTION, model.description(class_names))
     arguments = model.example(5)  # Not the number of images with which it was traced.
@@ -193,15 +193,5 @@ def _program(model: PortableDenoiser) -> torch.export.ExportedProgram:
 
 
 def _need(*packages: str) -> None:
-    import importlib.util
-
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
         raise UserError(f"--format = 'onnx': needs {', '.join(missing)}: pip install \"diffusion-sweeps[onnx]\"")
-
-
-@contextmanager
-def _quiet() -> Any:
-    """Silence warnings of the exporters about their own insides."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -315,6 +315,14 @@ SAMPLERS["consistency"] = SamplerRecord(
 )
 
 
+def start_scale(schedule: NoiseSchedule, steps: SamplingSteps) -> float:
+    """Return the factor of the noise that sampling starts from.
+
+    With a variance preserving schedule, it starts at unit variance, even if some signal is left at T-1.
+    """
+    return 1.0 if schedule.variance_preserving else float(steps.sigmas[0])
+
+
 def steps_of(config: SampleConfig, schedule: NoiseSchedule) -> SamplingSteps:
     """Return the timesteps that a configuration visits."""
     return schedule.steps(config.steps, config.spacing, config.start_level)
