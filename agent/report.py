@@ -16,6 +16,7 @@ from diffusion_core.config import ConfigError
 from diffusion_core.machine.child import in_child
 from diffusion_core.messages import Parser, reason_of
 from diffusion_core.report.folders import complete, read_study
+from diffusion_core.report.markdown import plot_front
 from diffusion_core.report.page import write_page
 from diffusion_core.report.study import Study
 from diffusion_core.report.watching import FOLDER_SECONDS, SERVER_SECONDS, watch
@@ -44,14 +45,25 @@ def _on_server(sources: Sequence[str]) -> bool:
     return len(sources) == 1 and source.count("/") == 2 and all(source.split("/")) and not Path(source).exists()
 
 
-def write_ended(source: Path | str, out: Path, *, forked: bool = True) -> None:
+def write_ended(source: Path | str, out: Path, *, plot: Path | None = None, forked: bool = True) -> None:
     """Write the report of a sweep or chain that has ended, and print its path. A failure is one line of warning.
 
-    ``forked``: work in a child process, whose memory is freed at once.
+    Args:
+        source: what has ended: a folder, or ``ENTITY/PROJECT/ID``.
+        out: the page.
+        plot: PNG file for quality against cost, if that is wanted and both are known.
+        forked: work in a child process, whose memory is freed at once.
     """
+
+    def write() -> None:
+        study = replace(study_of([str(source)]), running=False)
+        write_page(study, out)
+        if plot is not None:
+            plot_front(study.without_secrets(), plot)
+
     try:
         call = in_child if forked else lambda function: function()
-        call(lambda: write_page(replace(study_of([str(source)]), running=False), out))
+        call(write)
     except Exception as error:
         print(f"warning: {str(out)!r}: no report: {reason_of(error)}", file=sys.stderr)
     else:

@@ -47,7 +47,7 @@ TESTS = {
     "pruning.masks.strategies": "test_strategies test_masks",
     "pruning.channels.search": "test_structural",
     "agent.sweep.file": "test_sweep_files",
-    "agent.sweep.offline": "test_offline_sweeps",
+    "diffusion_core.search.offline": "test_offline_sweeps",
     "diffusion_core.training.checkpoints": "test_alerts test_start test_moving",
     "diffusion_core.training.resume": "test_start test_moving",
 }

@@ -48,7 +48,7 @@ COMPUTED = {"registry.py", "plugins.py"}
 """Modules that import others by computed names: the rooms of a registry, and users' own modules."""
 
 MOST_ENTRIES = {"agent": 14}
-MOST_LINES_IN = {"agent": 5000}
+MOST_LINES_IN = {"agent": 4000}
 """Lines of all modules of a package: the agent stays thin."""
 MOST_MODULES = 16
 MOST_LINES = 350

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.command import UNUSABLE, fail, run_and_leave
-from agent.sweep.file import SweepError, SweepFile, check_places, load_sweep, plugins_of_trials
-from agent.sweep.offline import OfflineSweep, run_offline
+from agent.sweep.file import SweepFile, check_places, load_sweep, plugins_of_trials
+from agent.sweep.offline import offline_sweep, run_offline
 from agent.sweep.online import OnlineSweep, agent_tasks, create_sweep, find_sweep, online_sweep, run_agents
 from agent.tracking.environment import load_environment, wandb_mode
 from diffusion_core.config import ConfigError
@@ -21,6 +21,8 @@ from diffusion_core.machine.sharing import shares, threads_each, visible_gpus
 from diffusion_core.messages import Parser
 from diffusion_core.registries import LAUNCHERS
 from diffusion_core.run_folder import check_recorded
+from diffusion_core.search.offline import OfflineSweep
+from diffusion_core.search.sweep import SweepError
 
 DESCRIPTION = """\
 Check every parameter of a W&B sweep file, then run its trials: online (create the sweep on W&B, and run W&B's agents
@@ -106,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if plan.online is not None:
                 return run_agents(plan.online, plan.sweep, launcher, arguments.count, wait=not arguments.detach)
             folder = offline_folder(plan.sweep, arguments)
-            return run_offline(OfflineSweep(plan.sweep, folder, launcher=launcher), arguments.count)
+            return run_offline(offline_sweep(plan.sweep, folder, launcher=launcher), arguments.count)
     except ConfigError as error:
         for line in str(error).splitlines():
             fail(line)
@@ -157,7 +159,7 @@ def plan_offline(sweep: SweepFile | None, arguments: argparse.Namespace) -> Plan
     record = launcher_record(arguments, sweep)
     jobs = arguments.jobs or (one_per_gpu() if record.shares_machine else JOBS_AT_ONCE)
     parts = shares_for(record, jobs)
-    coordinator = OfflineSweep(sweep, offline_folder(sweep, arguments), launcher=record.make(parts, arguments.slurm))
+    coordinator = offline_sweep(sweep, offline_folder(sweep, arguments), launcher=record.make(parts, arguments.slurm))
     preview = coordinator.preview()
     tell_cost(sweep, arguments, jobs, coordinator)
     if arguments.dry_run and preview:

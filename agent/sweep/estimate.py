@@ -5,30 +5,19 @@ from __future__ import annotations
 import math
 import shutil
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from agent.sweep.file import SweepFile
-from agent.sweep.results import parameters_line
 from diffusion_core.messages import duration, size_in_words
-from diffusion_core.search import engine
+from diffusion_core.search.offline import first_trials
+from diffusion_core.search.results import parameters_line
 from pruning.estimate import Estimator, TrialEstimate
 
 SAMPLED_TRIALS = 10
 """Number of trials to estimate. The mean stands for all."""
-
-
-def first_trials(sweep: SweepFile) -> Iterator[dict[str, Any]]:
-    """Yield what the search engine suggests first, before any trial has ended."""
-    runs: list[Any] = []
-    while sweep.total is None or len(runs) < sweep.total:
-        parameters = engine.suggest(sweep.engine_config(), runs)
-        if parameters is None:
-            return
-        yield parameters
-        runs.append(engine.past_run(str(len(runs)), parameters, "running", {}, []))
 
 
 def estimate_trial(sweep: SweepFile, estimator: Estimator, parameters: dict[str, Any]) -> TrialEstimate:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from agent.config import TrialConfig, build_config
-from agent.sweep.settings import setting_problems, violations
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError, flatten, list_knobs, read_yaml, unknown_key
 from diffusion_core.config.plugins import KEY, plugin_problems
@@ -18,14 +17,10 @@ from diffusion_core.config.steps import without_effect
 from diffusion_core.messages import shortened, suggested
 from diffusion_core.registries import DATASETS
 from diffusion_core.search.macros import TrialCommand, read_command
-from diffusion_core.search.space import flat_parameters, grid_size, trials_of, values_to_try, with_numbers
+from diffusion_core.search.settings import EXPONENTS, form_problems, setting_problems
+from diffusion_core.search.space import flat_parameters, grid_size, values_to_try, with_numbers
+from diffusion_core.search.sweep import Sweep, SweepError, name_problems
 from pruning.config import methods, unheard
-
-EXPONENTS = ("log_uniform", "inv_log_uniform", "q_log_uniform")
-"""Distributions whose ends are exponents of e. W&B advises against them, and accepts them."""
-
-MAX_NAME_BYTES = 200
-"""Length of a sweep's name. A folder's name may have 255 bytes."""
 
 FOLDER = Path("sweeps")
 """Folder of the sweep files of this project, from its root."""
@@ -43,25 +38,9 @@ MAX_GRID = 100_000
 """Combinations of a grid. The engine lists all of them for every suggestion."""
 
 
-class SweepError(ConfigError):
-    """A sweep that cannot be run. The message has one line per problem."""
-
-
 @dataclass(frozen=True)
-class SweepFile:
-    """A checked sweep.
-
-    Attributes:
-        name: the sweep's name, or the file's.
-        config: the file's content, in W&B's format.
-        parameters: the parameters, flat, by dotted key.
-        command: what a trial reads besides them.
-    """
-
-    name: str
-    config: dict[str, Any]
-    parameters: dict[str, dict[str, Any]]
-    command: TrialCommand
+class SweepFile(Sweep):
+    """A checked sweep over the knobs of :class:`TrialConfig`."""
 
     def trial(self, chosen: Mapping[str, Any]) -> TrialConfig:
         """Return the configuration of a trial for which the search chose these values.
@@ -84,57 +63,6 @@ class SweepFile:
             chosen = dict(zip(keys, combination, strict=True))
             with suppress(ConfigError):
                 yield chosen, self.trial(first | chosen)
-
-    @property
-    def metric(self) -> str | None:
-        """Name of the metric, or None."""
-        return self.config.get("metric", {}).get("name")
-
-    @property
-    def maximize(self) -> bool:
-        """Whether larger values of the metric are better."""
-        return self.config.get("metric", {}).get("goal") == "maximize"
-
-    @property
-    def target(self) -> float | None:
-        """Value of the metric at which no further trials begin, or None."""
-        return self.config.get("metric", {}).get("target")
-
-    @property
-    def varied(self) -> list[str]:
-        """The parameters that differ between trials."""
-        return [
-            key for key, spec in self.parameters.items() if len(spec.get("values", (0, 1))) > 1 and "value" not in spec
-        ]
-
-    @property
-    def run_cap(self) -> int | None:
-        """Largest number of trials, or None."""
-        return self.config.get("run_cap")
-
-    def grid_size(self) -> int | None:
-        """Return the number of trials of a grid; None for other methods."""
-        return grid_size(self.parameters) if self.config["method"] == "grid" else None
-
-    @property
-    def total(self) -> int | None:
-        """Number of trials; None if the search has no end."""
-        return min((cap for cap in (self.run_cap, self.grid_size()) if cap is not None), default=None)
-
-    def renamed(self, name: str) -> SweepFile:
-        """Return the same sweep with another name.
-
-        Raises:
-            SweepError: if a folder cannot have that name.
-        """
-        if problems := _name_problems(name):
-            raise SweepError(*problems)
-        return replace(self, name=name, config=self.config | {"name": name})
-
-    def engine_config(self) -> dict[str, Any]:
-        """Return the configuration for W&B's search engine: parameters flat, and no settings of the server."""
-        known = ("method", "metric", "early_terminate")
-        return {key: self.config[key] for key in known if key in self.config} | {"parameters": self.parameters}
 
 
 def load_sweep(path: Path) -> SweepFile:
@@ -188,7 +116,7 @@ def check_sweep(config: dict[str, Any], source: str, name: str) -> SweepFile:
     problems += unloaded
     if not unloaded:  # Without a plugin, all that it adds is unknown.
         problems += [*setting_problems(config), *_parameter_problems(sweep)]
-        problems += _name_problems(name) if isinstance(name, str) else []
+        problems += name_problems(name) if isinstance(name, str) else []
     if not problems:
         problems += [*_unlogged_metric(sweep), *_out_of_reach(sweep)]
     if problems:
@@ -200,15 +128,9 @@ def plugins_of_trials(sweep: SweepFile) -> list[str]:
     """Import the plugins of all trials. Return what is wrong with the first one that cannot be imported."""
     named = [layer[KEY] for layer in sweep.command.layers if layer is not None and KEY in layer]
     spec = sweep.parameters.get(KEY)
-    if spec is not None and not _form_problems(KEY, spec, None):  # Else reported with the other parameters.
+    if spec is not None and not form_problems(KEY, spec, None):  # Else reported with the other parameters.
         named += values_to_try(spec)
     return plugin_problems(named)
-
-
-def _name_problems(name: str) -> list[str]:
-    if name and Path(name).name == name and name.isprintable() and len(name.encode()) <= MAX_NAME_BYTES:
-        return []
-    return [f"name = {shortened(name)}: expected a name that a folder can have"]
 
 
 def _unlogged_metric(sweep: SweepFile) -> Iterator[str]:
@@ -272,7 +194,7 @@ def _parameter_problems(sweep: SweepFile) -> list[str]:
     right: dict[str, dict[str, Any]] = {}
     problems: list[str] = []
     for key, spec in sweep.parameters.items():
-        wrong = _form_problems(key, spec, method)
+        wrong = form_problems(key, spec, method)
         known = key.partition(".")[0] in TrialConfig.model_fields
         if not known or ("." in key and key not in fields):
             wrong = [unknown_key(key, spec, fields)]
@@ -284,18 +206,6 @@ def _parameter_problems(sweep: SweepFile) -> list[str]:
     if method == "bayes" and not problems and all("value" in spec for spec in right.values()):
         problems.append("parameters: expected one that varies, for method=bayes to search")
     return problems + _value_problems(replace(sweep, parameters=right))
-
-
-def _form_problems(key: str, spec: Any, method: Any) -> list[str]:
-    """Return what is wrong with the form of one parameter."""
-    wrong = violations(key, spec, {"parameters": {key: spec}})
-    if wrong:
-        return wrong
-    if method == "bayes" and "probabilities" in spec:
-        return [f"{key} = {shortened(spec)}: expected values: without probabilities:, which method=bayes cannot use"]
-    if method == "grid" and trials_of(spec) is None:
-        return [f"{key} = {shortened(spec)}: expected value: or values:, which method=grid needs"]
-    return []
 
 
 def _value_problems(sweep: SweepFile) -> list[str]:

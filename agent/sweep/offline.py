@@ -1,319 +1,39 @@
-"""Run a sweep without a server: W&B's search engine suggests trials, and a launcher runs several at once.
-
-They are processes of this machine, or jobs of a cluster, which outlive this process.
-
-The sweep survives a kill at any moment. Its folder:
-
-runs/sweeps/NAME/
-    sweep.json                   the sweep and the state of its trials
-    trials/ID/                   the folder of each trial, with its offline W&B run
-    ID-samples.png, ID-diffusion.gif
-    results.csv, results.json, results.png, report.html
-"""
+"""Run a sweep without a server: what the engine of the core needs to know of W&B, and what is printed at the end."""
 
 from __future__ import annotations
 
 import os
-import re
-import secrets
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from agent.report import NAME, write_ended
-from agent.sweep.file import SweepError, SweepFile
-from agent.sweep.plot import PLOT_FILE, plot_results
-from agent.sweep.progress import SweepProgress
-from agent.sweep.results import TrialRecord, table, write_results
-from agent.sweep.state import (
-    DONE,
-    FAILED,
-    FINISHED,
-    RUNNING,
-    STOPPED,
-    STOPPING,
-    SUBMITTED,
-    WAITING,
-    SweepState,
-    Trial,
-)
-from agent.sweep.trials import TrialReader
+from agent.sweep.file import SweepFile
 from agent.tracking.environment import OFFLINE_SWEEP
-from diffusion_core.machine.jobs import Job, Launcher, Outcome, Task
-from diffusion_core.machine.processes import end_orphan
-from diffusion_core.machine.sharing import shares
-from diffusion_core.registries import LAUNCHERS
-from diffusion_core.search import engine
-from diffusion_core.search.macros import expand_command
+from diffusion_core.machine.jobs import Launcher
+from diffusion_core.search.offline import NothingWorks, OfflineSweep
+from diffusion_core.search.results import CSV_FILE, JSON_FILE, table
+from diffusion_core.search.state import FAILED
 
-PARAMETERS_FILE = "parameters.json"
-"""File in a trial's folder with its parameters, if the sweep's command asks for it."""
-
-POLL_SECONDS = 0.1
-ATTEMPTS = 2
-"""Number of times that a trial is tried: the machine may have caused the first failure."""
-FAILURES_AT_START = 5
-"""Number of failed trials after which the sweep stops if no trial has finished."""
-STOP_GRACE_SECONDS = 120.0
-"""Seconds that a trial has to end after early termination stopped it. Then it is killed."""
-ID_LENGTH = 40
-"""Characters of a sweep's name in its trials' ids. W&B allows 64 in all."""
+PLOT_FILE = "results.png"
+"""The plot of quality against cost in a sweep's folder."""
 
 
-class NothingWorks(RuntimeError):
-    """Several trials failed, and none finished."""
-
-
-@dataclass
-class Running:
-    """A trial that has a process or a job.
-
-    Attributes:
-        trial: the trial.
-        job: its process, or its job on a cluster.
-        kill_at: when to kill it, if it was told to end.
-        history_bytes: size of its history when early termination last checked it.
-    """
-
-    trial: Trial
-    job: Job
-    kill_at: float | None = None
-    history_bytes: int = 0
-
-
-class OfflineSweep:
-    """Runs the trials of a sweep.
-
-    Args:
-        sweep: a checked sweep file.
-        folder: the sweep's folder. A sweep in it is resumed.
-        jobs: number of trials at once, on this machine.
-        launcher: where they run instead, and how many at once.
+def offline_sweep(sweep: SweepFile, folder: Path, jobs: int = 1, launcher: Launcher | None = None) -> OfflineSweep:
+    """Return a sweep whose trials record their runs offline: ``jobs`` processes at once, or what a launcher runs.
 
     Raises:
         SweepError: if the folder holds a sweep with another content, or a damaged one.
     """
-
-    def __init__(self, sweep: SweepFile, folder: Path, jobs: int = 1, launcher: Launcher | None = None) -> None:
-        self.sweep = sweep
-        self.folder = folder
-        self.state = SweepState(sweep, folder)
-        self.reader = TrialReader(self.state, sweep.metric)
-        self.search = engine.Search(sweep.engine_config())
-        self.launcher: Launcher = launcher or LAUNCHERS["local"].make(shares(jobs), None)
-        self.progress = SweepProgress(sweep, self.state, self.reader, self.launcher.slots)
-        self.running: list[Running] = []
-        self.exhausted = False
-
-    def ended_trials(self) -> list[Trial]:
-        """Return the trials that will not run again."""
-        return [trial for trial in self.state.trials if trial.state in DONE]
-
-    def run(self, count: int | None = None) -> list[TrialRecord]:
-        """Run trials until none is left, ``count`` were run, or ``run_cap`` or the metric's target is reached.
-
-        Returns:
-            All trials of the sweep, best first.
-
-        Raises:
-            SweepError: if another process runs this sweep, or its command cannot be started.
-            KeyboardInterrupt: if this process was told to stop. The trials have written their checkpoints.
-            NothingWorks: if several trials failed, and none finished.
-        """
-        begun: set[str] = set()
-        ended: list[str] = []
-        with self.state.locked(), self.launcher.locked(self.folder):
-            with self.launcher.listening() as received:
-                begun |= self._take_over()
-                while True:
-                    while not received and not hopeless(ended) and len(self.running) < self.launcher.slots:
-                        trial = self._next_trial(begun, may_begin=count is None or len(begun) < count)
-                        if trial is None:
-                            break
-                        begun.add(trial.id)
-                        self._start(trial)
-                    if not self.running:
-                        break
-                    if received and self.launcher.leave([running.job for running in self.running], received):
-                        break
-                    time.sleep(POLL_SECONDS)
-                    ended += self._end_trials(interrupted=bool(received))
-                    self._stop_bad_trials()
-            write_results(self.folder, self.reader.ranked())
-            plot_results(self.folder / PLOT_FILE, self.sweep, self.reader.records())
-        if received:
-            raise KeyboardInterrupt
-        if hopeless(ended):
-            raise NothingWorks(f"{len(ended)} trials failed and none came to its end; nothing more is started")
-        return self.reader.ranked()
-
-    def _take_over(self) -> set[str]:
-        """Wait for the processes of a sweep process that was killed, and update the states of their trials.
-
-        Jobs of a cluster go on: they are under way again. Return the ids of their trials.
-        """
-        for trial in self.state.trials:
-            if trial.state not in (RUNNING, SUBMITTED, STOPPING):
-                continue
-            folder = self.state.trial_folder(trial)
-            if trial.job is not None:
-                job = self.launcher.adopt(trial.id, folder, trial.job, self._note_job(trial))
-                self.running.append(Running(trial, job))
-                if trial.state == STOPPING:
-                    self._stop(self.running[-1])
-                continue
-            end_orphan(folder)
-            if self.reader.has_result(trial):
-                trial.state = FINISHED
-            else:
-                trial.state = STOPPED if trial.state == STOPPING else WAITING
-        self.state.write()
-        return {running.trial.id for running in self.running}
-
-    def _next_trial(self, begun: set[str], may_begin: bool) -> Trial | None:
-        """Return a waiting trial, or else a new one; None if there is none.
-
-        Args:
-            begun: ids of the trials that this process has run.
-            may_begin: whether to return others than these.
-        """
-        trials = self.state.trials
-        waiting = [trial for trial in trials if trial.state == WAITING and (may_begin or trial.id in begun)]
-        if waiting or self.exhausted or not may_begin:
-            return waiting[0] if waiting else None
-        if self.sweep.run_cap is not None and len(trials) >= self.sweep.run_cap:
-            return None
-        if self.reader.reached(self.sweep.target):
-            print(f"metric.target = {self.sweep.target}: reached; no further trial begins", flush=True)
-            self.exhausted = True
-            return None
-        parameters = self.search.suggest([trial.parameters for trial in trials], self.reader.engine_runs)
-        if parameters is None:
-            self.exhausted = True
-            return None
-        trial = Trial(self._trial_id(len(trials) + 1), parameters)
-        trials.append(trial)
-        return trial
-
-    def preview(self) -> str:
-        """Return what the launcher would run for the first trial; empty if there is nothing to show.
-
-        Raises:
-            ConfigError: if the launcher would refuse it.
-        """
-        parameters = self.search.suggest([], list) or {}
-        return self.launcher.preview(self._task(Trial(self._trial_id(1), parameters), write=False))
-
-    def _trial_id(self, number: int) -> str:
-        name = re.sub(r"[^A-Za-z0-9_-]+", "-", self.sweep.name)[:ID_LENGTH]
-        return f"{name}-{number:03d}-{secrets.token_hex(2)}"
-
-    def _task(self, trial: Trial, *, write: bool = True) -> Task:
-        """Return what the launcher runs for a trial. Write the file of its parameters if the command names it."""
-        folder = self.state.trial_folder(trial)
-        environment = {
-            "WANDB_MODE": "disabled" if os.environ.get("WANDB_MODE") == "disabled" else "offline",
-            "WANDB_RUN_ID": trial.id,
-            "WANDB_NAME": trial.id,
-            "WANDB_RUN_GROUP": self.sweep.name,
-            OFFLINE_SWEEP: self.sweep.name,
-            "WANDB_SILENT": os.environ.get("WANDB_SILENT", "true"),
-        }
-        config, parameters = self.sweep.config, trial.parameters | {"log.dir": str(folder)}
-        file = folder / PARAMETERS_FILE
-        command = expand_command(config.get("command"), parameters, config.get("program"), file, write=write)
-        return Task(trial.id, command, environment, folder)
-
-    def _note_job(self, trial: Trial) -> Callable[[str | None], None]:
-        """Return what notes a trial's job. It is noted before the start: the next sweep process must know of it."""
-
-        def note(job: str | None) -> None:
-            trial.state, trial.job = RUNNING if job is None else SUBMITTED, job
-            self.state.write()
-
-        return note
-
-    def _start(self, trial: Trial) -> None:
-        """Start a trial."""
-        task = self._task(trial)
-        try:
-            job = self.launcher.start(task, self._note_job(trial))
-        except OSError as error:
-            trial.state, trial.job = WAITING, None
-            self.state.write()
-            raise SweepError(f"command = {task.command[0]!r}: {error.strerror}") from None
-        self.running.append(Running(trial, job))
-        self.progress.started(trial)
-
-    def _end_trials(self, interrupted: bool) -> list[str]:
-        """Update the trials that have ended. Return the states of those that are done."""
-        states = []
-        for running in list(self.running):
-            outcome, trial = running.job.poll(), running.trial
-            if outcome is None:
-                if running.kill_at is not None and time.monotonic() > running.kill_at:
-                    running.kill_at = time.monotonic() + STOP_GRACE_SECONDS
-                    running.job.kill()
-                continue
-            self.running.remove(running)
-            total = running.job.total_seconds
-            trial.seconds = trial.seconds + running.job.seconds if total is None else total
-            self._set_ended_state(trial, outcome, interrupted)
-            trial.job = None
-            self.state.write()
-            self.reader.copy_pictures(trial)
-            log = self.launcher.log(self.state.trial_folder(trial))
-            self.progress.ended(trial, outcome, [other.job.seconds for other in self.running], log)
-            if trial.state in DONE:
-                states.append(trial.state)
-        return states
-
-    def _set_ended_state(self, trial: Trial, outcome: Outcome, interrupted: bool) -> None:
-        """Set the state of a trial that ended."""
-        finished = outcome.lost or outcome.code == 0
-        if outcome.lost or trial.state == STOPPING:
-            finished = finished and self.reader.has_result(trial)
-        if finished:
-            trial.state = FINISHED
-        elif trial.state == STOPPING:
-            trial.state = STOPPED
-        elif interrupted or outcome.interrupted:
-            trial.state = WAITING
-        else:
-            trial.failures += 1
-            trial.state = FAILED if trial.failures >= ATTEMPTS else WAITING
-
-    def _stop_bad_trials(self) -> None:
-        """Stop the trials that early termination gives up, if any history has grown."""
-        if "early_terminate" not in self.sweep.config:
-            return
-        sizes = [self.reader.history_bytes(running.trial) for running in self.running]
-        if sizes == [running.history_bytes for running in self.running]:
-            return
-        doomed = engine.doomed(self.sweep.engine_config(), self.reader.engine_runs())
-        for running, size in zip(self.running, sizes, strict=True):
-            running.history_bytes = size
-            if running.trial.id in doomed and running.trial.state in (RUNNING, SUBMITTED):
-                running.trial.state = STOPPING
-                self.state.write()
-                self._stop(running)
-
-    @staticmethod
-    def _stop(running: Running) -> None:
-        """Tell a trial to end for good."""
-        running.kill_at = time.monotonic() + STOP_GRACE_SECONDS
-        running.job.stop()
-
-
-def hopeless(ended: Sequence[str]) -> bool:
-    """Return whether so many trials failed, and none finished, that no further one should start."""
-    return len(ended) >= FAILURES_AT_START and set(ended) == {FAILED}
+    mode = "disabled" if os.environ.get("WANDB_MODE") == "disabled" else "offline"
+    group = {"WANDB_MODE": mode, "WANDB_RUN_GROUP": sweep.name, OFFLINE_SWEEP: sweep.name}
+    group["WANDB_SILENT"] = os.environ.get("WANDB_SILENT", "true")
+    return OfflineSweep(
+        sweep, folder, jobs, launcher, lambda trial: group | {"WANDB_RUN_ID": trial, "WANDB_NAME": trial}
+    )
 
 
 def run_offline(coordinator: OfflineSweep, count: int | None) -> int:
-    """Run an offline sweep and print its table. Return the exit status."""
+    """Run an offline sweep, print its table, and write its report. Return the exit status."""
     sweep, folder = coordinator.sweep, coordinator.folder
     try:
         records = coordinator.run(count)
@@ -325,7 +45,7 @@ def run_offline(coordinator: OfflineSweep, count: int | None) -> int:
         records = coordinator.reader.ranked()
     print(f"\n{sweep.name}: {len(records)} trials" + (f", best {sweep.metric} first" if sweep.metric else ""))
     print(table(records, sweep.varied, sweep.metric))
-    print(f"\nresults.csv, results.json, results.png, sample grids and GIFs: {folder}/")
+    print(f"\n{CSV_FILE}, {JSON_FILE}, sample grids and GIFs: {folder}/")
     print(f"to put it all on W&B: python -m agent.sync {folder}")
-    write_ended(folder, folder / NAME)
+    write_ended(folder, folder / NAME, plot=folder / PLOT_FILE)
     return 0 if all(record.state != FAILED for record in records) else 1

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.report import NAME, write_ended
-from agent.sweep.file import SweepError, SweepFile, check_sweep
-from agent.sweep.results import TrialRecord, table
+from agent.sweep.file import SweepFile, check_sweep
 from diffusion_core.config.metrics import best_first
 from diffusion_core.machine.child import in_child
 from diffusion_core.machine.jobs import AgentTasks, Launcher
+from diffusion_core.search.results import TrialRecord, table
+from diffusion_core.search.sweep import SweepError
 
 LOGS = Path("runs/agents")
 """Folder of the agents' output if several run at once."""

@@ -47,8 +47,7 @@ def write_markdown(study: Study, path: Path) -> None:
     if equal:
         lines += ["Not told apart from it:", ""]
         lines += [f"- {escaped(f'{other.best.name}: {other.text()}')}" for other in equal] + [""]
-    costs = [name for name in study.costs() if study.metric in study.goals]
-    if costs and plot_front(study, costs[0], named(path, "front")):
+    if plot_front(study, named(path, "front")):
         lines += [f"![quality against cost]({named(path, 'front').name})", ""]
     lines += ["## Trials", "", *_table(study, order), ""]
     if found := importances(study):
@@ -102,11 +101,16 @@ def _pictures(study: Study, order: Sequence[int], path: Path) -> list[str]:
     return ["## Samples", "", *lines] if lines else []
 
 
-def plot_front(study: Study, cost: str, path: Path) -> bool:
-    """Plot the metric against a cost with its Pareto front; return False and write nothing without such trials."""
+def plot_front(study: Study, path: Path) -> bool:
+    """Plot the metric against the first cost that is known, with the Pareto front.
+
+    Return False and write nothing if the metric has no goal, or no trial has both figures.
+    """
     from matplotlib.figure import Figure  # Slow to import; without pyplot, it needs no display.
 
-    metric = study.metric or ""
+    metric, cost = study.metric or "", next(iter(study.costs()), "")
+    if metric not in study.goals:
+        return False
     known = [t for t in study.trials if t.value(metric) is not None and t.value(cost) is not None]
     if not known:
         return False

@@ -21,7 +21,6 @@ from tiny import TINY, digits, metadata, tiny_network
 from agent import leaderboard
 from agent.__main__ import main
 from agent.config import build_config
-from agent.sweep.results import JSON_FILE
 from agent.trial import run_trial
 from diffusion_core.checkpoint import CheckpointError, read_checkpoint, step_folder, write_checkpoint
 from diffusion_core.choice import announce, best_of, choose
@@ -29,6 +28,7 @@ from diffusion_core.config import flatten
 from diffusion_core.files import write_json, write_json_lines
 from diffusion_core.run_folder import HISTORY_FILE, PROTOCOLS_FILE, read_history
 from diffusion_core.runs.result import TrialResult, write_result
+from diffusion_core.search.results import JSON_FILE
 from diffusion_core.tracking import MemoryTracker
 from diffusion_core.training.trainer import TrainState
 

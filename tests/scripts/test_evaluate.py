@@ -21,7 +21,6 @@ from tiny import TINY, digits
 
 from agent import leaderboard
 from agent.config import build_config
-from agent.sweep.results import JSON_FILE
 from agent.trial import run_trial
 from diffusion_core import cache
 from diffusion_core.data.datasets import DataError, load_data
@@ -29,6 +28,7 @@ from diffusion_core.evaluation.classifier.classifier import classifier_for
 from diffusion_core.evaluation.generated import generated
 from diffusion_core.model.unet import build_network
 from diffusion_core.sampling.generation import Generator
+from diffusion_core.search.results import JSON_FILE
 from diffusion_core.tracking import MemoryTracker
 from diffusion_core.training.evaluation import Evaluate
 from diffusion_core.training.trainer import TrainState

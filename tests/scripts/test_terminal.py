@@ -21,13 +21,13 @@ from tiny import TINY
 
 import diffusion_core
 from agent.config import TrialConfig
-from agent.sweep.results import TrialRecord
-from agent.sweep.results import table as sweep_table
 from diffusion_core.config import PRESETS, list_knobs
 from diffusion_core.config.parsing import COMMAND_FLAGS
 from diffusion_core.config.presets import PRESET_HELP
 from diffusion_core.config.usage import FLAGS, USUAL, sections
 from diffusion_core.evaluation.leaderboard import entry, show
+from diffusion_core.search.results import TrialRecord
+from diffusion_core.search.results import table as sweep_table
 from diffusion_core.tables import short_names, text_table
 from diffusion_core.terminal import progress
 from diffusion_core.terminal.progress import Lines, Shown, progress_of

@@ -12,12 +12,13 @@ import pytest
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from agent.config import TrialConfig, build_config, config_from_words
-from agent.sweep import offline
 from agent.sweep.estimate import describe_sweep, list_trials
-from agent.sweep.file import SweepError, SweepFile, check_sweep
-from agent.sweep.offline import OfflineSweep
+from agent.sweep.file import SweepFile, check_sweep
+from agent.sweep.offline import offline_sweep
 from diffusion_core.config import split_argv
+from diffusion_core.search import offline
 from diffusion_core.search.macros import HYPHENATED, JSON_FILE, NO_FALSE, PASSING, expand_command, spellings
+from diffusion_core.search.sweep import SweepError
 from pruning.estimate import Estimator
 
 AGENT = ["${env}", "${interpreter}", "-m", "agent"]
@@ -312,7 +313,7 @@ def test_offline_each_macro_passes_what_the_sweep_chose(
     parameters = {key: {"value": value} for key, value in VALUES.items()} | {"seed": {"values": [1, 2]}}
     words = ["--config", macro] if macro == JSON_FILE else [macro]
     sweep = sweep_of(["${interpreter}", "-S", "${program}", *words], parameters, program=str(program))
-    coordinator = OfflineSweep(sweep, tmp_path / "out", jobs=2)
+    coordinator = offline_sweep(sweep, tmp_path / "out", jobs=2)
     coordinator.run()
     assert sorted(os.listdir(notes)) == sorted(trial.id for trial in coordinator.state.trials)
     for trial in coordinator.state.trials:

@@ -16,13 +16,14 @@ import pytest
 from clusters import fake_slurm
 
 from agent.sweep import __main__ as command
-from agent.sweep import offline
-from agent.sweep.file import SweepError, SweepFile, check_sweep
-from agent.sweep.offline import OfflineSweep
+from agent.sweep.file import SweepFile, check_sweep
+from agent.sweep.offline import offline_sweep
 from diffusion_core.machine import slurm_queue
 from diffusion_core.machine.child import in_child
 from diffusion_core.registries import LAUNCHERS
-from diffusion_core.search import engine
+from diffusion_core.search import engine, offline
+from diffusion_core.search.offline import OfflineSweep
+from diffusion_core.search.sweep import SweepError
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -40,7 +41,9 @@ def sweep_of(trials: int, method: str = "grid") -> SweepFile:
 
 
 def run_sweep(folder: Path, trials: int, at_once: int) -> OfflineSweep:
-    coordinator = OfflineSweep(sweep_of(trials), folder / "sweep", launcher=LAUNCHERS["slurm"].make([{}] * at_once, ""))
+    coordinator = offline_sweep(
+        sweep_of(trials), folder / "sweep", launcher=LAUNCHERS["slurm"].make([{}] * at_once, "")
+    )
     coordinator.run()
     return coordinator
 
@@ -54,7 +57,6 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, value in {**fake_slurm.install(tmp_path / "bin"), slurm_queue.POLL: "0.1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(offline, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(offline, "plot_results", lambda *arguments: None)
     return tmp_path / "bin"
 
 
@@ -140,7 +142,6 @@ def test_a_plugin_adds_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (example,) = re.findall(r"```py\n(.*?)```", (ROOT / "docs/extending.md").read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "polite_plugin.py").write_text(example, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(offline, "plot_results", lambda *arguments: None)
     priority = "import os, sys; sys.exit(0 if os.nice(0) >= 7 else 1)"
     content = {
         "method": "grid",
@@ -171,7 +172,7 @@ if __name__ == "__main__":  # Time and memory of a coordinator: python test_fake
         place = Path(sys.argv[1]) / str(count)
         place.mkdir(parents=True)
         os.environ |= {**fake_slurm.install(place / "bin"), slurm_queue.POLL: "0.1"}
-        offline.POLL_SECONDS, offline.plot_results = 0.01, lambda *arguments: None
+        offline.POLL_SECONDS = 0.01
         sweep_of(count)  # Imports are counted for none.
         start, cpu = time.monotonic(), time.process_time()
         done = run_sweep(place, count, at_once=16)

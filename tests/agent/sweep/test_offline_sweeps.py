@@ -22,15 +22,17 @@ from typing import Any
 import pytest
 
 from agent.sweep import __main__ as sweep
-from agent.sweep import offline
-from agent.sweep import state as sweep_state
-from agent.sweep.file import SweepError, SweepFile, check_sweep
-from agent.sweep.offline import NothingWorks, OfflineSweep
-from agent.sweep.trials import TrialReader
+from agent.sweep import offline as agent_offline
+from agent.sweep.file import SweepFile, check_sweep
+from agent.sweep.offline import offline_sweep, run_offline
 from diffusion_core.machine import processes, sharing
 from diffusion_core.machine.sharing import SHARERS
 from diffusion_core.run_folder import SWEEP_STATE
-from diffusion_core.search import engine
+from diffusion_core.search import engine, offline
+from diffusion_core.search import state as sweep_state
+from diffusion_core.search.offline import NothingWorks, OfflineSweep
+from diffusion_core.search.sweep import SweepError
+from diffusion_core.search.trials import TrialReader
 
 STUB = Path(__file__).parents[2] / "stub_trial.py"
 STEPS = 6
@@ -72,9 +74,8 @@ def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setenv("STUB_NOTES", str(folder))
     monkeypatch.setattr(offline, "POLL_SECONDS", 0.01)
-    # They take longer than all of a stub sweep; made where the whole command is run, and in tests of their own.
-    monkeypatch.setattr(offline, "plot_results", lambda *arguments: None)
-    monkeypatch.setattr(offline, "write_ended", lambda *arguments: None)
+    # It takes longer than all of a stub sweep; made where the whole command is run, and in tests of its own.
+    monkeypatch.setattr(agent_offline, "write_ended", lambda *arguments, **options: None)
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     return folder
@@ -128,7 +129,7 @@ def coordinator_process(loaded: SweepFile, folder: Path, jobs: int = 2) -> Itera
 
     def run() -> None:
         os.setsid()
-        sys.exit(offline.run_offline(OfflineSweep(loaded, folder, jobs), None))
+        sys.exit(run_offline(offline_sweep(loaded, folder, jobs), None))
 
     process = fork.Process(target=run)
     process.start()
@@ -149,7 +150,7 @@ def test_a_sweep_runs_to_its_end_two_trials_at_once(
 ) -> None:
     monkeypatch.setenv("STUB_MEET", "2")
     loaded, count = SWEEPS[method]
-    coordinator = OfflineSweep(loaded, tmp_path / "out", jobs=2)
+    coordinator = offline_sweep(loaded, tmp_path / "out", jobs=2)
     records = coordinator.run()
     assert states(coordinator) == ["finished"] * count
     assert len(records) == len(noted(notes)) == count
@@ -164,14 +165,14 @@ def test_a_sweep_runs_to_its_end_two_trials_at_once(
         assert events[0]["environment"]["WANDB_MODE"] == "offline"
         assert events[0]["environment"]["WANDB_RUN_GROUP"] == "stub sweep"
     # Nothing is left to do: run again, nothing is run.
-    assert OfflineSweep(loaded, tmp_path / "out", jobs=2).run() == records
+    assert offline_sweep(loaded, tmp_path / "out", jobs=2).run() == records
     assert_each_step_once(notes)
 
 
 @pytest.mark.parametrize("method", ["grid", "random"])
 def test_what_is_suggested_does_not_depend_on_how_many_run_at_once(method: str, tmp_path: Path) -> None:
     loaded, count = SWEEPS[method]
-    coordinator = OfflineSweep(loaded, tmp_path / "out", jobs=3)
+    coordinator = offline_sweep(loaded, tmp_path / "out", jobs=3)
     coordinator.run()
     runs: list[Any] = []
     for trial in coordinator.state.trials:
@@ -182,16 +183,16 @@ def test_what_is_suggested_does_not_depend_on_how_many_run_at_once(method: str, 
 
 def test_a_count_is_of_trials_now_and_the_rest_comes_later(tmp_path: Path, notes: Path) -> None:
     loaded, _ = SWEEPS["grid"]
-    assert len(OfflineSweep(loaded, tmp_path / "out", 2).run(count=1)) == 1
-    assert len(OfflineSweep(loaded, tmp_path / "out", 2).run(count=2)) == 3
-    assert len(OfflineSweep(loaded, tmp_path / "out", 2).run()) == 4
+    assert len(offline_sweep(loaded, tmp_path / "out", 2).run(count=1)) == 1
+    assert len(offline_sweep(loaded, tmp_path / "out", 2).run(count=2)) == 3
+    assert len(offline_sweep(loaded, tmp_path / "out", 2).run()) == 4
     assert_each_step_once(notes)
 
 
 def test_a_sweep_is_extended_by_a_higher_cap(tmp_path: Path, notes: Path) -> None:
-    first = OfflineSweep(stub_sweep("random", RANGE, run_cap=2), tmp_path / "out")
+    first = offline_sweep(stub_sweep("random", RANGE, run_cap=2), tmp_path / "out")
     first.run()
-    more = OfflineSweep(stub_sweep("random", RANGE, run_cap=3), tmp_path / "out")
+    more = offline_sweep(stub_sweep("random", RANGE, run_cap=3), tmp_path / "out")
     more.run()
     assert [trial.id for trial in more.state.trials[:2]] == [trial.id for trial in first.state.trials]
     assert len(noted(notes)) == 3
@@ -207,7 +208,7 @@ def test_when_a_trial_reaches_the_target_no_further_one_begins(
 ) -> None:
     """As W&B documents it: what runs at that moment runs to its end."""
     loaded = stub_sweep("grid", {"train.lr": {"values": [0.9, 0.2, 0.8, 0.1, 0.7, 0.6]}}, metric=TARGET)
-    coordinator = OfflineSweep(loaded, tmp_path / "out", jobs)
+    coordinator = offline_sweep(loaded, tmp_path / "out", jobs)
     coordinator.run()
     count = {1: [2], 2: [2, 3]}[jobs]  # A second process takes the third as soon as the first is done.
     assert len(coordinator.state.trials) in count
@@ -215,7 +216,7 @@ def test_when_a_trial_reaches_the_target_no_further_one_begins(
     assert_each_step_once(notes)
     said = "metric.target = 0.5: reached; no further trial begins"
     assert capsys.readouterr().out.count(said) == 1
-    again = OfflineSweep(loaded, tmp_path / "out", jobs)
+    again = offline_sweep(loaded, tmp_path / "out", jobs)
     again.run()
     assert again.state.trials == coordinator.state.trials
     assert said in capsys.readouterr().out
@@ -261,7 +262,7 @@ def test_killed_and_started_again_no_trial_is_lost_or_run_twice(
         os.kill(pid, signal.SIGKILL)
     before = {trial["id"] for trial in json.loads((folder / "sweep.json").read_text())["trials"]}
     monkeypatch.delenv("STUB_HOLD")
-    coordinator = OfflineSweep(loaded, folder, jobs=2)
+    coordinator = offline_sweep(loaded, folder, jobs=2)
     records = coordinator.run()
     assert len(records) == len(noted(notes)) == count
     assert before <= {record.id for record in records}
@@ -291,7 +292,7 @@ def test_trials_behind_a_shell_end_with_their_killed_coordinator(
     wait_for(lambda: not any(alive(events[0]["pid"]) for events in noted(notes).values()))
     assert [events[-1]["event"] for events in noted(notes).values()] == ["stop", "stop"]
     monkeypatch.delenv("STUB_HOLD")
-    coordinator = OfflineSweep(loaded, tmp_path / "out", jobs=2)
+    coordinator = offline_sweep(loaded, tmp_path / "out", jobs=2)
     coordinator.run()
     assert states(coordinator) == ["finished"] * 4
     assert_each_step_once(notes)
@@ -320,7 +321,7 @@ def test_told_to_stop_it_waits_for_its_trials_and_goes_on_later(
         assert not alive(events[0]["pid"])
         assert events[-1]["event"] in ("stop", "end")
     monkeypatch.delenv("STUB_HOLD")
-    coordinator = OfflineSweep(loaded, folder, jobs=2)
+    coordinator = offline_sweep(loaded, folder, jobs=2)
     coordinator.run()
     assert states(coordinator) == ["finished"] * count
     assert_each_step_once(notes)
@@ -343,7 +344,7 @@ def test_a_trial_that_survives_its_coordinator_is_ended_before_it_is_gone_on_wit
     monkeypatch.delenv("STUB_STUBBORN")
     monkeypatch.delenv("STUB_HANG")
     monkeypatch.setattr(processes, "ORPHAN_GRACE_SECONDS", 0.2)
-    coordinator = OfflineSweep(loaded, tmp_path / "out")
+    coordinator = offline_sweep(loaded, tmp_path / "out")
     coordinator.run()
     assert not alive(orphan)
     assert states(coordinator) == ["finished"]
@@ -372,13 +373,13 @@ def test_a_process_of_another_host_is_waited_for_and_never_signalled(
 
 def test_a_trial_that_ended_while_nobody_looked_is_not_run_again(tmp_path: Path, notes: Path) -> None:
     loaded, _ = SWEEPS["grid"]
-    coordinator = OfflineSweep(loaded, tmp_path / "out")
+    coordinator = offline_sweep(loaded, tmp_path / "out")
     coordinator.run(count=2)
     for trial, state in zip(coordinator.state.trials, ("running", "stopping"), strict=True):
         trial.state = state
     coordinator.state.write()
     (coordinator.state.trial_folder(coordinator.state.trials[1]) / "result.json").unlink()
-    again = OfflineSweep(loaded, tmp_path / "out")
+    again = offline_sweep(loaded, tmp_path / "out")
     again.run()
     assert states(again) == ["finished", "stopped", "finished", "finished"]
     assert_each_step_once(notes)
@@ -391,7 +392,7 @@ def test_a_second_coordinator_is_refused_in_one_line(
     with coordinator_process(loaded, tmp_path / "out") as pid:
         wait_for(lambda: bool(noted(notes)))
         with pytest.raises(SweepError, match=f"is being run by process {pid}; ") as caught:
-            OfflineSweep(loaded, tmp_path / "out").run()
+            offline_sweep(loaded, tmp_path / "out").run()
         assert len(str(caught.value).splitlines()) == 1
 
 
@@ -399,7 +400,7 @@ def test_a_second_coordinator_is_refused_in_one_line(
 def test_a_damaged_state_is_refused_in_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / SWEEP_STATE).write_text(content)
     with pytest.raises(SweepError, match=r"its sweep\.json is damaged") as caught:
-        OfflineSweep(SWEEPS["grid"][0], tmp_path)
+        offline_sweep(SWEEPS["grid"][0], tmp_path)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -411,8 +412,8 @@ def test_a_trial_that_fails_is_tried_once_more_and_the_sweep_goes_on(
 ) -> None:
     monkeypatch.setenv("STUB_FAILURES", json.dumps({"1": 1, "2": 9}))
     loaded = stub_sweep("grid", {"train.lr": {"value": 0.1}, "seed": {"values": [1, 2, 3]}})
-    coordinator = OfflineSweep(loaded, tmp_path / "out", jobs=2)
-    assert offline.run_offline(coordinator, None) == 1
+    coordinator = offline_sweep(loaded, tmp_path / "out", jobs=2)
+    assert run_offline(coordinator, None) == 1
     assert states(coordinator) == ["finished", "failed", "finished"]
     events = list(dict(sorted(noted(notes).items())).values())
     assert [[event["event"] for event in trial].count("fail") for trial in events] == [1, 2, 0]
@@ -426,7 +427,7 @@ def test_a_trial_that_fails_is_tried_once_more_and_the_sweep_goes_on(
     )
     assert f"[3/3] {third} finished, val/loss 0.2667, rank " in out
     # What has failed for good stays so.
-    assert offline.run_offline(OfflineSweep(loaded, tmp_path / "out", jobs=2), None) == 1
+    assert run_offline(offline_sweep(loaded, tmp_path / "out", jobs=2), None) == 1
     assert len(noted(notes)[second]) == len(events[1])
 
 
@@ -434,7 +435,7 @@ def test_where_nothing_works_not_every_trial_is_tried(
     tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STUB_FAILURES", json.dumps({str(seed): 9 for seed in range(10)}))
-    coordinator = OfflineSweep(stub_sweep("random", RANGE), tmp_path / "out", jobs=2)
+    coordinator = offline_sweep(stub_sweep("random", RANGE), tmp_path / "out", jobs=2)
     with pytest.raises(NothingWorks, match="trials failed and none came to its end"):
         coordinator.run()
     assert offline.FAILURES_AT_START <= len(noted(notes)) <= offline.FAILURES_AT_START + 1
@@ -443,7 +444,7 @@ def test_where_nothing_works_not_every_trial_is_tried(
 def test_a_command_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     loaded = stub_sweep("grid", GRID, command=["no-such-program", "${args}"])
     with pytest.raises(SweepError, match="command = 'no-such-program': No such file or directory"):
-        OfflineSweep(loaded, tmp_path / "out").run()
+        offline_sweep(loaded, tmp_path / "out").run()
 
 
 GOOD = [{"lr": 0.1, "steps": 6}, {"lr": 0.1, "steps": 7}, {"lr": 0.1, "steps": 8}]
@@ -456,7 +457,7 @@ ONE_BAND = {"type": "hyperband", "max_iter": 9, "eta": 3, "s": 1}
 def test_hyperband_stops_bad_trials_and_lets_good_ones_finish(jobs: int, tmp_path: Path, notes: Path) -> None:
     values = [GOOD[0], GOOD[1], *BAD, GOOD[2]]
     loaded = stub_sweep("grid", {"train": {"values": values}}, early_terminate=ONE_BAND)
-    coordinator = OfflineSweep(loaded, tmp_path / "out", jobs)
+    coordinator = offline_sweep(loaded, tmp_path / "out", jobs)
     records = coordinator.run()
     assert states(coordinator) == ["finished", "finished", "stopped", "stopped", "finished"]
     assert [record.parameters["train"]["lr"] for record in records] == [0.1, 0.1, 0.1, 0.8, 0.9]
@@ -473,7 +474,7 @@ def test_a_trial_that_does_not_stop_is_killed(tmp_path: Path, notes: Path, monke
     monkeypatch.setenv("STUB_STUBBORN", "1")
     monkeypatch.setattr(offline, "STOP_GRACE_SECONDS", 0.1)
     loaded = stub_sweep("grid", {"train": {"values": [GOOD[0], BAD[0]]}}, early_terminate=ONE_BAND)
-    coordinator = OfflineSweep(loaded, tmp_path / "out")
+    coordinator = offline_sweep(loaded, tmp_path / "out")
     coordinator.run()
     assert states(coordinator) == ["finished", "stopped"]
     assert noted(notes)[coordinator.state.trials[1].id][-1]["event"] == "step"
@@ -505,7 +506,7 @@ def test_every_trial_keeps_to_its_share(tmp_path: Path, notes: Path, monkeypatch
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     monkeypatch.setenv("STUB_MEET", "2")
-    OfflineSweep(SWEEPS["grid"][0], tmp_path / "out", jobs=2).run()
+    offline_sweep(SWEEPS["grid"][0], tmp_path / "out", jobs=2).run()
     spans: dict[str, list[tuple[float, float]]] = {"4": [], "6": []}
     for events in noted(notes).values():
         assert int(events[0]["environment"]["OMP_NUM_THREADS"]) == max(1, sharing.usable_cores() // 2)

@@ -22,9 +22,10 @@ from test_extending import RECIPES
 from tiny import TINY
 from wandb_client import ROOT, Client, finish
 
-from agent.sweep.file import SweepError, check_sweep
+from agent.sweep.file import check_sweep
 from diffusion_core.checkpoint import read_checkpoint
 from diffusion_core.run_folder import CHECKPOINTS, RESULT_FILE
+from diffusion_core.search.sweep import SweepError
 
 SAMPLER = RECIPES["sample.sampler=halfway"][2]
 DATA_SET = RECIPES["data.name=stripes"][2]

@@ -12,7 +12,8 @@ import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command
 
 from agent.sweep.advice import advice
-from agent.sweep.file import SweepError, check_sweep
+from agent.sweep.file import check_sweep
+from diffusion_core.search.sweep import SweepError
 
 DOCUMENTS = [
     document

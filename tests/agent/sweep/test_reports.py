@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 
 from agent import report
-from agent.sweep import offline
 from agent.sweep.file import check_sweep
-from agent.sweep.offline import OfflineSweep
+from agent.sweep.offline import offline_sweep, run_offline
 from diffusion_core.config import ConfigError
 from diffusion_core.report import watching
 from diffusion_core.report.folders import read_study, read_trial, words_of
 from diffusion_core.report.study import CHAIN, RUNS, SWEEP
 from diffusion_core.report.uploaded import uploaded_sweep, uploaded_trial
 from diffusion_core.run_folder import SWEEP_LOCK, read_history
+from diffusion_core.search.offline import OfflineSweep
 
 HOUSE = Path(__file__).parents[2] / "fixtures" / "house"
 STUB = Path(__file__).parents[2] / "stub_trial.py"
@@ -221,7 +221,6 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OfflineSweep:
     """A sweep of two stub trials, before it is run."""
     (tmp_path / "notes").mkdir()
     monkeypatch.setenv("STUB_NOTES", str(tmp_path / "notes"))
-    monkeypatch.setattr(offline, "plot_results", lambda *arguments: None)
     content = {
         "method": "grid",
         "metric": {"name": "val/loss", "goal": "minimize"},
@@ -235,11 +234,11 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OfflineSweep:
             "prune.step": {"value": None},
         },
     }
-    return OfflineSweep(check_sweep(content, "stub.yaml", "stub"), tmp_path / "stub", jobs=2)
+    return offline_sweep(check_sweep(content, "stub.yaml", "stub"), tmp_path / "stub", jobs=2)
 
 
 def test_an_offline_sweep_ends_with_its_report(stub: OfflineSweep, capsys: pytest.CaptureFixture[str]) -> None:
-    assert offline.run_offline(stub, None) == 0
+    assert run_offline(stub, None) == 0
     said = capsys.readouterr()
     assert said.out.splitlines()[-1] == f"report: {stub.folder / 'report.html'}"
     page = (stub.folder / "report.html").read_text()
@@ -249,7 +248,7 @@ def test_an_offline_sweep_ends_with_its_report(stub: OfflineSweep, capsys: pytes
 
 def test_a_report_that_cannot_be_written_fails_no_sweep(stub: OfflineSweep, capsys: pytest.CaptureFixture[str]) -> None:
     (stub.folder / "report.html").mkdir(parents=True)
-    assert offline.run_offline(stub, None) == 0
+    assert run_offline(stub, None) == 0
     said = capsys.readouterr()
     assert "report:" not in said.out
     (line,) = [line for line in said.err.splitlines() if "report" in line]

@@ -22,15 +22,15 @@ import pytest
 from clusters.slurm import Cluster, cluster, end_jobs, missing, wait_for
 
 from agent.sweep import __main__ as sweep_command
-from agent.sweep import offline
 from agent.sweep.file import SweepFile, check_sweep
-from agent.sweep.offline import OfflineSweep
-from agent.sweep.results import table
+from agent.sweep.offline import offline_sweep, run_offline
 from diffusion_core.config import ConfigError
 from diffusion_core.machine import slurm_jobs
 from diffusion_core.machine.job import read_note
 from diffusion_core.machine.slurm_queue import POLL
 from diffusion_core.registries import LAUNCHERS
+from diffusion_core.search.offline import OfflineSweep
+from diffusion_core.search.results import table
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
 
@@ -56,7 +56,6 @@ def slurm(started: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     added = {"STUB_NOTES": str(tmp_path / "notes"), "STUB_GATE": str(tmp_path / "gate"), "PYTHONPATH": str(ROOT)}
     for name, value in {**started.environment, **added, POLL: "0.5"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(offline, "plot_results", lambda *arguments: None)
     yield started
     end_jobs(started)
 
@@ -77,13 +76,13 @@ GRID = {"train.lr": {"values": [0.3, 0.1]}, "seed": {"values": [0, 1, 2]}}
 
 
 def coordinator(sweep: SweepFile, folder: Path, jobs: int, words: str = "--partition=low") -> OfflineSweep:
-    return OfflineSweep(sweep, folder, launcher=LAUNCHERS["slurm"].make([{}] * jobs, words))
+    return offline_sweep(sweep, folder, launcher=LAUNCHERS["slurm"].make([{}] * jobs, words))
 
 
 @contextmanager
 def coordinator_process(sweep: SweepFile, folder: Path, jobs: int, words: str = "--partition=low") -> Iterator[int]:
     """A process that runs a sweep; yields its id. It is killed at the end."""
-    process = fork.Process(target=lambda: sys.exit(offline.run_offline(coordinator(sweep, folder, jobs, words), None)))
+    process = fork.Process(target=lambda: sys.exit(run_offline(coordinator(sweep, folder, jobs, words), None)))
     process.start()
     try:
         assert process.pid is not None

@@ -16,11 +16,12 @@ import yaml
 from agent.config import build_config
 from agent.sweep import __main__ as sweep
 from agent.sweep import file
-from agent.sweep.file import SweepError, SweepFile, load_sweep
-from agent.sweep.offline import OfflineSweep
+from agent.sweep.file import SweepFile, load_sweep
+from agent.sweep.offline import offline_sweep
 from diffusion_core.search import engine
 from diffusion_core.search.macros import MACROS
 from diffusion_core.search.space import SPREAD, flat_parameters, values_to_try
+from diffusion_core.search.sweep import SweepError
 
 ROOT = Path(__file__).parents[3]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
@@ -756,13 +757,13 @@ def test_a_sweep_of_another_content_is_not_continued(tmp_path: Path) -> None:
     first = load(tmp_path, GOOD)
     folder = tmp_path / "out"
     folder.mkdir()
-    OfflineSweep(first, folder).state.write()
-    assert OfflineSweep(first, folder).state.trials == []
+    offline_sweep(first, folder).state.write()
+    assert offline_sweep(first, folder).state.trials == []
     longer = load(tmp_path, changed(run_cap=50))
-    assert OfflineSweep(longer, folder).sweep.run_cap == 50, "more trials of the same sweep"
+    assert offline_sweep(longer, folder).sweep.run_cap == 50, "more trials of the same sweep"
     other = load(tmp_path, changed(add={"seed": {"value": 1}}))
     with pytest.raises(SweepError, match="give this one another --name"):
-        OfflineSweep(other, folder)
+        offline_sweep(other, folder)
 
 
 @pytest.mark.parametrize(

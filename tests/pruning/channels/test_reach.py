@@ -10,11 +10,12 @@ from tiny import TINY, digits
 
 from agent import trial
 from agent.config import TrialConfig, build_config
-from agent.sweep.file import SweepError, check_sweep
+from agent.sweep.file import check_sweep
 from agent.trial import run_trial
 from diffusion_core.config import ConfigError
 from diffusion_core.model.cost import count_cost
 from diffusion_core.model.unet import build_network
+from diffusion_core.search.sweep import SweepError
 from diffusion_core.tracking import MemoryTracker
 from pruning.channels.reach import check_reach, least_share
 from pruning.channels.removal import prune_channels

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agent.sweep.file import SweepError, SweepFile
 from diffusion_core.files import write_text
 from diffusion_core.run_folder import SWEEP_LOCK, SWEEP_STATE, SWEEP_TRIALS, Held, held
 from diffusion_core.search import engine
+from diffusion_core.search.sweep import Sweep, SweepError
 
 FREE_TO_CHANGE = frozenset({"run_cap", "description"})
 """Settings that may change when a sweep resumes. All others decide what its trials are, or which of them is best."""
@@ -60,7 +60,7 @@ class SweepState:
         SweepError: if the folder holds a sweep with another content, or a damaged one.
     """
 
-    def __init__(self, sweep: SweepFile, folder: Path) -> None:
+    def __init__(self, sweep: Sweep, folder: Path) -> None:
         self.content = engine.plain(sweep.config)
         self.folder = folder
         self.trials: list[Trial] = []

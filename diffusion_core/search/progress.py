@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from agent.sweep.file import SweepFile
-from agent.sweep.results import parameters_line
-from agent.sweep.state import DONE, FAILED, FINISHED, STOPPED, SweepState, Trial
-from agent.sweep.trials import TrialReader
 from diffusion_core.machine.jobs import Outcome
 from diffusion_core.messages import duration
+from diffusion_core.search.results import parameters_line
+from diffusion_core.search.state import DONE, FAILED, FINISHED, STOPPED, SweepState, Trial
+from diffusion_core.search.sweep import Sweep
+from diffusion_core.search.trials import TrialReader
 
 
 class SweepProgress:
@@ -20,7 +20,7 @@ class SweepProgress:
         jobs: number of trials that run at the same time.
     """
 
-    def __init__(self, sweep: SweepFile, state: SweepState, reader: TrialReader, jobs: int) -> None:
+    def __init__(self, sweep: Sweep, state: SweepState, reader: TrialReader, jobs: int) -> None:
         self.sweep = sweep
         self.state = state
         self.reader = reader

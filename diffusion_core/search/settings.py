@@ -1,4 +1,4 @@
-"""Check the settings of a sweep file: all but its parameters and its command."""
+"""Check the settings of a sweep file, and the form of its parameters."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any
 from diffusion_core.config.metrics import goal_of, goals
 from diffusion_core.messages import shortened
 from diffusion_core.search import engine
+from diffusion_core.search.space import trials_of
 
 METHODS = ("grid", "random", "bayes")
+EXPONENTS = ("log_uniform", "inv_log_uniform", "q_log_uniform")
+"""Distributions whose ends are exponents of e. W&B advises against them, and accepts them."""
 EXPECTED = {"early_terminate": "type: hyperband, with min_iter: alone, or with max_iter: > eta and a whole number s:"}
 """What a setting may be, if W&B's schema does not say it in words."""
 
@@ -59,6 +62,18 @@ def _metric_problems(config: Mapping[str, Any]) -> list[str]:
     if goal != goal_of(name):
         return [f"metric.goal = {goal!r}: expected {goal_of(name)}, which is the better way for {name}"]
     return violations("metric", metric, {"metric": metric})
+
+
+def form_problems(key: str, spec: Any, method: Any) -> list[str]:
+    """Return what is wrong with the form of one parameter."""
+    wrong = violations(key, spec, {"parameters": {key: spec}})
+    if wrong:
+        return wrong
+    if method == "bayes" and "probabilities" in spec:
+        return [f"{key} = {shortened(spec)}: expected values: without probabilities:, which method=bayes cannot use"]
+    if method == "grid" and trials_of(spec) is None:
+        return [f"{key} = {shortened(spec)}: expected value: or values:, which method=grid needs"]
+    return []
 
 
 def violations(key: str, value: Any, content: Mapping[str, Any]) -> list[str]:

@@ -6,8 +6,12 @@ import json
 import shutil
 from typing import Any
 
-from agent.sweep.results import TrialRecord
-from agent.sweep.state import (
+from diffusion_core.config.metrics import best_first, is_better
+from diffusion_core.machine.job import read_note
+from diffusion_core.run_folder import HISTORY_FILE, RESULT_FILE, SAMPLES, best_figures, read_history
+from diffusion_core.search import engine
+from diffusion_core.search.results import TrialRecord
+from diffusion_core.search.state import (
     DONE,
     FAILED,
     FINISHED,
@@ -19,10 +23,6 @@ from agent.sweep.state import (
     SweepState,
     Trial,
 )
-from diffusion_core.config.metrics import best_first, is_better
-from diffusion_core.machine.job import read_note
-from diffusion_core.run_folder import HISTORY_FILE, RESULT_FILE, SAMPLES, best_figures, read_history
-from diffusion_core.search import engine
 
 ENGINE_STATES = {WAITING: "running", RUNNING: "running", SUBMITTED: "running", STOPPING: "running",
                  FINISHED: "finished", STOPPED: "finished", FAILED: "failed"}  # fmt: skip

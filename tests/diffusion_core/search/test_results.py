@@ -1,4 +1,4 @@
-"""What is told of a sweep: the table, the files, and the picture, looked at by its pixels."""
+"""What is told of a sweep: the table and the files."""
 
 from __future__ import annotations
 
@@ -6,33 +6,14 @@ import csv
 import json
 import math
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from agent.sweep.file import SweepFile, check_sweep
-from agent.sweep.plot import COLOURS, plot_results
-from agent.sweep.results import TrialRecord, table, write_results
 from diffusion_core.config.metrics import best_first
 from diffusion_core.messages import duration
+from diffusion_core.search.results import TrialRecord, table, write_results
 
 METRIC = "eval/class_agreement"
-
-
-def sweep_of(**changes: Any) -> SweepFile:
-    content: dict[str, Any] = {
-        "method": "random",
-        "metric": {"name": METRIC, "goal": "maximize"},
-        "command": ["${args}"],
-        "parameters": {
-            "preset": {"value": "digits"},
-            "train.lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-1},
-            "model.channel_multipliers": {"values": [[1, 2], [1, 4]]},
-        },
-    }
-    return check_sweep(content | changes, "x", "mine")
 
 
 def trial(number: int, value: float | None, state: str = "finished") -> TrialRecord:
@@ -70,23 +51,3 @@ def test_the_files_hold_every_trial_in_that_order(tmp_path: Path) -> None:
 )
 def test_durations_in_words(seconds: float, words: str) -> None:
     assert duration(seconds) == words
-
-
-def test_the_picture_shows_each_measured_trial_in_each_panel(tmp_path: Path) -> None:
-    path = tmp_path / "results.png"
-    plot_results(path, sweep_of(), TRIALS)
-    with Image.open(path) as image:
-        pixels = np.asarray(image.convert("RGB")).astype(int)
-    height, width, _ = pixels.shape
-    assert width > 2.5 * height, "three panels in a row"
-    from matplotlib.colors import to_rgb
-
-    for state, panels in (("finished", 3), ("stopped", 3), ("failed", 0)):
-        near = np.abs(pixels - 255 * np.array(to_rgb(COLOURS[state]))).sum(axis=-1) < 60
-        assert sum(near[:, i * width // 3 : (i + 1) * width // 3].any() for i in range(3)) == panels, state
-
-
-def test_without_a_metric_there_is_no_picture(tmp_path: Path) -> None:
-    plot_results(tmp_path / "none.png", sweep_of(metric=None), TRIALS)
-    plot_results(tmp_path / "none.png", sweep_of(), [trial(1, None)])
-    assert not (tmp_path / "none.png").exists()

@@ -1,0 +1,318 @@
+"""Run a sweep without a server: W&B's search engine suggests trials, and a launcher runs several at once.
+
+They are processes of this machine, or jobs of a cluster, which outlive this process.
+
+The sweep survives a kill at any moment. Its folder:
+
+runs/sweeps/NAME/
+    sweep.json                   the sweep and the state of its trials
+    trials/ID/                   the folder of each trial, with its offline W&B run
+    ID-samples.png, ID-diffusion.gif, results.csv, results.json
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusion_core.machine.jobs import Job, Launcher, Outcome, Task
+from diffusion_core.machine.processes import end_orphan
+from diffusion_core.machine.sharing import shares
+from diffusion_core.registries import LAUNCHERS
+from diffusion_core.search import engine
+from diffusion_core.search.macros import expand_command
+from diffusion_core.search.progress import SweepProgress
+from diffusion_core.search.results import TrialRecord, write_results
+from diffusion_core.search.state import (
+    DONE,
+    FAILED,
+    FINISHED,
+    RUNNING,
+    STOPPED,
+    STOPPING,
+    SUBMITTED,
+    WAITING,
+    SweepState,
+    Trial,
+)
+from diffusion_core.search.sweep import Sweep, SweepError
+from diffusion_core.search.trials import TrialReader
+
+PARAMETERS_FILE = "parameters.json"
+"""File in a trial's folder with its parameters, if the sweep's command asks for it."""
+
+POLL_SECONDS = 0.1
+ATTEMPTS = 2
+"""Number of times that a trial is tried: the machine may have caused the first failure."""
+FAILURES_AT_START = 5
+"""Number of failed trials after which the sweep stops if no trial has finished."""
+STOP_GRACE_SECONDS = 120.0
+"""Seconds that a trial has to end after early termination stopped it. Then it is killed."""
+ID_LENGTH = 40
+"""Characters of a sweep's name in its trials' ids. W&B allows 64 in all."""
+
+
+class NothingWorks(RuntimeError):
+    """Several trials failed, and none finished."""
+
+
+@dataclass
+class Running:
+    """A trial that has a process or a job.
+
+    Attributes:
+        trial: the trial.
+        job: its process, or its job on a cluster.
+        kill_at: when to kill it, if it was told to end.
+        history_bytes: size of its history when early termination last checked it.
+    """
+
+    trial: Trial
+    job: Job
+    kill_at: float | None = None
+    history_bytes: int = 0
+
+
+class OfflineSweep:
+    """Runs the trials of a sweep.
+
+    Args:
+        sweep: a checked sweep file.
+        folder: the sweep's folder. A sweep in it is resumed.
+        jobs: number of trials at once, on this machine.
+        launcher: where they run instead, and how many at once.
+        environment: returns the environment variables of a trial, given its id.
+
+    Raises:
+        SweepError: if the folder holds a sweep with another content, or a damaged one.
+    """
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        folder: Path,
+        jobs: int = 1,
+        launcher: Launcher | None = None,
+        environment: Callable[[str], Mapping[str, str]] = lambda trial: {},
+    ) -> None:
+        self.sweep = sweep
+        self.folder = folder
+        self.environment = environment
+        self.state = SweepState(sweep, folder)
+        self.reader = TrialReader(self.state, sweep.metric)
+        self.search = engine.Search(sweep.engine_config())
+        self.launcher: Launcher = launcher or LAUNCHERS["local"].make(shares(jobs), None)
+        self.progress = SweepProgress(sweep, self.state, self.reader, self.launcher.slots)
+        self.running: list[Running] = []
+        self.exhausted = False
+
+    def ended_trials(self) -> list[Trial]:
+        """Return the trials that will not run again."""
+        return [trial for trial in self.state.trials if trial.state in DONE]
+
+    def run(self, count: int | None = None) -> list[TrialRecord]:
+        """Run trials until none is left, ``count`` were run, or ``run_cap`` or the metric's target is reached.
+
+        Returns:
+            All trials of the sweep, best first.
+
+        Raises:
+            SweepError: if another process runs this sweep, or its command cannot be started.
+            KeyboardInterrupt: if this process was told to stop. The trials have written their checkpoints.
+            NothingWorks: if several trials failed, and none finished.
+        """
+        begun: set[str] = set()
+        ended: list[str] = []
+        with self.state.locked(), self.launcher.locked(self.folder):
+            with self.launcher.listening() as received:
+                begun |= self._take_over()
+                while True:
+                    while not received and not hopeless(ended) and len(self.running) < self.launcher.slots:
+                        trial = self._next_trial(begun, may_begin=count is None or len(begun) < count)
+                        if trial is None:
+                            break
+                        begun.add(trial.id)
+                        self._start(trial)
+                    if not self.running:
+                        break
+                    if received and self.launcher.leave([running.job for running in self.running], received):
+                        break
+                    time.sleep(POLL_SECONDS)
+                    ended += self._end_trials(interrupted=bool(received))
+                    self._stop_bad_trials()
+            write_results(self.folder, self.reader.ranked())
+        if received:
+            raise KeyboardInterrupt
+        if hopeless(ended):
+            raise NothingWorks(f"{len(ended)} trials failed and none came to its end; nothing more is started")
+        return self.reader.ranked()
+
+    def _take_over(self) -> set[str]:
+        """Wait for the processes of a sweep process that was killed, and update the states of their trials.
+
+        Jobs of a cluster go on: they are under way again. Return the ids of their trials.
+        """
+        for trial in self.state.trials:
+            if trial.state not in (RUNNING, SUBMITTED, STOPPING):
+                continue
+            folder = self.state.trial_folder(trial)
+            if trial.job is not None:
+                job = self.launcher.adopt(trial.id, folder, trial.job, self._note_job(trial))
+                self.running.append(Running(trial, job))
+                if trial.state == STOPPING:
+                    self._stop(self.running[-1])
+                continue
+            end_orphan(folder)
+            if self.reader.has_result(trial):
+                trial.state = FINISHED
+            else:
+                trial.state = STOPPED if trial.state == STOPPING else WAITING
+        self.state.write()
+        return {running.trial.id for running in self.running}
+
+    def _next_trial(self, begun: set[str], may_begin: bool) -> Trial | None:
+        """Return a waiting trial, or else a new one; None if there is none.
+
+        Args:
+            begun: ids of the trials that this process has run.
+            may_begin: whether to return others than these.
+        """
+        trials = self.state.trials
+        waiting = [trial for trial in trials if trial.state == WAITING and (may_begin or trial.id in begun)]
+        if waiting or self.exhausted or not may_begin:
+            return waiting[0] if waiting else None
+        if self.sweep.run_cap is not None and len(trials) >= self.sweep.run_cap:
+            return None
+        if self.reader.reached(self.sweep.target):
+            print(f"metric.target = {self.sweep.target}: reached; no further trial begins", flush=True)
+            self.exhausted = True
+            return None
+        parameters = self.search.suggest([trial.parameters for trial in trials], self.reader.engine_runs)
+        if parameters is None:
+            self.exhausted = True
+            return None
+        trial = Trial(self._trial_id(len(trials) + 1), parameters)
+        trials.append(trial)
+        return trial
+
+    def preview(self) -> str:
+        """Return what the launcher would run for the first trial; empty if there is nothing to show.
+
+        Raises:
+            ConfigError: if the launcher would refuse it.
+        """
+        parameters = self.search.suggest([], list) or {}
+        return self.launcher.preview(self._task(Trial(self._trial_id(1), parameters), write=False))
+
+    def _trial_id(self, number: int) -> str:
+        name = re.sub(r"[^A-Za-z0-9_-]+", "-", self.sweep.name)[:ID_LENGTH]
+        return f"{name}-{number:03d}-{secrets.token_hex(2)}"
+
+    def _task(self, trial: Trial, *, write: bool = True) -> Task:
+        """Return what the launcher runs for a trial. Write the file of its parameters if the command names it."""
+        folder = self.state.trial_folder(trial)
+        config, parameters = self.sweep.config, trial.parameters | {"log.dir": str(folder)}
+        file = folder / PARAMETERS_FILE
+        command = expand_command(config.get("command"), parameters, config.get("program"), file, write=write)
+        return Task(trial.id, command, dict(self.environment(trial.id)), folder)
+
+    def _note_job(self, trial: Trial) -> Callable[[str | None], None]:
+        """Return what notes a trial's job. It is noted before the start: the next sweep process must know of it."""
+
+        def note(job: str | None) -> None:
+            trial.state, trial.job = RUNNING if job is None else SUBMITTED, job
+            self.state.write()
+
+        return note
+
+    def _start(self, trial: Trial) -> None:
+        """Start a trial."""
+        task = self._task(trial)
+        try:
+            job = self.launcher.start(task, self._note_job(trial))
+        except OSError as error:
+            trial.state, trial.job = WAITING, None
+            self.state.write()
+            raise SweepError(f"command = {task.command[0]!r}: {error.strerror}") from None
+        self.running.append(Running(trial, job))
+        self.progress.started(trial)
+
+    def _end_trials(self, interrupted: bool) -> list[str]:
+        """Update the trials that have ended. Return the states of those that are done."""
+        states = []
+        for running in list(self.running):
+            outcome, trial = running.job.poll(), running.trial
+            if outcome is None:
+                if running.kill_at is not None and time.monotonic() > running.kill_at:
+                    running.kill_at = time.monotonic() + STOP_GRACE_SECONDS
+                    running.job.kill()
+                continue
+            self.running.remove(running)
+            total = running.job.total_seconds
+            trial.seconds = trial.seconds + running.job.seconds if total is None else total
+            self._set_ended_state(trial, outcome, interrupted)
+            trial.job = None
+            self.state.write()
+            self.reader.copy_pictures(trial)
+            log = self.launcher.log(self.state.trial_folder(trial))
+            self.progress.ended(trial, outcome, [other.job.seconds for other in self.running], log)
+            if trial.state in DONE:
+                states.append(trial.state)
+        return states
+
+    def _set_ended_state(self, trial: Trial, outcome: Outcome, interrupted: bool) -> None:
+        """Set the state of a trial that ended."""
+        finished = outcome.lost or outcome.code == 0
+        if outcome.lost or trial.state == STOPPING:
+            finished = finished and self.reader.has_result(trial)
+        if finished:
+            trial.state = FINISHED
+        elif trial.state == STOPPING:
+            trial.state = STOPPED
+        elif interrupted or outcome.interrupted:
+            trial.state = WAITING
+        else:
+            trial.failures += 1
+            trial.state = FAILED if trial.failures >= ATTEMPTS else WAITING
+
+    def _stop_bad_trials(self) -> None:
+        """Stop the trials that early termination gives up, if any history has grown."""
+        if "early_terminate" not in self.sweep.config:
+            return
+        sizes = [self.reader.history_bytes(running.trial) for running in self.running]
+        if sizes == [running.history_bytes for running in self.running]:
+            return
+        doomed = engine.doomed(self.sweep.engine_config(), self.reader.engine_runs())
+        for running, size in zip(self.running, sizes, strict=True):
+            running.history_bytes = size
+            if running.trial.id in doomed and running.trial.state in (RUNNING, SUBMITTED):
+                running.trial.state = STOPPING
+                self.state.write()
+                self._stop(running)
+
+    @staticmethod
+    def _stop(running: Running) -> None:
+        """Tell a trial to end for good."""
+        running.kill_at = time.monotonic() + STOP_GRACE_SECONDS
+        running.job.stop()
+
+
+def first_trials(sweep: Sweep) -> Iterator[dict[str, Any]]:
+    """Yield the parameters that the search engine suggests first, before any trial has ended."""
+    runs: list[Any] = []
+    while sweep.total is None or len(runs) < sweep.total:
+        parameters = engine.suggest(sweep.engine_config(), runs)
+        if parameters is None:
+            return
+        yield parameters
+        runs.append(engine.past_run(str(len(runs)), parameters, "running", {}, []))
+
+
+def hopeless(ended: Sequence[str]) -> bool:
+    """Return whether so many trials failed, and none finished, that no further one should start."""
+    return len(ended) >= FAILURES_AT_START and set(ended) == {FAILED}

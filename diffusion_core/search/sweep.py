@@ -1,0 +1,94 @@
+"""A sweep as data: its content in W&B's format, and what follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from diffusion_core.config import ConfigError
+from diffusion_core.messages import shortened
+from diffusion_core.search.macros import TrialCommand
+from diffusion_core.search.space import grid_size
+
+MAX_NAME_BYTES = 200
+"""Length of a sweep's name. A folder's name may have 255 bytes."""
+
+
+class SweepError(ConfigError):
+    """A sweep that cannot be run. The message has one line per problem."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep.
+
+    Attributes:
+        name: the sweep's name, or the file's.
+        config: the file's content, in W&B's format.
+        parameters: the parameters, flat, by dotted key.
+        command: what a trial reads besides them.
+    """
+
+    name: str
+    config: dict[str, Any]
+    parameters: dict[str, dict[str, Any]]
+    command: TrialCommand
+
+    @property
+    def metric(self) -> str | None:
+        """Name of the metric, or None."""
+        return self.config.get("metric", {}).get("name")
+
+    @property
+    def maximize(self) -> bool:
+        """Whether larger values of the metric are better."""
+        return self.config.get("metric", {}).get("goal") == "maximize"
+
+    @property
+    def target(self) -> float | None:
+        """Value of the metric at which no further trials begin, or None."""
+        return self.config.get("metric", {}).get("target")
+
+    @property
+    def varied(self) -> list[str]:
+        """The parameters that differ between trials."""
+        return [
+            key for key, spec in self.parameters.items() if len(spec.get("values", (0, 1))) > 1 and "value" not in spec
+        ]
+
+    @property
+    def run_cap(self) -> int | None:
+        """Largest number of trials, or None."""
+        return self.config.get("run_cap")
+
+    def grid_size(self) -> int | None:
+        """Return the number of trials of a grid; None for other methods."""
+        return grid_size(self.parameters) if self.config["method"] == "grid" else None
+
+    @property
+    def total(self) -> int | None:
+        """Number of trials; None if the search has no end."""
+        return min((cap for cap in (self.run_cap, self.grid_size()) if cap is not None), default=None)
+
+    def renamed(self, name: str) -> Self:
+        """Return the same sweep with another name.
+
+        Raises:
+            SweepError: if a folder cannot have that name.
+        """
+        if problems := name_problems(name):
+            raise SweepError(*problems)
+        return replace(self, name=name, config=self.config | {"name": name})
+
+    def engine_config(self) -> dict[str, Any]:
+        """Return the configuration for W&B's search engine: parameters flat, and no settings of the server."""
+        known = ("method", "metric", "early_terminate")
+        return {key: self.config[key] for key in known if key in self.config} | {"parameters": self.parameters}
+
+
+def name_problems(name: str) -> list[str]:
+    """Return what is wrong with a sweep's name: its folder has that name too."""
+    if name and Path(name).name == name and name.isprintable() and len(name.encode()) <= MAX_NAME_BYTES:
+        return []
+    return [f"name = {shortened(name)}: expected a name that a folder can have"]
