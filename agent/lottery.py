@@ -30,7 +30,7 @@ from diffusion_core.run_folder import CHECKPOINTS, HISTORY_FILE, RESULT_FILE, wr
 from diffusion_core.runs.result import TrialResult, read_result, write_result
 from diffusion_core.tracking import STATE, STEP, NullTracker, Tracker
 from diffusion_core.training.checkpoints import SaveCheckpoints
-from diffusion_core.training.resume import check_same_run, find_checkpoint, with_labels_of
+from diffusion_core.training.resume import check_same_run, drawing_as, find_checkpoint, with_labels_of
 from diffusion_core.training.stopping import Stopped, StopRequest
 from diffusion_core.training.trainer import Callback, TrainState
 from pruning.consistency import keep_dense_images
@@ -217,6 +217,8 @@ def run_chain(
     rounds = rounds_of(config.prune)
     lottery.recall(rounds)
     accelerator.wait_for_everyone()
+    if (first := read_result(rounds[0].folder(folder))) is not None:
+        lottery = replace(lottery, config=(config := drawing_as(config, first[1])))
     # Check all folders before changing any. All processes must skip the same rounds.
     (finished,) = broadcast_object_list([[lottery.finished(this) for this in rounds]])
     if finished[0] is not None and list_checkpoints(rounds[0].folder(folder) / CHECKPOINTS):

@@ -312,7 +312,8 @@ class Session:
                 if self.is_lottery:
                     self.uploaded = UploadedRounds(run)
                 else:
-                    fetch_checkpoint(run, folder / CHECKPOINTS)
+                    if (fetched := fetch_checkpoint(run, folder / CHECKPOINTS)) is not None:
+                        run.config.update({"draws": fetched.config().draws}, allow_val_change=True)
                     fetch_best(run, folder / CHECKPOINTS)
         if os.environ.get("WANDB_CONSOLE") != "off" and hasattr(run, "write_logs"):
             self.stack.enter_context(recorded_console(run.write_logs))

@@ -38,7 +38,13 @@ from diffusion_core.tracking import Tracker
 from diffusion_core.training.callbacks import DrawSamples, LogHistory, SayDuration, WatchQuality
 from diffusion_core.training.checkpoints import SaveCheckpoints
 from diffusion_core.training.evaluation import DENSE, TEACHER, Evaluate
-from diffusion_core.training.resume import check_same_labels, describe_longer, find_checkpoint, with_labels_of
+from diffusion_core.training.resume import (
+    check_same_labels,
+    describe_longer,
+    drawing_as,
+    find_checkpoint,
+    with_labels_of,
+)
 from diffusion_core.training.stopping import Stopped, StopRequest
 from diffusion_core.training.summary import costs_of, describe_changed, describe_data, system_facts
 from diffusion_core.training.teacher import keep_teacher
@@ -136,6 +142,7 @@ def run_trial(
     is_main = accelerator.is_main_process
     resumed = find_checkpoint(config, folder / CHECKPOINTS, longer=True)
     if resumed is not None:
+        config = drawing_as(config, resumed.metadata["config"])
         torch.set_num_threads(resumed.metadata.get("threads", torch.get_num_threads()))
         state = TrainState.restore(resumed, config.train, config.ema, accelerator.device)
         resume_pruning(state)

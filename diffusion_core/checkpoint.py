@@ -28,6 +28,7 @@ from diffusion_core.config import ConfigError, CoreConfig, build, list_knobs
 from diffusion_core.config.plugins import missing_plugins
 from diffusion_core.files import first_not_finite, replaced_folder, sha256, sha256_of_file
 from diffusion_core.messages import UserError, one_line, reason_of
+from diffusion_core.randomness import drawn_as
 from diffusion_core.redact import redact
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ class Checkpoint:
         stored = self.metadata["config"]
         try:
             student = student_knobs(self.metadata["extra"])
-            return build(CoreConfig, {key: value for key, value in stored.items() if key in known}, student)
+            known_values = {key: value for key, value in stored.items() if key in known}
+            return build(CoreConfig, {"draws": drawn_as(stored)}, known_values, student)
         except ConfigError as error:
             reason = missing_plugins(stored) or f"its configuration cannot be used: {error}"
             raise CheckpointError(f"{str(self.path)!r}: {reason}") from None

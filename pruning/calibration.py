@@ -41,6 +41,7 @@ class Calibration:
             images,
             batch_size=config.train.images_per_step,
             seed=config.seed,
+            draws=config.draws,
             horizontal_flip=config.data.flips,
             device=device,
         )

@@ -17,6 +17,7 @@ from diffusion_core.evaluation.protocol import protocol, sampling_protocol
 from diffusion_core.evaluation.suite import Judgement
 from diffusion_core.hardware import pick_precision
 from diffusion_core.model.unet import UNet
+from diffusion_core.randomness import drawn_as
 from diffusion_core.sampling.generation import Generator, all_labels, round_robin
 from diffusion_core.training.trainer import TrainState
 from pruning.pruner import records
@@ -50,7 +51,11 @@ def keep_dense_images(state: TrainState, network: UNet, config: CoreConfig) -> N
     if config.eval.consistency_images and DENSE_IMAGES not in state.extra_parts:
         images = _draw(network, config, config.eval.consistency_images, config.sample, config.seed)
         state.extra_parts[DENSE_IMAGES] = {"images": images}
-        state.extra_metadata[DENSE_IMAGES] = {"sample": config.sample.model_dump(mode="json"), "seed": config.seed}
+        state.extra_metadata[DENSE_IMAGES] = {
+            "sample": config.sample.model_dump(mode="json"),
+            "seed": config.seed,
+            "draws": config.draws,
+        }
 
 
 def inherit_dense_images(state: TrainState, checkpoint: Checkpoint) -> None:
@@ -73,6 +78,7 @@ def dense_consistency(state: TrainState, config: CoreConfig) -> Judgement:
     sample, seed = build(SampleConfig, drawn["sample"]), drawn["seed"]
     theirs = state.extra_parts[DENSE_IMAGES]["images"]
     sample = state.sampling(sample)
+    config = config.model_copy(update={"draws": drawn_as(drawn)})
     alike = consistency_of_images(_draw(state.ema.network, config, len(theirs), sample, seed), theirs, seed)
     figures = alike.figures("prune")
     line = protocol(len(theirs), sampling_protocol(sample, seed), None, "the dense network")

@@ -52,6 +52,7 @@ def train_and_prune(
         dataset.train,
         batch_size=config.train.images_per_step,
         seed=config.seed,
+        draws=config.draws,
         horizontal_flip=config.data.flips,
         device=accelerator.device,
         rank=accelerator.process_index,

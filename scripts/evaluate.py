@@ -314,7 +314,7 @@ def of_two_models(
     arguments: argparse.Namespace, first: Checkpoint, one: Generator, other: Checkpoint, processes: PartialState
 ) -> Judgement:
     """Measure how similar the images of two models are, for equal seeds and labels."""
-    config = other.config()
+    config = other.config().model_copy(update={"draws": one.config.draws})  # Images of the same noise are compared.
     two = Generator(other.network().to(processes.device), config, pick_precision(config.train, processes.device))
     if (one.shape_CHW, one.network.num_classes) != (two.shape_CHW, two.network.num_classes):
         raise CheckpointError(

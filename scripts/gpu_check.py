@@ -81,6 +81,7 @@ class Machine:
             self.digits.train,
             batch_size=config.train.images_per_step,
             seed=config.seed,
+            draws=config.draws,
             horizontal_flip=True,
             device=self.device,
         )

@@ -27,9 +27,8 @@ def offline_sweep(sweep: SweepFile, folder: Path, jobs: int = 1, launcher: Launc
     mode = "disabled" if os.environ.get("WANDB_MODE") == "disabled" else "offline"
     group = {"WANDB_MODE": mode, "WANDB_RUN_GROUP": sweep.name, OFFLINE_SWEEP: sweep.name}
     group["WANDB_SILENT"] = os.environ.get("WANDB_SILENT", "true")
-    return OfflineSweep(
-        sweep, folder, jobs, launcher, lambda trial: group | {"WANDB_RUN_ID": trial, "WANDB_NAME": trial}
-    )
+    own = ("WANDB_RUN_ID", "WANDB_NAME")
+    return OfflineSweep(sweep, folder, jobs, launcher, lambda trial: group | dict.fromkeys(own, trial))
 
 
 def run_offline(coordinator: OfflineSweep, count: int | None) -> int:

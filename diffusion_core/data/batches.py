@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion_core.data.datasets import Images, sent, to_unit
-from diffusion_core.randomness import Purpose, generator
+from diffusion_core.randomness import Purpose, streams
 
 DEVICE_SHARE = 0.25
 """Share of a GPU's free memory that a data set may take up; a larger one stays in main memory."""
@@ -24,6 +24,7 @@ class Batches:
         images: the training images; copied to ``device`` where they fit.
         batch_size: images a batch, over all processes.
         seed: the run's seed.
+        draws: version of the random draws.
         horizontal_flip: mirror each image with probability 1/2.
         device: where batches are wanted.
         rank: this process; it gets its share of every batch, in order.
@@ -36,6 +37,7 @@ class Batches:
         *,
         batch_size: int,
         seed: int,
+        draws: int = 2,
         horizontal_flip: bool,
         device: torch.device,
         rank: int = 0,
@@ -45,6 +47,7 @@ class Batches:
         self.images = images.to(device) if _fits(images.images_NCHW, device) else images
         self.batch_size = batch_size
         self.seed = seed
+        self.draws = draws
         self.horizontal_flip = horizontal_flip
         self.device = device
         local = batch_size // world_size
@@ -64,7 +67,7 @@ class Batches:
 
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._orders:
-            order = torch.randperm(len(self.images), generator=generator(self.seed, Purpose.ORDER, epoch))
+            (order,) = streams(self.draws, [(self.seed, Purpose.ORDER, epoch)]).permutation(len(self.images))
             order = order.to(self.images.labels_N.device)  # Once an epoch, so that no step waits for a copy.
             self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1} | {epoch: order}
         return self._orders[epoch]
@@ -74,8 +77,8 @@ class Batches:
         batch = self.images.select(self.indices(step)[self.share]).to(self.device)
         images_BCHW = batch.images_NCHW
         if self.horizontal_flip:
-            draws = torch.rand(self.batch_size, generator=generator(self.seed, Purpose.AUGMENT, step))
-            mirrored = sent((draws[self.share] < 0.5).nonzero().flatten(), self.device)  # Counted here, not on the GPU.
+            (draws_B,) = streams(self.draws, [(self.seed, Purpose.AUGMENT, step)]).uniform(self.batch_size)
+            mirrored = sent((draws_B[self.share] < 0.5).nonzero().flatten(), self.device)  # Counted on the CPU.
             images_BCHW.index_copy_(0, mirrored, images_BCHW.index_select(0, mirrored).flip(3))
         return to_unit(images_BCHW), batch.labels_N
 

@@ -12,7 +12,7 @@ from diffusion_core.config import CoreConfig
 from diffusion_core.data.batches import Batches
 from diffusion_core.diffusion.schedule import NoiseSchedule
 from diffusion_core.model.unet import NO_LABEL
-from diffusion_core.randomness import Purpose, generator
+from diffusion_core.randomness import Purpose, streams
 
 SELF_CONDITIONING_SHARE = 0.5
 """Share of training images for which the network gets an estimate of the clean image (Chen et al. 2022)."""
@@ -60,22 +60,22 @@ def draw(step: int, batches: Batches, config: CoreConfig, schedule: NoiseSchedul
     """
     x0_BCHW, labels_B = batches.at(step)
     device, size, share = x0_BCHW.device, batches.batch_size, batches.share
-    source = generator(config.seed, Purpose.NOISE, step, device=device)
-    noise_BCHW = torch.randn((size, *x0_BCHW.shape[1:]), generator=source, device=device)
+    source = streams(config.draws, [(config.seed, Purpose.NOISE, step)], device)
+    (noise_BCHW,) = source.normal(size, *x0_BCHW.shape[1:])
     if config.diffusion.timestep_sampling == "uniform":
-        t_B = torch.randint(schedule.timesteps, (size,), generator=source, device=device)
+        (t_B,) = source.integers(schedule.timesteps, size)
     else:
-        normal_B = torch.randn((size,), generator=source, device=device, dtype=torch.float64)
+        (normal_B,) = source.normal_float64(size)
         levels_B = (config.diffusion.lognormal_mean + config.diffusion.lognormal_std * normal_B).exp()
         t_B = schedule.position(levels_B)
         # The variational bound is defined between neighbouring timesteps.
         t_B = t_B.round().long() if config.model.learned_variance else t_B.float()
-    dropped_B = torch.rand((size,), generator=source, device=device) < config.train.label_dropout
+    dropped_B = source.uniform(size)[0] < config.train.label_dropout
     if config.diffusion.offset_noise:
-        offset = torch.randn((size, x0_BCHW.shape[1], 1, 1), generator=source, device=device)
-        noise_BCHW = noise_BCHW + config.diffusion.offset_noise * offset
+        (offset_BC11,) = source.normal(size, x0_BCHW.shape[1], 1, 1)
+        noise_BCHW = noise_BCHW + config.diffusion.offset_noise * offset_BC11
     shown_B = None
     if config.model.self_conditioning:
-        shown_B = (torch.rand((size,), generator=source, device=device) < SELF_CONDITIONING_SHARE)[share]
+        shown_B = (source.uniform(size)[0] < SELF_CONDITIONING_SHARE)[share]
     labels_B = torch.where(dropped_B[share], NO_LABEL, labels_B)
     return Draws(x0_BCHW, noise_BCHW[share], t_B[share], labels_B, shown_B)

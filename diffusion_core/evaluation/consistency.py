@@ -55,7 +55,13 @@ def consistency_of_images(one_NCHW: Tensor, two_NCHW: Tensor, seed: int) -> Cons
 def consistency_of_models(
     one: Generator, two: Generator, total: int, config: SampleConfig, seed: int, *, progress: bool = False
 ) -> Consistency:
-    """Return the similarity of two models' images. Every process samples a share; all return the same figures."""
+    """Return the similarity of two models' images. Every process samples a share; all return the same figures.
+
+    Raises:
+        ValueError: if the models draw random numbers by different versions, so that their noise differs.
+    """
+    if one.config.draws != two.config.draws:
+        raise ValueError(f"draws = {one.config.draws}, {two.config.draws}: expected the same for both models")
     sums_2, done, own = torch.zeros(2, dtype=torch.float64), 0, own_positions(total)
     pairs = zip(
         generated(one, total, config, seed, progress=progress), generated(two, total, config, seed), strict=True

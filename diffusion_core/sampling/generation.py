@@ -20,7 +20,7 @@ from diffusion_core.hardware import Precision, autocast, fastest_convolutions, m
 from diffusion_core.model.compilation import compiled, pick_sampling_compilation
 from diffusion_core.model.cuda_graphs import ReplayedNetwork, is_replayed
 from diffusion_core.model.unet import NO_LABEL, UNet
-from diffusion_core.randomness import Purpose, generator
+from diffusion_core.randomness import Purpose, streams
 from diffusion_core.sampling.guidance import between_levels, guided
 from diffusion_core.sampling.samplers import NoiseFunction, StepCallback, build_sampler, start_scale, steps_of
 from diffusion_core.terminal.progress import progress_of
@@ -53,28 +53,32 @@ def all_labels(network: UNet) -> list[int]:
 
 
 class ImageNoise:
-    """Standard normal noise with one generator per image, so that an image does not depend on its batch.
+    """Standard normal noise with one stream per image, so that an image does not depend on its batch.
 
     Args:
         wanted: the images. Seed, label and index determine the random stream of each.
         seed: the seed of the run or of the user.
         shape_CHW: shape of an image.
-        device: device of the result. Noise is drawn on the CPU, so that it is the same for every device.
+        device: device of the result.
+        draws: version of the random draws. The processor draws version 1 for every device, so that it is the same.
     """
 
     def __init__(
-        self, wanted: Sequence[Request], seed: int, shape_CHW: tuple[int, int, int], device: torch.device
+        self,
+        wanted: Sequence[Request],
+        seed: int,
+        shape_CHW: tuple[int, int, int],
+        device: torch.device,
+        draws: int = 2,
     ) -> None:
-        self.generators = [generator(seed, Purpose.SAMPLE, image.label, image.index) for image in wanted]
+        keys = [(seed, Purpose.SAMPLE, image.label, image.index) for image in wanted]
+        self.streams = streams(draws, keys, device if draws > 1 else "cpu")
         self.shape_CHW = shape_CHW
         self.device = device
 
     def __call__(self) -> Tensor:
         """Return the next noise of every image, ``(B, C, H, W)`` float32."""
-        noise_BCHW = torch.empty((len(self.generators), *self.shape_CHW))
-        for row_CHW, source in zip(noise_BCHW, self.generators, strict=True):
-            row_CHW.normal_(generator=source)
-        return noise_BCHW.to(self.device, non_blocking=True)
+        return self.streams.normal(*self.shape_CHW).to(self.device, non_blocking=True)
 
 
 class Generator:
@@ -98,6 +102,10 @@ class Generator:
         self.precision = precision
         self.shape_CHW = (network.in_channels, network.image_size, network.image_size)
         self._made: dict[tuple[str, bool], Callable[..., Tensor]] = {}
+
+    def noise(self, wanted: Sequence[Request], seed: int) -> ImageNoise:
+        """Return the noise of some images."""
+        return ImageNoise(wanted, seed, self.shape_CHW, self.device, self.config.draws)
 
     def denoiser(self, network: Callable[..., Tensor] | None = None) -> Denoiser:
         """Return the network, or a compiled form of it, as a denoiser without guidance. Each batch needs a new one."""
@@ -142,7 +150,7 @@ class Generator:
         network: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """Sample one batch of images: ``(B, C, H, W)`` float32 in [-1, 1] (unclipped), on the network's device."""
-        noise = ImageNoise(wanted, seed, self.shape_CHW, self.device)
+        noise = self.noise(wanted, seed)
         labels_B = torch.tensor([image.label for image in wanted], device=self.device)
         denoiser = self.denoiser(network)
         return self._sample(denoiser, self.guided(denoiser, config), noise(), labels_B, noise, config, callback)
@@ -250,7 +258,7 @@ class Generator:
         the first seed for all images.
         """
         wanted = [request] * len(weights)
-        noise, other = (ImageNoise(wanted, seed, self.shape_CHW, self.device) for seed in seeds)
+        noise, other = (self.noise(wanted, seed) for seed in seeds)
         angle_B = torch.tensor(weights, device=self.device).view(-1, 1, 1, 1) * (math.pi / 2.0)
         start_BCHW = angle_B.cos() * noise() + angle_B.sin() * other()
         labels_B = torch.full((len(weights),), request.label, device=self.device)
@@ -268,7 +276,7 @@ class Generator:
         two labels.
         """
         wanted = [Request(labels[0], index)] * len(weights)
-        noise = ImageNoise(wanted, seed, self.shape_CHW, self.device)
+        noise = self.noise(wanted, seed)
         first_B, second_B = (torch.full((len(weights),), label, device=self.device) for label in labels)
         weights_B = torch.tensor(weights, device=self.device).view(-1, 1, 1, 1)
         one, two = self.denoiser(), self.denoiser()

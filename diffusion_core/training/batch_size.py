@@ -5,10 +5,9 @@ from __future__ import annotations
 import fcntl
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from diffusion_core.cache import cache_path
 from diffusion_core.checkpoint import newest_checkpoint
-from diffusion_core.config import CoreConfig, TrainConfig
+from diffusion_core.config import ConfigError, CoreConfig, TrainConfig, read_yaml
 from diffusion_core.data.datasets import Dataset
 from diffusion_core.diffusion.denoiser import Denoiser
 from diffusion_core.diffusion.losses import diffusion_loss
@@ -24,7 +23,9 @@ from diffusion_core.hardware import algorithms, autocast, pick_precision
 from diffusion_core.machine.sharing import sharers
 from diffusion_core.model.compilation import compile_network, pick_compilation
 from diffusion_core.model.unet import UNet, build_network
+from diffusion_core.run_folder import CONFIG_FILE
 from diffusion_core.training.ema import copies
+from diffusion_core.training.resume import Config, drawing_as
 from diffusion_core.training.trainer import TrainState
 
 SHARE = 0.8
@@ -35,9 +36,6 @@ COPIES = 4
 
 PROBE = 2
 """Images of the smaller of two batches whose memory is counted. The other one has twice as many."""
-
-
-Config = TypeVar("Config", bound=CoreConfig)
 
 
 def settled(config: Config, accelerator: Accelerator, dataset: Dataset, checkpoints: Path) -> Config:
@@ -62,8 +60,15 @@ def settled(config: Config, accelerator: Accelerator, dataset: Dataset, checkpoi
 
 
 def as_resumed(config: Config, checkpoints: Path) -> Config:
-    """Return the configuration with the batch size of the run that is resumed, if it is ``auto`` and there is one."""
-    if config.train.batch_size != "auto" or not config.checkpoint.resume:
+    """Return the configuration with what a resumed run keeps: random draws of an earlier version, and a batch size.
+
+    The batch size is that of the run if it is ``auto``, and the run has a checkpoint.
+    """
+    if not config.checkpoint.resume:
+        return config
+    with suppress(ConfigError):  # Without a readable file, the checkpoint tells the trial.
+        config = drawing_as(config, read_yaml(checkpoints.parent / CONFIG_FILE))
+    if config.train.batch_size != "auto":
         return config
     resumed = newest_checkpoint(checkpoints)
     if resumed is None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffusion_core.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint
 from diffusion_core.config import ConfigError, CoreConfig, DataConfig, flatten
 from diffusion_core.data.classes import in_order, same_classes, shown_classes
+from diffusion_core.randomness import drawn_as
 from diffusion_core.redact import redacted
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ FREE_TO_CHANGE = (
 
 
 LENGTH = "train.steps"
+
+Config = TypeVar("Config", bound=CoreConfig)
 
 
 def find_checkpoint(config: CoreConfig, folder: Path, *, longer: bool = False) -> Checkpoint | None:
@@ -56,6 +59,16 @@ def find_checkpoint(config: CoreConfig, folder: Path, *, longer: bool = False) -
     if checkpoint is not None:
         check_same_run(config, checkpoint.metadata["config"], folder.parent, longer=longer)
     return checkpoint
+
+
+def drawing_as(config: Config, then: Mapping[str, Any]) -> Config:
+    """Return a configuration with the random draws of a run of an earlier version, if the run is one.
+
+    Args:
+        config: configuration to resume with.
+        then: configuration that the run was started with, by dotted key.
+    """
+    return config if "draws" in then else config.model_copy(update={"draws": drawn_as(then)})
 
 
 def check_same_run(config: CoreConfig, then: Mapping[str, Any], folder: Path, *, longer: bool = False) -> None:
