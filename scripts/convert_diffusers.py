@@ -5,9 +5,12 @@
   python scripts/convert_diffusers.py export runs/abc123 exported
 
 import  reads a DDPMPipeline (a folder, or its name on the Hugging Face hub) or the folder of a UNet2DModel, and writes
-        a checkpoint. If our network or noise schedule cannot represent the model, the error names the key.
+        a checkpoint. Weights may be in one file or in shards, as safetensors or .bin (read without running code), in
+        float32 or as an fp16 or bf16 variant. If our network or noise schedule cannot represent the model, the error
+        names the key.
 export  writes a folder for DDPMPipeline.from_pretrained. Weights stay equal bit for bit, including the zeros of pruning
-        masks; a network with removed channels cannot be a UNet2DModel.
+        masks. A network with removed channels has to have widths that a UNet2DModel can have, as with
+        prune.widths=diffusers; otherwise the error names a layer that has not.
 
 Both directions run the two networks on the same noise and compare them before anything is written.
 
@@ -54,6 +57,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     reading.add_argument("target", type=Path, metavar="TARGET", help="folder of the checkpoint; must not exist")
     reading.add_argument("--null-class", action="store_true", help='the last class stands for "no class"; needed only '
                          f"without {CLASSES_FILE}")  # fmt: skip
+    reading.add_argument("--image-size", type=int, metavar="N", help="height and width of the images; needed only for "
+                         "a model without sample_size")  # fmt: skip
     writing = directions.add_parser("export", help="convert a checkpoint to a DDPMPipeline")
     writing.add_argument("source", type=Path, metavar="SOURCE", help="a checkpoint, or a run's folder")
     writing.add_argument("target", type=Path, metavar="TARGET", help="folder of the pipeline; must not exist")
@@ -74,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         need_diffusers()
         with new_folder(arguments.target) as folder:
             if arguments.direction == "import":
-                lines = list(import_model(arguments.source, folder, null_class=arguments.null_class))
+                lines = list(import_model(arguments.source, folder, null_class=arguments.null_class, image_size=arguments.image_size))
             else:
                 lines = list(
                     export_model(

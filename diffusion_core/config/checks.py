@@ -31,27 +31,7 @@ def combination_problems(
         yield f"data.path = None: data.name={data.name} needs data.path=DIR, with one sub-folder of images a class"
     if place == "refused" and data.path is not None:
         yield f"data.path = {data.path!r}: data.name={data.name} is built in; leave it out, or use data.name=folder"
-    size = data.image_shape[1]
-    levels = len(model.channel_multipliers)
-    if size % 2 ** (levels - 1):
-        yield (
-            f"model.channel_multipliers = {model.channel_multipliers}: {levels} resolutions need a "
-            f"data.image_size that is a multiple of {2 ** (levels - 1)}, not {size}"
-        )
-    resolutions = [size // 2**depth for depth in range(levels)]
-    for resolution in model.attention_resolutions:
-        if resolution not in resolutions:
-            yield (
-                f"model.attention_resolutions = {model.attention_resolutions}: the network works at "
-                f"{', '.join(map(str, resolutions))} (for small images there is --preset=digits or mnist)"
-            )
-        else:
-            width = model.channels * model.channel_multipliers[resolutions.index(resolution)]
-            if width % model.num_heads:
-                yield f"model.num_heads = {model.num_heads}: must divide {width}, the width at {resolution} pixels"
-    width = model.channels * model.channel_multipliers[-1]
-    if width % model.num_heads:
-        yield f"model.num_heads = {model.num_heads}: must divide the width of the middle block, {width}"
+    yield from network_problems(model, data.image_shape[1])
     if diffusion.beta_start > diffusion.beta_end:
         yield (
             f"diffusion.beta_start = {diffusion.beta_start}: expected at most diffusion.beta_end = {diffusion.beta_end}"
@@ -76,6 +56,49 @@ def combination_problems(
     for figure in evaluation.figures:
         if METRICS[figure].labels and not model.class_conditional:
             yield f"eval.figures = {evaluation.figures}: {figure} needs model.class_conditional=true"
+
+
+def network_problems(model: ModelConfig, size: int) -> Iterator[str]:
+    """What is wrong with the network's knobs for images of ``size`` pixels."""
+    levels, multipliers = len(model.channel_multipliers), model.channel_multipliers
+    if size % 2 ** (levels - 1):
+        yield (
+            f"model.channel_multipliers = {multipliers}: {levels} resolutions need a "
+            f"data.image_size that is a multiple of {2 ** (levels - 1)}, not {size}"
+        )
+    for multiplier in multipliers:
+        width = model.channels * multiplier
+        if round(width) < 1 or abs(width - round(width)) > 1e-6 * width:
+            yield (
+                f"model.channel_multipliers = {multipliers}: {multiplier:g} of model.channels = {model.channels} is "
+                f"{width:g} channels; expected a whole number"
+            )
+    resolutions = [size // 2**depth for depth in range(levels)]
+    attending = {}
+    for resolution in model.attention_resolutions:
+        if resolution not in resolutions:
+            yield (
+                f"model.attention_resolutions = {model.attention_resolutions}: the network works at "
+                f"{', '.join(map(str, resolutions))} (for small images there is --preset=digits or mnist)"
+            )
+        else:
+            attending[f"the width at {resolution} pixels"] = model.widths[resolutions.index(resolution)]
+    attending["the width of the middle block"] = model.widths[-1]
+    for place, width in attending.items():
+        if width % model.num_heads:
+            yield f"model.num_heads = {model.num_heads}: must divide {width}, {place}"
+        if model.head_channels is not None and width % model.head_channels:
+            yield f"model.head_channels = {model.head_channels}: must divide {width}, {place}"
+    if model.head_channels is not None and model.num_heads != 1:
+        yield (
+            f"model.num_heads = {model.num_heads}: has no effect with model.head_channels={model.head_channels}; drop "
+            f"one of them"
+        )
+    if model.frequency_shift >= model.channels // 2:
+        yield (
+            f"model.frequency_shift = {model.frequency_shift:g}: expected less than {model.channels // 2}, half of "
+            f"model.channels"
+        )
 
 
 def formulation_problems(

@@ -59,18 +59,35 @@ class ModelConfig(Section):
 
     channels: Annotated[int, Field(ge=4, le=4096)] = 128
     """Width of the U-Net at full resolution."""
-    channel_multipliers: Annotated[list[Positive], Field(min_length=1, max_length=8)] = [1, 2, 2, 2]
-    """Width at each resolution, as multiples of model.channels; each further entry halves the resolution."""
+    channel_multipliers: Annotated[
+        list[Positive | Annotated[float, Field(gt=0.0)]], Field(min_length=1, max_length=8)
+    ] = [1, 2, 2, 2]
+    """Width at each resolution, as multiples of model.channels; each further entry halves the resolution. A multiple
+    such as 1.5 has to give a whole width."""
     num_res_blocks: Annotated[int, Field(ge=1, le=16)] = 2
     """Residual blocks at each resolution on the way down (one more on the way up)."""
     attention_resolutions: list[Positive] = [16]
     """Heights (in pixels) at which self-attention follows each residual block."""
     num_heads: Annotated[int, Field(ge=1, le=64)] = 1
     """Attention heads; must divide the width wherever there is attention."""
+    head_channels: Positive | None = None
+    """Width of an attention head, so that wider layers have more heads. None: model.num_heads heads everywhere."""
+    embedding_channels: Positive | None = None
+    """Width of the embedding of time and label. None: four times model.channels."""
+    frequency_shift: Annotated[float, Field(ge=-4096.0, lt=2048.0)] = 1.0
+    """Shift s of the timestep's frequencies 10000^(-i/(n-s)), i = 0 to n-1, with n = model.channels/2. 1: the last one is
+    1/10000 (Ho et al. 2020). 0: the formula of Vaswani et al. 2017, and the default of Diffusers."""
+    time_order: Literal["sin_cos", "cos_sin"] = "sin_cos"
+    """Order of the timestep's features: sines first (Ho et al. 2020), or cosines first (the default of Diffusers)."""
+    downsample_padding: Literal["end", "both"] = "end"
+    """Zeros around the input of a downsampling convolution: at the right and bottom (Ho et al. 2020), or on all sides
+    (the default of Diffusers)."""
     dropout: Fraction = 0.1
     """Dropout probability inside residual blocks, while training."""
     norm_groups: Positive = 32
     """Groups of the group norms (where the width is no multiple of it, the largest common divisor)."""
+    norm_epsilon: Annotated[float, Field(gt=0.0, le=0.1)] = 1e-6
+    """Added to the variances of the group norms (1e-6 in Ho et al. 2020, 1e-5 by default in Diffusers)."""
     conditioning: Literal["bias", "scale_shift"] = "bias"
     """How time and label enter a residual block: added per channel (Ho et al. 2020), or as scale and shift of its
     second norm (adaptive group norm, Dhariwal & Nichol 2021)."""
@@ -80,6 +97,15 @@ class ModelConfig(Section):
     """Learn the variance of the reverse steps too, by the hybrid loss (Nichol & Dhariwal 2021)."""
     class_conditional: bool = True
     """Whether the network is told the class; False trains an unconditional model."""
+
+    @property
+    def widths(self) -> list[int]:
+        """The width at each resolution, the highest first."""
+        return [round(self.channels * multiplier) for multiplier in self.channel_multipliers]
+
+    def heads(self, width: int) -> int:
+        """Return the number of attention heads of a layer of ``width`` channels."""
+        return self.num_heads if self.head_channels is None else width // self.head_channels
 
 
 class DiffusionConfig(Section):

@@ -10,11 +10,11 @@ from typing import Any
 from diffusion_core.checkpoint import Checkpoint, CheckpointError
 from diffusion_core.choice import announce, choose
 from diffusion_core.config import ConfigError
-from diffusion_core.diffusers_io.names import diffusers_name
+from diffusion_core.diffusers_io.layout import unet_config
+from diffusion_core.diffusers_io.names import to_diffusers
 from diffusion_core.diffusers_io.networks import compare, compare_schedules, describe, diffusers_network
 from diffusion_core.diffusers_io.scheduler import EXTRA, fewer_steps, scheduler_config
 from diffusion_core.diffusers_io.source import CLASSES_FILE
-from diffusion_core.diffusers_io.unet import unet_config
 from diffusion_core.model.unet import NO_LABEL
 from diffusion_core.sampling.labels import find_label
 from diffusion_core.tracking import BEST
@@ -35,24 +35,23 @@ def export_model(
         which: checkpoint of a run's folder, for :func:`diffusion_core.choice.choose`.
 
     Raises:
-        CheckpointError: if the checkpoint cannot be read, or its network cannot be a UNet2DModel.
-        ConfigError: if Diffusers cannot represent a knob, or the model has no such label.
+        CheckpointError: if the checkpoint cannot be read, or its network cannot be a UNet2DModel; the message names the
+            knob or the layer.
+        ConfigError: if Diffusers cannot represent the noise schedule, or the model has no such label.
     """
     from diffusers import DDPMPipeline, DDPMScheduler
 
     checkpoint = choose(path, which)
     if weights not in checkpoint.parts:
         raise CheckpointError(f"--weights = {weights!r}: {str(checkpoint.path)!r} does not hold them")
-    if checkpoint.metadata["structure"]:
-        raise CheckpointError(
-            f"{str(checkpoint.path)!r}: channels of {len(checkpoint.metadata['structure'])} layers were removed, but a "
-            "UNet2DModel has one width per resolution; expected a dense network, or one pruned by masks"
-        )
     config, network = checkpoint.config(), checkpoint.network(weights)
     has_null_class = network.num_classes > 0 and config.train.label_dropout > 0
     only = pick_label(label, checkpoint, has_null_class)
 
-    settings = unet_config(network, config.model)
+    try:
+        settings = unet_config(network, config.model)
+    except ConfigError as error:
+        raise CheckpointError(f"{str(checkpoint.path)!r}: {error}") from None
     tensors = dict(network.state_dict())
     labels = [*range(network.num_classes), *([NO_LABEL] if has_null_class else [])]
     if network.num_classes:
@@ -63,7 +62,7 @@ def export_model(
         else:
             labels = [only]
             tensors["time_mlp.2.bias"] = tensors["time_mlp.2.bias"] + embeddings_CE[only]  # NO_LABEL is the last.
-    unet, _ = diffusers_network(settings, {diffusers_name(name): tensor for name, tensor in tensors.items()})
+    unet, _ = diffusers_network(settings, to_diffusers(tensors))
     difference = compare(network, unet, labels)
     kept = checkpoint.metadata["extra"].get(EXTRA)
     scheduler = scheduler_config(config) | (fewer_steps(kept) if isinstance(kept, dict) else {})

@@ -15,18 +15,21 @@ from diffusion_core.model.unet import NO_LABEL
 from diffusion_core.redact import redact, redacted
 
 
-def import_model(name: str, folder: Path, *, null_class: bool = False) -> Iterator[str]:
+def import_model(
+    name: str, folder: Path, *, null_class: bool = False, image_size: int | None = None
+) -> Iterator[str]:
     """Write the checkpoint of a Diffusers model into ``folder``; yields a description of the network, then notes.
 
     Args:
         name: a folder on disk, or the name of the model on the hub.
         folder: an empty folder.
         null_class: whether the last class stands for "no class" if no file says so.
+        image_size: height and width of the images in pixels, if the model does not say.
 
     Raises:
         ConfigError: if the model cannot be read, or our network cannot represent it; the message names the key.
     """
-    source = read_diffusers(find_source(name), null_class)
+    source = read_diffusers(find_source(name), null_class, image_size)
     knobs = dict(source.knobs)
     if source.class_names and not source.has_null_class:
         knobs["train.label_dropout"] = 0.0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
+import torch
 from torch import Tensor
 
 from diffusion_core.config import ConfigError
@@ -20,6 +21,7 @@ RESIDUAL = {
     "norm1": "norm1",
     "conv1": "conv1",
     "embed": "time_emb_proj",
+    "embed_scale": "time_emb_proj",  # Of twice the width: first the scale, then the shift.
     "norm2": "norm2",
     "conv2": "conv2",
     "skip": "conv_shortcut",
@@ -50,6 +52,33 @@ def diffusers_name(name: str) -> str:
     if module in WHOLE:
         return f"{WHOLE[module]}.{kind}"
     raise ConfigError(f"{name!r}: UNet2DModel has no such layer")
+
+
+def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename our weights. The two projections of a block with scale and shift are stacked into one.
+
+    Raises:
+        ConfigError: if `UNet2DModel` has no such layer.
+    """
+    theirs: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        scale = tensors.get(name.replace(".embed.", ".embed_scale.")) if ".embed." in name else None
+        if ".embed_scale." not in name:
+            theirs[diffusers_name(name)] = tensor if scale is None else torch.cat([scale, tensor])
+    return theirs
+
+
+def from_diffusers(names: Collection[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a `UNet2DModel` under our ``names``: what :func:`to_diffusers` undoes."""
+    ours = {}
+    for name in names:
+        tensor = tensors[diffusers_name(name)]
+        if ".embed_scale." in name:
+            tensor = tensor.chunk(2)[0].contiguous()
+        elif name.replace(".embed.", ".embed_scale.") in names and ".embed." in name:
+            tensor = tensor.chunk(2)[1].contiguous()
+        ours[name] = tensor
+    return ours
 
 
 def modern_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_core.config import ConfigError, CoreConfig
-from diffusion_core.diffusers_io.names import diffusers_name
+from diffusion_core.diffusers_io.names import from_diffusers
 from diffusion_core.diffusers_io.values import defaults
 from diffusion_core.diffusion.schedule import build_schedule
 from diffusion_core.model.unet import UNet
@@ -50,7 +50,7 @@ def our_network(
     channels, size, _ = config.data.image_shape
     with torch.device("meta"):
         network = UNet(config.model, size, channels, num_classes)
-    tensors = {name: their_tensors[diffusers_name(name)] for name in network.state_dict()}
+    tensors = from_diffusers(network.state_dict().keys(), their_tensors)
     if num_classes and not has_null_class:
         known_CE = tensors["label_embedding.weight"]
         tensors["label_embedding.weight"] = torch.cat([known_CE, known_CE.new_zeros(1, known_CE.shape[1])])

@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import pickle
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusion_core.config import ConfigError
-from diffusion_core.diffusers_io.names import modern_tensors
 from diffusion_core.diffusers_io.scheduler import scheduler_defaults, scheduler_knobs
 from diffusion_core.diffusers_io.unet import unet_knobs
-from diffusion_core.diffusers_io.values import defaults
-from diffusion_core.files import first_not_finite
+from diffusion_core.diffusers_io.values import defaults, errors_of, read_json
+from diffusion_core.diffusers_io.weights import WEIGHTS_FILES, read_weights, weights_of, with_shards
 from diffusion_core.messages import one_line
 
 INDEX_FILE = "model_index.json"
 UNET_FILE = "config.json"
 SCHEDULER_FILE = "scheduler_config.json"
-WEIGHTS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 CLASSES_FILE = "classes.json"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-UNREADABLE = (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError)
-"""Errors that safetensors and torch raise for damaged files."""
 HO_SCHEDULER = {"_class_name": "DDPMScheduler", "variance_type": "fixed_large"}
 """The scheduler of a network that comes without one: that of Ho et al. 2020."""
 
@@ -73,10 +63,11 @@ def find_source(source: str) -> Path:
 
     settings = [f"{folder}{name}" for folder in ("", "unet/", "scheduler/") for name in (UNET_FILE, SCHEDULER_FILE)]
     try:
-        for weights in WEIGHTS_FILES:  # The second format only if the first is missing.
-            wanted = [INDEX_FILE, CLASSES_FILE, *settings, weights, f"unet/{weights}"]
+        for weights in WEIGHTS_FILES:  # Each further format only if those before it are missing.
+            files = [f"{place}{name}" for place in ("", "unet/") for name in with_shards(weights)]
+            wanted = [INDEX_FILE, CLASSES_FILE, *settings, *files]
             folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=wanted))
-            if any((folder / name).is_file() for name in (weights, f"unet/{weights}")):
+            if weights_of(folder) or weights_of(folder / "unet"):
                 break
     except Exception as error:  # Errors of the hub, of HTTP, of the disk.
         reason = one_line(error)
@@ -86,12 +77,13 @@ def find_source(source: str) -> Path:
     return folder
 
 
-def read_diffusers(folder: Path, null_class: bool) -> DiffusersModel:
+def read_diffusers(folder: Path, null_class: bool, image_size: int | None = None) -> DiffusersModel:
     """Read the folder of a pipeline or of a UNet2DModel; old pipelines have all files in one folder.
 
     Args:
         folder: a folder on disk.
         null_class: whether the last embedding stands for "no class" if no file says so.
+        image_size: height and width in pixels, if the model does not say.
 
     Raises:
         ConfigError: if a file is missing or damaged, or holds something that we cannot represent.
@@ -110,7 +102,7 @@ def read_diffusers(folder: Path, null_class: bool) -> DiffusersModel:
     with errors_of(place / UNET_FILE):
         if unet.get("_class_name") != "UNet2DModel":
             raise ConfigError(f"_class_name = {unet.get('_class_name')!r}: expected 'UNet2DModel'")
-        knobs = unet_knobs(unet)
+        knobs = unet_knobs(unet, image_size)
 
     notes = []
     files = [path for path in (folder / "scheduler" / SCHEDULER_FILE, folder / SCHEDULER_FILE) if path.is_file()]
@@ -128,15 +120,6 @@ def read_diffusers(folder: Path, null_class: bool) -> DiffusersModel:
     return DiffusersModel(unet, scheduler, knobs, read_weights(place, notes), class_names, has_null_class, notes)
 
 
-@contextmanager
-def errors_of(file: Path) -> Iterator[None]:
-    """Put the name of a file before the message of a ConfigError."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"{str(file)!r}: {error}") from None
-
-
 def read_classes(folder: Path, embeddings: int, null_class: bool) -> tuple[tuple[str, ...], bool]:
     """Return the class names, and whether one more embedding stands for "no class"."""
     if null_class and embeddings < 2:
@@ -150,36 +133,3 @@ def read_classes(folder: Path, embeddings: int, null_class: bool) -> tuple[tuple
     if not are_names or not isinstance(has_null_class, bool) or not names or len(names) + has_null_class != embeddings:
         raise ConfigError(f"{str(file)!r}: does not name the classes of num_class_embeds = {embeddings}; delete it")
     return tuple(names), has_null_class
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{str(file)!r}: cannot be read as a JSON object")
-    return content
-
-
-def read_weights(folder: Path, notes: list[str]) -> dict[str, Tensor]:
-    """Read the weights of a UNet2DModel, in float32 and under current names, without running code of the file."""
-    file = next((folder / name for name in WEIGHTS_FILES if (folder / name).is_file()), None)
-    if file is None:
-        raise ConfigError(f"{str(folder)!r}: no weights here (expected {' or '.join(WEIGHTS_FILES)})")
-    with errors_of(file):
-        try:
-            safe = file.suffix == ".safetensors"
-            tensors = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
-        except UNREADABLE as error:
-            raise ConfigError(f"cannot be read as weights: {one_line(error)}") from None
-        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            raise ConfigError("cannot be read as weights: expected tensors by name")
-        modern = modern_tensors(tensors)
-        if bad := first_not_finite(tensors):
-            raise ConfigError(f"{bad!r} holds values that are not finite; take another model")
-    kinds = sorted({str(tensor.dtype) for tensor in modern.values()} - {"torch.float32"})
-    if kinds:
-        notes.append(f"weights of type {', '.join(kinds)} become torch.float32")
-    return {name: tensor.float().contiguous() for name, tensor in modern.items()}

@@ -1,10 +1,35 @@
-"""Read and check single values of Diffusers' configurations."""
+"""Read Diffusers' configurations, and check single values."""
 
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from diffusion_core.config import ConfigError
+
+
+@contextmanager
+def errors_of(file: Path) -> Iterator[None]:
+    """Put the name of a file before the message of a ConfigError."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{str(file)!r}: {error}") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{str(file)!r}: cannot be read as a JSON object")
+    return content
 
 
 def defaults(*classes: type) -> dict[str, Any]:

@@ -10,12 +10,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-NORM_EPSILON = 1e-6
 
-
-def group_norm(channels: int, max_groups: int) -> nn.GroupNorm:
-    """Return group norm (Wu & He 2018). Its number of groups is the greatest common divisor of the arguments."""
-    return nn.GroupNorm(math.gcd(channels, max_groups), channels, eps=NORM_EPSILON)
+def group_norm(channels: int, max_groups: int, epsilon: float = 1e-6) -> nn.GroupNorm:
+    """Return group norm (Wu & He 2018) with the greatest common divisor of channels and ``max_groups`` as groups."""
+    return nn.GroupNorm(math.gcd(channels, max_groups), channels, eps=epsilon)
 
 
 def normalised(norm: nn.GroupNorm, x_BCHW: Tensor) -> Tensor:

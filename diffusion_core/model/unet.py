@@ -8,7 +8,6 @@ Axes: B batch, C channels, H height, W width, E embedding width, N = H*W positio
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -18,20 +17,11 @@ from torch import Tensor, nn
 
 from diffusion_core.config import CoreConfig, ModelConfig
 from diffusion_core.model.norm import group_norm, normalised
+from diffusion_core.model.timesteps import sinusoidal_embedding
 from diffusion_core.randomness import Purpose, stream_seed
 
 NO_LABEL = -1
 """The label that means "no class", for which the network makes an unconditional prediction."""
-
-MAX_PERIOD = 10_000.0
-
-
-def sinusoidal_embedding(t_B: Tensor, width: int) -> Tensor:
-    """Return sinusoidal features of timesteps, ``(B, width)`` (Vaswani et al. 2017; layout of Ho et al. 2020)."""
-    half = width // 2
-    exponents = torch.arange(half, device=t_B.device, dtype=torch.float32) / max(half - 1, 1)
-    angles_BE = t_B.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)[None, :]
-    return F.pad(torch.cat([angles_BE.sin(), angles_BE.cos()], dim=1), (0, width % 2))
 
 
 def activated(x: Tensor) -> Tensor:
@@ -47,12 +37,12 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, embedding: int, model: ModelConfig) -> None:
         super().__init__()
-        self.norm1 = group_norm(in_channels, model.norm_groups)
+        self.norm1 = group_norm(in_channels, model.norm_groups, model.norm_epsilon)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.embed = nn.Linear(embedding, out_channels)
         # Two projections instead of one of twice the width, so that structured pruning can narrow each.
         self.embed_scale = nn.Linear(embedding, out_channels) if model.conditioning == "scale_shift" else None
-        self.norm2 = group_norm(out_channels, model.norm_groups)
+        self.norm2 = group_norm(out_channels, model.norm_groups, model.norm_epsilon)
         self.dropout = nn.Dropout(model.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
@@ -74,10 +64,10 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over all positions, with a residual connection."""
 
-    def __init__(self, channels: int, heads: int, groups: int) -> None:
+    def __init__(self, channels: int, model: ModelConfig) -> None:
         super().__init__()
-        self.heads = heads
-        self.norm = group_norm(channels, groups)
+        self.heads = model.heads(channels)
+        self.norm = group_norm(channels, model.norm_groups, model.norm_epsilon)
         self.query = nn.Linear(channels, channels)
         self.key = nn.Linear(channels, channels)
         self.value = nn.Linear(channels, channels)
@@ -97,15 +87,16 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width with a strided convolution, padded at the end only, as TensorFlow's "SAME"."""
+    """Halve height and width with a strided convolution, padded at the end only (TensorFlow's "SAME") or all around."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, model: ModelConfig) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.around = model.downsample_padding == "both"
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=int(self.around))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Halve the resolution: ``(B, C, H, W)`` to ``(B, C, H/2, W/2)``."""
-        return self.conv(F.pad(x_BCHW, (0, 1, 0, 1)))
+        return self.conv(x_BCHW if self.around else F.pad(x_BCHW, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -169,7 +160,7 @@ class Level(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(ResidualBlock(inner, outer, embedding, model) for inner, outer in widths)
         self.attentions = nn.ModuleList(
-            AttentionBlock(outer, model.num_heads, model.norm_groups) for _, outer in widths if attention
+            AttentionBlock(outer, model) for _, outer in widths if attention
         )
         self.resample = resample
 
@@ -204,8 +195,10 @@ class UNet(nn.Module):
         self.image_size = image_size
         self.num_classes = num_classes
         width = model.channels
-        embedding = 4 * width
+        embedding = model.embedding_channels or 4 * width
         self.width = width
+        self.frequency_shift = model.frequency_shift
+        self.cosine_first = model.time_order == "cos_sin"
 
         self.time_mlp = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         # One more row than classes: the last one means "no class".
@@ -215,12 +208,11 @@ class UNet(nn.Module):
         channels, size = width, image_size
         skips = [channels]
         self.down = nn.ModuleList()
-        for depth, multiplier in enumerate(model.channel_multipliers):
-            out = width * multiplier
+        for depth, out in enumerate(model.widths):
             widths = [(channels if i == 0 else out, out) for i in range(model.num_res_blocks)]
-            last = depth == len(model.channel_multipliers) - 1
+            last = depth == len(model.widths) - 1
             attention = size in model.attention_resolutions
-            self.down.append(Level(widths, attention, None if last else Downsample(out), model, embedding))
+            self.down.append(Level(widths, attention, None if last else Downsample(out, model), model, embedding))
             channels = out
             skips += [out] * (model.num_res_blocks + (not last))
             size = size if last else size // 2
@@ -228,14 +220,13 @@ class UNet(nn.Module):
         self.middle = nn.ModuleList(
             [
                 ResidualBlock(channels, channels, embedding, model),
-                AttentionBlock(channels, model.num_heads, model.norm_groups),
+                AttentionBlock(channels, model),
                 ResidualBlock(channels, channels, embedding, model),
             ]
         )
 
         self.up = nn.ModuleList()
-        for depth, multiplier in reversed(list(enumerate(model.channel_multipliers))):
-            out = width * multiplier
+        for depth, out in reversed(list(enumerate(model.widths))):
             widths = []
             for _ in range(model.num_res_blocks + 1):
                 widths.append((channels + skips.pop(), out))
@@ -244,7 +235,7 @@ class UNet(nn.Module):
             self.up.append(Level(widths, attention, Upsample(out) if depth else None, model, embedding))
             size = size * 2 if depth else size
 
-        self.norm_out = group_norm(channels, model.norm_groups)
+        self.norm_out = group_norm(channels, model.norm_groups, model.norm_epsilon)
         self.conv_out = nn.Conv2d(channels, in_channels * (1 + model.learned_variance), 3, padding=1)
         self.reset_parameters()
 
@@ -272,7 +263,14 @@ class UNet(nn.Module):
 
     def embed(self, t_B: Tensor, labels_B: Tensor | None) -> Tensor:
         """Return the conditioning of a batch, ``(B, E)``: the SiLU of time embedding plus label embedding."""
-        embedding_BE = self.time_mlp(sinusoidal_embedding(t_B, self.width).to(self.conv_in.weight.dtype))
+        time_BE = sinusoidal_embedding(
+            t_B,
+            self.width,
+            kept=self.time_mlp[0].in_features,
+            shift=self.frequency_shift,
+            cosine_first=self.cosine_first,
+        )
+        embedding_BE = self.time_mlp(time_BE.to(self.conv_in.weight.dtype))
         if self.label_embedding is not None:
             if labels_B is None:
                 labels_B = torch.full_like(t_B, NO_LABEL, dtype=torch.long)

@@ -547,7 +547,7 @@ def test_help_names_every_knob_with_default_purpose_and_what_it_accepts(
     assert "--train.lr=0.0002\n        Peak learning rate of AdamW. [a number > 0 and <= 1]" in out
     assert "--model.channel_multipliers=1,2,2,2\n" in out
     out = " ".join(out.split())
-    assert "[a list of at least 1 and at most 8 such as 1,2,2, each an integer >= 1]" in out
+    assert "[a list of at least 1 and at most 8 such as 1,2,2, each an integer >= 1 or a number > 0]" in out
     assert "[an integer >= 4 and <= 1024 or None]" in out
     assert f"[an integer >= 0 and < {2**63}]" in out
 

@@ -146,13 +146,13 @@ TYPES: list[Case] = [
     ("--data={'path':['a']}", "data.path = ['a']", "expected text that is not empty or None"),
 ]
 
-MULTIPLIERS = "expected a list of at least 1 and at most 8 such as 1,2,2, each an integer >= 1"
+MULTIPLIERS = "expected a list of at least 1 and at most 8 such as 1,2,2, each an integer >= 1 or a number > 0"
 LISTS: list[Case] = [
     ("--model.channel_multipliers=", "model.channel_multipliers = ''", MULTIPLIERS),
     ("--model.channel_multipliers=[]", "model.channel_multipliers = '[]'", MULTIPLIERS),
     ("--model.channel_multipliers=1,1,1,1,1,1,1,1,1", "= '1,1,1,1,1,1,1,1,1'", MULTIPLIERS),
     ("--model.channel_multipliers=1,x", "model.channel_multipliers = '1,x'", MULTIPLIERS),
-    ("--model.channel_multipliers=1,1.5", "model.channel_multipliers = '1,1.5'", MULTIPLIERS),
+    ("--model.channel_multipliers=1,1.5.2", "model.channel_multipliers = '1,1.5.2'", MULTIPLIERS),
     ("--model.channel_multipliers=1,,2", "model.channel_multipliers = '1,,2'", MULTIPLIERS),
     ("--model.channel_multipliers=1,0", "model.channel_multipliers = '1,0'", MULTIPLIERS),
     ("--model.channel_multipliers=1,-2", "model.channel_multipliers = '1,-2'", MULTIPLIERS),
@@ -192,9 +192,14 @@ COMBINATIONS: list[Case] = [
     (
         "--model.attention_resolutions= --model.num_heads=3",
         "model.num_heads = 3",
-        "must divide the width of the middle block, 256",
+        "must divide 256, the width of the middle block",
     ),
-    ("--model.channel_multipliers=1,3,1,1 --model.num_heads=3", "model.num_heads = 3", "the middle block, 128"),
+    ("--model.channel_multipliers=1,3,1,1 --model.num_heads=3", "model.num_heads = 3", "must divide 128, the width of the middle block"),
+    ("--model.channel_multipliers=1,1.1", "= [1, 1.1]", "1.1 of model.channels = 128 is 140.8 channels"),
+    ("--model.channel_multipliers=1,0.001", "= [1, 0.001]", "0.128 channels; expected a whole number"),
+    ("--model.head_channels=48", "model.head_channels = 48", "must divide 256, the width at 16 pixels"),
+    ("--model.head_channels=64 --model.num_heads=2", "model.num_heads = 2", "no effect with model.head_channels=64"),
+    ("--model.frequency_shift=64", "model.frequency_shift = 64", "expected less than 64, half of model.channels"),
     ("--diffusion.beta_start=0.5", "diffusion.beta_start = 0.5", "at most diffusion.beta_end = 0.02"),
     ("--diffusion.beta_end=0.00001", "diffusion.beta_start = 0.0001", "at most diffusion.beta_end = 1e-05"),
     ("--sample.steps=1001", "sample.steps = 1001", "at most diffusion.timesteps = 1000"),

@@ -18,6 +18,19 @@ import pytest
 import sample_images
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from pipelines import (
+    TINY,
+    WEIGHTS,
+    assert_same_outputs,
+    blocks,
+    convert,
+    edit,
+    inputs,
+    plain,
+    refusal,
+    save,
+    theirs,
+)
 from safetensors.torch import load_file, save_file
 from tiny import NUM_CLASSES, assert_same_tensors, lively, metadata, tiny_config, tiny_network
 from torch import Tensor
@@ -33,28 +46,7 @@ from diffusion_core.sampling import generation
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "scripts" / "convert_diffusers.py"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
-
-def blocks(attention: list[int]) -> dict[str, Any]:
-    """The types of the blocks: one per level, 1 with attention and 0 without."""
-    down = [f"{'Attn' * attends}DownBlock2D" for attends in attention]
-    return {"down_block_types": down, "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down)]}
-
-
-TINY: dict[str, Any] = {
-    "sample_size": 16,
-    "block_out_channels": [8, 16, 16],
-    **blocks([0, 1, 0]),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "attention_head_dim": None,
-    "norm_eps": 1e-6,
-    "downsample_padding": 0,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-}
-"""google/ddpm-cifar10-32 made small."""
 
 GOOGLE = TINY | {
     "sample_size": 32,
@@ -80,56 +72,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one level": {"block_out_channels": [8], **blocks([1])},
     "classes": {"num_class_embeds": 5},
 }
-
-
-def theirs(changes: Mapping[str, Any] | None = None, base: Mapping[str, Any] = TINY) -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(**{**base, **(changes or {})}).eval()
-
-
-def save(folder: Path, unet: UNet2DModel | None = None, **schedule: Any) -> Path:
-    """A pipeline's folder."""
-    DDPMPipeline(unet or theirs(), DDPMScheduler(variance_type="fixed_large", **schedule)).save_pretrained(folder)
-    return folder
-
-
-def convert(direction: str, source: Path | str, target: Path, *more: str) -> None:
-    assert convert_diffusers.main([direction, str(source), str(target), *more]) == 0
-
-
-def inputs(network: UNet | UNet2DModel, classes: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
-    channels, size = (
-        (network.in_channels, network.image_size)
-        if isinstance(network, UNet)
-        else (network.config["in_channels"], network.config["sample_size"])
-    )
-    size = size if isinstance(size, int) else size[0]
-    source = torch.Generator().manual_seed(3)
-    x = torch.randn(6, channels, size, size, generator=source)
-    t = torch.randint(1000, (6,), generator=source)
-    return x, t, torch.randint(classes, (6,), generator=source) if classes else None
-
-
-@torch.no_grad()
-def assert_same_outputs(ours: UNet, other: UNet2DModel, classes: int = 0) -> None:
-    x, t, labels = inputs(ours, classes)
-    expected, found = other(x, t, labels).sample, ours(x, t, labels)
-    assert expected.std() > 0.01
-    assert (expected - found).abs().max() <= 1e-5
-
-
-def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration says, without who wrote it and in which of several spellings."""
-    said = {key: value for key, value in config.items() if not key.startswith("_")}
-    if isinstance(size := said.get("sample_size"), list | tuple):
-        said["sample_size"] = size[0]
-    for key in ("down_block_types", "up_block_types"):
-        if key in said:
-            said[key] = [kind.removeprefix("UNetRes") for kind in said[key]]
-    if "act_fn" in said:
-        said["act_fn"] = "silu" if said["act_fn"] == "swish" else said["act_fn"]
-        said["attn_norm_num_groups"] = said["attn_norm_num_groups"] or said["norm_num_groups"]
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in said.items()}
 
 
 def assert_round_trip(source: Path, original: UNet2DModel, folder: Path) -> None:
@@ -448,24 +390,6 @@ def test_as_a_process(tmp_path: Path) -> None:
 # What is refused.
 
 
-def edit(file: Path, **changes: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def refusal(capsys: pytest.CaptureFixture[str], direction: str, source: Path | str, folder: Path, *more: str) -> str:
-    """The one line with which a conversion is refused; nothing is written."""
-    before = sorted(folder.rglob("*"))
-    capsys.readouterr()
-    assert convert_diffusers.main([direction, str(source), str(folder / "target"), *more]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("error: ")
-    assert said.err.count("\n") == 1
-    assert len(said.err) < 1000
-    assert sorted(folder.rglob("*")) == before
-    return said.err
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("saved") / "theirs")
@@ -480,29 +404,29 @@ WRONG_NETWORKS: list[tuple[str, Any, str]] = [
     ("_class_name", "UNet2DConditionModel", "'UNet2DModel'"),
     ("center_input_sample", True, "False"),
     ("time_embedding_type", "fourier", "'positional'"),
-    ("freq_shift", 0, "1"),
-    ("flip_sin_to_cos", True, "False"),
+    ("freq_shift", 4, "a number >= -4096 and < 4, half of the first width"),
+    ("freq_shift", "much", "a number >= -4096 and < 4"),
+    ("flip_sin_to_cos", "maybe", "False or True"),
     ("mid_block_type", None, "'UNetMidBlock2D'"),
     ("mid_block_scale_factor", 1.4, "1"),
-    ("downsample_padding", 1, "0"),
+    ("downsample_padding", 2, "0 or 1"),
     ("downsample_type", "resnet", "'conv'"),
     ("upsample_type", "resnet", "'conv'"),
     ("act_fn", "gelu", "'silu' or 'swish'"),
-    ("norm_eps", 1e-5, "1e-06"),
-    ("resnet_time_scale_shift", "scale_shift", "'default'"),
+    ("norm_eps", 0.0, "a number > 0 and <= 0.1"),
+    ("resnet_time_scale_shift", "spatial", "'default' or 'scale_shift'"),
     ("add_attention", False, "True"),
     ("class_embed_type", "timestep", "None"),
-    ("block_out_channels", [8, 12, 16], "whole multiples of the first"),
     ("block_out_channels", "8,16,16", "a list of widths"),
-    ("sample_size", None, "one number, a multiple of 4"),
+    ("sample_size", None, "one number, a multiple of 4; give it with --image-size"),
     ("sample_size", [16, 32], "one number, a multiple of 4"),
     ("sample_size", 18, "one number, a multiple of 4"),
     ("out_channels", 6, "as many as in_channels, 3"),
     ("layers_per_block", [1, 2, 1], "one integer >= 1"),
-    ("time_embedding_dim", 100, "None or 32"),
+    ("time_embedding_dim", 0.5, "None or an integer >= 1"),
     ("norm_num_groups", 16, "a divisor of every width in [8, 16, 16]"),
     ("attn_norm_num_groups", 8, "None or norm_num_groups, 4"),
-    ("attention_head_dim", 6, "a divisor that gives equally many heads"),
+    ("attention_head_dim", 6, "None or a divisor of the widths with attention, [16]"),
     ("num_class_embeds", 0, "None or an integer >= 1"),
     ("num_class_embeds", 10**13, "None or an integer >= 1"),
 ]
@@ -520,10 +444,8 @@ WRONG_NETWORKS: list[tuple[str, Any, str]] = [
             "expected the mirror image of down_block_types",
         ),
         ({"in_channels": 4, "out_channels": 4}, "in_channels = 4: expected 1 or 3"),
-        (
-            {"attention_head_dim": 8, **blocks([1, 1, 1])},
-            "attention_head_dim = 8: expected a divisor that gives equally many heads at the widths [8, 16], or None",
-        ),
+        ({"resnet_time_scale_shift": "scale_shift"}, "attn_norm_num_groups = None: expected norm_num_groups, 4"),
+        ({"attention_head_dim": 16, **blocks([1, 1, 1])}, "None or a divisor of the widths with attention, [8, 16]"),
         ({"dropout": "much"}, "model.dropout = 'much': expected a number"),
         ({"num_class_embeds": 3}, "'class_embedding.weight': this weight of the UNet2DModel is missing (1 are)"),
         ({"layers_per_block": 2}, "this weight of the UNet2DModel is missing"),
@@ -536,13 +458,13 @@ def test_networks_that_are_not_ours(
     assert said in refusal(capsys, "import", source, tmp_path)
 
 
-def test_all_that_does_not_fit_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Diffusers' defaults, which are not google/ddpm-cifar10-32's."""
-    unet = theirs({"norm_eps": 1e-5, "freq_shift": 0, "flip_sin_to_cos": True, "downsample_padding": 1})
-    said = refusal(capsys, "import", save(tmp_path / "theirs", unet), tmp_path)
-    assert all(
-        key in said for key in ("norm_eps", "freq_shift", "flip_sin_to_cos", "downsample_padding", "unet/config")
-    )
+def test_all_that_does_not_fit_is_said_at_once(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = {"norm_eps": 1, "freq_shift": 9, "class_embed_type": "identity", "downsample_padding": 3}
+    edit(source / "unet" / "config.json", **wrong)
+    said = refusal(capsys, "import", source, tmp_path)
+    assert all(key in said for key in (*wrong, "unet/config"))
 
 
 WRONG_SCHEDULES: list[tuple[str, Any, str]] = [
@@ -638,7 +560,6 @@ def test_class_names_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixtu
     ("key", "value", "said"),
     [
         ("model.channel_multipliers", [2, 2], "UNet2DModel's first convolution"),
-        ("model.conditioning", "scale_shift", "UNet2DModel has no counterpart"),
         ("model.self_conditioning", True, "UNet2DModel has no counterpart"),
         ("model.learned_variance", True, "UNet2DModel has no counterpart"),
         ("diffusion.prediction", "edm", "DDPMScheduler does not know it; expected one"),
@@ -656,10 +577,10 @@ def test_own_networks_that_are_not_theirs(
 
 def test_own_checkpoints_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     narrow = {"down.0.blocks.0.conv1": {"in_channels": 8, "out_channels": 4}}
-    pruned = write_checkpoint(
-        tmp_path / "pruned", 1, {**own(tmp_path / "dense").metadata, "structure": narrow}, {"ema": {}, "model": {}}
-    )
-    assert "channels of 1 layers were removed" in refusal(capsys, "export", pruned.path, tmp_path)
+    pruned = own(tmp_path / "pruned", structure=narrow)
+    said = refusal(capsys, "export", pruned.path, tmp_path)
+    assert "down.0.blocks.0.conv1: its weight is 4 x 8 x 3 x 3" in said
+    assert "prune with prune.widths=diffusers" in said
     labelled, unlabelled = own(tmp_path / "labelled").path, own(tmp_path / "unlabelled", classes=0).path
     undropped = own(tmp_path / "undropped", train__label_dropout=0.0).path
     assert "the model has no classes" in refusal(capsys, "export", unlabelled, tmp_path, "--label", "none")

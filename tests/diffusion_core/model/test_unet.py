@@ -13,7 +13,8 @@ from torch import nn
 from diffusion_core.config import CoreConfig, ModelConfig
 from diffusion_core.diffusers_io import diffusers_name
 from diffusion_core.model.cost import count_cost
-from diffusion_core.model.unet import NO_LABEL, UNet, build_network, sinusoidal_embedding
+from diffusion_core.model.timesteps import kept_frequencies, sinusoidal_embedding
+from diffusion_core.model.unet import NO_LABEL, UNet, build_network
 
 PUBLISHED_PARAMS = 35_746_307
 """google/ddpm-cifar10-32; Ho et al. 2020 say 35.7 M."""
