@@ -66,6 +66,28 @@ def _block_problems(prune: PruneConfig, model: ModelConfig) -> Iterator[str]:
         yield f"prune.block_keep = {prune.block_keep}: keeps all blocks; expected at least one share below 1"
 
 
+def diffusers_problems(config: CoreConfig, prune: PruneConfig) -> Iterator[str]:
+    """Yield why the model of a trial with ``prune.widths=diffusers`` could not become a pipeline of Diffusers."""
+    from diffusion_core.diffusers_io import knob_problems, scheduler_config
+
+    if prune.method != "structured":
+        return
+    levels, shares = len(config.model.channel_multipliers), prune.block_keep
+    down, middle, up = shares[:levels], shares[levels : levels + 1], shares[levels + 1 :]
+    if len(shares) == 2 * levels + 1 and (down != up[::-1] or middle != down[-1:]):
+        yield (
+            f"prune.block_keep = {shares}: prune.widths=diffusers needs the shares of the way down on the way up too, "
+            f"and the last of them for the middle"
+        )
+    problems = list(knob_problems(config.model, config.data.image_shape[1]))
+    try:
+        scheduler_config(config)
+    except ConfigError as error:
+        problems += error.problems
+    for line in problems:
+        yield f"prune.widths = 'diffusers': {line}"
+
+
 def _lottery_problems(
     prune: PruneConfig, init: InitConfig, distill: DistillConfig, train: TrainConfig
 ) -> Iterator[str]:

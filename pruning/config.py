@@ -47,6 +47,11 @@ class PruneConfig(Section):
     round_to: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Make widths multiples of this. None: of model.norm_groups, so that group norms keep all their groups, or of its
     largest divisor that meets prune.target within 2%."""
+    widths: Literal["free", "diffusers"] = "free"
+    """Widths that remain: each group of channels its own (free), or those of a UNet2DModel (diffusers), so that
+    scripts/convert_diffusers.py exports the pruned model as a plain pipeline: one width for each resolution, for the
+    embedding and for attention heads, and one number of groups for all norms. diffusers also removes features of the
+    timestep, and comes less close to prune.target."""
     block_keep: list[Annotated[float, Field(gt=0.0, le=1.0)]] = Field(default=[])
     """Share to keep of each block: the resolutions on the way down, the middle, the resolutions on the way up; 1 spares
     a block. structured: the removed shares of channels are scaled together until prune.target is met. Masks with

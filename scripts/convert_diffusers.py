@@ -79,7 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         need_diffusers()
         with new_folder(arguments.target) as folder:
             if arguments.direction == "import":
-                lines = list(import_model(arguments.source, folder, null_class=arguments.null_class, image_size=arguments.image_size))
+                lines = list(
+                    import_model(
+                        arguments.source, folder, null_class=arguments.null_class, image_size=arguments.image_size
+                    )
+                )
             else:
                 lines = list(
                     export_model(

@@ -75,8 +75,8 @@ class ModelConfig(Section):
     embedding_channels: Positive | None = None
     """Width of the embedding of time and label. None: four times model.channels."""
     frequency_shift: Annotated[float, Field(ge=-4096.0, lt=2048.0)] = 1.0
-    """Shift s of the timestep's frequencies 10000^(-i/(n-s)), i = 0 to n-1, with n = model.channels/2. 1: the last one is
-    1/10000 (Ho et al. 2020). 0: the formula of Vaswani et al. 2017, and the default of Diffusers."""
+    """Shift s of the timestep's frequencies 10000^(-i/(n-s)), i = 0 to n-1, with n = model.channels/2. 1: the last one
+    is 1/10000 (Ho et al. 2020). 0: the formula of Vaswani et al. 2017, and the default of Diffusers."""
     time_order: Literal["sin_cos", "cos_sin"] = "sin_cos"
     """Order of the timestep's features: sines first (Ho et al. 2020), or cosines first (the default of Diffusers)."""
     downsample_padding: Literal["end", "both"] = "end"

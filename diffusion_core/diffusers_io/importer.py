@@ -15,9 +15,7 @@ from diffusion_core.model.unet import NO_LABEL
 from diffusion_core.redact import redact, redacted
 
 
-def import_model(
-    name: str, folder: Path, *, null_class: bool = False, image_size: int | None = None
-) -> Iterator[str]:
+def import_model(name: str, folder: Path, *, null_class: bool = False, image_size: int | None = None) -> Iterator[str]:
     """Write the checkpoint of a Diffusers model into ``folder``; yields a description of the network, then notes.
 
     Args:

@@ -133,8 +133,10 @@ def _frequency_shift(network: UNet) -> float:
     kept, half = network.time_mlp[0].in_features, network.width // 2
     stride = kept_frequencies(network.width, kept).step
     # With all frequencies, this is the network's own shift to the bit.
-    shift = kept // 2 - half + network.frequency_shift if stride == 1 else (
-        kept // 2 - (half - network.frequency_shift) / stride
+    shift = (
+        kept // 2 - half + network.frequency_shift
+        if stride == 1
+        else (kept // 2 - (half - network.frequency_shift) / stride)
     )
     return int(shift) if float(shift).is_integer() else shift
 

@@ -159,9 +159,7 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(ResidualBlock(inner, outer, embedding, model) for inner, outer in widths)
-        self.attentions = nn.ModuleList(
-            AttentionBlock(outer, model) for _, outer in widths if attention
-        )
+        self.attentions = nn.ModuleList(AttentionBlock(outer, model) for _, outer in widths if attention)
         self.resample = resample
 
     def run_block(

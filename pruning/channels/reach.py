@@ -10,7 +10,8 @@ from diffusion_core.config import CoreConfig, ModelConfig
 from diffusion_core.model.cost import count_sizes, network_layers
 from diffusion_core.model.unet import UNet
 from pruning.channels.groups import channel_groups
-from pruning.channels.search import TOLERANCE, layer_sizes, out_of_reach, round_counts, shrunk_sizes, wanted_counts
+from pruning.channels.levels import DIFFUSERS, LevelWidths
+from pruning.channels.search import TOLERANCE, layer_sizes, out_of_reach, rounded, shrunk_sizes, wanted_counts
 from pruning.config import COUNTED_TARGETS, PruneConfig
 from pruning.estimate import USUAL_CLASSES
 
@@ -23,17 +24,18 @@ def least_share(network: UNet, prune: PruneConfig) -> float:
 
     Args:
         network: the network to prune; its weights do not matter.
-        prune: target, rounding and shares by block. The target is not ``latency``, which has to be measured.
+        prune: target, rounding, widths and shares by block. The target is not ``latency``, which has to be measured.
     """
     groups = channel_groups(network)
     layers, now = network_layers(network), layer_sizes(network)
     widths = {group.name: group.width for group in groups}
     alike = {group.name: torch.ones(group.width, dtype=torch.float64) for group in groups}
     wanted = wanted_counts(network, groups, alike, prune)
-    narrowest = round_counts(groups, wanted(1.0), prune.round_to or 1, widths)
+    levels = LevelWidths(network, groups) if prune.widths == DIFFUSERS else None
+    narrowest = rounded(groups, wanted(1.0), prune.round_to or 1, widths, levels)
     what = COUNTED_TARGETS.index(prune.target)
-    least, whole = (count_sizes(layers, shrunk_sizes(now, groups, counts))[what] for counts in (narrowest, widths))
-    return least / whole
+    least = count_sizes(layers, shrunk_sizes(now, groups, narrowest, prune.widths))[what]
+    return least / count_sizes(layers, now)[what]
 
 
 def check_reach(network: UNet, prune: PruneConfig) -> None:
@@ -69,7 +71,7 @@ class Reach:
         """
         if prune.method != "structured" or prune.target not in COUNTED_TARGETS:
             return
-        shape = prune.model_dump_json(include={"target", "round_to", "scope", "block_keep"})
+        shape = prune.model_dump_json(include={"target", "round_to", "scope", "block_keep", "widths"})
         kind = config.model.model_dump_json(), repr(config.data.image_shape), shape
         if kind not in self._traced and len(self._traced) == MOST_NETWORKS:
             return

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion_core.config import ConfigError
@@ -19,6 +20,7 @@ from pruning.blocks import shared_blocks
 from pruning.calibration import Calibration
 from pruning.channels.groups import ChannelGroup, Kept, channel_groups, kept_places
 from pruning.channels.importance import channel_scores
+from pruning.channels.levels import kept_time_features
 from pruning.channels.search import STEPS, Counts, choose_all, find_counts, layer_sizes, shrunk_sizes
 from pruning.config import COUNTED_TARGETS, PruneConfig
 from pruning.registries import IMPORTANCES
@@ -34,10 +36,12 @@ class Removal:
     Attributes:
         kept: a string for every group of channels: ``1`` for each channel to keep, ``0`` for each channel to remove.
         redrawn: the seed with which the weights of the smaller network were drawn anew, or None.
+        widths: ``prune.widths``, which decides about groups of norms and features of timesteps.
     """
 
     kept: dict[str, str]
     redrawn: int | None = None
+    widths: str = "free"
 
 
 def prune_channels(
@@ -73,7 +77,7 @@ def prune_channels(
         )
     kept: Kept = {group.name: torch.ones(group.width, dtype=torch.bool) for group in groups}
     for iteration in range(1, prune.iterations + 1):
-        current = _shrink(network, groups, kept).eval().requires_grad_(True)
+        current = _shrink(network, groups, kept, prune.widths).eval().requires_grad_(True)
         narrowed = channel_groups(current) if iteration > 1 else groups
         scores = channel_scores(current, narrowed, prune, stream_seed(seed, iteration), calibration)
         # Approach the target in equal ratios, all relative to the original network, so that rounding does not add up.
@@ -90,6 +94,7 @@ def prune_channels(
     removal = Removal(
         {name: "".join("01"[stays] for stays in stay.tolist()) for name, stay in kept.items()},
         stream_seed(seed, Purpose.REINIT) if IMPORTANCES[prune.importance].redraws else None,
+        prune.widths,
     )
     return _apply(network, groups, removal), removal
 
@@ -108,7 +113,7 @@ def remove(network: UNet, removal: Removal) -> UNet:
 
 def _apply(network: UNet, groups: list[ChannelGroup], removal: Removal) -> UNet:
     kept = {name: torch.tensor([mark == "1" for mark in marks]) for name, marks in removal.kept.items()}
-    smaller = _shrink(network, groups, kept)
+    smaller = _shrink(network, groups, kept, removal.widths)
     if removal.redrawn is not None:
         _draw_weights(smaller, removal.redrawn)
     return smaller
@@ -121,7 +126,9 @@ def _cost_to_hit(
     if prune.target == "latency":
 
         def ratio(counts: Counts) -> float:
-            ours, theirs = latencies([_untrained(network, groups, counts), network], LATENCY_BATCH, least=3)
+            ours, theirs = latencies(
+                [_untrained(network, groups, counts, prune.widths), network], LATENCY_BATCH, least=3
+            )
             return ours / theirs
 
         return ratio, keep
@@ -129,23 +136,26 @@ def _cost_to_hit(
     unit = COUNTED_TARGETS.index(prune.target)
 
     def count(counts: Mapping[str, int]) -> float:
-        return count_sizes(layers, shrunk_sizes(now, groups, counts))[unit]
+        return count_sizes(layers, shrunk_sizes(now, groups, counts, prune.widths))[unit]
 
-    return count, keep * count({group.name: group.width for group in groups})
+    return count, keep * count_sizes(layers, now)[unit]
 
 
-def _untrained(network: UNet, groups: list[ChannelGroup], counts: Counts) -> UNet:
+def _untrained(network: UNet, groups: list[ChannelGroup], counts: Counts, widths: str) -> UNet:
     """Return a network of these widths, with arbitrary weights."""
     first = {group.name: torch.arange(group.width) < counts[group.name] for group in groups}
-    return _shrink(network, groups, first)
+    return _shrink(network, groups, first, widths)
 
 
-def _shrink(network: UNet, groups: list[ChannelGroup], kept: Kept) -> UNet:
+def _shrink(network: UNet, groups: list[ChannelGroup], kept: Kept, widths: str) -> UNet:
     """Return a copy of a network with only the channels to keep."""
     smaller = copy.deepcopy(network)
     counts = {group.name: int(kept[group.name].sum()) for group in groups}
     now = layer_sizes(network)
+    new_sizes = {name: size for name, size in shrunk_sizes(now, groups, counts, widths).items() if size != now[name]}
     places = kept_places(network, groups, kept)
+    if "in_features" in new_sizes.get("time_mlp.0", {}):
+        places["time_mlp.0", "in"] = torch.tensor(kept_time_features(network, new_sizes["time_mlp.0"]["in_features"]))
     modules = dict(smaller.named_modules())
     weights: dict[str, Tensor] = {}
     for name in {layer for layer, _ in places}:
@@ -156,10 +166,12 @@ def _shrink(network: UNet, groups: list[ChannelGroup], kept: Kept) -> UNet:
                 if (name, side) not in places or (side == "in" and key == "bias"):
                     continue
                 axis = 1 if side == "in" or isinstance(module, nn.Embedding) else 0
+                if (name, side) == ("time_mlp.0", "in"):
+                    value = F.pad(value, (0, 1))  # For frequencies that it has not.
                 value = value.index_select(axis, places[name, side].to(value.device))
             weights[f"{name}.{key}"] = value.clone()
     trains = {name: parameter.requires_grad for name, parameter in smaller.named_parameters()}
-    resize(smaller, {name: size for name, size in shrunk_sizes(now, groups, counts).items() if size != now[name]})
+    resize(smaller, new_sizes)
     for name, value in weights.items():
         layer, _, key = name.rpartition(".")
         setattr(modules[layer], key, nn.Parameter(value, requires_grad=trains[name]))

@@ -14,6 +14,7 @@ from diffusion_core.model.unet import UNet
 from diffusion_core.terminal.progress import Shown
 from pruning.blocks import shared_blocks
 from pruning.channels.groups import ChannelGroup, Kept, size_key
+from pruning.channels.levels import DIFFUSERS, LevelWidths, shape_alike
 from pruning.config import PruneConfig
 
 Counts = dict[str, int]
@@ -32,10 +33,13 @@ def layer_sizes(network: UNet) -> Structure:
     return {name: now for name, module in network.named_modules() if (now := sizes(module))}
 
 
-def shrunk_sizes(layers: Structure, groups: list[ChannelGroup], counts: Mapping[str, int]) -> Structure:
+def shrunk_sizes(
+    layers: Structure, groups: list[ChannelGroup], counts: Mapping[str, int], widths: str = "free"
+) -> Structure:
     """Return the sizes of every layer after each group has kept the given number of channels.
 
-    A group norm gets the greatest common divisor of its old number of groups and its new width.
+    A group norm gets the greatest common divisor of its old number of groups and its new width; with ``prune.widths``
+    of ``diffusers``, all norms get that of all of them.
     """
     shrunk = {name: dict(size) for name, size in layers.items()}
     for group in groups:
@@ -45,6 +49,8 @@ def shrunk_sizes(layers: Structure, groups: list[ChannelGroup], counts: Mapping[
     for size in shrunk.values():
         if "num_groups" in size:
             size["num_groups"] = math.gcd(size["num_channels"], size["num_groups"])
+    if widths == DIFFUSERS:
+        shape_alike(shrunk)
     return shrunk
 
 
@@ -68,24 +74,25 @@ def find_counts(
         network: the network to shrink.
         groups: its groups of channels.
         scores: a score for every channel; minus infinity for channels that are removed already.
-        prune: scope, rounding, shares by block.
+        prune: scope, rounding, widths, shares by block.
         cost: returns the cost of a network with given numbers of channels, in the target's unit.
         target: the cost to reach.
         steps: number of bisections.
         progress: show a progress bar.
 
     Raises:
-        ConfigError: if even the narrowest network costs more.
+        ConfigError: if even the narrowest network costs more, or ``prune.widths`` cannot be had.
     """
     units = [prune.round_to] if prune.round_to else _divisors(_norm_groups(network))
     limits = {name: int(score.isfinite().sum()) for name, score in scores.items()}
     wanted = wanted_counts(network, groups, scores, prune)
+    levels = LevelWidths(network, groups) if prune.widths == DIFFUSERS else None
     best: Counts = {}
     error = math.inf
     for unit in units:
 
         def counts_at(amount: float, unit: int = unit) -> Counts:
-            return round_counts(groups, wanted(amount), unit, limits)
+            return rounded(groups, wanted(amount), unit, limits, levels)
 
         least = cost(counts_at(1.0))
         if least > target * (1.0 + TOLERANCE):
@@ -96,10 +103,13 @@ def find_counts(
         for _ in Shown(range(steps), f"widths in steps of {unit}", steps, "step", shown=progress, leave=False):
             middle = (low + high) / 2.0
             low, high = (middle, high) if cost(counts_at(middle)) > target else (low, middle)
-        for amount in (low, high):
-            off = abs(cost(counts_at(amount)) / target - 1.0)
+        choices = [counts_at(low), counts_at(high)]
+        if levels is not None and prune.target != "latency":  # So few widths change the cost in large steps.
+            choices += levels.choices(wanted(low), unit, limits)
+        for counts in choices:
+            off = abs(cost(counts) / target - 1.0)
             if off < error:
-                best, error = counts_at(amount), off
+                best, error = counts, off
         if error <= TOLERANCE or prune.target == "latency":  # Measured times are not that precise.
             break
     return best
@@ -107,9 +117,10 @@ def find_counts(
 
 def out_of_reach(prune: PruneConfig, share: float) -> ConfigError:
     """Return the error that at least this share of the target is left."""
+    kind = " with prune.widths=diffusers" if prune.widths == DIFFUSERS else ""
     return ConfigError(
         f"prune.keep = {prune.keep:g}: out of reach; at least {math.ceil(share * 1000) / 1000:g} of the "
-        f"{prune.target} stays at the narrowest widths"
+        f"{prune.target} stays at the narrowest widths{kind}"
     )
 
 
@@ -165,6 +176,19 @@ def block_share(network: UNet, group: ChannelGroup, block_keep: list[float]) -> 
         (share for name, share in zip(names, block_keep, strict=True) if group.name.startswith(f"{name}.")),
         block_keep[names.index("middle")],
     )
+
+
+def rounded(
+    groups: list[ChannelGroup],
+    wanted: Mapping[str, float],
+    unit: int,
+    limits: Mapping[str, int],
+    levels: LevelWidths | None,
+) -> Counts:
+    """Round numbers of channels, each by itself or, with ``levels``, to widths that a UNet2DModel can have."""
+    if levels is not None:
+        return levels.counts(wanted, unit, limits, GOLDEN)
+    return round_counts(groups, wanted, unit, limits)
 
 
 def round_counts(

@@ -194,7 +194,11 @@ COMBINATIONS: list[Case] = [
         "model.num_heads = 3",
         "must divide 256, the width of the middle block",
     ),
-    ("--model.channel_multipliers=1,3,1,1 --model.num_heads=3", "model.num_heads = 3", "must divide 128, the width of the middle block"),
+    (
+        "--model.channel_multipliers=1,3,1,1 --model.num_heads=3",
+        "model.num_heads = 3",
+        "must divide 128, the width of the middle block",
+    ),
     ("--model.channel_multipliers=1,1.1", "= [1, 1.1]", "1.1 of model.channels = 128 is 140.8 channels"),
     ("--model.channel_multipliers=1,0.001", "= [1, 0.001]", "0.128 channels; expected a whole number"),
     ("--model.head_channels=48", "model.head_channels = 48", "must divide 256, the width at 16 pixels"),

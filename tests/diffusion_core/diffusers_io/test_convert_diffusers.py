@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from diffusion_core.diffusers_io import diffusers_name, exporter, importer
 from diffusion_core.diffusers_io import networks as diffusers_networks
 from diffusion_core.diffusers_io.names import OLD_ATTENTION
 from diffusion_core.model.structure import resize
-from diffusion_core.model.unet import NO_LABEL, UNet
+from diffusion_core.model.unet import NO_LABEL
 from diffusion_core.sampling import generation
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -576,7 +576,12 @@ def test_own_networks_that_are_not_theirs(
 
 
 def test_own_checkpoints_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    narrow = {"down.0.blocks.0.conv1": {"in_channels": 8, "out_channels": 4}}
+    narrow = {
+        "down.0.blocks.0.conv1": {"in_channels": 8, "out_channels": 4},
+        "down.0.blocks.0.embed": {"in_features": 32, "out_features": 4},
+        "down.0.blocks.0.norm2": {"num_channels": 4, "num_groups": 4},
+        "down.0.blocks.0.conv2": {"in_channels": 4, "out_channels": 8},
+    }
     pruned = own(tmp_path / "pruned", structure=narrow)
     said = refusal(capsys, "export", pruned.path, tmp_path)
     assert "down.0.blocks.0.conv1: its weight is 4 x 8 x 3 x 3" in said

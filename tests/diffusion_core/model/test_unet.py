@@ -13,7 +13,7 @@ from torch import nn
 from diffusion_core.config import CoreConfig, ModelConfig
 from diffusion_core.diffusers_io import diffusers_name
 from diffusion_core.model.cost import count_cost
-from diffusion_core.model.timesteps import kept_frequencies, sinusoidal_embedding
+from diffusion_core.model.timesteps import sinusoidal_embedding
 from diffusion_core.model.unet import NO_LABEL, UNet, build_network
 
 PUBLISHED_PARAMS = 35_746_307
