@@ -177,6 +177,7 @@ LISTS: list[Case] = [
     ("--sample.guidance_interval=1,x", "sample.guidance_interval = '1,x'", "each a number >= 0 or None"),
 ]
 
+UNIFORM = "--prune.method=structured --prune.widths=diffusers"
 KARRAS = "--diffusion.schedule=karras --diffusion.prediction=edm"
 COMBINATIONS: list[Case] = [
     ("--data.name=folder", "data.path = None", "data.name=folder needs data.path=DIR"),
@@ -204,6 +205,23 @@ COMBINATIONS: list[Case] = [
     ("--model.head_channels=48", "model.head_channels = 48", "must divide 256, the width at 16 pixels"),
     ("--model.head_channels=64 --model.num_heads=2", "model.num_heads = 2", "no effect with model.head_channels=64"),
     ("--model.frequency_shift=64", "model.frequency_shift = 64", "expected less than 64, half of model.channels"),
+    (f"{UNIFORM} --model.self_conditioning=1", "prune.widths = 'diffusers': model.self_conditioning", "expected False"),
+    (f"{UNIFORM} --model.channel_multipliers=2,2", "prune.widths = 'diffusers': model.channel", "expected 1 at first"),
+    (
+        f"{UNIFORM} --diffusion.prediction=edm",
+        "prune.widths = 'diffusers': diffusion.prediction",
+        "expected one of eps",
+    ),
+    (
+        f"{UNIFORM} --model.attention_resolutions=32,16 --model.num_heads=2",
+        "prune.widths = 'diffusers': model.num_heads = 2",
+        "heads of one width; here they would be 64, 128 wide",
+    ),
+    (
+        f"{UNIFORM} --prune.block_keep=0.9,0.5,0.5,0.5,0.4,0.5,0.5,0.5,0.8",
+        "prune.block_keep = [0.9, 0.5, 0.5, 0.5, 0.4, 0.5, 0.5, 0.5, 0.8]",
+        "prune.widths=diffusers needs the shares of the way down on the way up too",
+    ),
     ("--diffusion.beta_start=0.5", "diffusion.beta_start = 0.5", "at most diffusion.beta_end = 0.02"),
     ("--diffusion.beta_end=0.00001", "diffusion.beta_start = 0.0001", "at most diffusion.beta_end = 1e-05"),
     ("--sample.steps=1001", "sample.steps = 1001", "at most diffusion.timesteps = 1000"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
+from diffusion_core.checkpoint import Checkpoint
 from diffusion_core.model.unet import UNet
+from diffusion_core.sampling import generation
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -105,3 +107,35 @@ def refusal(capsys: pytest.CaptureFixture[str], direction: str, source: Path | s
     assert len(said.err) < 1000
     assert sorted(folder.rglob("*")) == before
     return said.err
+
+
+def tape(shape: tuple[int, ...]) -> Iterator[Tensor]:
+    source = torch.Generator().manual_seed(1)
+    while True:
+        yield torch.randn(shape, generator=source)
+
+
+@torch.no_grad()
+def sample(checkpoint: Checkpoint, labels: list[int], steps: int) -> Tensor:
+    """Our images in [0, 1]."""
+    config = checkpoint.config()
+    settings = config.sample.model_copy(update={"sampler": "ddpm", "steps": steps})
+    noises = tape((len(labels), *checkpoint.shape_CHW))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "ImageNoise", lambda *_: lambda: next(noises))
+        drawing = generation.Generator(checkpoint.network(), config, "fp32")
+        x = drawing.batch([generation.Request(label, 0) for label in labels], settings, 0)
+    return (x / 2 + 0.5).clamp(0, 1)
+
+
+def their_images(pipeline: DDPMPipeline, count: int, steps: int) -> Tensor:
+    """Diffusers' images in [0, 1], of the noise that ours get."""
+    pipeline.set_progress_bar_config(disable=True)
+    source = torch.Generator().manual_seed(1)
+    return pipeline(count, source, num_inference_steps=steps, output_type="pt").images
+
+
+def assert_same_images(found: Tensor, expected: Tensor) -> None:
+    assert expected.std() > 0.02
+    assert ((expected > 0) & (expected < 1)).float().mean() > 0.2  # Where all is black or white, no difference shows.
+    assert (found - expected).abs().max() < 1e-4

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from pipelines import (
     TINY,
     WEIGHTS,
+    assert_same_images,
     assert_same_outputs,
     blocks,
     convert,
@@ -28,12 +28,13 @@ from pipelines import (
     inputs,
     plain,
     refusal,
+    sample,
     save,
+    their_images,
     theirs,
 )
 from safetensors.torch import load_file, save_file
 from tiny import NUM_CLASSES, assert_same_tensors, lively, metadata, tiny_config, tiny_network
-from torch import Tensor
 
 from diffusion_core.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from diffusion_core.config import ConfigError, CoreConfig
@@ -42,7 +43,6 @@ from diffusion_core.diffusers_io import networks as diffusers_networks
 from diffusion_core.diffusers_io.names import OLD_ATTENTION
 from diffusion_core.model.structure import resize
 from diffusion_core.model.unet import NO_LABEL
-from diffusion_core.sampling import generation
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "scripts" / "convert_diffusers.py"
@@ -225,38 +225,6 @@ def own(folder: Path, *, classes: int = NUM_CLASSES, structure: Any = None, **ch
     described = metadata(networks[0], config) | {"class_names": NAMES, "ema_updates": 3}
     parts = {part: dict(network.state_dict()) for part, network in zip(("ema", "model"), networks, strict=True)}
     return write_checkpoint(folder, 3, described, parts)
-
-
-def tape(shape: tuple[int, ...]) -> Iterator[Tensor]:
-    source = torch.Generator().manual_seed(1)
-    while True:
-        yield torch.randn(shape, generator=source)
-
-
-@torch.no_grad()
-def sample(checkpoint: Checkpoint, labels: list[int], steps: int) -> Tensor:
-    """Our images in [0, 1]."""
-    config = checkpoint.config()
-    settings = config.sample.model_copy(update={"sampler": "ddpm", "steps": steps})
-    noises = tape((len(labels), *checkpoint.shape_CHW))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "ImageNoise", lambda *_: lambda: next(noises))
-        drawing = generation.Generator(checkpoint.network(), config, "fp32")
-        x = drawing.batch([generation.Request(label, 0) for label in labels], settings, 0)
-    return (x / 2 + 0.5).clamp(0, 1)
-
-
-def their_images(pipeline: DDPMPipeline, count: int, steps: int) -> Tensor:
-    """Diffusers' images in [0, 1], of the noise that ours get."""
-    pipeline.set_progress_bar_config(disable=True)
-    source = torch.Generator().manual_seed(1)
-    return pipeline(count, source, num_inference_steps=steps, output_type="pt").images
-
-
-def assert_same_images(found: Tensor, expected: Tensor) -> None:
-    assert expected.std() > 0.02
-    assert ((expected > 0) & (expected < 1)).float().mean() > 0.2  # Where all is black or white, no difference shows.
-    assert (found - expected).abs().max() < 1e-4
 
 
 UNCLIPPED = {

@@ -30,6 +30,8 @@ KINDS: list[dict[str, Any]] = [
     {"prune.target": "macs", "prune.round_to": 8, "model.channels": 16},
     {"prune.target": "macs", "prune.block_keep": [1.0, 0.5, 0.5, 0.5, 1.0]},
     {"prune.target": "params", "model.num_heads": 2, "model.norm_groups": 1},
+    {"prune.target": "macs", "prune.widths": "diffusers"},
+    {"prune.target": "params", "prune.widths": "diffusers", "prune.round_to": 4, "model.num_heads": 2},
 ]
 
 
