@@ -98,7 +98,11 @@ def test_a_program_of_torch_draws_the_same_images(dense: Path, tmp_path: Path) -
 
 
 def test_a_model_without_classes_takes_no_labels(tmp_path: Path) -> None:
-    plain = lively_run(tmp_path / "plain", model__class_conditional=False, eval__classifier="none")
+    knobs = {"model__time_order": "cos_sin", "model__frequency_shift": 0.0, "model__downsample_padding": "both"}
+    narrow = {"prune__method": "structured", "prune__step": 1, "prune__widths": "diffusers", "prune__importance": "l1"}
+    labels = {"model__class_conditional": False, "eval__classifier": "none"}
+    plain = lively_run(tmp_path / "plain", **knobs, **narrow, **labels)
+    assert "time_mlp.0" in read_checkpoint(plain).metadata["structure"]
     assert export(plain, tmp_path, "--format", "torch") == 0
     assert json.loads((tmp_path / "exported" / "model.json").read_text())["class_names"] == []
     program = TORCH.replace("KIND", "int").replace(", labels)", ")").replace("np.arange(8) % len", "len")
