@@ -130,7 +130,7 @@ def _head_width(network: UNet, model: ModelConfig) -> int | None:
 
 def _frequency_shift(network: UNet) -> float:
     """Return `freq_shift`, with which fewer features have the frequencies that the network has kept."""
-    kept, half = network.time_mlp[0].in_features, network.width // 2
+    kept, half = network.time_features, network.width // 2
     stride = kept_frequencies(network.width, kept).step
     # With all frequencies, this is the network's own shift to the bit.
     shift = (

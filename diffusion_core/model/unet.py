@@ -242,6 +242,13 @@ class UNet(nn.Module):
         """Number of channels of the input of ``forward``."""
         return self.conv_in.in_channels
 
+    @property
+    def time_features(self) -> int:
+        """Number of features of the timestep: ``width``, or fewer if pruning has removed some."""
+        first = self.time_mlp[0]
+        assert isinstance(first, nn.Linear)
+        return first.in_features
+
     def reset_parameters(self) -> None:
         """Initialise as Ho et al. 2020 do: Glorot-uniform weights, zero biases, zero last layers.
 
@@ -264,7 +271,7 @@ class UNet(nn.Module):
         time_BE = sinusoidal_embedding(
             t_B,
             self.width,
-            kept=self.time_mlp[0].in_features,
+            kept=self.time_features,
             shift=self.frequency_shift,
             cosine_first=self.cosine_first,
         )

@@ -206,10 +206,8 @@ def kept_time_features(network: UNet, kept: int) -> list[int]:
 
     A frequency that the network has not, because it was pruned before, is given as its number of inputs.
     """
-    first = network.time_mlp[0]
-    assert isinstance(first, nn.Linear)
-    now = list(kept_frequencies(network.width, first.in_features))
+    lost = network.time_features
+    now = list(kept_frequencies(network.width, lost))
     known = {frequency: place for place, frequency in enumerate(now)}
-    lost = first.in_features
     places = [known.get(frequency, lost) for frequency in kept_frequencies(network.width, kept)]
     return [*places, *(place if place == lost else place + len(now) for place in places), *[lost] * (kept % 2)]

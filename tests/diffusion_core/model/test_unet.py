@@ -166,7 +166,7 @@ def test_dropout_acts_in_training_alone() -> None:
     ],
 )
 def test_shapes_and_gradients(
-    size: int, channels: int, multipliers: list[int], attention: list[int], heads: int, blocks: int
+    size: int, channels: int, multipliers: list[int | float], attention: list[int], heads: int, blocks: int
 ) -> None:
     model = ModelConfig(
         channels=8,

@@ -59,7 +59,7 @@ def assert_uniform(small: UNet) -> list[int]:
     found = level_widths(small)
     assert all(len(widths) == 1 for widths in found), found
     assert len({module.num_groups for module in small.modules() if isinstance(module, nn.GroupNorm)}) == 1
-    assert small.time_mlp[0].in_features == small.conv_in.out_channels
+    assert small.time_features == small.conv_in.out_channels
     return [widths.pop() for widths in found]
 
 
@@ -140,11 +140,12 @@ def test_the_record_repeats_it_and_the_structure_holds_it() -> None:
 def test_the_weights_of_features_that_remain_are_kept() -> None:
     dense = network()
     small = pruned(dense, 0.3, importance="l1")
-    kept = small.time_mlp[0].in_features // 2
+    kept = small.time_features // 2
+    first, second = (dict(one.named_parameters())["time_mlp.0.weight"] for one in (dense, small))
     stride = (16 - 1) // (kept - 1)
     frequencies = [i * stride for i in range(kept)]
-    rows = dense.time_mlp[0].weight[:, [*frequencies, *(16 + i for i in frequencies)]]
-    assert all(any(torch.equal(row, other) for other in rows) for row in small.time_mlp[0].weight)
+    rows = first[:, [*frequencies, *(16 + i for i in frequencies)]]
+    assert all(any(torch.equal(row, other) for other in rows) for row in second)
 
 
 def test_classes_and_families() -> None:
@@ -167,6 +168,6 @@ def test_masks_and_training_go_on() -> None:
     assert_uniform(state.network)
     masks = held_masks(state)
     assert masks is not None
-    weight = state.network.time_mlp[0].weight
+    weight = dict(state.network.named_parameters())["time_mlp.0.weight"]
     assert masks["time_mlp.0.weight"].shape == weight.shape
     assert torch.equal(weight != 0, masks["time_mlp.0.weight"])
