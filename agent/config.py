@@ -18,7 +18,7 @@ from diffusion_core.config import (
 )
 from diffusion_core.config.plugins import import_plugins
 from diffusion_core.registry import Choice
-from pruning.checks import combination_problems, diffusers_problems, start_level_problems, steps_problems
+from pruning.checks import combination_problems, costly_problems
 from pruning.config import PruneConfig
 
 
@@ -35,12 +35,7 @@ class TrialConfig(CoreConfig):
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
         yield from combination_problems(self.prune, self.init, self.distill, self.model, self.train, self.ema)
-        if self.prune.widths == "diffusers":
-            yield from diffusers_problems(self, self.prune)
-        if self.sample.start_level is not None:
-            yield from start_level_problems(self.sample, self.diffusion)
-        if self.steps.wanted:
-            yield from steps_problems(self, self.steps, self.prune, self.init, self.distill)
+        yield from costly_problems(self, self.steps, self.prune, self.init, self.distill)
 
     def logged_figures(self) -> list[str]:
         """Names of the figures that are better one way. A student of step distillation has no ``val/loss``."""

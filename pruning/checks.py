@@ -66,12 +66,22 @@ def _block_problems(prune: PruneConfig, model: ModelConfig) -> Iterator[str]:
         yield f"prune.block_keep = {prune.block_keep}: keeps all blocks; expected at least one share below 1"
 
 
+def costly_problems(
+    config: CoreConfig, steps: StepsConfig, prune: PruneConfig, init: InitConfig, distill: DistillConfig
+) -> Iterator[str]:
+    """Yield what is wrong with combinations whose checks import PyTorch, where knobs ask for them."""
+    if prune.widths == "diffusers" and prune.method == "structured":
+        yield from diffusers_problems(config, prune)
+    if config.sample.start_level is not None:
+        yield from start_level_problems(config.sample, config.diffusion)
+    if steps.wanted:
+        yield from steps_problems(config, steps, prune, init, distill)
+
+
 def diffusers_problems(config: CoreConfig, prune: PruneConfig) -> Iterator[str]:
     """Yield why the model of a trial with ``prune.widths=diffusers`` could not become a pipeline of Diffusers."""
     from diffusion_core.diffusers_io import knob_problems, scheduler_config
 
-    if prune.method != "structured":
-        return
     levels, shares = len(config.model.channel_multipliers), prune.block_keep
     down, middle, up = shares[:levels], shares[levels : levels + 1], shares[levels + 1 :]
     if len(shares) == 2 * levels + 1 and (down != up[::-1] or middle != down[-1:]):
