@@ -72,7 +72,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", default="0", help="seed of the images (0)")
     parser.add_argument("--seeds", metavar="A,B", help="interpolate between these two seeds")
     parser.add_argument("--out", type=Path, default=Path("samples"), metavar="DIR", help="folder of the images")
-    parser.add_argument("--gif", action="store_true", help="mode sample: also an animation, the noisy images beside those that the network expects")
+    parser.add_argument(
+        "--gif",
+        action="store_true",
+        help="mode sample: also an animation, the noisy images beside those that the network expects",
+    )
     parser.add_argument(
         "--weights",
         default="ema",

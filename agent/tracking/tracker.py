@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
+import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -159,4 +162,17 @@ def _wandb_value(value: float | Path) -> Any:
 
     if value.suffix == ".gif":
         return wandb.Video(str(value), format="gif")
+    if value.suffix == ".json":
+        return _table(json.loads(value.read_text(encoding="utf-8")))
     return wandb.Image(str(value))
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Any:
+    import wandb
+    from PIL import Image
+
+    def shown(column: str, value: Any) -> Any:
+        return wandb.Image(Image.open(io.BytesIO(base64.b64decode(value)))) if column == "image" else value
+
+    columns: list[str | int] = [*(rows[0] if rows else ())]
+    return wandb.Table(columns=columns, data=[[shown(column, value) for column, value in row.items()] for row in rows])

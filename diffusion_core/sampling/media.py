@@ -30,6 +30,18 @@ def image(pixels_CHW: Tensor) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
+def enlarged(pixels_CHW: Tensor) -> Image.Image:
+    """Return an image, enlarged by repeating pixels if it is smaller than ``SHOWN_SIZE``."""
+    height, width = pixels_CHW.shape[1:]
+    factor = factor_of(height, width)
+    return image(pixels_CHW).resize((width * factor, height * factor), Image.Resampling.NEAREST)
+
+
+def factor_of(height: int, width: int) -> int:
+    """Return the integer factor by which images of a size in pixels are enlarged."""
+    return max(1, math.ceil(SHOWN_SIZE / min(height, width)))
+
+
 def grid(images_NCHW: Tensor, columns: int, row_names: Sequence[str] = ()) -> Image.Image:
     """Draw images in rows of ``columns``, with the names of the rows at the left.
 
@@ -39,7 +51,7 @@ def grid(images_NCHW: Tensor, columns: int, row_names: Sequence[str] = ()) -> Im
         row_names: names of the rows; empty: no names.
     """
     height, width = images_NCHW.shape[2:]
-    factor = max(1, math.ceil(SHOWN_SIZE / min(height, width)))
+    factor = factor_of(height, width)
     cell_h, cell_w = height * factor + GAP, width * factor + GAP
     rows = math.ceil(len(images_NCHW) / columns)
     font = ImageFont.load_default(size=14)
@@ -49,8 +61,7 @@ def grid(images_NCHW: Tensor, columns: int, row_names: Sequence[str] = ()) -> Im
     for row, name in enumerate(row_names):
         draw.text((GAP, GAP + row * cell_h + cell_h // 2), name, fill="black", font=font, anchor="lm")
     for index, pixels_CHW in enumerate(images_NCHW):
-        tile = image(pixels_CHW).resize((width * factor, height * factor), Image.Resampling.NEAREST)
-        canvas.paste(tile, (margin + index % columns * cell_w + GAP, index // columns * cell_h + GAP))
+        canvas.paste(enlarged(pixels_CHW), (margin + index % columns * cell_w + GAP, index // columns * cell_h + GAP))
     return canvas
 
 

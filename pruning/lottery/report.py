@@ -152,7 +152,9 @@ def plot_spread(chains: Sequence[Sequence[Trained]], key: str, title: str, path:
         rows = [stages for _, stages in sorted(by_round.items())]
         shares = [stages[0].remaining for stages in rows]
         values = [[stage.figures[key] for stage in stages] for stages in rows]
-        axes.plot(shares, [sum(row) / len(row) for row in values], color=colour, marker=symbol, label=kind, markersize=4)
+        axes.plot(
+            shares, [sum(row) / len(row) for row in values], color=colour, marker=symbol, label=kind, markersize=4
+        )
         axes.fill_between(shares, [min(row) for row in values], [max(row) for row in values], color=colour, alpha=0.15)
     _remaining_axis(axes, [stage.remaining for chain in chains for stage in chain])
     axes.set_ylabel(LABELS[key])
