@@ -86,12 +86,16 @@ def test_blocks_that_are_run_are_commands_or_known_languages() -> None:
     for block in TO_RUN:
         if block.language == "sh":
             for line in block.commands():
-                assert line.startswith("python "), f"{block.document.name}: {line!r} is not run: say why above its block"
+                assert line.startswith("python "), (
+                    f"{block.document.name}: {line!r} is not run: say why above its block"
+                )
         else:
             assert block.language in ("python", "yaml"), f"{block.document.name}: a block is not run: say why above it"
 
 
-@pytest.mark.parametrize("block", [block for block in TO_RUN if block.language == "yaml"], ids=lambda b: b.document.name)
+@pytest.mark.parametrize(
+    "block", [block for block in TO_RUN if block.language == "yaml"], ids=lambda b: b.document.name
+)
 def test_yaml_blocks_are_sweeps_or_parts_of_one(block: Block) -> None:
     values = yaml.safe_load(block.text)
     sweep = {"method": "grid", "command": ["${env}", "python", "-m", "agent", "${args}"]} | values

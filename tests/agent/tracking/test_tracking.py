@@ -65,6 +65,7 @@ import torch, wandb
 from diffusion_core.sampling import media
 from agent.tracking.tracker import WandbTracker
 from diffusion_core.tracking import Upload
+from diffusion_core.evaluation.opinions import png_text
 
 folder = Path(sys.argv[1])
 run = wandb.init(mode="offline", project="test", dir=folder)
@@ -75,7 +76,10 @@ media.save_gif([media.grid(images.flip(0), 2), media.grid(images, 2)], folder / 
 for step, (loss, agreement) in enumerate([(0.5, 0.2), (0.25, 0.9), (0.75, 0.6)]):
     distance = {"eval/kd_classifier-digits_20_train": loss, "eval/kd_x_20_train/a*b": loss}
     tracker.log({"train/loss": loss, "val/loss": loss, "eval/class_agreement": agreement} | distance, 10 * step)
-tracker.log({"samples": folder / "grid.png", "diffusion": folder / "two.gif"}, 30)
+rows = [{"image": png_text(image), "label": "3", "opinion": str(n), "confidence": 0.5} for n, image in enumerate(images)]
+(folder / "opinions.json").write_text(json.dumps(rows))
+pictures = {"samples": folder / "grid.png", "diffusion": folder / "two.gif", "opinions": folder / "opinions.json"}
+tracker.log(pictures, 30)
 tracker.summary({"model/params": 7})
 weights = folder / "weights.bin"
 weights.write_bytes(b"12345")
@@ -153,6 +157,16 @@ def test_wandb_offline_keeps_the_history_by_step(offline: dict[str, Any]) -> Non
     assert rows[3]["diffusion.path"].endswith(".gif")
 
 
+def test_wandb_offline_keeps_the_table_of_samples_with_its_images(offline: dict[str, Any]) -> None:
+    row = history(offline["records"])[3]
+    assert row["opinions._type"] == "table-file"
+    table = json.loads((Path(offline["file"]).parent / "files" / row["opinions.path"]).read_text())
+    assert table["columns"] == ["image", "label", "opinion", "confidence"]
+    assert [cells[1:] for cells in table["data"]] == [["3", str(number), 0.5] for number in range(4)]
+    assert {cells[0]["_type"] for cells in table["data"]} == {"image-file"}
+    assert {(cells[0]["width"], cells[0]["height"]) for cells in table["data"]} == {(48, 48)}
+
+
 def test_wandb_offline_plots_over_steps_and_summarises_by_goal(offline: dict[str, Any]) -> None:
     metrics = [record.metric for record in offline["records"] if record.WhichOneof("record_type") == "metric"]
     by_name = {metric.name: metric for metric in metrics}
@@ -165,12 +179,13 @@ def test_wandb_offline_plots_over_steps_and_summarises_by_goal(offline: dict[str
 
 
 def test_wandb_offline_keeps_the_artifact_after_its_file_is_gone(offline: dict[str, Any]) -> None:
-    (artifact,) = [
+    logged = [
         record.request.log_artifact.artifact if record.WhichOneof("record_type") == "request" else record.artifact
         for record in offline["records"]
         if record.WhichOneof("record_type") == "artifact"
         or (record.WhichOneof("record_type") == "request" and record.request.HasField("log_artifact"))
     ]
+    (artifact,) = [artifact for artifact in logged if artifact.type != "run_table"]
     assert (artifact.name, artifact.type) == ("model-x", "model")
     assert set(artifact.aliases) == {"latest", "best"}
     assert json.loads(artifact.metadata) == {"step": 20}
