@@ -1,7 +1,7 @@
-"""Every block of code in the documents is run here, by another test, or has a comment above it that says why it is not.
+"""Every block of code in the documents is run here or by another test, or a comment above it says why it is not.
 
-``<!-- not run: REASON -->`` stands above a block that is not run. Commands run in this process, in a folder as a user has
-it, in the order of the document. Those that train are run with ``--dry-run``, which checks all that a run checks.
+The comment is ``<!-- not run: REASON -->``. Commands run in this process, in a folder as a user has it, in the order of
+the document. Those that train are run with ``--dry-run``, which checks all that a run checks.
 """
 
 from __future__ import annotations

@@ -76,7 +76,8 @@ media.save_gif([media.grid(images.flip(0), 2), media.grid(images, 2)], folder / 
 for step, (loss, agreement) in enumerate([(0.5, 0.2), (0.25, 0.9), (0.75, 0.6)]):
     distance = {"eval/kd_classifier-digits_20_train": loss, "eval/kd_x_20_train/a*b": loss}
     tracker.log({"train/loss": loss, "val/loss": loss, "eval/class_agreement": agreement} | distance, 10 * step)
-rows = [{"image": png_text(image), "label": "3", "opinion": str(n), "confidence": 0.5} for n, image in enumerate(images)]
+known = {"label": "3", "confidence": 0.5}
+rows = [{"image": png_text(image), **known, "opinion": str(number)} for number, image in enumerate(images)]
 (folder / "opinions.json").write_text(json.dumps(rows))
 pictures = {"samples": folder / "grid.png", "diffusion": folder / "two.gif", "opinions": folder / "opinions.json"}
 tracker.log(pictures, 30)
@@ -161,8 +162,8 @@ def test_wandb_offline_keeps_the_table_of_samples_with_its_images(offline: dict[
     row = history(offline["records"])[3]
     assert row["opinions._type"] == "table-file"
     table = json.loads((Path(offline["file"]).parent / "files" / row["opinions.path"]).read_text())
-    assert table["columns"] == ["image", "label", "opinion", "confidence"]
-    assert [cells[1:] for cells in table["data"]] == [["3", str(number), 0.5] for number in range(4)]
+    assert table["columns"] == ["image", "label", "confidence", "opinion"]
+    assert [cells[1:] for cells in table["data"]] == [["3", 0.5, str(number)] for number in range(4)]
     assert {cells[0]["_type"] for cells in table["data"]} == {"image-file"}
     assert {(cells[0]["width"], cells[0]["height"]) for cells in table["data"]} == {(48, 48)}
 

@@ -27,7 +27,8 @@ tracker = WandbTracker(run)
 lr = run.config["train.lr"]
 for step in (10, 20):
     tracker.log({"val/loss": lr * step, "train/loss": 1.0, "eval/class_agreement": 1.0 - lr * 20 / step}, step)
-tracker.summary({"model/macs": int(1000 * lr), "model/params": 5, "protocol/eval/class_agreement": "n=200, sampler=ddim"})
+costs = {"model/macs": int(1000 * lr), "model/params": 5}
+tracker.summary(costs | {"protocol/eval/class_agreement": "n=200, sampler=ddim"})
 Path("weights.bin").write_bytes(b"12345")
 figures = {"val/loss": lr * 20, "eval/class_agreement": 1.0 - lr}
 tracker.artifact(Upload(f"model-{run.id}", "model", [Path("weights.bin")], ["best"], {"step": 20, "figures": figures}))

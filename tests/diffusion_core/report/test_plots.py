@@ -1,4 +1,4 @@
-"""The style of plots: colours that differ for the colour-blind, ticks that do not overprint, points where they belong."""
+"""The style of plots: colours that the colour-blind tell apart, ticks that do not overprint, points in their places."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_the_front_shows_each_trial_at_its_cost(
     study = study_of(30)
     cost = study.first_cost()
     assert cost == "model/macs"
-    assert markdown.plot_front(study, cost, tmp_path / "front.png")
+    assert markdown.plot_front(study, tmp_path / "front.png")
     (panel,) = drawn[0].axes
     metric = str(study.metric)
     wanted = {(t.figures[cost], t.figures[metric]) for t in study.trials if t.value(metric) is not None}
