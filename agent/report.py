@@ -70,14 +70,6 @@ def write_ended(source: Path | str, out: Path, *, plot: Path | None = None, fork
         print(f"report: {out}", flush=True)
 
 
-def _put_on_server(path: str, study: Study, page: Path) -> None:
-    from agent.tracking.reports import log_page, save_report
-
-    print(f"report on W&B: {save_report(path, study)}")
-    if run := log_page(path, study, page):
-        print(f"page: in run {run} and in an artifact of it", flush=True)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status: 0, or 2 if there is nothing to report or it cannot be written."""
     parser = Parser("python -m agent.report", description=__doc__, allow_abbrev=False)
@@ -103,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_page(study := read(), out, markdown=markdown)
         print(f"report: {out}", flush=True)
         if given.wandb:
-            _put_on_server(sources[0], study, out)
+            from agent.tracking.reports import publish
+
+            publish(sources[0], study, out)
         if given.watch and study.running:
             watch(read, out, SERVER_SECONDS if on_server else FOLDER_SECONDS, markdown=markdown)
     except ConfigError as error:

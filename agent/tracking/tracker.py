@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -13,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from agent.tracking.arrival import lacking
 from agent.tracking.environment import is_offline
-from agent.tracking.uploads import UploadQueue
 from diffusion_core.config.metrics import goal_of
 from diffusion_core.messages import one_line
 from diffusion_core.redact import redact, redacted
+from diffusion_core.runs.recorded import read_table
+from diffusion_core.runs.uploads import UploadQueue
 from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import MODEL, STEP, Tracker, Upload
 
@@ -163,16 +161,6 @@ def _wandb_value(value: float | Path) -> Any:
     if value.suffix == ".gif":
         return wandb.Video(str(value), format="gif")
     if value.suffix == ".json":
-        return _table(json.loads(value.read_text(encoding="utf-8")))
+        columns, rows = read_table(value, wandb.Image)
+        return wandb.Table(columns=list[str | int](columns), data=rows)
     return wandb.Image(str(value))
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> Any:
-    import wandb
-    from PIL import Image
-
-    def shown(column: str, value: Any) -> Any:
-        return wandb.Image(Image.open(io.BytesIO(base64.b64decode(value)))) if column == "image" else value
-
-    columns: list[str | int] = [*(rows[0] if rows else ())]
-    return wandb.Table(columns=columns, data=[[shown(column, value) for column, value in row.items()] for row in rows])

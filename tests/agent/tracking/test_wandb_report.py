@@ -13,7 +13,7 @@ from server import Sweep, WandbServer
 from wandb_client import Client, finish
 
 from agent import report
-from agent.tracking.reports import in_summary
+from diffusion_core.report.blocks import in_summary
 
 METRIC = "eval/class_agreement"
 TRIAL = """
