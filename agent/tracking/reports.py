@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 from agent.tracking.api import api_errors
 from diffusion_core.config import ConfigError
@@ -40,11 +42,17 @@ def publish(path: str, study: Study, page: Path) -> None:
         made = wr.Report(project=project, entity=entity, title=study.title[:128], width="fluid",
                          description=f"{study.method}: {len(study.trials)} trials, {states}",
                          blocks=blocks_of(wr, path, study)).save()  # fmt: skip
-        print(f"report on W&B: {made.url}", flush=True)
+        print(f"report on W&B: {_address(made)}", flush=True)
         if ranked := candidates(study):
             best = ranked[0].best
             _log_page(entity, project, best.name, best.step, f"{PAGE}-{sweep}", page)
             print(f"page: in run {best.name} and in its artifact {PAGE}-{sweep}", flush=True)
+
+
+def _address(made: Any) -> str:
+    """Return the web address of a report. W&B finds it by its id; the package does not escape its title."""
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", made.title)
+    return f"{made.url.partition('/reports/')[0]}/reports/{slug}--{made.id}"
 
 
 def _log_page(entity: str, project: str, run_id: str, step: int | None, artifact_name: str, page: Path) -> None:

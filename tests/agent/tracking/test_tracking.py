@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from agent.tracking.run import tell_thread_error
 from diffusion_core.tracking import MemoryTracker, NullTracker, Tracker, Upload
@@ -158,14 +159,26 @@ def test_wandb_offline_keeps_the_history_by_step(offline: dict[str, Any]) -> Non
     assert rows[3]["diffusion.path"].endswith(".gif")
 
 
+def artifacts(records: list[Any]) -> list[Any]:
+    return [
+        record.request.log_artifact.artifact if record.WhichOneof("record_type") == "request" else record.artifact
+        for record in records
+        if record.WhichOneof("record_type") == "artifact"
+        or (record.WhichOneof("record_type") == "request" and record.request.HasField("log_artifact"))
+    ]
+
+
 def test_wandb_offline_keeps_the_table_of_samples_with_its_images(offline: dict[str, Any]) -> None:
-    row = history(offline["records"])[3]
-    assert row["opinions._type"] == "table-file"
-    table = json.loads((Path(offline["file"]).parent / "files" / row["opinions.path"]).read_text())
+    """W&B keeps a table as an artifact of its own, which holds the images."""
+    assert history(offline["records"])[3]["opinions._type"] == "table-file"
+    (artifact,) = [artifact for artifact in artifacts(offline["records"]) if artifact.type == "run_table"]
+    files = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
+    table = json.loads(files["opinions.table.json"].read_text())
     assert table["columns"] == ["image", "label", "confidence", "opinion"]
     assert [cells[1:] for cells in table["data"]] == [["3", 0.5, str(number)] for number in range(4)]
-    assert {cells[0]["_type"] for cells in table["data"]} == {"image-file"}
-    assert {(cells[0]["width"], cells[0]["height"]) for cells in table["data"]} == {(48, 48)}
+    for cells in table["data"]:
+        with Image.open(files[cells[0]["path"]]) as image:
+            assert image.size == (48, 48)
 
 
 def test_wandb_offline_plots_over_steps_and_summarises_by_goal(offline: dict[str, Any]) -> None:
@@ -180,13 +193,7 @@ def test_wandb_offline_plots_over_steps_and_summarises_by_goal(offline: dict[str
 
 
 def test_wandb_offline_keeps_the_artifact_after_its_file_is_gone(offline: dict[str, Any]) -> None:
-    logged = [
-        record.request.log_artifact.artifact if record.WhichOneof("record_type") == "request" else record.artifact
-        for record in offline["records"]
-        if record.WhichOneof("record_type") == "artifact"
-        or (record.WhichOneof("record_type") == "request" and record.request.HasField("log_artifact"))
-    ]
-    (artifact,) = [artifact for artifact in logged if artifact.type != "run_table"]
+    (artifact,) = [found for found in artifacts(offline["records"]) if found.type != "run_table"]
     assert (artifact.name, artifact.type) == ("model-x", "model")
     assert set(artifact.aliases) == {"latest", "best"}
     assert json.loads(artifact.metadata) == {"step": 20}

@@ -71,7 +71,7 @@ def made(server: WandbServer, tmp_path_factory: pytest.TempPathFactory) -> dict[
     client = Client(server, tmp_path_factory.mktemp("report"))
     metric = {"name": METRIC, "goal": "maximize"}
     parameters = {"train.lr": {"values": [0.1, 0.3]}}
-    sweep: Sweep = client.sweep(TRIAL, method="grid", metric=metric, parameters=parameters, name="two <b>rates</b>")
+    sweep: Sweep = client.sweep(TRIAL, method="grid", metric=metric, parameters=parameters, name="two/<b>rates</b>")
     finish(client.agent(sweep))
     path = f"tester/test/{sweep.id}"
     printed = client.command(sys.executable, "-m", "agent.report", path, "--wandb", "--out", "page.html")
@@ -83,7 +83,7 @@ def made(server: WandbServer, tmp_path_factory: pytest.TempPathFactory) -> dict[
 @pytest.mark.slow
 def test_the_report_has_all_panels_over_the_runs_of_the_sweep(made: dict[str, Any]) -> None:
     read, sweep = made["read"], made["sweep"]
-    assert read["title"] == "two <b>rates</b>"
+    assert read["title"] == "two/<b>rates</b>"
     wanted = {"ScatterPlot", "ParallelCoordinatesPlot", "ParameterImportancePlot", "LinePlot", "MediaBrowser"}
     assert wanted <= set(read["panels"])
     assert "WeaveBlockArtifact" in read["blocks"]
