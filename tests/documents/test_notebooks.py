@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 HOUSE = ROOT / "tests" / "fixtures" / "house"
-MOST_BYTES = 500_000
+MOST_BYTES = 700_000
 SMALL: dict[str, dict[str, Any]] = {
     "quickstart": {"STEPS": 10},
     "sweep": {"SWEEP": str(HOUSE / "sweeps" / "house")},
