@@ -70,6 +70,7 @@ def test_it_is_committed_with_pictures_and_without_paths_or_errors(path: Path) -
     text, notebook = path.read_text(encoding="utf-8"), read(path)
     assert path.stat().st_size < MOST_BYTES
     assert pictures(notebook)
+    assert '"stderr"' not in text
     assert not re.search(r"/home/|/root/|/tmp/|Traceback", re.sub(r'"image/\w+": "[^"]*"', "", text))
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run it from top to bottom"
