@@ -56,6 +56,13 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+def counts(panel: Axes) -> None:
+    """Label the x axis with prefixes of thousands, ``8 M``, instead of powers of ten."""
+    from matplotlib.ticker import EngFormatter
+
+    panel.xaxis.set_major_formatter(EngFormatter())
+
+
 def log_ticks(panel: Axes, axis: str) -> None:
     """Make an axis logarithmic, with ticks that do not overprint each other: 1, 2 and 5 times powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator

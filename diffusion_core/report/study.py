@@ -151,8 +151,11 @@ class Study:
     def first_cost(self) -> str | None:
         """Return the cost that plots show at first: one that tells trials apart, if there is one."""
         costs = self.costs()
-        telling = [name for name in costs if len({trial.value(name) for trial in self.trials} - {None}) > 1]
-        preferred = [name for name in FIRST_COSTS if name in telling]
+        values = {name: [trial.value(name) for trial in self.trials] for name in costs}
+        telling = [name for name in FIRST_COSTS if name in costs and len(set(values[name]) - {None}) > 1]
+        # Without masks, the weights that are not pruned are all weights.
+        same = [name for name in telling if values[name] == values.get(name.replace("nonzero_", ""))]
+        preferred = [name for name in telling if "nonzero_" not in name or name not in same]
         return next(iter([*preferred, *costs]), None)
 
     def states(self) -> dict[str, int]:

@@ -155,6 +155,11 @@ def test_the_first_cost_tells_trials_apart(study_of: Callable[..., Study]) -> No
     study = study_of(4)
     same = [replace(trial, figures={**trial.figures, "model/macs": 5.0, "model/params": 7.0}) for trial in study.trials]
     assert replace(study, trials=same).first_cost() == "seconds"
+    masked = [replace(trial, figures={**trial.figures, "model/nonzero_macs": trial.figures["model/macs"]})
+              for trial in study.trials]  # fmt: skip
+    assert replace(study, trials=masked).first_cost() == "model/macs"  # No masks: they are the same.
+    masked[0] = replace(masked[0], figures={**masked[0].figures, "model/nonzero_macs": 1.0})
+    assert replace(study, trials=masked).first_cost() == "model/nonzero_macs"
     one = replace(study, trials=same[:1])
     assert one.first_cost() == "model/macs"  # Nothing tells one trial apart: the first cost that it has.
     assert replace(study, trials=[]).first_cost() is None
