@@ -150,7 +150,11 @@ def workplace(elsewhere: Path, trained: Path) -> Path:
 
 def run(line: str) -> None:
     """Run a command of a document, which must succeed. A model on W&B is replaced by one on the disk."""
-    line = re.sub(r"--artifact \S+", "--checkpoint runs/ID", line).replace(" --upload", "").replace(" ... ", " ")
+    line = (
+        re.sub(r"--artifact \S+", "--checkpoint runs/ID", line)
+        .replace(" --upload", "")
+        .replace(" ... ", " --preset=digits ")
+    )
     words = shlex.split(re.sub(r"--init\.artifact=\S+", "--init.checkpoint=runs/ID", line), comments=True)
     name, words = (words[2], words[3:]) if words[1] == "-m" else (Path(words[1]).stem, words[2:])
     more = [*QUICK.get(name, []), *(["--dry-run"] if name in TRAINING and "--overlap" not in words else [])]

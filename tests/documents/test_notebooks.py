@@ -16,10 +16,15 @@ ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 HOUSE = ROOT / "tests" / "fixtures" / "house"
 MOST_BYTES = 700_000
+TINY = {"model.channels": 8, "model.norm_groups": 4, "train.warmup_steps": 1, "train.batch_size": 8, "sample.steps": 2}
 SMALL: dict[str, dict[str, Any]] = {
-    "quickstart": {"STEPS": 10},
+    "quickstart": {"STEPS": 10, "MORE": TINY | {"eval.num_images": 20}},
     "sweep": {"SWEEP": str(HOUSE / "sweeps" / "house")},
-    "tickets": {"STEPS": 6, "ROUNDS": 1},
+    "tickets": {
+        "STEPS": 4,
+        "ROUNDS": 1,
+        "MORE": TINY | {"eval.classifier": "none", "checkpoint.best_metric": "val/loss"},
+    },
     "sampling": {"CHECKPOINT": str(HOUSE / "half"), "IMAGES": 20},
     "diffusers": {"CHECKPOINT": str(HOUSE / "half")},
 }
