@@ -83,7 +83,7 @@ def _fronts(wr: Any, study: Study) -> list[Any]:
 def _parallel(wr: Any, study: Study) -> Any:
     """Return parallel coordinates of the varied settings and the metric."""
 
-    class Setting(wr.ParallelCoordinatesPlotColumn):  # type: ignore[misc, name-defined]
+    class Setting(wr.ParallelCoordinatesPlotColumn):
         """A setting of a run. Ours have dots in their names, which the package takes for nested settings."""
 
         def _to_model(self) -> Any:

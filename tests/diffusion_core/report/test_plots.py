@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from benchmarks import scaling
 from benchmarks.scaling import Point
-from benchmarks.scaling import plot as plot_scaling
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -91,11 +91,14 @@ def test_ticks_do_not_overprint(values: tuple[float, float]) -> None:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Figures that are saved, while they are saved."""
     found: list[Figure] = []
-    for module in (markdown, table, __import__("benchmarks.scaling", fromlist=["save"])):
-        real = plots.save
-        monkeypatch.setattr(
-            module, "save", lambda figure, path, real=real: (found.append(figure), real(figure, path))[1]
-        )
+    real = plots.save
+
+    def save(figure: Figure, path: Path) -> Path:
+        found.append(figure)
+        return real(figure, path)
+
+    for module in (markdown, table, scaling):
+        monkeypatch.setattr(module, "save", save)
     return found
 
 
@@ -103,7 +106,7 @@ def test_scaling_has_a_panel_an_axis_whose_labels_do_not_overprint(drawn: list[F
     width = [
         Point("width", value, seconds, float(value**2)) for value, seconds in ((32, 0.185), (64, 0.394), (128, 1.13))
     ]
-    plot_scaling({"width": width, "batch": [replace(point, axis="batch") for point in width]}, tmp_path / "s.png")
+    scaling.plot({"width": width, "batch": [replace(point, axis="batch") for point in width]}, tmp_path / "s.png")
     (figure,) = drawn
     for panel in figure.axes:
         for axis in "xy":
@@ -115,7 +118,8 @@ def test_scaling_has_a_panel_an_axis_whose_labels_do_not_overprint(drawn: list[F
 def points(panel: Axes) -> set[tuple[float, float]]:
     """The points of a panel that have a marker."""
     lines = [line for line in panel.lines if line.get_marker() not in ("None", "", None, "|", "_")]
-    return {(float(x), float(y)) for line in lines for x, y in zip(*line.get_data(), strict=True)}
+    found = [np.asarray(line.get_xydata(), dtype=float) for line in lines]
+    return {(x, y) for places in found for x, y in places.tolist()}
 
 
 def test_methods_of_equal_cost_are_apart_without_moving_a_value(drawn: list[Figure], tmp_path: Path) -> None:
@@ -145,7 +149,8 @@ def test_the_front_shows_each_trial_at_its_cost(
     metric = str(study.metric)
     wanted = {(t.figures[cost], t.figures[metric]) for t in study.trials if t.value(metric) is not None}
     assert points(panel) == wanted
-    (legend,) = [child for child in panel.get_children() if type(child).__name__ == "Legend"]
+    legend = panel.get_legend()
+    assert legend is not None
     assert {"schedule linear", "schedule cosine", "Pareto front"} == {text.get_text() for text in legend.get_texts()}
     front = front_of(study, metric, cost)
     assert len(panel.texts) == min(len(front), markdown.MOST_NAMED)
