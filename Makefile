@@ -18,7 +18,7 @@ PY := $(VENV)/bin/python
 # Import the packages of this checkout, even if the environment was installed from another one.
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: install demo test test-fast test-extras lint format help
+.PHONY: install demo test test-fast test-extras lint format docs help
 
 help:
 	@echo "make demo         install, then run a sweep on the built-in digits: no account, no download"
@@ -26,6 +26,7 @@ help:
 	@echo "make test-fast    the tests that take seconds"
 	@echo "make test-extras  install the optional extras too, then run the tests that need them"
 	@echo "make lint         ruff and mypy"
+	@echo "make docs         build the documents as a site in build/site"
 	@echo "make install      create the environment only"
 
 install: $(VENV)/.installed
@@ -42,8 +43,13 @@ $(VENV)/.extras: $(VENV)/.installed
 
 demo: install
 	$(PY) -m agent.sweep sweeps/quickstart.yaml --offline
-	$(PY) scripts/evaluate.py --sweep runs/sweeps/quickstart --num-images 500
-	$(PY) -m agent.report runs/sweeps/quickstart
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+docs: $(VENV)/.docs
+	$(PY) -m mkdocs build
 
 test: install
 	$(PYTEST)

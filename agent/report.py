@@ -78,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: report.html in the folder)")
     parser.add_argument("--format", choices=FORMATS, help="html, or md: Markdown and PNG (default: as FILE ends)")
     parser.add_argument("--metric", metavar="NAME", help="figure to rank by (default: that of the sweep)")
+    parser.add_argument("--wandb", action="store_true", help="for a sweep on W&B: also make a report there (needs the "
+                        "extra `reports`), and log the HTML page to its best run")  # fmt: skip
     parser.add_argument("--watch", action="store_true", help="write it again as trials end, until none runs")
     given = parser.parse_args(argv)
     sources, on_server = given.sources, _on_server(given.sources)
@@ -85,9 +87,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = given.out or (folder / NAME).with_suffix(f".{given.format or 'html'}")
     markdown = (given.format or out.suffix) in ("md", ".md")
     try:
+        if given.wandb and (not on_server or markdown):
+            raise ConfigError(
+                f"--wandb: {sources[0]!r} is no sweep on W&B; expected ENTITY/PROJECT/ID, without --format md"
+            )
         read = partial(study_of, sources, given.metric)
         write_page(study := read(), out, markdown=markdown)
         print(f"report: {out}", flush=True)
+        if given.wandb:
+            from agent.tracking.reports import publish
+
+            publish(sources[0], study, out)
         if given.watch and study.running:
             watch(read, out, SERVER_SECONDS if on_server else FOLDER_SECONDS, markdown=markdown)
     except ConfigError as error:

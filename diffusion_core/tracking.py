@@ -44,7 +44,8 @@ class Upload:
 class Tracker:
     """Receives what a trial records. This base class ignores all of it.
 
-    A row maps names to numbers, or to paths of pictures (``.png``) and animations (``.gif``).
+    A row maps names to numbers, or to paths of pictures (``.png``), animations (``.gif``) and tables (``.json``: a list
+    of equal objects, whose ``image`` is a PNG in base64).
 
     Attributes:
         live: whether uploads reach other machines while training runs. If not, log them once at the end.

@@ -72,7 +72,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", default="0", help="seed of the images (0)")
     parser.add_argument("--seeds", metavar="A,B", help="interpolate between these two seeds")
     parser.add_argument("--out", type=Path, default=Path("samples"), metavar="DIR", help="folder of the images")
-    parser.add_argument("--gif", action="store_true", help="mode sample: also the animation from noise to image")
+    parser.add_argument(
+        "--gif",
+        action="store_true",
+        help="mode sample: also an animation, the noisy images beside those that the network expects",
+    )
     parser.add_argument(
         "--weights",
         default="ema",
@@ -228,9 +232,9 @@ def sample(task: SamplingTask, gif: bool) -> None:
         columns = min(media.GIF_COLUMNS, columns)
         shown = requests(rows[: media.GIF_ROWS], columns)
         keep = media.spread(task.config.sample.steps)
-        frames = task.generator.trajectory(shown, task.config.sample, task.config.seed, keep)
+        noisy, expected = task.generator.trajectories(shown, task.config.sample, task.config.seed, keep)
         names = task.names(rows[: media.GIF_ROWS])
-        media.save_gif([media.grid(frame, columns, names) for frame in frames], task.folder / "diffusion.gif")
+        media.save_gif(media.animation(noisy, expected, columns, names), task.folder / "diffusion.gif")
     print(f"{task.count} images ({len(missing)} new), grid.png{' and diffusion.gif' if gif else ''} in {task.folder}/")
 
 

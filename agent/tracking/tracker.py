@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from agent.tracking.arrival import lacking
 from agent.tracking.environment import is_offline
-from agent.tracking.uploads import UploadQueue
 from diffusion_core.config.metrics import goal_of
 from diffusion_core.messages import one_line
 from diffusion_core.redact import redact, redacted
+from diffusion_core.runs.recorded import read_table
+from diffusion_core.runs.uploads import UploadQueue
 from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import MODEL, STEP, Tracker, Upload
 
@@ -159,4 +160,7 @@ def _wandb_value(value: float | Path) -> Any:
 
     if value.suffix == ".gif":
         return wandb.Video(str(value), format="gif")
+    if value.suffix == ".json":
+        columns, rows = read_table(value, wandb.Image)
+        return wandb.Table(columns=list[str | int](columns), data=rows)
     return wandb.Image(str(value))

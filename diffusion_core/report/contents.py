@@ -111,6 +111,7 @@ def plot_data(study: Study, order: Sequence[int]) -> dict[str, Any]:
         "kind": study.kind,
         "goals": dict(study.goals),
         "costs": {key: COSTS[key] for key in costs},
+        "cost": study.first_cost(),
         "qualities": qualities,
         "varied": list(study.varied),
         "numeric": [key for key in study.varied if _is_number(trial.settings.get(key) for trial in study.trials)],

@@ -11,15 +11,19 @@ from diffusion_core.report.contents import columns_of, ranking, text_of
 from diffusion_core.report.findings import candidates, equal_to, front_of, trial_interval
 from diffusion_core.report.importance import importances
 from diffusion_core.report.pictures import shrunk
-from diffusion_core.report.study import COSTS, Study
-from diffusion_core.report.words import headline, notes
+from diffusion_core.report.plots import GREY, colour, counts, marker, panels, plain, save
+from diffusion_core.report.study import COSTS, Study, Trial
+from diffusion_core.report.words import BETTER, headline, notes
 from diffusion_core.tables import markdown_table
 
 MOST_ROWS = 50
 """Trials in the table; the best come first."""
 PICTURES = 3
 """Trials whose grids are written."""
-COLOUR, FRONT_COLOUR = "#0072b2", "#d55e00"
+MOST_KINDS = 6
+"""Values of a setting that a plot can tell apart by colour and marker."""
+MOST_NAMED = 10
+"""Trials of the front that are labelled with their settings."""
 
 
 def write_markdown(study: Study, path: Path) -> None:
@@ -102,32 +106,58 @@ def _pictures(study: Study, order: Sequence[int], path: Path) -> list[str]:
 
 
 def plot_front(study: Study, path: Path) -> bool:
-    """Plot the metric against the first cost that is known, with the Pareto front.
+    """Plot the metric against the first cost that tells trials apart, with the Pareto front.
+
+    Colours and markers tell the values of one varied setting apart. Trials on the front are labelled with the others.
 
     Return False and write nothing if the metric has no goal, or no trial has both figures.
     """
-    from matplotlib.figure import Figure  # Slow to import; without pyplot, it needs no display.
-
-    metric, cost = study.metric or "", next(iter(study.costs()), "")
+    metric, cost = study.metric or "", study.first_cost() or ""
     if metric not in study.goals:
         return False
     known = [t for t in study.trials if t.value(metric) is not None and t.value(cost) is not None]
     if not known:
         return False
-    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for trial in known:
-        interval, value = trial_interval(trial, metric), trial.figures[metric]
-        bars = [[value - interval.low], [interval.high - value]] if interval else None
-        axes.errorbar(trial.figures[cost], value, bars, fmt="o", color=COLOUR, markersize=5, linewidth=0.8)
+    figure, (axes,) = panels(7.0, 4.2)
     front = [study.trials[index] for index in front_of(study, metric, cost)]
     places = [(trial.figures[cost], trial.figures[metric]) for trial in front]
-    axes.step(*zip(*places, strict=True), where="post", color=FRONT_COLOUR, label="Pareto front")
-    # Matplotlib reads text between dollar signs as mathematics.
-    axes.set_xlabel(COSTS[cost].replace("$", r"\$"))
-    axes.set_ylabel(metric.replace("$", r"\$"))
-    axes.grid(alpha=0.3)
+    axes.step(*zip(*places, strict=True), where="post", color=GREY, linestyle=":", label="Pareto front")
+    key = _telling(study, known)
+    kinds: dict[str, list[Trial]] = {}
+    for trial in known:
+        kinds.setdefault(text_of(trial.settings.get(key)) if key else "trials", []).append(trial)
+    for index, (kind, trials) in enumerate(kinds.items()):
+        label = f"{_last(key)} {kind}" if key else kind
+        costs, values = [trial.figures[cost] for trial in trials], [trial.figures[metric] for trial in trials]
+        axes.plot(costs, values, marker(index), color=colour(index), markersize=7, alpha=0.85, label=plain(label))
+        for x, y, trial in zip(costs, values, trials, strict=True):
+            if interval := trial_interval(trial, metric):
+                axes.errorbar(x, y, [[y - interval.low], [interval.high - y]], color=colour(index), linewidth=0.8)
+    others = [name for name in study.varied if name != key]
+    for trial in front[:MOST_NAMED]:
+        words = ", ".join(f"{_last(name)} {text_of(trial.settings[name])}" for name in others if name in trial.settings)
+        axes.annotate(plain(words), (trial.figures[cost], trial.figures[metric]), (6, 6), fontsize=8,
+                      textcoords="offset points")  # fmt: skip
+    counts(axes)
+    axes.set_xlabel(plain(COSTS[cost]))
+    axes.set_ylabel(plain(f"{metric} ({BETTER[study.goals[metric]]})"))
     axes.legend(frameon=False)
-    with replaced_file(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    save(figure, path)
     return True
+
+
+def _telling(study: Study, trials: Sequence[Trial]) -> str | None:
+    """Return the varied setting whose values a plot tells apart: one of words if there is one, with few values."""
+    found = []
+    for key in study.varied:
+        values = [trial.settings.get(key) for trial in trials]
+        count = len({text_of(value) for value in values})
+        if 1 < count <= MOST_KINDS:
+            numeric = all(isinstance(value, int | float) for value in values)
+            found.append((numeric, count, key))
+    return min(found)[2] if found else None
+
+
+def _last(key: str | None) -> str:
+    """Return the last part of a dotted key, as a label: ``prune.keep`` is ``keep``."""
+    return (key or "").rpartition(".")[2]

@@ -32,6 +32,9 @@ COSTS = {
 }
 """Figures of cost, smaller is cheaper, and their labels."""
 
+FIRST_COSTS = ("model/nonzero_macs", "model/macs", "model/params", SECONDS)
+"""Costs that plots show at first, those that are preferred first."""
+
 COUNTED = ("model/macs", "model/nonzero_macs", "model/params", "model/nonzero_params", "model/checkpoint_bytes")
 """Costs that depend on the network alone: the same for every trial with the same settings of the model."""
 
@@ -144,6 +147,16 @@ class Study:
     def costs(self) -> list[str]:
         """Return the costs that a trial has."""
         return [name for name in COSTS if any(trial.value(name) is not None for trial in self.trials)]
+
+    def first_cost(self) -> str | None:
+        """Return the cost that plots show at first: one that tells trials apart, if there is one."""
+        costs = self.costs()
+        values = {name: [trial.value(name) for trial in self.trials] for name in costs}
+        telling = [name for name in FIRST_COSTS if name in costs and len(set(values[name]) - {None}) > 1]
+        # Without masks, the weights that are not pruned are all weights.
+        same = [name for name in telling if values[name] == values.get(name.replace("nonzero_", ""))]
+        preferred = [name for name in telling if "nonzero_" not in name or name not in same]
+        return next(iter([*preferred, *costs]), None)
 
     def states(self) -> dict[str, int]:
         """Return the number of trials in each state, the most frequent first."""

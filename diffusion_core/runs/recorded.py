@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import base64
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,21 @@ def log_rows(tracker: Tracker, folder: Path, rows: Sequence[Mapping[str, Any]]) 
     """Log rows of a run's history with their pictures. The tracker skips rows that it has already."""
     for row in rows:
         tracker.log(without_step(row) | picture_files(folder, row[STEP]), row[STEP])
+
+
+def read_table(path: Path, wrap: Callable[[Any], Any]) -> tuple[list[str], list[list[Any]]]:
+    """Return columns and rows of a table that a run wrote.
+
+    Args:
+        path: JSON: a list of equal objects, whose ``image`` is a PNG in base64.
+        wrap: called with each image, as Pillow reads it.
+    """
+    from PIL import Image
+
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    for row in rows:
+        row["image"] = wrap(Image.open(io.BytesIO(base64.b64decode(row["image"]))))
+    return list(rows[0]) if rows else [], [list(row.values()) for row in rows]
 
 
 def model_files(checkpoint: Checkpoint) -> list[Path]:

@@ -234,7 +234,18 @@ class Generator:
         Returns:
             Frames of ``(B, C, H, W)`` uint8 on the CPU.
         """
-        frames: list[Tensor] = []
+        noisy, expected = self.trajectories(wanted, config, seed, keep)
+        return expected if clean else noisy
+
+    def trajectories(
+        self, wanted: Sequence[Request], config: SampleConfig, seed: int, keep: set[int]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Sample one batch as :meth:`trajectory` does. Return the noisy frames, and what the network expected at each.
+
+        The last frame of both is the finished images.
+        """
+        noisy: list[Tensor] = []
+        expected: list[Tensor] = []
         denoiser = self.denoiser()
         preserving = denoiser.schedule.variance_preserving
         levels = steps_of(config, denoiser.schedule).levels
@@ -243,10 +254,11 @@ class Generator:
             if index in keep:
                 # Scale variance exploding images as in a variance preserving schedule.
                 noisy_BCHW = x_BCHW if preserving else x_BCHW / math.sqrt(1.0 + levels[index] ** 2)
-                frames.append(to_uint8(x0_BCHW if clean else noisy_BCHW).cpu())
+                noisy.append(to_uint8(noisy_BCHW).cpu())
+                expected.append(to_uint8(x0_BCHW).cpu())
 
-        images = self.batch(wanted, config, seed, record)
-        return [*frames, to_uint8(images).cpu()]
+        finished = to_uint8(self.batch(wanted, config, seed, record)).cpu()
+        return [*noisy, finished], [*expected, finished]
 
     @torch.no_grad()
     def between_seeds(

@@ -14,6 +14,10 @@ GAP = 2
 SHOWN_SIZE = 48
 """Size in pixels below which images are enlarged by an integer factor, by repeating pixels."""
 
+TITLES = ("noisy image", "expected image")
+"""What the two sides of an animation show."""
+TITLE_SIZE, BETWEEN = 12, 12
+
 FRAME_MS = 60
 LAST_FRAME_MS = 1500
 GIF_FRAMES = 40
@@ -26,6 +30,18 @@ def image(pixels_CHW: Tensor) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
+def enlarged(pixels_CHW: Tensor) -> Image.Image:
+    """Return an image, enlarged by repeating pixels if it is smaller than ``SHOWN_SIZE``."""
+    height, width = pixels_CHW.shape[1:]
+    factor = factor_of(height, width)
+    return image(pixels_CHW).resize((width * factor, height * factor), Image.Resampling.NEAREST)
+
+
+def factor_of(height: int, width: int) -> int:
+    """Return the integer factor by which images of a size in pixels are enlarged."""
+    return max(1, math.ceil(SHOWN_SIZE / min(height, width)))
+
+
 def grid(images_NCHW: Tensor, columns: int, row_names: Sequence[str] = ()) -> Image.Image:
     """Draw images in rows of ``columns``, with the names of the rows at the left.
 
@@ -35,7 +51,7 @@ def grid(images_NCHW: Tensor, columns: int, row_names: Sequence[str] = ()) -> Im
         row_names: names of the rows; empty: no names.
     """
     height, width = images_NCHW.shape[2:]
-    factor = max(1, math.ceil(SHOWN_SIZE / min(height, width)))
+    factor = factor_of(height, width)
     cell_h, cell_w = height * factor + GAP, width * factor + GAP
     rows = math.ceil(len(images_NCHW) / columns)
     font = ImageFont.load_default(size=14)
@@ -45,8 +61,39 @@ def grid(images_NCHW: Tensor, columns: int, row_names: Sequence[str] = ()) -> Im
     for row, name in enumerate(row_names):
         draw.text((GAP, GAP + row * cell_h + cell_h // 2), name, fill="black", font=font, anchor="lm")
     for index, pixels_CHW in enumerate(images_NCHW):
-        tile = image(pixels_CHW).resize((width * factor, height * factor), Image.Resampling.NEAREST)
-        canvas.paste(tile, (margin + index % columns * cell_w + GAP, index // columns * cell_h + GAP))
+        canvas.paste(enlarged(pixels_CHW), (margin + index % columns * cell_w + GAP, index // columns * cell_h + GAP))
+    return canvas
+
+
+def animation(
+    noisy: Sequence[Tensor], expected: Sequence[Tensor], columns: int, row_names: Sequence[str] = ()
+) -> list[Image.Image]:
+    """Draw the frames of a sampling: at the left the noisy images, at the right the images that the network expects.
+
+    Args:
+        noisy: frames of uint8 images, each ``(N, C, H, W)``, row by row.
+        expected: the network's estimates of the clean images, likewise.
+        columns: images per row on each side.
+        row_names: names of the rows.
+    """
+    return [
+        _side_by_side(grid(left_NCHW, columns, row_names), grid(right_NCHW, columns))
+        for left_NCHW, right_NCHW in zip(noisy, expected, strict=True)
+    ]
+
+
+def _side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Put two grids of equal height beside each other, each below its title at its right edge."""
+    font = ImageFont.load_default(size=TITLE_SIZE)
+    top = math.ceil(TITLE_SIZE * 1.5)
+    # A title may be wider than its grid.
+    widths = [max(half.width, math.ceil(font.getlength(title)) + 2 * GAP)
+              for half, title in zip((left, right), TITLES, strict=True)]  # fmt: skip
+    canvas = Image.new("RGB", (sum(widths) + BETWEEN, top + left.height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for half, title, end in zip((left, right), TITLES, (widths[0], sum(widths) + BETWEEN), strict=True):
+        canvas.paste(half, (end - half.width, top))
+        draw.text((end - GAP, top // 2), title, fill="black", font=font, anchor="rm")
     return canvas
 
 

@@ -46,7 +46,10 @@ PREEMPTED = "Preempted again and again"
 
 
 class DrawSamples:
-    """Every ``sample.every`` steps, draw a grid with one row per class, and a GIF from noise to image."""
+    """Every ``sample.every`` steps, draw a grid with one row per class, and a GIF from noise to image.
+
+    The GIF shows the images of each step beside those that the network expects at that step.
+    """
 
     def __init__(self, config: CoreConfig, dataset: Dataset, accelerator: Accelerator, folder: Path) -> None:
         self.config = config
@@ -68,17 +71,18 @@ class DrawSamples:
         wanted, moving = requests(labels, config.per_class), requests(labels[: media.GIF_ROWS], columns)
         moments, seed = media.spread(config.steps), self.config.seed
         if len(wanted) <= config.batch_size:  # One batch: take the GIF's frames from the same sampling.
-            drawn = generator.trajectory(wanted, config, seed, moments)
+            noisy, expected = generator.trajectories(wanted, config, seed, moments)
             places = [wanted.index(request) for request in moving]
-            images, frames = drawn[-1], [frame[places] for frame in drawn]
+            images = noisy[-1]
+            noisy, expected = [frame[places] for frame in noisy], [frame[places] for frame in expected]
         else:
             images = generator.images(wanted, config, seed)
-            frames = generator.trajectory(moving, config, seed, moments)
+            noisy, expected = generator.trajectories(moving, config, seed, moments)
 
         row["samples"] = self.folder / f"samples-{state.step:08d}.png"
         media.grid(images, config.per_class, names).save(row["samples"])
         row["diffusion"] = self.folder / f"diffusion-{state.step:08d}.gif"
-        media.save_gif([media.grid(frame, columns, names[: media.GIF_ROWS]) for frame in frames], row["diffusion"])
+        media.save_gif(media.animation(noisy, expected, columns, names[: media.GIF_ROWS]), row["diffusion"])
 
 
 class LogHistory:

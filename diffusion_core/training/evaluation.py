@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import Tensor
 
 from diffusion_core.checkpoint import STUDENT
 from diffusion_core.config import CoreConfig, SampleConfig
@@ -14,6 +15,7 @@ from diffusion_core.data.datasets import DataError, Dataset
 from diffusion_core.evaluation.features import ExtractorError
 from diffusion_core.evaluation.generated import estimate_seconds, generated
 from diffusion_core.evaluation.metrics import LossMetric
+from diffusion_core.evaluation.opinions import first_images, write_opinions
 from diffusion_core.evaluation.protocol import PREFIX, sampling_protocol
 from diffusion_core.evaluation.suite import Judgement, Suite
 from diffusion_core.evaluation.validation import validation_losses
@@ -21,7 +23,7 @@ from diffusion_core.files import write_json
 from diffusion_core.hardware import pick_precision
 from diffusion_core.model.unet import UNet
 from diffusion_core.registries import METRICS
-from diffusion_core.run_folder import PROTOCOLS_FILE
+from diffusion_core.run_folder import PROTOCOLS_FILE, SAMPLES
 from diffusion_core.sampling.generation import Generator
 from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import Tracker, Upload
@@ -41,7 +43,8 @@ class Evaluate:
     """Every ``eval.every`` steps, compute ``val/loss`` and the figures of generated images that ``eval.*`` asks for.
 
     Before pruning they are named ``dense/val/loss`` and so on, before step distillation ``teacher/val/loss``. How each
-    figure was measured is recorded in the run's summary and in ``protocols.json``.
+    figure was measured is recorded in the run's summary and in ``protocols.json``. At the end, some images are listed
+    with their labels and what the classifier takes them for.
 
     Args:
         config: every knob of the core.
@@ -70,6 +73,7 @@ class Evaluate:
         self.precision = pick_precision(config.train, accelerator.device)
         self.protocols: dict[str, str] = {}
         self._suite: Suite | None = None
+        self._first: list[tuple[Tensor, Tensor]] = []
         self._said: set[str] = set()
 
     def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
@@ -83,6 +87,8 @@ class Evaluate:
             judged = self._judge(Generator(network, self.config, self.precision), sample)
             figures |= judged.figures
             self._note(judged.protocols)
+            if state.step >= self.config.train.steps and (file := self._list_opinions(state.step)):
+                row["opinions"] = file
         prefix = self.prefix(state)
         row.update({f"{prefix}{name}": value for name, value in figures.items()})
 
@@ -112,11 +118,20 @@ class Evaluate:
                 if self.accelerator.is_main_process:
                     seconds = estimate_seconds(generator, total, sample, self._suite.networks)
                     self._say(f"evaluation: {total:,} images, about {seconds:.1f} s each time (eval.num_images)")
-            batches = generated(generator, total, sample, config.seed)
+            self._first = []
+            batches = first_images(generated(generator, total, sample, config.seed), self._first)
             return self._suite.judge(batches, total, sampling_protocol(sample, config.seed))
         except (DataError, ExtractorError) as error:
             self._say(f"no figures of generated images: {error}")
             return Judgement()
+
+    def _list_opinions(self, step: int) -> Path | None:
+        """Write the table of images of the last evaluation. Return its file, or None if nothing judges labels."""
+        classifier = None if self._suite is None else self._suite.classifier
+        if classifier is None or not self.accelerator.is_main_process:
+            return None
+        file = self.folder / SAMPLES / f"opinions-{step:08d}.json"
+        return file if write_opinions(file, self._first, classifier, self.dataset.class_names) else None
 
     def _say(self, line: str) -> None:
         """Print a line once."""

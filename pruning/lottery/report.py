@@ -12,12 +12,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from diffusion_core.files import write_json, write_text
+from diffusion_core.report.plots import BLACK, BLUE, GREEN, SKY, VERMILION, marker, panels, plain, save
 from diffusion_core.run_folder import CHECKPOINTS, RESULT_FILE
 from diffusion_core.tables import markdown_table
 from pruning.lottery.tickets import chance_overlap, overlap
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 ROUNDS = "rounds"
 TICKET = "ticket"
 NAMES = {"none": TICKET, "reinit": "random reinitialisation", "random_mask": "random mask"}
-COLOURS = {TICKET: "#1f5aa6", "random reinitialisation": "#d1495b", "random mask": "#8d8d8d"}
+LINES = {TICKET: (BLUE, "o"), "random reinitialisation": (VERMILION, "s"), "random mask": (GREEN, "D")}
+"""Colour and marker of each kind of stage."""
 LABELS = {"val/loss": "validation loss", "eval/class_agreement": "class agreement"}
 
 
@@ -122,26 +124,26 @@ def table(stages: Sequence[Trained]) -> str:
 
 def plot_quality(stages: Sequence[Trained], key: str, path: Path) -> Path:
     """Plot quality against the share of remaining weights, with one line for tickets and one per control."""
-    figure, axes = _figure(7.0, 4.2)
-    for kind, colour in COLOURS.items():
+    figure, (axes,) = panels(7.0, 4.2)
+    for kind, (colour, symbol) in LINES.items():
         points = [
             (stage.remaining, stage.figures[key]) for stage in stages if stage.kind == kind and key in stage.figures
         ]
         if points:
-            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=kind, markersize=4, linewidth=1.5)
+            axes.plot(*zip(*points, strict=True), color=colour, marker=symbol, label=kind, markersize=4, linewidth=1.5)
     dense = [stage.figures[key] for stage in stages if stage.round_number == 0 and key in stage.figures]
     if dense:
-        axes.axhline(dense[0], color="black", linewidth=0.8, linestyle=":", label="dense")
+        axes.axhline(dense[0], color=BLACK, linewidth=0.8, linestyle=":", label="dense")
     _remaining_axis(axes, [stage.remaining for stage in stages])
     axes.set_ylabel(LABELS[key])
     axes.legend(frameon=False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_spread(chains: Sequence[Sequence[Trained]], key: str, title: str, path: Path) -> Path:
     """Plot the quality of chains with different seeds: mean and range against the share of remaining weights."""
-    figure, axes = _figure(7.0, 4.2)
-    for kind, colour in COLOURS.items():
+    figure, (axes,) = panels(7.0, 4.2)
+    for kind, (colour, symbol) in LINES.items():
         by_round: dict[int, list[Trained]] = {}
         for stage in (stage for chain in chains for stage in chain if stage.kind == kind and key in stage.figures):
             by_round.setdefault(stage.round_number, []).append(stage)
@@ -150,33 +152,35 @@ def plot_spread(chains: Sequence[Sequence[Trained]], key: str, title: str, path:
         rows = [stages for _, stages in sorted(by_round.items())]
         shares = [stages[0].remaining for stages in rows]
         values = [[stage.figures[key] for stage in stages] for stages in rows]
-        axes.plot(shares, [sum(row) / len(row) for row in values], "o-", color=colour, label=kind, markersize=4)
+        axes.plot(
+            shares, [sum(row) / len(row) for row in values], color=colour, marker=symbol, label=kind, markersize=4
+        )
         axes.fill_between(shares, [min(row) for row in values], [max(row) for row in values], color=colour, alpha=0.15)
     _remaining_axis(axes, [stage.remaining for chain in chains for stage in chain])
     axes.set_ylabel(LABELS[key])
     axes.set_title(title, fontsize=10)
     axes.legend(frameon=False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_blocks(stages: Sequence[Trained], path: Path) -> Path:
     """Plot the sparsity of each block against the share of remaining weights."""
     from matplotlib import colormaps
 
-    figure, axes = _figure(7.5, 4.5)
+    figure, (axes,) = panels(7.5, 4.5)
     blocks = list(stages[0].blocks)
     colours = colormaps["viridis"]
     for index, block in enumerate(blocks):
-        colour = colours(0.95 * index / max(1, len(blocks) - 1))
+        shade = colours(0.95 * index / max(1, len(blocks) - 1))
         points = [(stage.remaining, 100.0 * stage.blocks[block]) for stage in stages]
-        axes.plot(*zip(*points, strict=True), "osD^vP*X"[index % 8], linestyle="-", color=colour, label=block,
+        axes.plot(*zip(*points, strict=True), marker=marker(index), color=shade, label=block,
                   markersize=4, linewidth=1.2)  # fmt: skip
     whole = [(stage.remaining, 100.0 * (1.0 - stage.remaining)) for stage in stages]
-    axes.plot(*zip(*whole, strict=True), color="black", linestyle=":", label="whole network")
+    axes.plot(*zip(*whole, strict=True), color=BLACK, linestyle=":", label="whole network")
     _remaining_axis(axes, [stage.remaining for stage in stages])
     axes.set_ylabel("pruned weights of the block (%)")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_overlap(
@@ -191,17 +195,17 @@ def plot_overlap(
         ValueError: if the tickets are not of the same network. Then nothing is written.
     """
     shares, chance = overlap(first, second), chance_overlap(first, second)
-    figure, axes = _figure(7.0, 3.8)
+    figure, (axes,) = panels(7.0, 3.8)
     blocks = sorted(shares, key=_position)
-    axes.bar(blocks, [shares[key] for key in blocks], width=0.6, color="#9db9da", label="measured")
-    axes.plot(blocks, [chance[key] for key in blocks], "_", color="black", markersize=22, label="by chance")
+    axes.bar(blocks, [shares[key] for key in blocks], width=0.6, color=SKY, label="measured")
+    axes.plot(blocks, [chance[key] for key in blocks], "_", color=BLACK, markersize=22, label="by chance")
     axes.set_ylabel("weights in both / in either")
     axes.set_ylim(0.0, 1.0)
-    axes.set_title(f"{names[0]} and {names[1]}", fontsize=9)
+    axes.set_title(plain(f"{names[0]} and {names[1]}"), fontsize=9)
     axes.tick_params(axis="x", labelrotation=40)
     axes.legend(frameon=False)
     folder.mkdir(parents=True, exist_ok=True)
-    _save(figure, folder / "overlap.png")
+    save(figure, folder / "overlap.png")
     return {key: shares[key] for key in blocks}
 
 
@@ -209,16 +213,6 @@ def _position(block: str) -> tuple[int, str]:
     """Return the sort key of a block in plots: the order of the network, with ``all`` last."""
     order = ("time_mlp", "conv_in", "down", "middle", "up", "conv_out", "all")
     return order.index(block.partition(".")[0]), block
-
-
-def _figure(width: float, height: float) -> tuple[Any, Axes]:
-    from matplotlib.figure import Figure  # Slow to import. Without pyplot, which has global state.
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    return figure, axes
 
 
 def _remaining_axis(axes: Axes, shares: Sequence[float]) -> None:
@@ -229,8 +223,3 @@ def _remaining_axis(axes: Axes, shares: Sequence[float]) -> None:
     axes.set_xticks(ticks, [f"{100.0 * tick:.3g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("remaining weights (%)")
-
-
-def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=150)
-    return path

@@ -27,6 +27,7 @@ from diffusion_core.data.datasets import Images
 from diffusion_core.hardware import pick_precision
 from diffusion_core.model.compilation import forward_flops
 from diffusion_core.model.unet import NO_LABEL
+from diffusion_core.report.plots import BLUE, GREY, log_ticks, marker, panels, save
 from diffusion_core.run_folder import HISTORY_FILE
 from diffusion_core.sampling.generation import Generator, requests
 from diffusion_core.training.batch_size import largest_share, training_memory
@@ -167,27 +168,18 @@ def growth(points: Sequence[Point]) -> float:
 
 def plot(axes: dict[str, list[Point]], file: Path) -> None:
     """Plot one panel per axis: measured seconds, and seconds in proportion to the counted work from the first point."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
-
-    figure, panels = pyplot.subplots(1, len(axes), figsize=(3.6 * len(axes), 3.4), layout="constrained")
-    for panel, (axis, points) in zip(panels, axes.items(), strict=True):
+    figure, row = panels(3.6 * len(axes), 3.4, len(axes))
+    for panel, (axis, points) in zip(row, axes.items(), strict=True):
         values = [point.value for point in points]
-        panel.plot(values, [point.seconds for point in points], "o-", label="measured")
+        panel.plot(values, [point.seconds for point in points], marker(0), linestyle="-", color=BLUE, label="measured")
         expected = [points[0].seconds * point.work / points[0].work for point in points]
-        panel.plot(values, expected, "--", color="grey", label="in proportion to the work")
-        panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds")
-        panel.set_xticks(values, [str(value) for value in values], minor=False)
-        panel.xaxis.set_minor_locator(NullLocator())
-        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        few = max(point.seconds for point in points) < 10 * min(point.seconds for point in points)
-        panel.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}") if few else NullFormatter())
-    panels[0].legend(frameon=False)
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
+        panel.plot(values, expected, "--", color=GREY, label="in proportion to the work")
+        log_ticks(panel, "x")
+        log_ticks(panel, "y")
+        panel.set_xticks(values, [str(value) for value in values])
+        panel.set(xlabel=axis, ylabel="seconds")
+    row[0].legend(frameon=False)
+    save(figure, file)
 
 
 def measure(options: Options) -> list[Row]:
@@ -197,7 +189,7 @@ def measure(options: Options) -> list[Row]:
     processes = measure_processes(options)
     if options.plots is not None:
         options.plots.mkdir(parents=True, exist_ok=True)
-        plot(axes | {"processes": processes}, options.plots / "scaling.png")
+        plot(axes, options.plots / "scaling.png")
     rows = []
     for axis, points in axes.items():
         for point in points:

@@ -88,7 +88,7 @@ def compare(study: Study) -> None:
             )
             points.setdefault(variant.importance, []).append((costs[0] / 1e6, qualities))
         file = results.file.with_name(results.file.stem + ending)
-        plot(file, points, "million multiply-accumulates per image", f"{words}, fine-tuned")
+        plot(file, points, "million MACs", f"{words}, fine-tuned", DENSE)
 
 
 def measure_seed(study: Study, results: Results, seed: int) -> None:

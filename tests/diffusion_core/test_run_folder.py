@@ -12,11 +12,11 @@ import torch
 from tiny import metadata, one_line, tiny_network
 
 from agent import clean
-from agent.tracking.uploads import UploadQueue
 from diffusion_core.checkpoint import list_checkpoints, write_checkpoint
 from diffusion_core.config import ConfigError
 from diffusion_core.files import write_json
 from diffusion_core.run_folder import HISTORY_FILE, RUN_FILE, locked, picture_files
+from diffusion_core.runs.uploads import UploadQueue
 from diffusion_core.tracking import Upload
 
 
@@ -172,7 +172,7 @@ def test_close_waits_no_longer_than_it_may_and_says_for_what(
 def test_an_upload_that_fails_keeps_its_files_and_the_others_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agent.tracking.uploads.PAUSE_S", 0.0)
+    monkeypatch.setattr("diffusion_core.runs.uploads.PAUSE_S", 0.0)
     sent = Sent()
     sent.fail = True
     sent.go.set()

@@ -12,6 +12,7 @@ from .projects import ProjectOperations
 from .runs import RunOperations
 from .store import Store
 from .sweeps import SweepOperations
+from .views import ViewOperations
 
 
 class Backend:
@@ -25,11 +26,13 @@ class Backend:
         self.artifacts = ArtifactOperations(self)
         self.sweeps = SweepOperations(self)
         self.projects = ProjectOperations(self)
+        self.views = ViewOperations(self)
         self.handlers: dict[str, Handler] = {
             **self.runs.handlers(),
             **self.artifacts.handlers(),
             **self.sweeps.handlers(),
             **self.projects.handlers(),
+            **self.views.handlers(),
         }
 
     def graphql(self, query: str, variables: Json) -> Json:

@@ -41,10 +41,7 @@ async function draw(id, traces, drawn, onPoint) {
 function fillSelects() {
   const qualities = data.qualities.map(name => [name, `${name} (${data.goals[name] === "minimize" ? "lower" : "higher"} is better)`]);
   options(byId("front-quality"), qualities, data.metric);
-  const preferred = ["model/nonzero_macs", "model/macs", "model/params", "seconds"];
-  const distinct = name => new Set(trials.map(trial => trial.figures[name])).size;
-  const cost = preferred.find(name => name in data.costs && distinct(name) > 1) || Object.keys(data.costs)[0];
-  options(byId("front-cost"), Object.entries(data.costs), cost);
+  options(byId("front-cost"), Object.entries(data.costs), data.cost);
   if (byId("ticket-quality")) options(byId("ticket-quality"), qualities, data.metric);
   const curves = [...new Set(trials.flatMap(trial => Object.keys(trial.curves)))];
   options(byId("curve-figure"), curves.map(name => [name, name]), curves.includes(data.metric) ? data.metric : curves[0]);

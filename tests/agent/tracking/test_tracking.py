@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from agent.tracking.run import tell_thread_error
 from diffusion_core.tracking import MemoryTracker, NullTracker, Tracker, Upload
@@ -65,6 +66,7 @@ import torch, wandb
 from diffusion_core.sampling import media
 from agent.tracking.tracker import WandbTracker
 from diffusion_core.tracking import Upload
+from diffusion_core.evaluation.opinions import png_text
 
 folder = Path(sys.argv[1])
 run = wandb.init(mode="offline", project="test", dir=folder)
@@ -75,7 +77,11 @@ media.save_gif([media.grid(images.flip(0), 2), media.grid(images, 2)], folder / 
 for step, (loss, agreement) in enumerate([(0.5, 0.2), (0.25, 0.9), (0.75, 0.6)]):
     distance = {"eval/kd_classifier-digits_20_train": loss, "eval/kd_x_20_train/a*b": loss}
     tracker.log({"train/loss": loss, "val/loss": loss, "eval/class_agreement": agreement} | distance, 10 * step)
-tracker.log({"samples": folder / "grid.png", "diffusion": folder / "two.gif"}, 30)
+known = {"label": "3", "confidence": 0.5}
+rows = [{"image": png_text(image), **known, "opinion": str(number)} for number, image in enumerate(images)]
+(folder / "opinions.json").write_text(json.dumps(rows))
+pictures = {"samples": folder / "grid.png", "diffusion": folder / "two.gif", "opinions": folder / "opinions.json"}
+tracker.log(pictures, 30)
 tracker.summary({"model/params": 7})
 weights = folder / "weights.bin"
 weights.write_bytes(b"12345")
@@ -153,6 +159,28 @@ def test_wandb_offline_keeps_the_history_by_step(offline: dict[str, Any]) -> Non
     assert rows[3]["diffusion.path"].endswith(".gif")
 
 
+def artifacts(records: list[Any]) -> list[Any]:
+    return [
+        record.request.log_artifact.artifact if record.WhichOneof("record_type") == "request" else record.artifact
+        for record in records
+        if record.WhichOneof("record_type") == "artifact"
+        or (record.WhichOneof("record_type") == "request" and record.request.HasField("log_artifact"))
+    ]
+
+
+def test_wandb_offline_keeps_the_table_of_samples_with_its_images(offline: dict[str, Any]) -> None:
+    """W&B keeps a table as an artifact of its own, which holds the images."""
+    assert history(offline["records"])[3]["opinions._type"] == "table-file"
+    (artifact,) = [artifact for artifact in artifacts(offline["records"]) if artifact.type == "run_table"]
+    files = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
+    table = json.loads(files["opinions.table.json"].read_text())
+    assert table["columns"] == ["image", "label", "confidence", "opinion"]
+    assert [cells[1:] for cells in table["data"]] == [["3", 0.5, str(number)] for number in range(4)]
+    for cells in table["data"]:
+        with Image.open(files[cells[0]["path"]]) as image:
+            assert image.size == (48, 48)
+
+
 def test_wandb_offline_plots_over_steps_and_summarises_by_goal(offline: dict[str, Any]) -> None:
     metrics = [record.metric for record in offline["records"] if record.WhichOneof("record_type") == "metric"]
     by_name = {metric.name: metric for metric in metrics}
@@ -165,12 +193,7 @@ def test_wandb_offline_plots_over_steps_and_summarises_by_goal(offline: dict[str
 
 
 def test_wandb_offline_keeps_the_artifact_after_its_file_is_gone(offline: dict[str, Any]) -> None:
-    (artifact,) = [
-        record.request.log_artifact.artifact if record.WhichOneof("record_type") == "request" else record.artifact
-        for record in offline["records"]
-        if record.WhichOneof("record_type") == "artifact"
-        or (record.WhichOneof("record_type") == "request" and record.request.HasField("log_artifact"))
-    ]
+    (artifact,) = [found for found in artifacts(offline["records"]) if found.type != "run_table"]
     assert (artifact.name, artifact.type) == ("model-x", "model")
     assert set(artifact.aliases) == {"latest", "best"}
     assert json.loads(artifact.metadata) == {"step": 20}

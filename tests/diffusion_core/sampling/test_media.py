@@ -126,3 +126,31 @@ def test_image() -> None:
     gray = media.image(torch.full((1, 3, 5), 9, dtype=torch.uint8))
     colour = media.image(torch.full((3, 3, 5), 9, dtype=torch.uint8))
     assert (gray.mode, gray.size, colour.mode, colour.size) == ("L", (5, 3), "RGB", (5, 3))
+
+
+def test_animation_has_the_noisy_grid_at_the_left_and_the_expected_one_at_the_right() -> None:
+    noisy, expected = [flat_images(6), flat_images(6) + 20], [flat_images(6) + 40, flat_images(6) + 60]
+    names = ["a", "b", "c"]
+    drawn = media.animation(noisy, expected, 2, names)
+    assert len(drawn) == 2
+    for frame, left, right in zip(drawn, noisy, expected, strict=True):
+        found = np.asarray(frame)
+        one, other = (np.asarray(half) for half in (media.grid(left, 2, names), media.grid(right, 2)))
+        height = one.shape[0]
+        top = found.shape[0] - height
+        assert (found[:top] < 128).any()  # The titles.
+        ends = [found.shape[1] - other.shape[1], found.shape[1]]
+        np.testing.assert_array_equal(found[top:, ends[0] : ends[1]], other)
+        (start,) = [x for x in range(80) if np.array_equal(found[top:, x : x + one.shape[1]], one)]
+        assert start + one.shape[1] + media.BETWEEN == ends[0]
+        assert (found[top:, start + one.shape[1] : ends[0]] == 255).all()
+
+
+@pytest.mark.parametrize("columns", [1, 2, 4])
+def test_titles_of_an_animation_fit(columns: int) -> None:
+    images = [flat_images(4)]
+    found = np.asarray(media.animation(images, images, columns)[0])
+    for half in (found[:18, : found.shape[1] // 2], found[:18, found.shape[1] // 2 :]):
+        assert (half < 128).any()
+    assert (found[:18, :1] == 255).all()
+    assert (found[:18, -1:] == 255).all()
