@@ -17,4 +17,6 @@ PREDICTIONS: Registry[Any] = Registry("diffusion.prediction", "diffusion_core.di
 DATASETS: Registry[Any] = Registry("data.name", "diffusion_core.data.datasets", "diffusion_core.data.labelled_folder")
 STEP_METHODS: Registry[Any] = Registry("steps.method", "diffusion_core.step_distillation.methods")
 METRICS: Registry[Any] = Registry("eval.figures", "diffusion_core.evaluation.metrics")
-LAUNCHERS: Registry[Any] = Registry("--launcher", "diffusion_core.machine.local", "diffusion_core.machine.slurm_jobs")
+LAUNCHERS: Registry[Any] = Registry(
+    "--launcher", "diffusion_core.machine.local", "diffusion_core.machine.slurm.launcher"
+)

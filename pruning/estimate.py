@@ -56,6 +56,7 @@ class TrialEstimate:
         upload_bytes: size of the artifacts that it uploads.
         seconds: its wall time, or None if unknown.
         measured: what the time follows from, in words; None if it follows from other trials, or is unknown.
+        device: ``cpu`` or ``cuda``, on which that was measured; None likewise.
     """
 
     params: int
@@ -63,6 +64,7 @@ class TrialEstimate:
     upload_bytes: int
     seconds: float | None
     measured: str | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,12 @@ class Speed:
     Attributes:
         image_seconds: seconds of a forward pass, per image.
         measured: what was measured, in words.
+        device: ``cpu`` or ``cuda``.
     """
 
     image_seconds: float
     measured: str
+    device: str
 
 
 class Estimator:
@@ -112,6 +116,7 @@ class Estimator:
             upload_bytes=trainings(prune) * size * saved if config.checkpoint.upload and not self.offline else 0,
             seconds=seconds,
             measured=None if speed is None else speed.measured,
+            device=None if speed is None else speed.device,
         )
 
     def _speed(self, config: CoreConfig, kind: str, params: int) -> Speed | None:
@@ -235,14 +240,14 @@ def measure_speed(config: CoreConfig, threads: int, params: int) -> Speed | None
     try:
         if on_cpu and params <= SMALL_PARAMS:
             seconds = min(_seconds_of(config, device, TRIED_IMAGES, TRIED_TIMES, backward=False))
-            return Speed(seconds / TRIED_IMAGES, f"forward passes of {TRIED_IMAGES} images on the processor")
+            return Speed(seconds / TRIED_IMAGES, f"forward passes of {TRIED_IMAGES} images on the processor", "cpu")
         images, seconds = _time_step(config, device, batch)
     finally:
         torch.set_num_threads(before)
     scaled = f", scaled to {batch}" if images < batch else ""
     many = f"{images} images" if images > 1 else "1 image"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the processor"
-    return Speed(seconds / images / (1 + BACKWARD_COST), f"a training step of {many} on {where}{scaled}")
+    return Speed(seconds / images / (1 + BACKWARD_COST), f"a training step of {many} on {where}{scaled}", device.type)
 
 
 def _time_step(config: CoreConfig, device: torch.device, batch: int) -> tuple[int, float]:

@@ -233,7 +233,9 @@ def tell_cost(sweep: SweepFile, arguments: argparse.Namespace, jobs: int, begun:
     if arguments.dry_run:
         print(list_trials(sweep, estimator, arguments.count or SHOWN_TRIALS))
     folder = Path("runs") if begun is None else begun.folder
-    print(describe_sweep(sweep, estimator, jobs=jobs, trials=trials, folder=folder), flush=True)
+    size_of = launcher_record(arguments, sweep).size
+    size = None if size_of is None else size_of(jobs, arguments.slurm)
+    print(describe_sweep(sweep, estimator, jobs=jobs, trials=trials, folder=folder, size=size), flush=True)
     for line in advice(sweep, trials, offline=begun is not None):
         print(f"warning: {line}", file=sys.stderr)
 

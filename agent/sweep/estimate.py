@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.sweep.file import SweepFile
+from diffusion_core.machine.jobs import JobSize
 from diffusion_core.messages import duration, size_in_words
 from diffusion_core.search.offline import first_trials
 from diffusion_core.search.results import parameters_line
@@ -27,7 +28,13 @@ def estimate_trial(sweep: SweepFile, estimator: Estimator, parameters: dict[str,
 
 
 def describe_sweep(
-    sweep: SweepFile, estimator: Estimator, *, jobs: int, trials: int | None, folder: Path | None = None
+    sweep: SweepFile,
+    estimator: Estimator,
+    *,
+    jobs: int,
+    trials: int | None,
+    folder: Path | None = None,
+    size: JobSize | None = None,
 ) -> str:
     """Return one line on what a sweep will cost, and a second one if the disk has less free space.
 
@@ -37,11 +44,14 @@ def describe_sweep(
         jobs: trials at once.
         trials: number of trials to run; None if the search has no end.
         folder: where they go, if on this disk.
+        size: what a trial takes of a machine.
     """
     found = [estimate_trial(sweep, estimator, parameters) for parameters in islice(first_trials(sweep), SAMPLED_TRIALS)]
     disk = statistics.mean(trial.disk_bytes for trial in found)
     upload = statistics.mean(trial.upload_bytes for trial in found)
     times = [trial.seconds for trial in found if trial.seconds is not None]
+    each_s = statistics.mean(times) if times else None
+    device = next((trial.device for trial in found if trial.device), None)
     measured = next((f" (measured: {trial.measured})" for trial in found if trial.measured), "")
 
     def amount(words: Callable[[float], str], each: float, what: str, at_once: int = 1) -> str:
@@ -53,8 +63,9 @@ def describe_sweep(
         amount(size_in_words, disk, "of checkpoints "),
         *([amount(size_in_words, upload, "of uploads ")] if upload else []),
         "time unknown until a trial has ended"
-        if not times
-        else amount(duration, statistics.mean(times), "", at_once=jobs) + measured,
+        if each_s is None
+        else amount(duration, each_s, "", at_once=jobs) + measured,
+        *([] if size is None or each_s is None else [size.hours(each_s, trials, device)]),
     ]
     least = " at most" if "early_terminate" in sweep.config else ""
     lines = [f"estimate{least}: {'; '.join(said)}"]

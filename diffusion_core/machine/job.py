@@ -14,18 +14,20 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from diffusion_core.files import write_json
-from diffusion_core.machine import slurm
 from diffusion_core.machine.leases import Leased, leased
-from diffusion_core.machine.nodes import across_nodes, node_count
-from diffusion_core.machine.processes import end_with_parent
+from diffusion_core.machine.processes import end_with_parent, kill_tree
+from diffusion_core.machine.slurm import commands
+from diffusion_core.machine.slurm.nodes import across_nodes, node_count
 from diffusion_core.messages import Parser, reason_of
 from diffusion_core.run_folder import CHECKPOINTS, HISTORY_FILE
 from diffusion_core.signals import signal_handler
@@ -113,7 +115,7 @@ def cluster_facts(environment: Mapping[str, str] = os.environ) -> dict[str, Any]
     The job's id, its array's index, partition and nodes, the number of its restarts, the GPUs on this node, and the
     seconds that the trial waited in the queue, all its jobs together. The kind of GPU is ``system/device``.
     """
-    job = slurm.own_job(environment)
+    job = commands.own_job(environment)
     if job is None:
         return {}
     facts: dict[str, Any] = {name: environment[key] for name, key in TEXTS.items() if environment.get(key)}
@@ -132,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("command", nargs="+")
     arguments = parser.parse_args(argv)
-    folder, job = arguments.folder, slurm.own_job()
+    folder, job = arguments.folder, commands.own_job()
     if arguments.agent is not None:
         if node_count() > 1:
             print("error: --nodes: an agent runs its trials on one node; use several with --offline", file=sys.stderr)
@@ -145,11 +147,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with signal_handler((signal.SIGUSR1, signal.SIGTERM, signal.SIGINT), received.append):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with leased(folder / LEASE_FILE, is_active, print):
+            lost = threading.Event()
+            with leased(folder / LEASE_FILE, is_active, partial(print, flush=True), lost.set):
                 note = _begin(folder, job)
                 if arguments.agent:
                     _hand_back(folder, shlex.split(arguments.agent))
-                _run(folder, note, arguments.command, received)
+                if not _run(folder, note, arguments.command, received, lost):
+                    print(f"{folder}: another job took over; job {job} has ended its command", file=sys.stderr)
+                    return UNUSABLE
         except Leased as other:
             print(f"{folder}: {other} works here; job {job} leaves it alone", file=sys.stderr)
             return 0
@@ -158,8 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return UNUSABLE
         if note.signal == WARNED and (arguments.agent is not None or (note.code != 0 and note.advanced)):
             try:
-                slurm.requeue(job)
-            except (slurm.NoAnswer, slurm.SlurmError) as error:
+                commands.requeue(job)
+            except (commands.NoAnswer, commands.SlurmError) as error:
                 if signal.SIGTERM in received:  # It is being requeued: Slurm ends scontrol as well.
                     return UNUSABLE
                 print(f"job {job} cannot be requeued ({error}); start the sweep's command again", file=sys.stderr)
@@ -196,8 +201,8 @@ def _hand_back(folder: Path, command: Sequence[str]) -> None:
 def is_active(job: str) -> bool | None:
     """Return whether a job is under way; None if Slurm does not answer, or has forgotten the job."""
     try:
-        state = slurm.jobs().get(job)
-    except (slurm.NoAnswer, slurm.SlurmError):
+        state = commands.jobs().get(job)
+    except (commands.NoAnswer, commands.SlurmError):
         return None
     return None if state is None else not state.is_over
 
@@ -209,21 +214,29 @@ def _begin(folder: Path, job: str) -> Note:
         job,
         int(os.environ.get("SLURM_RESTART_COUNT", 0)),
         os.environ.get("SLURMD_NODENAME", socket.gethostname()),
-        before.queue_seconds + (slurm.waited_seconds(job) or 0.0),
+        before.queue_seconds + (commands.waited_seconds(job) or 0.0),
         before.seconds,
     )
     write_json(folder / NOTE_FILE, asdict(note))
     return note
 
 
-def _run(folder: Path, note: Note, command: Sequence[str], received: list[int]) -> None:
-    """Run the command to its end, pass signals on, and note how it ended."""
+def _run(folder: Path, note: Note, command: Sequence[str], received: list[int], lost: threading.Event) -> bool:
+    """Run the command to its end, pass signals on, and note how it ended.
+
+    Returns:
+        False if another job took the folder over: then the command was killed, and nothing was noted.
+    """
     start, progress, before = time.monotonic(), _progress(folder), note.seconds
     own = os.getpid()
     environment = dict(os.environ) | {QUEUE_SECONDS: f"{note.queue_seconds:.0f}", FOLDER: str(folder.absolute())}
     process = subprocess.Popen(across_nodes(command), env=environment, preexec_fn=lambda: end_with_parent(own))
     passed = 0
     while process.poll() is None:
+        if lost.is_set():
+            kill_tree(process.pid)
+            process.wait()
+            return False
         if passed < len(received):
             passed = len(received)
             _tell(process)
@@ -233,13 +246,14 @@ def _run(folder: Path, note: Note, command: Sequence[str], received: list[int]) 
     note.code = process.returncode
     note.seconds, note.advanced = before + time.monotonic() - start, _progress(folder) != progress
     write_json(folder / NOTE_FILE, asdict(note))
+    return True
 
 
 def _tell(process: subprocess.Popen[bytes]) -> None:
     """Send SIGTERM to the command, on all its nodes. srun itself would kill the processes of other nodes at once."""
     if node_count() > 1:
-        with suppress(slurm.NoAnswer):
-            slurm.terminate_steps(os.environ["SLURM_JOB_ID"])
+        with suppress(commands.NoAnswer):
+            commands.terminate_steps(os.environ["SLURM_JOB_ID"])
             return
     with suppress(ProcessLookupError):
         process.send_signal(signal.SIGTERM)

@@ -148,6 +148,35 @@ class Launcher(Protocol):
 
 
 @dataclass(frozen=True)
+class JobSize:
+    """What a task takes of a machine while it runs.
+
+    Attributes:
+        count: how much; less than 1 if tasks share a GPU.
+        unit: ``GPU``, or ``core`` if it has none.
+    """
+
+    count: float
+    unit: str
+
+    def hours(self, seconds: float | None, tasks: int | None, device: str | None) -> str:
+        """Return what tasks cost, in words: ``about 12 GPU hours in all``.
+
+        Args:
+            seconds: run time of one; None: unknown.
+            tasks: their number; None: unlimited, and the words are of one.
+            device: ``cpu`` or ``cuda``: what the time was measured on; None: it is that of tasks that have ended.
+        """
+        if seconds is None:
+            return f"{self.unit} hours unknown"
+        if self.unit == "GPU" and device == "cpu":
+            return "GPU hours unknown, as there is no GPU here to measure a step on"
+        hours = self.count * seconds * (1 if tasks is None else tasks) / 3600
+        amount = f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}" if hours >= 0.01 else "less than 0.01"
+        return f"about {amount} {self.unit} hours {'a trial' if tasks is None else 'in all'}"
+
+
+@dataclass(frozen=True)
 class LauncherRecord:
     """A value of ``--launcher``.
 
@@ -155,8 +184,10 @@ class LauncherRecord:
         help: one line.
         make: called with the environment variables of each slot and the words of ``--slurm``.
         shares_machine: whether its tasks share this machine, so that GPUs and cores are dealt out.
+        size: returns what a task takes, from the number of tasks at once and the words of ``--slurm``; None: unknown.
     """
 
     help: str
     make: Callable[[Sequence[Mapping[str, str]], str | None], Launcher]
     shares_machine: bool = False
+    size: Callable[[int, str | None], JobSize] | None = None

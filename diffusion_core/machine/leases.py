@@ -3,6 +3,9 @@
 A lease is a file that names its holder: job id, host, process id. The holder touches it every few seconds. Whoever
 wants a lease that exists asks Slurm about the holder's job. Where that is unknown, it watches whether the file changes.
 Times are never compared: the clocks of nodes may differ by minutes.
+
+A job that Slurm has given up may still run, for example if only the daemon of its node died. So the holder also reads
+its lease each time, and ends if another one took it. Whoever takes it waits until the holder must have seen that.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_core.files import replaced_file
-from diffusion_core.machine.slurm import own_job
+from diffusion_core.machine.slurm.commands import own_job
 
 BEAT_S = 10.0
 """Seconds between two touches."""
@@ -29,6 +32,12 @@ SILENT_S = 45.0
 
 SETTLE_S = 1.0
 """Seconds between writing a lease and reading it again, which shows whether another process wrote it as well."""
+
+FENCE_S = 30.0
+"""Seconds after which a holder that lives has seen that its lease was taken, and has ended."""
+
+MISSES = 2
+"""Times in a row that a holder finds no lease before it takes it for lost."""
 
 
 class Leased(Exception):
@@ -43,14 +52,18 @@ def describe(holder: dict[str, Any]) -> str:
 
 @contextmanager
 def leased(
-    file: Path, is_active: Callable[[str], bool | None], notice: Callable[[str], object] = lambda text: None
+    file: Path,
+    is_active: Callable[[str], bool | None],
+    notice: Callable[[str], object] = lambda text: None,
+    lost: Callable[[], object] = lambda: None,
 ) -> Iterator[None]:
     """Hold a lease inside this context.
 
     Args:
         file: the lease; its folder exists.
         is_active: whether the job of an id is under way; None: unknown.
-        notice: told in one line if the holder has to be watched for a while.
+        notice: told in one line if this has to wait for a while.
+        lost: called once, on a thread, if another process took the lease: what runs in this context must end at once.
 
     Raises:
         Leased: if another process holds it.
@@ -60,15 +73,9 @@ def leased(
     holder = _read(file)
     if holder is not None and _is_held(file, holder, mine, is_active, notice):
         raise Leased(describe(holder))
-    _take(file, holder, mine)
+    _take(file, holder, mine, notice)
     over = threading.Event()
-
-    def beat() -> None:
-        while not over.wait(BEAT_S):
-            with suppress(OSError):  # The next one may succeed.
-                os.utime(file)
-
-    threading.Thread(target=beat, name="lease", daemon=True).start()
+    threading.Thread(target=_beat, args=(file, mine, over, lost), name="lease", daemon=True).start()
     try:
         yield
     finally:
@@ -77,7 +84,21 @@ def leased(
             file.unlink(missing_ok=True)
 
 
-def _take(file: Path, holder: dict[str, Any] | None, mine: dict[str, Any]) -> None:
+def _beat(file: Path, mine: dict[str, Any], over: threading.Event, lost: Callable[[], object]) -> None:
+    """Touch a lease every few seconds until it is over, or lost."""
+    missing = 0
+    while not over.wait(BEAT_S):
+        with suppress(OSError):  # The next one may succeed.
+            holder = _read(file)
+            missing = 0 if holder else missing + 1
+            if (holder and holder != mine) or missing >= MISSES:
+                lost()
+                return
+            if holder:
+                os.utime(file)
+
+
+def _take(file: Path, holder: dict[str, Any] | None, mine: dict[str, Any], notice: Callable[[str], object]) -> None:
     """Write a lease in place of a dead holder's, or a new one. Raise Leased if another process was faster."""
     if (now := _read(file)) != holder:
         raise Leased(describe(now or {}))
@@ -90,7 +111,11 @@ def _take(file: Path, holder: dict[str, Any] | None, mine: dict[str, Any]) -> No
         return
     with replaced_file(file, concurrent=True) as temporary, temporary.open("w", encoding="utf-8") as new:
         json.dump(mine, new)
-    time.sleep(SETTLE_S)
+    if holder.get("job") is not None and (holder.get("host") != mine["host"] or _is_alive(holder.get("pid"))):
+        notice(f"{file}: was held by {describe(holder)}, which Slurm has given up; waiting {FENCE_S:.0f} s for its end")
+        time.sleep(FENCE_S)
+    else:
+        time.sleep(SETTLE_S)
     if (now := _read(file)) != mine:
         raise Leased(describe(now or {}))
 

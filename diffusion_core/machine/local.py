@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusion_core.config import ConfigError
-from diffusion_core.machine.jobs import AgentTasks, Job, LauncherRecord, Outcome, Task
+from diffusion_core.machine.jobs import AgentTasks, Job, JobSize, LauncherRecord, Outcome, Task
 from diffusion_core.machine.processes import end_orphan, forward_signals, kill_group, start_process
+from diffusion_core.machine.sharing import threads_each, visible_gpus
 from diffusion_core.registries import LAUNCHERS
 
 LOG_FILE = "console.log"
@@ -128,4 +129,10 @@ class LocalLauncher:
         return self._jobs
 
 
-LAUNCHERS["local"] = LauncherRecord("processes of this machine", LocalLauncher, shares_machine=True)
+def share_size(count: int, _words: str | None = None) -> JobSize:
+    """Return what each of ``count`` tasks takes of this machine: a part of its GPUs, or of its cores."""
+    gpus = len(visible_gpus())
+    return JobSize(gpus / count, "GPU") if gpus else JobSize(threads_each(count), "core")
+
+
+LAUNCHERS["local"] = LauncherRecord("processes of this machine", LocalLauncher, shares_machine=True, size=share_size)

@@ -137,6 +137,18 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def kill_tree(pid: int) -> None:
+    """Send SIGKILL to a process and all that it and its descendants started, in whatever sessions."""
+    import psutil  # type: ignore[import-untyped]
+
+    with suppress(psutil.Error):
+        root = psutil.Process(pid)
+        root.suspend()  # It must start nothing more.
+        for process in [root, *root.children(recursive=True)]:
+            with suppress(psutil.Error):
+                process.kill()
+
+
 @contextmanager
 def forward_signals(processes: Callable[[], Iterable[subprocess.Popen[bytes]]]) -> Iterator[list[int]]:
     """Forward SIGINT, SIGTERM and SIGHUP to other processes inside this context.

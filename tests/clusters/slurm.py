@@ -1,6 +1,7 @@
-"""A real Slurm of two nodes on this machine, in a folder of its own: as root, without systemd, cgroups or accounting.
+"""A real Slurm of some nodes on this machine, in a folder of its own: as root, without systemd, cgroups or accounting.
 
-Two partitions of the same nodes: a job of ``high`` preempts those of ``low``, which Slurm then requeues.
+Partitions of the same nodes: a job of ``high`` preempts those of ``low`` and ``wide``, which Slurm then requeues. A job
+of ``wide`` starts on the node that has least to do, one of ``low`` on the first that has room.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ WITHIN_S = 30.0
 CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={port[0]}
+SlurmctldPort={port}
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdPidFile={folder}/%n.pid
@@ -57,10 +58,10 @@ KillWait=30
 MinJobAge=600
 SlurmdTimeout=60
 SlurmdParameters=config_overrides
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port[1]} CPUs={cpus} RealMemory=4000 State=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port[2]} CPUs={cpus} RealMemory=4000 State=UNKNOWN
-PartitionName=low Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
-PartitionName=high Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+{nodes}
+PartitionName=low Nodes={names} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
+PartitionName=high Nodes={names} MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=wide Nodes={names} MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=0 LLN=YES
 """
 
 
@@ -77,6 +78,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": PATH}
 
     def ask(self, *command: str) -> str:
@@ -96,6 +98,14 @@ class Cluster:
         words = ["--partition=high", f"--nodelist={node}", f"--cpus-per-task={CPUS}", "--output=/dev/null", "--wait"]
         self.ask("sbatch", *words, "--wrap=true")
 
+    def lose(self, node: str) -> None:
+        """Kill a node's daemon. Its jobs run on, but Slurm takes them for failed and requeues them.
+
+        It would notice by itself after SlurmdTimeout.
+        """
+        self.daemons[node].kill()
+        self.ask("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
+
     def start_now(self) -> None:
         """Let requeued jobs start without their wait."""
         for job in self.ask("squeue", "--array", "--states=PENDING", "-h", "-o", "%i").split():
@@ -104,17 +114,21 @@ class Cluster:
 
 
 @contextmanager
-def cluster(folder: Path) -> Iterator[Cluster]:
-    """Start a cluster. At the end its jobs and daemons end."""
+def cluster(folder: Path, nodes: int = 2) -> Iterator[Cluster]:
+    """Start a cluster of nodes ``n1``, ``n2``, ... At the end its jobs and daemons end."""
     (folder / "state").mkdir(parents=True)
-    for name in ("n1", "n2"):
+    names = [f"n{number}" for number in range(1, nodes + 1)]
+    for name in names:
         (folder / name).mkdir()
     folder.chmod(0o755)  # munge insists.
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o600)
     host = socket.gethostname().split(".")[0]
-    text = CONFIGURATION.format(folder=folder, host=host, port=free_ports(3), cpus=CPUS)
+    first, *ports = free_ports(1 + nodes)
+    each = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs={CPUS} RealMemory=4000 State=UNKNOWN"
+    rows = "\n".join(f"NodeName={name} Port={port} {each}" for name, port in zip(names, ports, strict=True))
+    text = CONFIGURATION.format(folder=folder, host=host, port=first, nodes=rows, names=",".join(names))
     (folder / "slurm.conf").write_text(text)
     running = Cluster(folder)
     with ExitStack() as stack:
@@ -123,12 +137,12 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         stack.enter_context(daemon(munged, running))
         wait_for((folder / "munge.socket").exists, "munged")
         stack.enter_context(daemon(["slurmctld", "-D"], running))
-        for node in ("n1", "n2"):
-            stack.enter_context(daemon(["slurmd", "-D", "-N", node], running))
+        for node in names:
+            running.daemons[node] = stack.enter_context(daemon(["slurmd", "-D", "-N", node], running))
 
         def idle() -> bool:
             with suppress(AssertionError):
-                return running.ask("sinfo", "-h", "-N", "-p", "low", "-o", "%T").split() == ["idle"] * 2
+                return running.ask("sinfo", "-h", "-N", "-p", "low", "-o", "%T").split() == ["idle"] * nodes
             return False
 
         wait_for(idle, f"Slurm, see {folder}")
@@ -145,7 +159,7 @@ def end_jobs(running: Cluster) -> None:
 
 
 @contextmanager
-def daemon(command: list[str], running: Cluster) -> Iterator[None]:
+def daemon(command: list[str], running: Cluster) -> Iterator[subprocess.Popen[bytes]]:
     """Run a daemon. It ends with this context, and with this process."""
     own = os.getpid()
     process = subprocess.Popen(
@@ -158,7 +172,7 @@ def daemon(command: list[str], running: Cluster) -> Iterator[None]:
         preexec_fn=lambda: end_with_parent(own, signal.SIGKILL),
     )
     try:
-        yield
+        yield process
     finally:
         process.terminate()
         try:

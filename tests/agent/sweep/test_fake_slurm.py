@@ -18,8 +18,8 @@ from clusters import fake_slurm
 from agent.sweep import __main__ as command
 from agent.sweep.file import SweepFile, check_sweep
 from agent.sweep.offline import offline_sweep
-from diffusion_core.machine import slurm_queue
 from diffusion_core.machine.child import in_child
+from diffusion_core.machine.slurm.queue import POLL
 from diffusion_core.registries import LAUNCHERS
 from diffusion_core.search import engine, offline
 from diffusion_core.search.offline import OfflineSweep
@@ -54,7 +54,7 @@ def events(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name, value in {**fake_slurm.install(tmp_path / "bin"), slurm_queue.POLL: "0.1"}.items():
+    for name, value in {**fake_slurm.install(tmp_path / "bin"), POLL: "0.1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(offline, "POLL_SECONDS", 0.01)
     return tmp_path / "bin"
@@ -171,7 +171,7 @@ if __name__ == "__main__":  # Time and memory of a coordinator: python test_fake
     for count in map(int, sys.argv[2:]):
         place = Path(sys.argv[1]) / str(count)
         place.mkdir(parents=True)
-        os.environ |= {**fake_slurm.install(place / "bin"), slurm_queue.POLL: "0.1"}
+        os.environ |= {**fake_slurm.install(place / "bin"), POLL: "0.1"}
         offline.POLL_SECONDS = 0.01
         sweep_of(count)  # Imports are counted for none.
         start, cpu = time.monotonic(), time.process_time()

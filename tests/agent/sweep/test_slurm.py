@@ -5,7 +5,6 @@ The jobs are real processes of tests/stub_trial.py, which note each step.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -25,9 +24,9 @@ from agent.sweep import __main__ as sweep_command
 from agent.sweep.file import SweepFile, check_sweep
 from agent.sweep.offline import offline_sweep, run_offline
 from diffusion_core.config import ConfigError
-from diffusion_core.machine import slurm_jobs
 from diffusion_core.machine.job import read_note
-from diffusion_core.machine.slurm_queue import POLL
+from diffusion_core.machine.slurm import launcher
+from diffusion_core.machine.slurm.queue import POLL
 from diffusion_core.registries import LAUNCHERS
 from diffusion_core.search.offline import OfflineSweep
 from diffusion_core.search.results import table
@@ -159,7 +158,7 @@ def test_preempted_warned_cancelled_and_without_its_coordinator_each_trial_runs_
 def test_ctrl_c_asks_once_and_then_cancels(
     times: int, slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(slurm_jobs, "ASK_S", 2.0)
+    monkeypatch.setattr(launcher, "ASK_S", 2.0)
     space = {"train.lr": {"values": [0.3, 0.1]}, "seed": {"value": 0}}
     sweep, folder = stub_sweep("grid", space), tmp_path / "sweep"
     with coordinator_process(sweep, folder, 2) as pid:
@@ -263,68 +262,3 @@ def test_a_job_that_failed_since_the_last_look_is_not_taken_for_one_under_way(
     threading.Thread(target=once_seen, daemon=True).start()
     assert [record.state for record in last.run()] == ["finished"]
     assert last.state.trials[0].failures == 1
-
-
-def test_a_trial_on_two_nodes_goes_on_after_a_warning_and_then_after_the_death_of_a_process(
-    slurm: Cluster, tmp_path: Path
-) -> None:
-    steps = 120
-    knobs = {
-        "preset": "digits",
-        "model.channels": 8,
-        "model.channel_multipliers": [1, 1],
-        "model.norm_groups": 2,
-        "train.steps": steps,
-        "train.batch_size": 8,
-        "train.warmup_steps": 0,
-        "eval.every": 0,
-        "eval.val_images": 8,
-        "eval.classifier": "none",
-        "sample.every": 0,
-        "sample.steps": 2,
-        "sample.per_class": 1,
-        "log.every": 2,
-        "log.progress": False,
-        "checkpoint.every": 10,
-        "checkpoint.best_metric": "val/loss",
-    }
-    content = {
-        "method": "grid",
-        "metric": {"name": "val/loss", "goal": "minimize"},
-        "command": ["${env}", "${interpreter}", "-m", "agent", "${args}"],
-        "parameters": {key: {"value": value} for key, value in knobs.items()} | {"seed": {"values": [0]}},
-    }
-    sweep, folder = check_sweep(content, "two.yaml", "two"), tmp_path / "sweep"
-
-    def rows() -> list[dict[str, float]]:
-        files = list(folder.glob("trials/*/history.jsonl"))
-        return [json.loads(line) for line in files[0].read_text().splitlines()] if files else []
-
-    def wait_for_rows(more: int) -> None:
-        wait_for(lambda: len(rows()) > more, f"row {more}", 120)
-
-    with coordinator_process(sweep, folder, 1, "--partition=low --nodes=2 --cpus-per-task=2"):
-        wait_for_rows(3)
-        (trial,) = trials_of(folder)
-        slurm.ask("scancel", "--batch", "--signal=USR1", trial["job"])
-        wait_for(lambda: "PENDING" in slurm.states().values(), "the queue", 60)
-        before = len(rows())
-        slurm.start_now()
-        wait_for_rows(before + 8)
-        os.kill(processes_of(f"WANDB_RUN_ID={trial['id']}", "RANK=1")[0], signal.SIGKILL)
-        wait_for(lambda: trials_of(folder)[0]["failures"] == 1, "the failure", 60)
-        wait_for(lambda: trials_of(folder)[0]["state"] == "finished", "the end", 120)
-    assert [row["step"] for row in rows() if "train/loss" in row] == list(range(2, steps + 1, 2))
-    note = read_note(folder / "trials" / trial["id"])
-    assert note is not None
-    assert note.job != trial["job"]
-
-
-def processes_of(*variables: str) -> list[int]:
-    """The processes whose environment has these variables."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if {variable.encode() for variable in variables} <= set(file.read_bytes().split(b"\0")):
-                found.append(int(file.parent.name))
-    return found

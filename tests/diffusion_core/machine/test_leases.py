@@ -19,7 +19,7 @@ import pytest
 from diffusion_core.machine import leases
 from diffusion_core.machine.job import LEASE_FILE, cluster_facts, command_of_job, read_note
 from diffusion_core.machine.leases import Leased, leased
-from diffusion_core.machine.nodes import across_nodes
+from diffusion_core.machine.slurm.nodes import across_nodes
 
 ROOT = Path(__file__).resolve().parents[3]
 DEAD = 2**22 + 1

@@ -11,18 +11,20 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import suppress
 from pathlib import Path
 
-from diffusion_core.machine import slurm
 from diffusion_core.machine.job import TOLD, WARNED, Note, read_note
 from diffusion_core.machine.jobs import Outcome
+from diffusion_core.machine.slurm import commands
+from diffusion_core.messages import duration
 
 POLL = "DIFFUSION_SWEEPS_SLURM_POLL_S"
 """Environment variable: seconds between two looks at the queue."""
 
 POLL_S = 10.0
+COLUMNS = ("name", "job", "state", "node", "for")
 ENDED_BY_CLUSTER = frozenset({"BOOT_FAIL", "DEADLINE", "NODE_FAIL", "PREEMPTED", "REVOKED", "TIMEOUT"})
 """States in which the cluster ended a job, which is then no failure of the trial."""
 
@@ -32,6 +34,7 @@ class Queue:
 
     Attributes:
         looks: number of answers so far.
+        heard: called after each answer.
         asked_at: when the last answer was asked for, on the monotonic clock.
     """
 
@@ -41,9 +44,11 @@ class Queue:
         self.looks = 0
         self.asked_at = -1.0
         self._next = 0.0
-        self._jobs: dict[str, slurm.JobState] = {}
-        self._names: dict[str, slurm.JobState] = {}
+        self._jobs: dict[str, commands.JobState] = {}
+        self._names: dict[str, commands.JobState] = {}
+        self._since: dict[str, tuple[str, float]] = {}
         self._silent = False
+        self.heard: Callable[[], object] = lambda: None
 
     def look(self) -> None:
         """Ask again if it is time. Without an answer, the last one stays."""
@@ -51,23 +56,38 @@ class Queue:
         if now < self._next:
             return
         try:
-            self._jobs = slurm.jobs()
-        except slurm.NoAnswer as error:
+            self._jobs = commands.jobs()
+        except commands.NoAnswer as error:
             if not self._silent:
                 print(f"Slurm does not answer ({error}); asking again", file=sys.stderr)
             self._silent = True
         else:
             self._names = {job.name: job for job in sorted(self._jobs.values(), key=lambda job: not job.is_over)}
             self._silent, self.asked_at, self.looks = False, now, self.looks + 1
+            known = self._since
+            self._since = {
+                job.id: known[job.id] if known.get(job.id, ("",))[0] == job.state else (job.state, now)
+                for job in self._jobs.values()
+            }
+            self.heard()
         self._next = time.monotonic() + self.every
 
-    def find(self, job: str, name: str) -> slurm.JobState | None:
+    def find(self, job: str, name: str) -> commands.JobState | None:
         """Return a job by its id, or if that is unknown by its name; one that is under way comes first."""
         return self._jobs.get(job) if job else self._names.get(name)
 
-    def named(self, name: str) -> list[slurm.JobState]:
+    def named(self, name: str) -> list[commands.JobState]:
         """Return all jobs of a name."""
         return [job for job in self._jobs.values() if job.name == name]
+
+    def rows(self, names: Container[str]) -> list[list[str]]:
+        """Return what is under way of some names, as rows of a table with the head :data:`COLUMNS`."""
+        now = time.monotonic()
+        return [
+            [job.name, job.id, job.state.lower(), job.node or f"({job.reason})", duration(now - self._since[job.id][1])]
+            for job in self._jobs.values()
+            if job.name in names and not job.is_over
+        ]
 
 
 class SlurmJob:
@@ -120,13 +140,13 @@ class SlurmJob:
             self._over_at = self.queue.looks
         return self._outcome(state) if self.queue.looks > self._over_at else None
 
-    def _follow(self, state: slurm.JobState) -> None:
+    def _follow(self, state: commands.JobState) -> None:
         self._over_at = None
         if state.state == "RUNNING" and self._running_since is None:
             self._running_since = time.monotonic()
         if self._stopping and not self._told:
-            with suppress(slurm.NoAnswer):
-                slurm.terminate(self.id) if state.state == "RUNNING" else slurm.cancel([self.id])
+            with suppress(commands.NoAnswer):
+                commands.terminate(self.id) if state.state == "RUNNING" else commands.cancel([self.id])
                 self._told = True
 
     def _note(self) -> Note | None:
@@ -134,7 +154,7 @@ class SlurmJob:
         note = read_note(self.folder)
         return note if note is not None and note.job == self.id else None
 
-    def _outcome(self, state: slurm.JobState | None) -> Outcome:
+    def _outcome(self, state: commands.JobState | None) -> Outcome:
         """Return how it ended. ``state`` is None if Slurm has forgotten it."""
         word = "" if state is None else state.state
         note = self._note()
@@ -154,8 +174,8 @@ class SlurmJob:
     def kill(self) -> None:
         """Cancel it."""
         if self.id:
-            with suppress(slurm.NoAnswer):
-                slurm.cancel([self.id])
+            with suppress(commands.NoAnswer):
+                commands.cancel([self.id])
 
 
 class AgentJobs:
@@ -169,7 +189,7 @@ class AgentJobs:
         self.queue = queue
         self.name = name
         self.since = 0.0
-        self._seen: dict[str, slurm.JobState] = {}
+        self._seen: dict[str, commands.JobState] = {}
         self._looks = 0
 
     def are_under_way(self) -> bool:
@@ -193,15 +213,15 @@ class AgentJobs:
         self._looks = self.queue.looks
         members = self.queue.named(self.name)
         changed = [member for member in members if member != self._seen.get(member.id)]
-        for member in changed:
+        for member in changed if not sys.stdout.isatty() else []:  # There a table shows it.
             place = f" on {member.node}" if member.node else f" ({member.reason})"
             print(f"job {member.id} {member.state.lower()}{place}", flush=True)
         for member in members:
             if member.state in ENDED_BY_CLUSTER:  # The job itself had no time to go back into the queue.
-                with suppress(slurm.NoAnswer):
-                    slurm.requeue(member.id)
+                with suppress(commands.NoAnswer):
+                    commands.requeue(member.id)
         self._seen |= {member.id: member for member in members}
-        if changed:
+        if changed and not sys.stdout.isatty():
             counts = Counter(member.state.lower() for member in members)
             print("agents: " + ", ".join(f"{count} {state}" for state, count in counts.items()), flush=True)
         return all(member.is_over and member.state not in ENDED_BY_CLUSTER for member in members)

@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from diffusion_core.machine import slurm
 from diffusion_core.machine.job import command_of_job, is_active, read_note
 from diffusion_core.machine.jobs import AgentTasks, Job, LauncherRecord, Task
 from diffusion_core.machine.leases import Leased, leased
 from diffusion_core.machine.local import LOG_FILE
-from diffusion_core.machine.slurm_queue import AgentJobs, Queue, SlurmJob
+from diffusion_core.machine.slurm import commands
+from diffusion_core.machine.slurm.queue import COLUMNS, AgentJobs, Queue, SlurmJob
+from diffusion_core.machine.slurm.size import job_size
 from diffusion_core.registries import LAUNCHERS
 from diffusion_core.signals import signal_handler
+from diffusion_core.terminal.live import LiveTable
 
 LEASE_FILE = ".lease"
 """File in a sweep's folder: the lease of the process that runs the sweep."""
@@ -42,29 +44,38 @@ class SlurmLauncher:
 
     def __init__(self, shares: Sequence[Mapping[str, str]], words: str | None = None) -> None:
         self.slots = len(shares)
-        self.words = slurm.slurm_words(words)
+        self.words = commands.slurm_words(words)
         self.queue = Queue()
+        self.queue.heard = lambda: self._table.show(COLUMNS, self.queue.rows(self._names))
+        self._table = LiveTable()
+        self._names: set[str] = set()
         self._refused = ""
         self._cancelled = False
 
     @contextmanager
     def listening(self) -> Iterator[list[int]]:
-        """Note signals inside this context; the jobs do not receive them."""
+        """Note signals inside this context; the jobs do not receive them. In a terminal, a table shows the jobs."""
         received: list[int] = []
-        with signal_handler((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), received.append):
+        with signal_handler((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), received.append), self._table:
             yield received
 
     @contextmanager
     def locked(self, folder: Path) -> Iterator[None]:
-        """Hold the lease of a sweep's folder, which other nodes see."""
+        """Hold the lease of a sweep's folder, which other nodes see. If it is lost, this process ends as on SIGTERM."""
+
+        def lost() -> None:
+            print(f"{str(folder)!r}: another process took the sweep over; this one ends", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+
         try:
-            with leased(folder / LEASE_FILE, is_active, lambda text: print(text, file=sys.stderr, flush=True)):
+            with leased(folder / LEASE_FILE, is_active, lambda text: print(text, file=sys.stderr, flush=True), lost):
                 yield
         except Leased as other:
-            raise slurm.SlurmError(f"{str(folder)!r} is being run by {other}; wait until that has ended") from None
+            raise commands.SlurmError(f"{str(folder)!r} is being run by {other}; wait until that has ended") from None
 
     def start(self, task: Task, submitted: Callable[[str | None], object]) -> Job:
         """Submit a job, unless one of that name is under way."""
+        self._names.add(task.name)
         known = self.queue.find("", task.name)
         if known is not None and not known.is_over and not self._has_ended(known.id, task.folder):
             submitted(known.id)
@@ -74,10 +85,10 @@ class SlurmLauncher:
         task.folder.mkdir(parents=True, exist_ok=True)
         try:
             environment = {**os.environ, **task.environment}
-            job = slurm.submit(self._script(task), self.words, task.name, output, environment)
+            job = commands.submit(self._script(task), self.words, task.name, output, environment)
             submitted(job)
             self._refused = ""
-        except slurm.NoAnswer as error:
+        except commands.NoAnswer as error:
             if str(error) != self._refused:
                 print(f"sbatch: {error}; trying again", file=sys.stderr, flush=True)
             self._refused = str(error)
@@ -91,6 +102,7 @@ class SlurmLauncher:
 
     def adopt(self, name: str, folder: Path, job: str, submitted: Callable[[str | None], object]) -> Job:
         """Return a job that an earlier process submitted."""
+        self._names.add(name)
         return SlurmJob(self.queue, name, folder, job, submitted)
 
     def leave(self, jobs: Sequence[Job], received: Sequence[int]) -> bool:
@@ -107,8 +119,8 @@ class SlurmLauncher:
             print(f"{len(ids)} jobs go on; the same command finds them again", file=sys.stderr)
             return True
         try:
-            slurm.cancel(ids)
-        except slurm.NoAnswer as error:
+            commands.cancel(ids)
+        except commands.NoAnswer as error:
             print(f"scancel: {error}; the jobs go on", file=sys.stderr)
             return True
         print(f"cancelled {len(ids)} jobs; waiting for their checkpoints", file=sys.stderr, flush=True)
@@ -121,12 +133,13 @@ class SlurmLauncher:
 
     def preview(self, task: Task | AgentTasks) -> str:
         """Return the script of a job and its sbatch command, after Slurm has accepted the words."""
-        said = slurm.check_words(self.words)
+        said = commands.check_words(self.words)
         return f"{self._script(task)}# {shlex.join(['sbatch', *self.words])}\n# {said}"
 
     def run_agents(self, agents: AgentTasks) -> tuple[list[int], bool]:
         """Run agents as an array of jobs, or wait for those that are under way."""
         with self.listening() as received:
+            self._names.add(agents.name)
             agents_jobs = AgentJobs(self.queue, agents.name)
             if not agents_jobs.are_under_way():
                 self._submit_agents(agents)
@@ -143,15 +156,15 @@ class SlurmLauncher:
         output = f"{_escaped(folder)}-%a.log"
         try:
             count = len(agents.commands)
-            job = slurm.submit(self._script(agents), self.words, agents.name, output, agents.environment, count)
-        except slurm.NoAnswer as error:
-            raise slurm.SlurmError(f"sbatch: {error}; correct --slurm, or try again") from None
+            job = commands.submit(self._script(agents), self.words, agents.name, output, agents.environment, count)
+        except commands.NoAnswer as error:
+            raise commands.SlurmError(f"sbatch: {error}; correct --slurm, or try again") from None
         print(f"job {job}: {count} agents, {folder}-1.log ...", flush=True)
 
     def _script(self, task: Task | AgentTasks) -> str:
         if isinstance(task, AgentTasks):
-            return slurm.job_script(command_of_job(task.logs / task.name, task.commands[0], task.hand_back))
-        return slurm.job_script(command_of_job(task.folder, task.command))
+            return commands.job_script(command_of_job(task.logs / task.name, task.commands[0], task.hand_back))
+        return commands.job_script(command_of_job(task.folder, task.command))
 
 
 def _escaped(path: Path) -> str:
@@ -159,4 +172,8 @@ def _escaped(path: Path) -> str:
     return str(path.absolute()).replace("%", "%%")
 
 
-LAUNCHERS["slurm"] = LauncherRecord("jobs of Slurm; needs a file system that all nodes share", SlurmLauncher)
+LAUNCHERS["slurm"] = LauncherRecord(
+    "jobs of Slurm; needs a file system that all nodes share",
+    SlurmLauncher,
+    size=lambda count, words: job_size(commands.slurm_words(words)),
+)

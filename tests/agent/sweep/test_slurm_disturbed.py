@@ -1,0 +1,240 @@
+"""Real trials in a Slurm that preempts, warns, cancels and loses nodes: each ends whole, with the bits of a quiet day."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clusters.slurm import Cluster, cluster, missing, wait_for
+from clusters.trials import EVERY, assert_as_undisturbed, processes_of, sweep_of
+from forks import Forks
+from server import Run, WandbServer
+from wandb_client import Client, finish
+
+from agent.sweep import offline
+from agent.sweep.file import check_sweep
+from agent.sweep.offline import OfflineSweep
+from diffusion_core.machine.job import read_note
+from diffusion_core.machine.slurm.queue import POLL
+from diffusion_core.registries import LAUNCHERS
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
+
+STEPS = 200
+SEEDS = range(8)
+fork = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("slurm"), nodes=3) as running:
+        yield running
+
+
+@pytest.fixture
+def server() -> Iterator[WandbServer]:
+    with WandbServer() as server:
+        yield server
+        assert server.errors == []
+
+
+def steps(run: Run) -> list[int]:
+    return [row["step"] for row in run.history if "train/loss" in row]
+
+
+def test_an_array_of_agents_runs_a_grid_whole_whatever_the_cluster_does(
+    slurm: Cluster, server: WandbServer, tmp_path: Path
+) -> None:
+    client = Client(server, tmp_path)
+    client.env = {name: value for name, value in client.env.items() if not name.startswith("SLURM_")}
+    (tmp_path / "mine.yaml").write_text(
+        json.dumps(sweep_of("grid", {"seed": {"values": list(SEEDS)}}, {"train.steps": STEPS}))
+    )
+    # The warning may come up to half a minute before it is due.
+    words = ["--launcher", "slurm", "--slurm", "--partition=wide --cpus-per-task=2 --signal=B:USR1@55"]
+    environment = {**slurm.environment, POLL: "1"}
+    command = [sys.executable, "-m", "agent.sweep"]
+    submitted = finish(client.popen(*command, "mine.yaml", "--agents", "3", "--detach", *words, **environment))
+    (sweep,) = server.sweeps.values()
+    assert f"--attach tester/test/{sweep.id}" in submitted
+    attached = client.popen(*command, "--attach", sweep.id, *words, **environment)
+
+    wait_for(lambda: [len(steps(run)) > 1 for run in sweep.runs].count(True) >= 3, "the first rows", 120)
+    at = dict(row.split("|") for row in slurm.ask("squeue", "--array", "-h", "-o", "%N|%i").splitlines())
+    assert at.keys() == {"n1", "n2", "n3"}
+    left = processes_of("SLURMD_NODENAME=n3")
+    slurm.lose("n3")
+    slurm.ask("scontrol", "update", f"jobid={at['n2']}", "TimeLimit=1")
+    slurm.preempt("n1")
+    while attached.poll() is None:
+        slurm.start_now()
+        time.sleep(0.5)
+    output = finish(attached)
+
+    assert sorted(run.config["seed"] for run in sweep.runs) == list(SEEDS), "one run each"
+    for run in sweep.runs:
+        assert (run.state, run.exit_code) == ("finished", 0)
+        assert steps(run) == list(range(EVERY, STEPS + 1, EVERY)), "each row once"
+        assert run.summary["slurm/partition"] == "wide"
+    assert [run.summary["slurm/restarts"] for run in sweep.runs].count(1) >= 3
+    assert not set(left) & set(processes_of("SLURMD_NODENAME=n3")), "they ended when the job started elsewhere"
+    logs = {job: (tmp_path / f"runs/agents/{sweep.id}-{job.split('_')[1]}.log").read_text() for job in at.values()}
+    assert "its job was killed; handing it back" in logs[at["n3"]]
+    assert "another job took over" in logs[at["n3"]]
+    assert f"jobs {sweep.id} are under way; no more are submitted" in output
+    assert "agents: 3 completed" in output
+    with Forks() as forks:
+        for run in sweep.runs:
+            knobs = {"train.steps": STEPS, "seed": run.config["seed"]}
+            assert_as_undisturbed(tmp_path / "runs" / run.id, knobs, forks, tmp_path / f"undisturbed-{run.id}")
+
+
+# Without a network
+
+
+@pytest.fixture
+def quiet(slurm: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of a coordinator of this process."""
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "SLURM_"))]:
+        monkeypatch.delenv(name)
+    added = {
+        "WANDB_MODE": "disabled",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[3]),
+        POLL: "0.5",
+    }
+    for name, value in {**slurm.environment, **added}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(offline, "plot_results", lambda *arguments: None)
+
+
+def coordinator(content: dict[str, Any], folder: Path, jobs: int, words: str) -> OfflineSweep:
+    sweep = check_sweep(content, "mine.yaml", "mine")
+    return OfflineSweep(sweep, folder, launcher=LAUNCHERS["slurm"].make([{}] * jobs, words))
+
+
+@contextmanager
+def coordinator_process(content: dict[str, Any], folder: Path, jobs: int, words: str) -> Iterator[None]:
+    """A process that runs a sweep. It is killed at the end."""
+    process = fork.Process(
+        target=lambda: sys.exit(offline.run_offline(coordinator(content, folder, jobs, words), None))
+    )
+    process.start()
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join(60)
+
+
+@contextmanager
+def impatient(slurm: Cluster) -> Iterator[None]:
+    """Requeued jobs start without their wait."""
+    over = threading.Event()
+
+    def hurry() -> None:
+        while not over.wait(0.5):
+            slurm.start_now()
+
+    thread = threading.Thread(target=hurry)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def trials_of(folder: Path) -> dict[str, dict[str, Any]]:
+    file = folder / "sweep.json"
+    stored = json.loads(file.read_text())["trials"] if file.exists() else []
+    return {trial["id"]: trial for trial in stored}
+
+
+def rows_of(folder: Path, trial: str) -> list[int]:
+    """The steps of a trial's rows so far."""
+    file = folder / "trials" / trial / "history.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [row["step"] for row in rows if "train/loss" in row]
+
+
+@pytest.mark.usefixtures("quiet")
+def test_bayes_with_hyperband_is_whole_whatever_the_cluster_does(slurm: Cluster, tmp_path: Path) -> None:
+    early = {"type": "hyperband", "min_iter": 4, "eta": 2}
+    lr = {"min": 0.0001, "max": 0.01}
+    fixed = {"train.steps": STEPS, "eval.every": 20}
+    content = sweep_of("bayes", {"train.lr": lr}, fixed, run_cap=5, early_terminate=early)
+    folder, words = tmp_path / "sweep", "--partition=wide --cpus-per-task=2"
+    with coordinator_process(content, folder, 3, words):
+        wait_for(lambda: [len(rows_of(folder, name)) > 1 for name in trials_of(folder)].count(True) == 3, "rows", 120)
+    at = {note.node: name for name in trials_of(folder) if (note := read_note(folder / "trials" / name))}
+    assert at.keys() == {"n1", "n2", "n3"}
+    cancelled = at["n1"]
+    with coordinator_process(content, folder, 3, words):
+        slurm.lose("n3")
+        slurm.ask("scancel", str(trials_of(folder)[cancelled]["job"]))
+        slurm.preempt("n2")
+        wait_for(lambda: trials_of(folder)[cancelled]["failures"] == 1, "the failure", 60)
+    with impatient(slurm):
+        last = coordinator(content, folder, 3, words)
+        last.run()
+    assert len(last.state.trials) == 5
+    assert {trial.state for trial in last.state.trials} <= {"finished", "stopped"}
+    assert {trial.id: trial.failures for trial in last.state.trials if trial.failures} == {cancelled: 1}
+    assert [read_note(folder / "trials" / at[node]).restarts for node in ("n2", "n3")] == [1, 1]  # type: ignore[union-attr]
+    with Forks() as forks:
+        for trial in last.state.trials:
+            rows = rows_of(folder, trial.id)
+            assert rows == list(range(EVERY, (STEPS if trial.state == "finished" else rows[-1]) + 1, EVERY))
+            if trial.state == "finished":
+                knobs = fixed | trial.parameters
+                assert_as_undisturbed(folder / "trials" / trial.id, knobs, forks, tmp_path / trial.id)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_trial_on_two_nodes_survives_a_warning_a_dead_process_and_a_lost_node_and_goes_on_with_one(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    knobs = {"train.steps": STEPS, "train.batch_size": 8, "model.dropout": 0.0, "checkpoint.every": 10}
+    content = sweep_of("grid", {"seed": {"values": [0]}}, knobs)
+    folder, words = tmp_path / "sweep", "--partition=low --nodes=2 --cpus-per-task=2 --exclude=n3"
+
+    def trial() -> dict[str, Any]:
+        return next(iter(trials_of(folder).values()))
+
+    def wait_for_rows(more: int) -> None:
+        before = sum(len(rows_of(folder, name)) for name in trials_of(folder))
+        wait_for(lambda: sum(len(rows_of(folder, name)) for name in trials_of(folder)) >= before + more, "rows", 120)
+
+    with coordinator_process(content, folder, 1, words):
+        wait_for_rows(3)
+        first = trial()["job"]
+        slurm.ask("scancel", "--batch", "--signal=USR1", first)
+        wait_for(lambda: "PENDING" in slurm.states().values(), "the queue", 60)
+        slurm.start_now()
+        wait_for_rows(5)
+        os.kill(processes_of(f"WANDB_RUN_ID={trial()['id']}", "RANK=1")[0], signal.SIGKILL)
+        wait_for(lambda: trial()["failures"] == 1, "the failure", 60)
+        wait_for_rows(5)
+        second = trial()["job"]
+        slurm.lose("n2")
+        ranks = [f"WANDB_RUN_ID={trial()['id']}", "WORLD_SIZE=2"]
+        wait_for(lambda: not processes_of(*ranks), "the end of all processes, also on the lost node", 30)
+    assert first != second
+    slurm.ask("scancel", second)  # It waits for a second node.
+    wait_for(lambda: "PENDING" not in slurm.states().values(), "the end of the job")
+    last = coordinator(content, folder, 1, "--partition=low --cpus-per-task=2")
+    assert [record.state for record in last.run()] == ["finished"]
+    assert rows_of(folder, trial()["id"]) == list(range(EVERY, STEPS + 1, EVERY))
+    config = json.loads((folder / "results.json").read_text())[0]["config"]
+    assert config["train.batch_size"] == 8

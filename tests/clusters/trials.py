@@ -1,0 +1,68 @@
+"""Trials that a cluster disturbs: tiny, and the same bit for bit as undisturbed ones."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from forks import Forks
+from tiny import assert_same_tensors
+
+from diffusion_core.checkpoint import read_checkpoint
+
+EVERY = 4
+KNOBS: dict[str, Any] = {
+    "preset": "digits",
+    "model.channels": 16,
+    "model.channel_multipliers": [1, 1],
+    "model.norm_groups": 2,
+    "model.dropout": 0.1,
+    "train.warmup_steps": 0,
+    "train.batch_size": 16,
+    "train.device": "cpu",
+    "eval.every": 0,
+    "eval.val_images": 20,
+    "eval.classifier": "none",
+    "sample.every": 0,
+    "sample.steps": 2,
+    "sample.per_class": 1,
+    "log.every": EVERY,
+    "log.progress": False,
+    "checkpoint.best_metric": "val/loss",
+    "checkpoint.upload": False,
+}
+
+
+def sweep_of(method: str, varied: Mapping[str, Any], knobs: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """The content of a sweep file over these trials."""
+    return {
+        "method": method,
+        "metric": {"name": "val/loss", "goal": "minimize"},
+        "command": ["${env}", "${interpreter}", "-m", "agent", "${args}"],
+        "parameters": {key: {"value": value} for key, value in (KNOBS | knobs).items()} | varied,
+        **more,
+    }
+
+
+def assert_as_undisturbed(folder: Path, knobs: Mapping[str, Any], forks: Forks, scratch: Path) -> None:
+    """The run in a folder has the weights and averages of one with these knobs that nothing has disturbed."""
+    words = [f"--{key}={json.dumps(value)}" for key, value in (KNOBS | knobs).items()]
+    forks.run([word.replace('"', "") for word in words] + ["--log.dir=run"], scratch)
+    ours, theirs = read_checkpoint(folder), read_checkpoint(next(scratch.glob("run/*")))
+    assert ours.step == theirs.step
+    assert ours.parts == theirs.parts
+    for part in ours.parts:
+        assert_same_tensors(ours.tensors(part), theirs.tensors(part))
+
+
+def processes_of(*variables: str) -> list[int]:
+    """The processes whose environment has these variables."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if {variable.encode() for variable in variables} <= set(file.read_bytes().split(b"\0")):
+                found.append(int(file.parent.name))
+    return found
