@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,9 @@ from diffusion_core.machine.sharing import usable_cores
 from diffusion_core.model.cost import LATENCY_BATCH, count_cost, latencies, peak_memory
 from diffusion_core.model.unet import UNet
 from diffusion_core.redact import redacted
+
+COMMIT = "DIFFUSION_SWEEPS_COMMIT"
+"""Environment variable: the git commit of the code, where there is no repository, such as in a container."""
 
 
 def costs_of(
@@ -112,14 +116,18 @@ def system_facts(
 
 
 def commit() -> str | None:
-    """Return the git commit of this code, with ``-dirty`` if files were changed; None outside a repository."""
+    """Return the git commit of this code, with ``-dirty`` if files were changed.
+
+    Outside a repository it is that of :data:`COMMIT`, or None.
+    """
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         folder = Path(__file__).parent
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=False)
+        found = done.stdout.strip() if done.returncode == 0 else ""
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+        found = ""
+    return found or os.environ.get(COMMIT) or None
 
 
 def dataset_sha256(dataset: Dataset) -> str:
