@@ -172,8 +172,8 @@ class JobSize:
         if self.unit == "GPU" and device == "cpu":
             return "GPU hours unknown, as there is no GPU here to measure a step on"
         hours = self.count * seconds * (1 if tasks is None else tasks) / 3600
-        amount = f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}" if hours >= 0.01 else "less than 0.01"
-        return f"about {amount} {self.unit} hours {'a trial' if tasks is None else 'in all'}"
+        amount = f"about {hours:,.0f}" if hours >= 10 else f"about {hours:.2g}" if hours >= 0.01 else "less than 0.01"
+        return f"{amount} {self.unit} hours {'a trial' if tasks is None else 'in all'}"
 
 
 @dataclass(frozen=True)

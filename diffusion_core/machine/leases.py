@@ -108,6 +108,9 @@ def _take(file: Path, holder: dict[str, Any] | None, mine: dict[str, Any], notic
                 json.dump(mine, new)
         except FileExistsError:
             raise Leased(describe(_read(file) or {})) from None
+        except OSError:  # The disk is full: half a lease would hold up the next one.
+            file.unlink(missing_ok=True)
+            raise
         return
     with replaced_file(file, concurrent=True) as temporary, temporary.open("w", encoding="utf-8") as new:
         json.dump(mine, new)

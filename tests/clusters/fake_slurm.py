@@ -55,6 +55,14 @@ def squeue(state: dict[str, Any], words: list[str]) -> str:
     return "\n".join(f"{job['id']}|{job['name']}|{job['state']}|None|n1" for job in state["jobs"])
 
 
+def scancel(state: dict[str, Any], words: list[str]) -> str:
+    for job in state["jobs"]:
+        if job["id"] in words and job["state"] in ("PENDING", "RUNNING"):
+            job["state"], job["since"] = "CANCELLED", state["call"]
+            note(state, "cancelled", job)
+    return ""
+
+
 def forgotten(state: dict[str, Any], job: dict[str, Any]) -> bool:
     return job["state"] not in ("PENDING", "RUNNING") and state["call"] - job["since"] >= FORGOTTEN_AFTER
 
@@ -102,7 +110,7 @@ def main() -> None:
     with file.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         state = json.loads(file.read_text()) if file.exists() else {"call": 0, "next": 0, "jobs": []}
-        command = {"sbatch": sbatch, "squeue": squeue}[sys.argv[1]]
+        command = {"sbatch": sbatch, "squeue": squeue, "scancel": scancel}[sys.argv[1]]
         try:
             answer = command(state, sys.argv[2:])
         finally:
@@ -113,7 +121,7 @@ def main() -> None:
 def install(folder: Path) -> dict[str, str]:
     """Write the commands into a folder. Return the environment in which they are found."""
     folder.mkdir()
-    for name in ("sbatch", "squeue"):
+    for name in ("sbatch", "squeue", "scancel"):
         program = folder / name
         program.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E {__file__} {name} "$@"\n')
         program.chmod(0o755)

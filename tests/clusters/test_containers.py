@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import re
 import shlex
@@ -38,21 +37,14 @@ def rest_of(word: str) -> list[str]:
 
 
 def enters(path: str) -> bool:
-    """Whether .dockerignore lets a path into the build: the last pattern that matches it or a folder above it decides."""
-    entered = True
-    parts = path.split("/")
-    above = ["/".join(parts[: i + 1]) for i in range(len(parts))]
+    """Whether .dockerignore lets a path in: the last pattern that fits it, or a folder above it, decides."""
+    parts, entered = path.split("/"), True
+    above = ["/".join(parts[: number + 1]) for number in range(len(parts))]
     for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines():
-        pattern = line.removeprefix("!").strip()
-        if not pattern or line.startswith("#"):
-            continue
-        forms = {pattern, pattern.removeprefix("**/")}
-        if any(
-            fnmatch.fnmatch(place, form) and (form.startswith("**/") or place.count("/") == form.count("/"))
-            for place in above
-            for form in forms
-        ) or (pattern.startswith("**/") and any(fnmatch.fnmatch(part, pattern[3:]) for part in parts)):
-            entered = line.startswith("!")
+        if line and not line.startswith("#"):
+            pattern = re.escape(line.removeprefix("!")).replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "[^/]*")
+            if any(re.fullmatch(pattern, place) for place in above):
+                entered = line.startswith("!")
     return entered
 
 

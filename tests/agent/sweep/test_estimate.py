@@ -17,6 +17,7 @@ from agent.trial import run_trial
 from diffusion_core.checkpoint import list_checkpoints, read_checkpoint
 from diffusion_core.data.datasets import load_data
 from diffusion_core.distributed import make_accelerator
+from diffusion_core.machine.jobs import JobSize
 from diffusion_core.messages import size_in_words
 from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.tracking import MemoryTracker
@@ -146,6 +147,10 @@ def test_the_whole_is_the_sum_of_its_trials(tmp_path: Path) -> None:
         described(SWEEP, 10**9, folder=tmp_path / "not" / "there").splitlines()[1].startswith("warning: that is more")
     )
     assert len(described(SWEEP, 8, folder=tmp_path / "not" / "there").splitlines()) == 1
+    assert described(SWEEP, 480, jobs=16, size=JobSize(2, "GPU")).endswith(
+        "30 s a trial, 15 min in all; about 8 GPU hours in all"
+    )
+    assert described(SWEEP, None, size=JobSize(6, "core")).endswith("30 s a trial; about 0.05 core hours a trial")
 
 
 def test_time_is_unknown_where_it_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from clusters import fake_slurm
+from clusters.terminal import in_terminal
 
 from agent.sweep import __main__ as command
 from agent.sweep.file import SweepFile, check_sweep
@@ -137,6 +138,35 @@ def test_without_sbatch_or_a_launcher_of_that_name_the_sweep_is_refused(
     assert line == "error: --launcher = 'slurm': no sbatch here; run it on a login node of the cluster"
 
 
+@pytest.mark.parametrize(
+    ("words", "hours"),
+    [
+        ("--cpus-per-task=4", r"about [\d.]+ core hours in all"),
+        ("--gpus=2", "GPU hours unknown, as there is no GPU here to measure a step on"),
+    ],
+)
+def test_a_dry_run_prints_the_jobs_script_and_what_the_sweep_takes(
+    words: str,
+    hours: str,
+    fake: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    (tmp_path / "sweep.yaml").write_text(json.dumps(sweep_of(50).config))
+    options = ["--offline", "--out", str(tmp_path / "out"), "--launcher", "slurm", "--slurm", words, "--dry-run"]
+    assert command.main([str(tmp_path / "sweep.yaml"), *options]) == 0
+    said = capsys.readouterr().out
+    assert re.search(rf"^estimate: 50 trials, 8 at a time; .*; {hours}$", said, re.MULTILINE)
+    script = said[said.index("#!/bin/bash") :].splitlines()
+    assert "#SBATCH --requeue" in script
+    assert script[-3].startswith(f"exec {sys.executable} -m diffusion_core.machine.job ")
+    assert script[-2] == f"# sbatch {words}"
+    assert not (tmp_path / "out").exists()
+    assert not (fake / "events.jsonl").exists()
+
+
 def test_a_plugin_adds_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The example of docs/extending.md, as it stands."""
     (example,) = re.findall(r"```py\n(.*?)```", (ROOT / "docs/extending.md").read_text(encoding="utf-8"), re.DOTALL)
@@ -165,6 +195,30 @@ def test_a_sweep_on_a_full_disk_ends_in_one_line(fake: Path, tmp_path: Path) -> 
 
     said = "File too large; free some space, then repeat the command"
     assert in_child(run) == f"{str(tmp_path / 'sweep/sweep.json')!r}: {said}"
+
+
+@pytest.mark.slow
+def test_in_a_terminal_a_table_shows_the_jobs_and_ctrl_c_asks_once_and_then_cancels(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(POLL, "1.0")
+    (tmp_path / "sweep.yaml").write_text(json.dumps(sweep_of(200).config))
+    words = ["sweep.yaml", "--offline", "--out", "out", "--launcher", "slurm", "--jobs", "3"]
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "30", "PYTHONPATH": str(ROOT)}
+    with in_terminal([sys.executable, "-m", "agent.sweep", *words], tmp_path, environment) as terminal:
+        terminal.wait_for(r"name +job +state +node +for\b.*sweep-001-\w+ +1 +running +n1 +\d s")
+        terminal.write(b"\x03")
+        terminal.wait_for(r"Ctrl-C again within 10 s cancels 3 jobs; else they go on")
+        terminal.write(b"\x03")
+        terminal.wait_for(r"cancelled 3 jobs")
+        assert terminal.process.wait(60) == 130
+    assert terminal.text.count("Ctrl-C again") == 1
+    assert "the same command goes on from here" in terminal.text
+    assert terminal.text.rindex("\x1b[?25h") > terminal.text.rindex("\x1b[?25l"), "the cursor is shown again"
+    assert [event["event"] for event in events(fake)].count("cancelled") == 3
+    stored = json.loads((tmp_path / "out/sweep/sweep.json").read_text())["trials"]
+    assert {trial["state"] for trial in stored} <= {"waiting", "finished"}
+    assert {trial["failures"] for trial in stored} == {0}
 
 
 if __name__ == "__main__":  # Time and memory of a coordinator: python test_fake_slurm.py FOLDER 50 500

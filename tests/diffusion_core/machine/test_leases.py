@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import shlex
 import signal
 import socket
 import subprocess
@@ -18,8 +20,10 @@ import pytest
 
 from diffusion_core.machine import leases
 from diffusion_core.machine.job import LEASE_FILE, cluster_facts, command_of_job, read_note
+from diffusion_core.machine.jobs import JobSize
 from diffusion_core.machine.leases import Leased, leased
 from diffusion_core.machine.slurm.nodes import across_nodes
+from diffusion_core.machine.slurm.size import job_size
 
 ROOT = Path(__file__).resolve().parents[3]
 DEAD = 2**22 + 1
@@ -28,7 +32,7 @@ DEAD = 2**22 + 1
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (("BEAT_S", 0.02), ("SILENT_S", 0.3), ("SETTLE_S", 0.1)):
+    for name, seconds in (("BEAT_S", 0.02), ("SILENT_S", 0.3), ("SETTLE_S", 0.1), ("FENCE_S", 0.3)):
         monkeypatch.setattr(leases, name, seconds)
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
@@ -101,6 +105,10 @@ def test_what_is_known_of_a_holder_decides_without_watching(file: Path, monkeypa
     write(file, job="7")
     assert take(file, active=True) == "job 7 on elsewhere"
     assert take(file, active=False) == ""
+    monkeypatch.setattr(leases, "FENCE_S", 60.0)
+    write(file, job="7", host=socket.gethostname())
+    assert take(file, active=False) == "", "a dead process of this machine ends nothing more"
+    monkeypatch.setattr(leases, "FENCE_S", 0.1)
     write(file, host=socket.gethostname(), pid=DEAD)
     assert take(file) == ""
     write(file, host=socket.gethostname(), pid=os.getpid())
@@ -109,6 +117,39 @@ def test_what_is_known_of_a_holder_decides_without_watching(file: Path, monkeypa
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "8")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
     assert take(file, active=True) == "", "the same job, requeued"
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["another job", "the same job, requeued"])
+def test_a_job_that_runs_although_slurm_has_given_it_up_ends_before_the_next_one_begins(
+    own: bool, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when only the daemon of its node died."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    lost, happened = threading.Event(), []
+
+    def hold() -> None:
+        with leased(file, lambda job: False, lost=lost.set):
+            assert lost.wait(10)
+            happened.append("the first ends")
+
+    first = threading.Thread(target=hold)
+    first.start()
+    while not file.exists():
+        time.sleep(0.01)
+    if not own:
+        monkeypatch.setenv("SLURM_JOB_ID", "8")
+    with leased(file, lambda job: False):
+        happened.append("the second begins")
+        first.join()
+        assert file.exists(), "the first left the lease of the second alone"
+    assert happened == ["the first ends", "the second begins"]
+
+
+def test_a_holder_whose_lease_is_gone_is_told(file: Path) -> None:
+    lost = threading.Event()
+    with leased(file, lambda job: None, lost=lost.set):
+        file.unlink()
+        assert lost.wait(10)
 
 
 def test_of_many_that_want_a_lease_one_gets_it(file: Path) -> None:
@@ -203,6 +244,26 @@ def test_a_warned_job_requeues_itself_if_its_command_has_saved_something(
     assert (note.code, note.signal) == (143, "warned" if number == signal.SIGUSR1 else "told")
 
 
+def test_a_job_whose_folder_another_one_took_over_kills_all_that_it_started_and_notes_nothing(
+    commands: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "trial"
+    folder.mkdir()
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], start_new_session=True)"
+    own = "import os, time; open('child', 'w').write(str(os.getpid())); os.rename('child', 'ready'); time.sleep(60)"
+    hasty = "from diffusion_core.machine import job, leases; leases.BEAT_S = 0.05; raise SystemExit(job.main())"
+    words = [sys.executable, "-c", hasty, str(folder), "--", sys.executable, "-c", child, own]
+    process = subprocess.Popen(words, cwd=folder)
+    while not (folder / "ready").exists():
+        time.sleep(0.02)
+    before = read_note(folder)
+    (folder / LEASE_FILE).write_text(json.dumps({"job": "12", "host": "elsewhere", "pid": DEAD, "token": "theirs"}))
+    assert process.wait(60) == 2
+    assert not Path("/proc", (folder / "ready").read_text()).exists()
+    assert json.loads((folder / LEASE_FILE).read_text())["token"] == "theirs"
+    assert read_note(folder) == before
+
+
 def test_a_second_job_leaves_the_folder_of_the_first_alone(
     commands: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,3 +307,49 @@ def test_the_facts_of_a_job() -> None:
         "slurm/restarts": 0,
         "slurm/queue_seconds": 90,
     }
+
+
+def test_a_job_on_a_full_disk_says_so_in_one_line_and_leaves_no_lease(commands: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "trial"
+    words = command_of_job(folder, [sys.executable, "-c", TRIAL, "saves", "0"])
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))  # noqa: E731
+    done = subprocess.run(words, capture_output=True, text=True, preexec_fn=limit, timeout=60)
+    said = f"error: {str(folder)!r}: File too large; free some space on the shared disk\n"
+    assert (done.returncode, done.stderr) == (2, said)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "count", "unit"),
+    [
+        ("", 1, "core"),
+        ("-p gpu --time=1:00 -c 4", 4, "core"),
+        ("--nodes=2 --ntasks-per-node 3 --cpus-per-task=5", 30, "core"),
+        ("--partition gpu --gpus=2", 2, "GPU"),
+        ("-G a100:2", 2, "GPU"),
+        ("--gpus=a100:2,v100:1", 3, "GPU"),
+        ("-N2 --gpus-per-node=a100:8 --cpus-per-task=16", 16, "GPU"),
+        ("-n 6 --gpus-per-task=1", 6, "GPU"),
+        ("--gres=gpu", 1, "GPU"),
+        ("--nodes=2-4 --gres=lustre:1,gpu:h100:4(S:0-1) --exclusive", 8, "GPU"),
+        ("--gres=shard:4", 1, "core"),
+    ],
+)
+def test_what_a_job_takes(words: str, count: int, unit: str) -> None:
+    assert job_size(shlex.split(words)) == JobSize(count, unit)
+
+
+@pytest.mark.parametrize(
+    ("size", "seconds", "tasks", "device", "said"),
+    [
+        (JobSize(8, "GPU"), 1800.0, 24, "cuda", "about 96 GPU hours in all"),
+        (JobSize(0.5, "GPU"), 3600.0, 3, None, "about 1.5 GPU hours in all"),
+        (JobSize(1, "GPU"), 3600.0, 3, "cpu", "GPU hours unknown, as there is no GPU here to measure a step on"),
+        (JobSize(4, "core"), 9.0, None, "cpu", "about 0.01 core hours a trial"),
+        (JobSize(1, "core"), 1.0, 1, "cpu", "less than 0.01 core hours in all"),
+        (JobSize(16, "GPU"), 36000.0, 1000, "cuda", "about 160,000 GPU hours in all"),
+        (JobSize(2, "GPU"), None, 5, None, "GPU hours unknown"),
+    ],
+)
+def test_what_jobs_cost(size: JobSize, seconds: float | None, tasks: int | None, device: str | None, said: str) -> None:
+    assert size.hours(seconds, tasks, device) == said
