@@ -150,14 +150,14 @@ def test_a_dry_run_prints_the_jobs_script_and_what_the_sweep_takes(
     hours: str,
     fake: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     (tmp_path / "sweep.yaml").write_text(json.dumps(sweep_of(50).config))
     options = ["--offline", "--out", str(tmp_path / "out"), "--launcher", "slurm", "--slurm", words, "--dry-run"]
     assert command.main([str(tmp_path / "sweep.yaml"), *options]) == 0
-    said = capsys.readouterr().out
+    said = capfd.readouterr().out
     assert re.search(rf"^estimate: 50 trials, 8 at a time; .*; {hours}$", said, re.MULTILINE)
     script = said[said.index("#!/bin/bash") :].splitlines()
     assert "#SBATCH --requeue" in script
