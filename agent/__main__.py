@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 if __name__ == "__main__":
+    from diffusion_core.machine.assigned import note_run
     from diffusion_core.signals import remember_if_handed_out
 
     remember_if_handed_out()  # The imports take seconds.
+    note_run()
 
 import os
 import sys
@@ -18,6 +20,7 @@ from agent.tracking.environment import agent_parameters, in_sweep
 from diffusion_core.config import ConfigError, flatten, split_argv, to_yaml
 from diffusion_core.config.steps import without_effect
 from diffusion_core.config.usage import answer, check_data_named
+from diffusion_core.machine.assigned import note_trial
 from diffusion_core.machine.threads import settle_threads
 from pruning.config import unheard
 
@@ -56,6 +59,7 @@ def main(argv: Sequence[str] | None = None, usage: str = USAGE, defaults: Sequen
         if not in_sweep() and (problems := [*unheard(config.prune), *without_effect(config.steps)]):
             raise ConfigError(*problems)
     except ConfigError as error:
+        note_trial(None)
         return fail(str(error))
     if "--dry-run" in words:
         from agent.session import dry_run  # Slow to import, and not needed for the commands above.

@@ -35,7 +35,7 @@ from diffusion_core.data.datasets import DataError, load_data, look_at_data
 from diffusion_core.distributed import WATCH_EVERY_S, Peers, first_process_first, make_accelerator
 from diffusion_core.files import write_json
 from diffusion_core.hardware import pick_device
-from diffusion_core.machine.job import note_trial
+from diffusion_core.machine.assigned import note_trial
 from diffusion_core.machine.launchers import watch_launchers
 from diffusion_core.redact import recorded_console
 from diffusion_core.run_folder import (

@@ -92,6 +92,11 @@ def sync(folder: Path, ended: int | None = None, *, preempted: bool = False) -> 
     if not has_key():
         raise ConfigError("WANDB_API_KEY = None: uploads need it; set it (see .env.example) or run `wandb login`")
     run_file = read_run_file(folder)
+    if preempted and not run_file:  # An agent's trial was killed before it had begun.
+        run = start_wandb(os.environ["WANDB_RUN_ID"], folder, {}, "online", or_offline=False)
+        run.mark_preempting()
+        WandbTracker(run, first_step=run.starting_step, keep=sys.maxsize).close(1 if ended is None else ended)
+        return f"{run.id}: handed back before it had begun"
     # Upload to the run's own project and sweep, not to those of this process's environment.
     os.environ.update(run_file.get(ENVIRONMENT, {}) | {"WANDB_RUN_ID": run_file["id"]})
     forget_environment()

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_core.files import write_json
+from diffusion_core.machine.assigned import FOLDER, RUN, TRIAL_FILE, assigned
 from diffusion_core.machine.leases import Leased, leased
 from diffusion_core.machine.processes import end_with_parent, kill_tree
 from diffusion_core.machine.slurm import commands
@@ -40,12 +41,6 @@ NOTE_FILE = "job.json"
 
 QUEUE_SECONDS = "DIFFUSION_SWEEPS_QUEUE_S"
 """Environment variable of a job's command: seconds in the queue so far, over all its jobs."""
-
-FOLDER = "DIFFUSION_SWEEPS_JOB_FOLDER"
-"""Environment variable of a job's command: the job's folder."""
-
-TRIAL_FILE = "trial.json"
-"""File in the folder of an agent's job: the folder of its trial, until W&B was told how that ended."""
 
 HAND_BACK_WITHIN_S = 300.0
 MODULE = "diffusion_core.machine.job"
@@ -172,30 +167,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 128 - code if code < 0 else code
 
 
-def note_trial(trial: Path | None) -> None:
-    """Note in the folder of this process's job which trial it runs; None: it has left it. Nothing outside a job.
-
-    Args:
-        trial: the trial's folder.
-    """
-    named = os.environ.get(FOLDER)
-    if not named:
-        return
-    if trial is None:
-        (Path(named) / TRIAL_FILE).unlink(missing_ok=True)
-    else:
-        write_json(Path(named) / TRIAL_FILE, str(trial.absolute()))
-
-
 def _hand_back(folder: Path, command: Sequence[str]) -> None:
     """Hand back the trial that the last job of this agent was killed in."""
-    file = folder / TRIAL_FILE
-    if file.is_file():
-        trial = json.loads(file.read_text(encoding="utf-8"))
-        print(f"{trial}: its job was killed; handing it back", flush=True)
+    trial = assigned(folder)
+    if trial is not None and (trial.folder or RUN in trial.environment):
+        place = trial.folder or str(folder / trial.environment[RUN])
+        print(f"{place}: its job was killed; handing it back", flush=True)
+        environment = os.environ | ({} if trial.folder else trial.environment)
         with suppress(subprocess.TimeoutExpired):
-            subprocess.run([*command, trial], timeout=HAND_BACK_WITHIN_S, check=False)
-        file.unlink(missing_ok=True)
+            subprocess.run([*command, place], env=environment, timeout=HAND_BACK_WITHIN_S, check=False)
+    (folder / TRIAL_FILE).unlink(missing_ok=True)
 
 
 def is_active(job: str) -> bool | None:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -105,6 +106,28 @@ class Cluster:
         """
         self.daemons[node].kill()
         self.ask("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
+
+    @contextmanager
+    def hurrying(self) -> Iterator[None]:
+        """Inside this context requeued jobs start after 5 s, and not after two minutes."""
+        over = threading.Event()
+
+        def hurry() -> None:
+            since: dict[str, float] = {}
+            while not over.wait(0.5):
+                waiting = self.ask("squeue", "--array", "--states=PENDING", "-h", "-o", "%i").split()
+                since = {job: since.get(job, time.monotonic()) for job in waiting}
+                # The daemon of a node refuses a job whose last credential is not older than cred_expire.
+                if any(time.monotonic() - start > 5 for start in since.values()):
+                    self.start_now()
+
+        thread = threading.Thread(target=hurry)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def start_now(self) -> None:
         """Let requeued jobs start without their wait."""

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,12 +20,14 @@ from forks import Forks
 from server import Run, WandbServer
 from wandb_client import Client, finish
 
-from agent.sweep import offline
 from agent.sweep.file import check_sweep
-from agent.sweep.offline import OfflineSweep
-from diffusion_core.machine.job import read_note
+from agent.sweep.offline import offline_sweep, run_offline
+from agent.sweep.online import agent_tasks
+from diffusion_core.machine.job import command_of_job, read_note
+from diffusion_core.machine.processes import kill_tree
 from diffusion_core.machine.slurm.queue import POLL
 from diffusion_core.registries import LAUNCHERS
+from diffusion_core.search.offline import OfflineSweep
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
 
@@ -77,10 +78,8 @@ def test_an_array_of_agents_runs_a_grid_whole_whatever_the_cluster_does(
     slurm.lose("n3")
     slurm.ask("scontrol", "update", f"jobid={at['n2']}", "TimeLimit=1")
     slurm.preempt("n1")
-    while attached.poll() is None:
-        slurm.start_now()
-        time.sleep(0.5)
-    output = finish(attached)
+    with slurm.hurrying():
+        output = finish(attached)
 
     assert sorted(run.config["seed"] for run in sweep.runs) == list(SEEDS), "one run each"
     for run in sweep.runs:
@@ -100,6 +99,33 @@ def test_an_array_of_agents_runs_a_grid_whole_whatever_the_cluster_does(
             assert_as_undisturbed(tmp_path / "runs" / run.id, knobs, forks, tmp_path / f"undisturbed-{run.id}")
 
 
+def test_a_trial_that_is_killed_before_it_has_begun_is_handed_back(server: WandbServer, tmp_path: Path) -> None:
+    """W&B has given its agent the run, and its process is still importing."""
+    client = Client(server, tmp_path)
+    (tmp_path / "bin").mkdir()
+    for name in ("squeue", "scontrol"):
+        (tmp_path / "bin" / name).write_text("#!/bin/sh\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    found = os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    client.env |= {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "PATH": found}
+    (tmp_path / "mine.yaml").write_text(
+        json.dumps(sweep_of("grid", {"seed": {"values": [3]}}, {"train.steps": 2 * EVERY}))
+    )
+    client.wandb("sweep", "mine.yaml")
+    (sweep,) = server.sweeps.values()
+    tasks = agent_tasks(f"tester/test/{sweep.id}", 1, None, {}, wait=True)
+    words = command_of_job(tmp_path / "agent", tasks.commands[0], tasks.hand_back)
+    first = client.popen(*words)
+    wait_for((tmp_path / "agent-1/trial.json").exists, "the trial", 60)
+    kill_tree(first.pid)
+    assert not list(tmp_path.glob("runs/*")), "it has no folder yet"
+    output = finish(client.popen(*words))
+    assert "its job was killed; handing it back" in output
+    (run,) = sweep.runs
+    assert (run.state, run.exit_code, run.config["seed"]) == ("finished", 0, 3)
+    assert steps(run) == [EVERY, 2 * EVERY]
+
+
 # Without a network
 
 
@@ -116,44 +142,23 @@ def quiet(slurm: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, value in {**slurm.environment, **added}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(offline, "plot_results", lambda *arguments: None)
 
 
 def coordinator(content: dict[str, Any], folder: Path, jobs: int, words: str) -> OfflineSweep:
     sweep = check_sweep(content, "mine.yaml", "mine")
-    return OfflineSweep(sweep, folder, launcher=LAUNCHERS["slurm"].make([{}] * jobs, words))
+    return offline_sweep(sweep, folder, launcher=LAUNCHERS["slurm"].make([{}] * jobs, words))
 
 
 @contextmanager
 def coordinator_process(content: dict[str, Any], folder: Path, jobs: int, words: str) -> Iterator[fork.Process]:
     """A process that runs a sweep. It is killed at the end."""
-    process = fork.Process(
-        target=lambda: sys.exit(offline.run_offline(coordinator(content, folder, jobs, words), None))
-    )
+    process = fork.Process(target=lambda: sys.exit(run_offline(coordinator(content, folder, jobs, words), None)))
     process.start()
     try:
         yield process
     finally:
         process.kill()
         process.join(60)
-
-
-@contextmanager
-def impatient(slurm: Cluster) -> Iterator[None]:
-    """Requeued jobs start without their wait."""
-    over = threading.Event()
-
-    def hurry() -> None:
-        while not over.wait(0.5):
-            slurm.start_now()
-
-    thread = threading.Thread(target=hurry)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def trials_of(folder: Path) -> dict[str, dict[str, Any]]:
@@ -186,7 +191,7 @@ def test_bayes_with_hyperband_is_whole_whatever_the_cluster_does(slurm: Cluster,
         slurm.ask("scancel", str(trials_of(folder)[cancelled]["job"]))
         slurm.preempt("n2")
         wait_for(lambda: trials_of(folder)[cancelled]["failures"] == 1, "the failure", 60)
-    with impatient(slurm):
+    with slurm.hurrying():
         last = coordinator(content, folder, 3, words)
         last.run()
     assert len(last.state.trials) == 5
