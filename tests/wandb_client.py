@@ -69,9 +69,9 @@ class Client:
         return self.popen(sys.executable, "-m", "wandb", "agent", *options, f"tester/test/{sweep.id}")
 
 
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+def finish(process: subprocess.Popen[str], code: int = 0, within_s: float = TIMEOUT) -> str:
     try:
-        output, _ = process.communicate(timeout=TIMEOUT)
+        output, _ = process.communicate(timeout=within_s)
     except subprocess.TimeoutExpired:
         process.kill()
         output, _ = process.communicate()

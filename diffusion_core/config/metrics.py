@@ -117,15 +117,17 @@ def best_first(items: Iterable[T], metric: str | None, figures_of: Callable[[T],
     items = list(items)
     if metric is None:
         return items
-    sign = -1.0 if goal_of(metric) == "maximize" else 1.0
+    maximize = goal_of(metric) == "maximize"
+    return sorted(items, key=lambda item: place(figures_of(item).get(metric), maximize))
 
-    def place(item: T) -> tuple[int, float]:
-        value = figures_of(item).get(metric)
-        if value is None:
-            return 2, 0.0
-        return (0, sign * value) if math.isfinite(value) else (1, 0.0)
 
-    return sorted(items, key=place)
+def place(value: float | None, maximize: bool) -> tuple[int, float]:
+    """Return what sorts values best first: then NaN and infinite ones, then None."""
+    if value is None:
+        return 2, 0.0
+    if not math.isfinite(value):
+        return 1, 0.0
+    return 0, -value if maximize else value
 
 
 def count_name(count: int | None) -> str:

@@ -226,7 +226,7 @@ class OfflineSweep:
 
         def note(job: str | None) -> None:
             trial.state, trial.job = RUNNING if job is None else SUBMITTED, job
-            self.state.write()
+            self.state.write(trial)
 
         return note
 
@@ -237,7 +237,7 @@ class OfflineSweep:
             job = self.launcher.start(task, self._note_job(trial))
         except OSError as error:
             trial.state, trial.job = WAITING, None
-            self.state.write()
+            self.state.write(trial)
             raise SweepError(f"command = {task.command[0]!r}: {error.strerror}") from None
         self.running.append(Running(trial, job))
         self.progress.started(trial)
@@ -257,7 +257,7 @@ class OfflineSweep:
             trial.seconds = trial.seconds + running.job.seconds if total is None else total
             self._set_ended_state(trial, outcome, interrupted)
             trial.job = None
-            self.state.write()
+            self.state.write(trial)
             self.reader.copy_pictures(trial)
             log = self.launcher.log(self.state.trial_folder(trial))
             self.progress.ended(trial, outcome, [other.job.seconds for other in self.running], log)
@@ -292,7 +292,7 @@ class OfflineSweep:
             running.history_bytes = size
             if running.trial.id in doomed and running.trial.state in (RUNNING, SUBMITTED):
                 running.trial.state = STOPPING
-                self.state.write()
+                self.state.write(running.trial)
                 self._stop(running)
 
     @staticmethod

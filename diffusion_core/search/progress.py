@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffusion_core.config.metrics import place
 from diffusion_core.machine.jobs import Outcome
 from diffusion_core.messages import duration
 from diffusion_core.search.results import parameters_line
@@ -25,6 +27,9 @@ class SweepProgress:
         self.state = state
         self.reader = reader
         self.jobs = jobs
+        self._numbers: dict[str, int] = {}
+        self._placed: dict[str, tuple[int, float]] = {}
+        self._places: list[tuple[int, float]] = []
 
     def started(self, trial: Trial) -> None:
         """Report the start of a trial's process."""
@@ -62,7 +67,9 @@ class SweepProgress:
 
     def _name(self, trial: Trial) -> str:
         total = f"/{self.sweep.total}" if self.sweep.total is not None else ""
-        return f"[{self.state.trials.index(trial) + 1}{total}] {trial.id}"
+        for known in self.state.trials[len(self._numbers) :]:
+            self._numbers[known.id] = len(self._numbers) + 1
+        return f"[{self._numbers[trial.id]}{total}] {trial.id}"
 
     @staticmethod
     def _outcome(trial: Trial, outcome: Outcome) -> str:
@@ -79,8 +86,15 @@ class SweepProgress:
 
     def _rank(self, trial: Trial) -> list[str]:
         metric = self.sweep.metric
-        measured = [record.id for record in self.reader.ranked() if record.state in DONE and metric in record.figures]
-        if metric is None or trial.id not in measured:
+        if metric is None:
             return []
-        figure = f"{metric} {self.reader.record(trial).figures[metric]:.4g}"
-        return [figure, f"rank {measured.index(trial.id) + 1} of {len(measured)}"]
+        for done in self.state.trials:  # Each is placed once: sorting all of them for each would take ever longer.
+            if done.state in DONE and done.id not in self._placed:
+                self._placed[done.id] = place(self.reader.record(done).figures.get(metric), self.sweep.maximize)
+                insort(self._places, self._placed[done.id])
+        figures = self.reader.record(trial).figures
+        if metric not in figures:
+            return []
+        rank = bisect_left(self._places, self._placed[trial.id]) + 1
+        measured = bisect_left(self._places, place(None, self.sweep.maximize))
+        return [f"{metric} {figures[metric]:.4g}", f"rank {rank} of {measured}"]

@@ -64,6 +64,8 @@ class SweepState:
         self.content = engine.plain(sweep.config)
         self.folder = folder
         self.trials: list[Trial] = []
+        self._stored_content = json.dumps(self.content)
+        self._stored_trials: dict[str, str] = {}
         self.read()
 
     def read(self) -> None:
@@ -82,19 +84,25 @@ class SweepState:
             raise SweepError(
                 f"{str(self.folder)!r} holds a sweep of another content; give this one another --name, or delete it"
             )
-        self.trials = trials
+        self.trials, self._stored_trials = trials, {}
 
-    def write(self) -> None:
+    def write(self, *changed: Trial) -> None:
         """Write the file atomically.
+
+        Args:
+            changed: the trials that have changed since the last time; none: all. New ones need not be among them.
 
         Raises:
             SweepError: if the file system refuses, for example because it is full.
         """
+        stored = self._stored_trials
         # One line a trial, and no indentation: Python writes that ten times as slowly.
-        trials = ",\n".join(json.dumps(vars(trial)) for trial in self.trials)
+        for trial in (*self.trials[len(stored) :], *(changed or self.trials)):
+            stored[trial.id] = json.dumps(vars(trial))
+        trials = ",\n".join(stored.values())
         file = self.folder / SWEEP_STATE
         try:
-            write_text(file, f'{{"sweep": {json.dumps(self.content)}, "trials": [\n{trials}\n]}}\n')
+            write_text(file, f'{{"sweep": {self._stored_content}, "trials": [\n{trials}\n]}}\n')
         except OSError as error:
             raise SweepError(f"{str(file)!r}: {error.strerror}; free some space, then repeat the command") from None
 

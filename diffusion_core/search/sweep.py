@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -66,7 +67,7 @@ class Sweep:
         """Return the number of trials of a grid; None for other methods."""
         return grid_size(self.parameters) if self.config["method"] == "grid" else None
 
-    @property
+    @cached_property
     def total(self) -> int | None:
         """Number of trials; None if the search has no end."""
         return min((cap for cap in (self.run_cap, self.grid_size()) if cap is not None), default=None)

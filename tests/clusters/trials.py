@@ -51,7 +51,7 @@ def assert_as_undisturbed(folder: Path, knobs: Mapping[str, Any], forks: Forks, 
     """The run in a folder has the weights and averages of one with these knobs that nothing has disturbed."""
     words = [f"--{key}={json.dumps(value)}" for key, value in (KNOBS | knobs).items()]
     forks.run([word.replace('"', "") for word in words] + ["--log.dir=run"], scratch)
-    ours, theirs = read_checkpoint(folder), read_checkpoint(next(scratch.glob("run/*")))
+    ours, theirs = read_checkpoint(folder), read_checkpoint(scratch / "run")
     assert ours.step == theirs.step
     assert ours.parts == theirs.parts
     for part in ours.parts:

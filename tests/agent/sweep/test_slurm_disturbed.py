@@ -79,7 +79,7 @@ def test_an_array_of_agents_runs_a_grid_whole_whatever_the_cluster_does(
     slurm.ask("scontrol", "update", f"jobid={at['n2']}", "TimeLimit=1")
     slurm.preempt("n1")
     with slurm.hurrying():
-        output = finish(attached)
+        output = finish(attached, within_s=900)
 
     assert sorted(run.config["seed"] for run in sweep.runs) == list(SEEDS), "one run each"
     for run in sweep.runs:
