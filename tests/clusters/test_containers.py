@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -15,6 +16,8 @@ from typing import Any
 
 import pytest
 import yaml
+from server import WandbServer
+from wandb_client import Client
 
 from diffusion_core.training import summary
 
@@ -158,3 +161,19 @@ def test_a_pod_that_is_told_to_end_has_not_completed(told: bool, code: int, tmp_
     assert process.wait(30) == code
     assert (tmp_path / "told").exists() == told
     assert (tmp_path / "words").read_text() == "-m wandb agent --forward-signals ENTITY/PROJECT/SWEEP_ID\n"
+
+
+@pytest.mark.slow
+def test_the_command_of_the_readme_makes_a_job_of_the_image(tmp_path: Path) -> None:
+    """As far as this server goes: it has no queues."""
+    line = re.search(
+        r"^wandb (job create .*? YOUR_IMAGE)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert line is not None
+    with WandbServer() as server:
+        client = Client(server, tmp_path)
+        client.wandb(*line[1].replace("YOUR_IMAGE", "registry.example/diffusion-sweeps:cuda").split())
+        job = json.loads(server.artifact("trial:latest").files["wandb-job.json"])
+        assert server.errors == []
+    assert job["source_type"] == "image"
+    assert job["source"]["image"] == "registry.example/diffusion-sweeps:cuda"

@@ -108,5 +108,5 @@ def test_a_trial_costs_the_same_among_many(method: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(offline, "POLL_SECONDS", 0.0)
     calls_each(method, 4)  # Imports are counted for none.
     few, many = calls_each(method, 64), calls_each(method, 256)
-    # The engine is asked for as many combinations of a grid as there are trials. The share of these that is used varies.
+    # The engine is asked for as many combinations of a grid as there are trials; the share that is used varies.
     assert many < 1.25 * few
