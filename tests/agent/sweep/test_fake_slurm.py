@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,7 @@ from clusters.terminal import in_terminal
 from agent.sweep import __main__ as command
 from agent.sweep.file import SweepFile, check_sweep
 from agent.sweep.offline import offline_sweep
+from diffusion_core.machine import leases
 from diffusion_core.machine.child import in_child
 from diffusion_core.machine.slurm.queue import POLL
 from diffusion_core.registries import LAUNCHERS
@@ -195,6 +197,29 @@ def test_a_sweep_on_a_full_disk_ends_in_one_line(fake: Path, tmp_path: Path) -> 
 
     said = "File too large; free some space, then repeat the command"
     assert in_child(run) == f"{str(tmp_path / 'sweep/sweep.json')!r}: {said}"
+
+
+def test_a_sweep_that_another_process_took_over_ends_and_its_jobs_go_on(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after its machine slept for longer than a lease lasts."""
+    monkeypatch.setattr(leases, "BEAT_S", 0.05)
+    lease = tmp_path / "sweep/.lease"
+
+    def take_over() -> None:
+        while not (fake / "events.jsonl").exists():
+            time.sleep(0.01)
+        taken = lease.with_name("taken")
+        taken.write_text(json.dumps({"job": None, "host": "elsewhere", "pid": 1, "token": "theirs"}))
+        taken.replace(lease)
+
+    threading.Thread(target=take_over, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(tmp_path, 40, at_once=4)
+    said = capsys.readouterr().err
+    assert f"{str(tmp_path / 'sweep')!r}: another process took the sweep over; this one ends" in said
+    assert json.loads(lease.read_text())["token"] == "theirs"
+    assert "cancelled" not in [event["event"] for event in events(fake)]
 
 
 @pytest.mark.slow
