@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from diffusion_core.machine.assigned import note_run
     from diffusion_core.signals import remember_if_handed_out
 
     remember_if_handed_out()  # The imports take seconds.
-    note_run()
 
 import os
 import sys

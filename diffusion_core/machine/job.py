@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_core.files import write_json
-from diffusion_core.machine.assigned import FOLDER, RUN, TRIAL_FILE, assigned
+from diffusion_core.machine.assigned import FOLDER, agent_folder, assigned, forget
 from diffusion_core.machine.leases import Leased, leased
 from diffusion_core.machine.processes import end_with_parent, kill_tree
 from diffusion_core.machine.slurm import commands
@@ -145,11 +145,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             lost = threading.Event()
             with leased(folder / LEASE_FILE, is_active, partial(print, flush=True), lost.set):
                 note = _begin(folder, job)
+                added = {}
                 if arguments.agent:
-                    _hand_back(folder, shlex.split(arguments.agent))
-                if not _run(folder, note, arguments.command, received, lost):
+                    _hand_back(folder, shlex.split(arguments.agent), arguments.command[-1].split("/")[:2])
+                    agent_folder(folder).mkdir(parents=True, exist_ok=True)
+                    added = {"WANDB_DIR": str(agent_folder(folder))}
+                if not _run(folder, note, arguments.command, received, lost, added):
                     print(f"{folder}: another job took over; job {job} has ended its command", file=sys.stderr)
                     return UNUSABLE
+                if arguments.agent and not note.signal and (note.code or 0) >= 0:
+                    forget(folder)  # It ended by itself, and so had all its trials.
         except Leased as other:
             print(f"{folder}: {other} works here; job {job} leaves it alone", file=sys.stderr)
             return 0
@@ -167,16 +172,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 128 - code if code < 0 else code
 
 
-def _hand_back(folder: Path, command: Sequence[str]) -> None:
+def _hand_back(folder: Path, command: Sequence[str], place: Sequence[str]) -> None:
     """Hand back the trial that the last job of this agent was killed in."""
-    trial = assigned(folder)
-    if trial is not None and (trial.folder or RUN in trial.environment):
-        place = trial.folder or str(folder / trial.environment[RUN])
-        print(f"{place}: its job was killed; handing it back", flush=True)
-        environment = os.environ | ({} if trial.folder else trial.environment)
+    trial = assigned(folder, place)
+    if trial is not None:
+        named = trial.folder or str(folder / trial.run)
+        print(f"{named}: its job was killed; handing it back", flush=True)
+        environment = os.environ | trial.environment
         with suppress(subprocess.TimeoutExpired):
-            subprocess.run([*command, place], env=environment, timeout=HAND_BACK_WITHIN_S, check=False)
-    (folder / TRIAL_FILE).unlink(missing_ok=True)
+            subprocess.run([*command, named], env=environment, timeout=HAND_BACK_WITHIN_S, check=False)
+    forget(folder)
 
 
 def is_active(job: str) -> bool | None:
@@ -202,7 +207,14 @@ def _begin(folder: Path, job: str) -> Note:
     return note
 
 
-def _run(folder: Path, note: Note, command: Sequence[str], received: list[int], lost: threading.Event) -> bool:
+def _run(
+    folder: Path,
+    note: Note,
+    command: Sequence[str],
+    received: list[int],
+    lost: threading.Event,
+    added: Mapping[str, str],
+) -> bool:
     """Run the command to its end, pass signals on, and note how it ended.
 
     Returns:
@@ -210,7 +222,9 @@ def _run(folder: Path, note: Note, command: Sequence[str], received: list[int], 
     """
     start, progress, before = time.monotonic(), _progress(folder), note.seconds
     own = os.getpid()
-    environment = dict(os.environ) | {QUEUE_SECONDS: f"{note.queue_seconds:.0f}", FOLDER: str(folder.absolute())}
+    environment = (
+        dict(os.environ) | added | {QUEUE_SECONDS: f"{note.queue_seconds:.0f}", FOLDER: str(folder.absolute())}
+    )
     process = subprocess.Popen(across_nodes(command), env=environment, preexec_fn=lambda: end_with_parent(own))
     passed = 0
     while process.poll() is None:

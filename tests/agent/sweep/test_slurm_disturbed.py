@@ -78,6 +78,9 @@ def test_an_array_of_agents_runs_a_grid_whole_whatever_the_cluster_does(
     slurm.lose("n3")
     slurm.ask("scontrol", "update", f"jobid={at['n2']}", "TimeLimit=1")
     slurm.preempt("n1")
+    log = tmp_path / f"runs/agents/{sweep.id}-{at['n2'].split('_')[1]}.log"
+    wait_for(lambda: "DUE TO TIME LIMIT" in log.read_text() or "JOB REQUEUE" in log.read_text(), "the warning", 120)
+    slurm.ask("scontrol", "update", f"jobid={at['n2']}", "TimeLimit=60")
     with slurm.hurrying():
         output = finish(attached, within_s=900)
 
@@ -100,7 +103,7 @@ def test_an_array_of_agents_runs_a_grid_whole_whatever_the_cluster_does(
 
 
 def test_a_trial_that_is_killed_before_it_has_begun_is_handed_back(server: WandbServer, tmp_path: Path) -> None:
-    """W&B has given its agent the run, and its process is still importing."""
+    """W&B has given its agent the run, and Python has hardly started."""
     client = Client(server, tmp_path)
     (tmp_path / "bin").mkdir()
     for name in ("squeue", "scontrol"):
@@ -116,8 +119,10 @@ def test_a_trial_that_is_killed_before_it_has_begun_is_handed_back(server: Wandb
     tasks = agent_tasks(f"tester/test/{sweep.id}", 1, None, {}, wait=True)
     words = command_of_job(tmp_path / "agent", tasks.commands[0], tasks.hand_back)
     first = client.popen(*words)
-    wait_for((tmp_path / "agent-1/trial.json").exists, "the trial", 60)
+    place = Path(client.env["WANDB_DIR"], "agent-1/wandb")
+    wait_for(lambda: bool(list(place.glob("sweep-*/config-*.yaml"))), "the agent's file", 120)
     kill_tree(first.pid)
+    assert not (tmp_path / "agent-1/trial.json").exists()
     assert not list(tmp_path.glob("runs/*")), "it has no folder yet"
     output = finish(client.popen(*words))
     assert "its job was killed; handing it back" in output
