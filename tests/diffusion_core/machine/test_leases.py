@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from diffusion_core.machine import leases
+from diffusion_core.machine.assigned import FOLDER, TRIAL_FILE, Assigned, assigned, forget, note_trial
 from diffusion_core.machine.job import LEASE_FILE, cluster_facts, command_of_job, read_note
 from diffusion_core.machine.jobs import JobSize
 from diffusion_core.machine.leases import Leased, leased
@@ -308,6 +309,55 @@ def test_the_facts_of_a_job() -> None:
         "slurm/restarts": 0,
         "slurm/queue_seconds": 90,
     }
+
+
+# What an agent's job was killed in
+
+
+@pytest.fixture
+def agents_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    monkeypatch.setenv("WANDB_RUN_ID", "first")
+    return tmp_path
+
+
+def give(job: Path, run: str) -> Path:
+    """What W&B's agent writes before it starts the command of a run."""
+    file = job / f"wandb/sweep-abc/config-{run}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    time.sleep(0.02)
+    file.write_text("wandb_version: 1")
+    time.sleep(0.02)
+    return file
+
+
+def test_the_run_of_a_killed_agent_is_known_at_every_moment(agents_job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed_in() -> Assigned | None:
+        return assigned(agents_job, ["me", "ours"])
+
+    assert killed_in() is None
+    file = give(agents_job, "first")
+    named = {"WANDB_RUN_ID": "first", "WANDB_SWEEP_ID": "abc", "WANDB_SWEEP_PARAM_PATH": str(file)}
+    unbegun = Assigned("", "first", environment=named | {"WANDB_ENTITY": "me", "WANDB_PROJECT": "ours"})
+    assert killed_in() == unbegun
+    note_trial(Path("runs/first"))
+    assert killed_in() == Assigned(str(Path("runs/first").absolute()), "first")
+    monkeypatch.delenv("WANDB_RUN_ID")  # A lottery.
+    note_trial(None)
+    assert killed_in() is None
+    give(agents_job, "first")
+    assert killed_in() == unbegun, "handed out again"
+    note_trial(None)
+    second = give(agents_job, "second")
+    found = killed_in()
+    assert found is not None
+    assert (found.run, found.folder) == ("second", "")
+    forget(agents_job)
+    assert killed_in() is None
+    assert not second.exists()
+    (agents_job / TRIAL_FILE).write_text(json.dumps("/runs/old"))  # Of 0.1.
+    assert killed_in() == Assigned("/runs/old")
 
 
 def test_a_job_on_a_full_disk_says_so_in_one_line_and_leaves_no_lease(commands: Path, tmp_path: Path) -> None:
