@@ -222,9 +222,8 @@ def _run(
     """
     start, progress, before = time.monotonic(), _progress(folder), note.seconds
     own = os.getpid()
-    environment = (
-        dict(os.environ) | added | {QUEUE_SECONDS: f"{note.queue_seconds:.0f}", FOLDER: str(folder.absolute())}
-    )
+    facts = {QUEUE_SECONDS: f"{note.queue_seconds:.0f}", FOLDER: str(folder.absolute())}
+    environment = {**os.environ, **added, **facts}
     process = subprocess.Popen(across_nodes(command), env=environment, preexec_fn=lambda: end_with_parent(own))
     passed = 0
     while process.poll() is None:

@@ -42,14 +42,14 @@ def sweep_of(method: str, varied: Mapping[str, Any], knobs: Mapping[str, Any], *
         "method": method,
         "metric": {"name": "val/loss", "goal": "minimize"},
         "command": ["${env}", "${interpreter}", "-m", "agent", "${args}"],
-        "parameters": {key: {"value": value} for key, value in (KNOBS | knobs).items()} | varied,
+        "parameters": {key: {"value": value} for key, value in {**KNOBS, **knobs}.items()} | dict(varied),
         **more,
     }
 
 
 def assert_as_undisturbed(folder: Path, knobs: Mapping[str, Any], forks: Forks, scratch: Path) -> None:
     """The run in a folder has the weights and averages of one with these knobs that nothing has disturbed."""
-    words = [f"--{key}={json.dumps(value)}" for key, value in (KNOBS | knobs).items()]
+    words = [f"--{key}={json.dumps(value)}" for key, value in {**KNOBS, **knobs}.items()]
     forks.run([word.replace('"', "") for word in words] + ["--log.dir=run"], scratch)
     ours, theirs = read_checkpoint(folder), read_checkpoint(scratch / "run")
     assert ours.step == theirs.step

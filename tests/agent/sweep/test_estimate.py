@@ -183,15 +183,15 @@ def test_a_training_step_is_timed_where_forward_passes_would_not_tell(monkeypatc
     monkeypatch.setattr(estimate.time, "perf_counter", lambda: now)
     config = config_of()
     small = estimate.measure_speed(config, 1, 1000)
-    assert small == Speed(0.25, "forward passes of 16 images on the processor")
+    assert small == Speed(0.25, "forward passes of 16 images on the processor", "cpu")
     shown = 0
     large = estimate.measure_speed(config, 1, estimate.SMALL_PARAMS + 1)
     # Of 3 seconds, an image takes 0.75.
-    assert large == Speed(0.25, "a training step of 4 images on the processor, scaled to 8")
+    assert large == Speed(0.25, "a training step of 4 images on the processor, scaled to 8", "cpu")
     assert shown == 5, "one image, then as many as there is time for"
     monkeypatch.setattr(estimate, "MEASURE_S", 0.5)
     slow = estimate.measure_speed(config, 1, estimate.SMALL_PARAMS + 1)
-    assert slow == Speed(0.25, "a training step of 1 image on the processor, scaled to 8")
+    assert slow == Speed(0.25, "a training step of 1 image on the processor, scaled to 8", "cpu")
 
 
 def test_a_sweep_says_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ def coordinator(content: dict[str, Any], folder: Path, jobs: int, words: str) ->
 
 
 @contextmanager
-def coordinator_process(content: dict[str, Any], folder: Path, jobs: int, words: str) -> Iterator[fork.Process]:
+def coordinator_process(content: dict[str, Any], folder: Path, jobs: int, words: str) -> Iterator[BaseProcess]:
     """A process that runs a sweep. It is killed at the end."""
     process = fork.Process(target=lambda: sys.exit(run_offline(coordinator(content, folder, jobs, words), None)))
     process.start()
