@@ -98,7 +98,7 @@ def noted(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 def held(folder: Path) -> list[str]:
     """The trials that wait at the gate: their last event is the second step."""
-    return [name for name, events in noted(folder).items() if events[-1].get("step") == 2]
+    return [name for name, events in noted(folder).items() if events and events[-1].get("step") == 2]
 
 
 def trials_of(folder: Path) -> list[dict[str, Any]]:
