@@ -164,11 +164,10 @@ def test_a_pod_that_is_told_to_end_has_not_completed(told: bool, code: int, tmp_
 
 
 @pytest.mark.slow
-def test_the_command_of_the_readme_makes_a_job_of_the_image(tmp_path: Path) -> None:
+def test_the_command_of_the_documents_makes_a_job_of_the_image(tmp_path: Path) -> None:
     """As far as this server goes: it has no queues."""
-    line = re.search(
-        r"^wandb (job create .*? YOUR_IMAGE)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
-    )
+    document = (ROOT / "docs/sweeps.md").read_text(encoding="utf-8")
+    line = re.search(r"^wandb (job create .*? YOUR_IMAGE)", document, re.MULTILINE)
     assert line is not None
     with WandbServer() as server:
         client = Client(server, tmp_path)

@@ -29,7 +29,7 @@ RUN_BY = {
         "test_offline_sweeps.py",
         "test_sweep_files.py",
         "test_fake_slurm.py",
-        "test_slurm_online.py",
+        "test_slurm_disturbed.py",
     ],
     "agent.sync": ["test_outages.py", "test_faults.py", "test_plugins.py"],
     "benchmark": ["test_benchmark.py"],
