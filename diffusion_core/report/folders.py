@@ -35,7 +35,7 @@ from diffusion_core.tracking import STEP
 
 ROUNDS = "rounds"
 """Folder with the rounds of a chain of tickets, in the chain's own."""
-COST_FIGURES = ("model/", "prune/")
+COST_FIGURES = ("model/", "prune/", "sample/")
 PREFERRED = ("eval/class_agreement", "val/loss")
 """Metrics of runs that belong to no sweep, if ``checkpoint.best_metric`` was not measured."""
 CLOCK_S = 2.0

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from diffusion_core.config import metrics
 from diffusion_core.config.metrics import Goal
 from diffusion_core.redact import redacted
 
@@ -19,14 +20,8 @@ REMAINING = "remaining"
 """Figure of a pruned network: share of the prunable weights or channels that is left, 1 - ``prune/sparsity``."""
 
 COSTS = {
-    "model/macs": "MACs of one network evaluation",
-    "model/nonzero_macs": "MACs with weights that are not pruned",
-    "model/params": "parameters",
-    "model/nonzero_params": "parameters that are not pruned",
-    "model/latency": "latency of 16 images (ms)",
-    "model/latency_single": "latency of one image (ms)",
+    **metrics.COSTS,
     "model/peak_memory": "peak memory of 16 images (bytes)",
-    "model/checkpoint_bytes": "size of the checkpoint (bytes)",
     SECONDS: "wall time of the trial (s)",
     REMAINING: "share of weights that remain",
 }

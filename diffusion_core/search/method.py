@@ -3,33 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from diffusion_core.search.objectives import Objective
-
-RUNNING, FINISHED, FAILED = "running", "finished", "failed"
-"""States of trials for a search. A trial that waits is running; one that was stopped early is finished."""
-
-
-@dataclass(frozen=True)
-class PastTrial:
-    """A trial that a search has suggested, and what is known of it.
-
-    Attributes:
-        id: its run id.
-        parameters: what the search suggested.
-        state: ``running``, ``finished`` or ``failed``.
-        figures: the best value of each figure that has a goal, and the last value of every other figure.
-        history: rows of figures.
-    """
-
-    id: str
-    parameters: Mapping[str, Any]
-    state: str
-    figures: Mapping[str, float] = field(default_factory=dict)
-    history: Sequence[Mapping[str, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -52,12 +30,13 @@ class SearchRequest:
 class Search(Protocol):
     """Suggests one trial after another. The n-th suggestion depends only on the sweep and on the trials before it."""
 
-    def suggest(self, past: Sequence[Mapping[str, Any]], trials: Callable[[], Sequence[PastTrial]]) -> Any:
+    def suggest(self, past: Sequence[Mapping[str, Any]], runs: Callable[[], Sequence[Any]]) -> dict[str, Any] | None:
         """Return the parameters of the next trial, or None when the search is exhausted.
 
         Args:
             past: the parameters of all trials so far, in their order.
-            trials: returns these trials; called only if the search needs more of them.
+            runs: returns these trials as :func:`~diffusion_core.search.engine.past_run` does; called only if the search
+                needs more of them.
         """
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffusion_core.config.metrics import LOGGED_COSTS, Goal, goal_of
+from diffusion_core.config.metrics import COSTS, Goal, goal_of
 from diffusion_core.search.front import Point, hypervolume, pareto_front
 
 
@@ -43,7 +43,7 @@ def objectives_of(config: Mapping[str, Any]) -> list[Objective]:
 
 def objective_goal(name: str) -> Goal | None:
     """Return which way a figure is better as one of several objectives; None if it cannot be one."""
-    return "minimize" if name in LOGGED_COSTS else goal_of(name)
+    return "minimize" if name in COSTS else goal_of(name)
 
 
 def point_of(figures: Mapping[str, float], objectives: Sequence[Objective]) -> Point | None:
@@ -55,6 +55,11 @@ def point_of(figures: Mapping[str, float], objectives: Sequence[Objective]) -> P
 def is_of_use(point: Point, objectives: Sequence[Objective]) -> bool:
     """Return whether no value is worse than its limit."""
     return all(each.excess(value) <= 0.0 for each, value in zip(objectives, point, strict=True))
+
+
+def goals_in_words(objectives: Sequence[Objective]) -> str:
+    """Return what a search makes better: ``eval/class_agreement (maximize) and sample/macs (minimize)``."""
+    return " and ".join(f"{objective.name} ({objective.goal})" for objective in objectives)
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class Front:
     volume: float
 
 
-def front_of(points: Sequence[Point | None], objectives: Sequence[Objective]) -> Front:
+def front_among(points: Sequence[Point | None], objectives: Sequence[Objective]) -> Front:
     """Return the Pareto front of trials. Trials beyond a limit are not on it.
 
     The hypervolume is measured from the limits. An objective without one is measured from the worst value among all

@@ -7,12 +7,11 @@ again.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from diffusion_core.messages import one_line
 from diffusion_core.randomness import stream_seed
 from diffusion_core.registries import SEARCHES
 from diffusion_core.search.engine import SEARCH_SEED, plain, quantile
-from diffusion_core.search.method import FINISHED, RUNNING, PastTrial, SearchMethod, SearchRequest
+from diffusion_core.search.method import SearchMethod, SearchRequest
 from diffusion_core.search.objectives import point_of
 from diffusion_core.search.space import is_whole
 
@@ -39,8 +38,8 @@ Sampler = Callable[[int, int | None], Any]
 class OptunaSearch:
     """A search by a sampler of Optuna.
 
-    A range is searched as the quantiles of its distribution, a list of increasing numbers by their places, and any other
-    list as unordered values.
+    A range is searched as the quantiles of its distribution, a list of increasing numbers by their places, and any
+    other list as unordered values.
 
     Args:
         request: what to search. Without a folder, the study is in memory.
@@ -53,21 +52,20 @@ class OptunaSearch:
         self.spaces = {key: spec for key, spec in sorted(request.config["parameters"].items()) if _varies(spec)}
         self._study: Any = None
 
-    def suggest(
-        self, past: Sequence[Mapping[str, Any]], trials: Callable[[], Sequence[PastTrial]]
-    ) -> dict[str, Any] | None:
-        """Return the parameters of the next trial.
+    def suggest(self, past: Sequence[Mapping[str, Any]], runs: Callable[[], Sequence[Any]]) -> dict[str, Any] | None:
+        """Return the parameters of the next trial, as :class:`~diffusion_core.search.method.Search` does.
 
         Raises:
             ConfigError: if the journal is damaged, or does not know the trials so far.
         """
-        with _quiet():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # That a sampler is experimental.
             try:
-                return self._parameters(self._next(len(past), trials() if past else ()))
+                return self._parameters(self._next(len(past), runs() if past else ()))
             except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
                 raise self._damaged(one_line(error)) from None
 
-    def _next(self, place: int, past: Sequence[PastTrial]) -> Any:
+    def _next(self, place: int, runs: Sequence[Any]) -> Any:
         """Return the trial of the study at a place: one that was suggested before, or a new one."""
         import optuna
 
@@ -80,9 +78,9 @@ class OptunaSearch:
                 study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         if missing := set(range(place)) - known.keys():
             raise self._damaged(f"lacks {len(missing)} of the sweep's {place} trials")
-        for index, one in enumerate(past):
-            if one.state != RUNNING and not known[index].state.is_finished():
-                self._tell(known[index], one)
+        for index, run in enumerate(runs):
+            if run.state != "running" and not known[index].state.is_finished():
+                self._tell(known[index], run)
         if place in known:
             return known[place]
         study.sampler = self.sampler(stream_seed(SEARCH_SEED, place) & 0xFFFFFFFF, self.request.total)
@@ -90,12 +88,12 @@ class OptunaSearch:
         trial.set_user_attr(PLACE, place)
         return trial
 
-    def _tell(self, trial: Any, past: PastTrial) -> None:
+    def _tell(self, trial: Any, run: Any) -> None:
         """Tell the study what a trial measured, and by how much that exceeds the limits."""
         import optuna
 
         objectives = self.request.objectives
-        point = point_of(past.figures, objectives) if past.state == FINISHED else None
+        point = point_of(run.summary_metrics, objectives) if run.state == "finished" else None
         if point is None:
             self._study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
             return
@@ -113,28 +111,31 @@ class OptunaSearch:
     def _open(self) -> Any:
         """Return the study, new or as the journal holds it."""
         import optuna
-        from optuna.storages.journal import BaseJournalFileLock, JournalFileBackend
+        from optuna.storages.journal import JournalFileBackend
 
-        class Held(BaseJournalFileLock):
-            """No lock: the process holds that of the sweep. Optuna's own would outlive a kill by half a minute."""
-
-            def acquire(self) -> bool:
-                return True
-
-            def release(self) -> None:
-                pass
-
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
         storage: Any = None
         if self.request.folder is not None:
             file = self.request.folder / JOURNAL
             drop_torn_line(file)
-            storage = optuna.storages.JournalStorage(JournalFileBackend(str(file), lock_obj=Held()))
+            lock: Any = _NoLock()
+            storage = optuna.storages.JournalStorage(JournalFileBackend(str(file), lock_obj=lock))
         goals = [objective.goal for objective in self.request.objectives]
         return optuna.create_study(storage=storage, study_name="sweep", directions=goals, load_if_exists=True)
 
     def _damaged(self, reason: str) -> ConfigError:
         file = str((self.request.folder or Path()) / JOURNAL)
         return ConfigError(f"{file!r}: {reason}; give this sweep another --name, or delete its folder")
+
+
+class _NoLock:
+    """Stands for the lock of a journal: this process holds that of the sweep. Optuna's own outlives a kill by 30 s."""
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
 
 
 def drop_torn_line(file: Path) -> None:
@@ -150,20 +151,6 @@ def drop_torn_line(file: Path) -> None:
         if whole < len(content):
             journal.truncate(whole)
             os.fsync(journal.fileno())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence Optuna inside this context: its log, and its warnings that a sampler is experimental."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logger = logging.getLogger("optuna")
-        before, logger.disabled = logger.level, False
-        logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            logger.setLevel(before)
 
 
 def _varies(spec: Mapping[str, Any]) -> bool:
@@ -182,7 +169,7 @@ def _distribution(spec: Mapping[str, Any]) -> Any:
     if "values" in spec:
         values = spec["values"]
         numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-        ordered = numbers and all(a < b for a, b in zip(values, values[1:], strict=False))
+        ordered = numbers and all(a < b for a, b in pairwise(values))
         return IntDistribution(0, len(values) - 1) if ordered else CategoricalDistribution(range(len(values)))
     if is_whole(spec):
         return IntDistribution(spec["min"], spec["max"])
@@ -214,7 +201,7 @@ def _nsga2(seed: int, total: int | None) -> Any:
 
 SEARCHES["tpe"] = SearchMethod(
     lambda request: OptunaSearch(request, _tpe),
-    "multivariate tree-structured Parzen estimator, one or several objectives (Bergstra et al. 2011; Ozaki et al. 2022)",
+    "multivariate tree of Parzen estimators, one or several objectives (Bergstra et al. 2011; Ozaki et al. 2022)",
     learns=True,
     several=True,
     package="optuna",

@@ -78,9 +78,18 @@ class SweepProgress:
         return f"failed{how} and runs once more" if trial.failures else "interrupted"
 
     def _rank(self, trial: Trial) -> list[str]:
+        if self.sweep.several:
+            return self._place(trial)
         metric = self.sweep.metric
         measured = [record.id for record in self.reader.ranked() if record.state in DONE and metric in record.figures]
         if metric is None or trial.id not in measured:
             return []
         figure = f"{metric} {self.reader.record(trial).figures[metric]:.4g}"
         return [figure, f"rank {measured.index(trial.id) + 1} of {len(measured)}"]
+
+    def _place(self, trial: Trial) -> list[str]:
+        """Return the objectives of a trial, and whether it is on the Pareto front so far."""
+        own = next(record for record in self.reader.ranked() if record.id == trial.id)
+        shown = [each.name for each in self.sweep.objectives if each.name in own.figures]
+        figures = [f"{name} {own.figures[name]:.4g}" for name in shown]
+        return [*figures, *(["on the front"] if own.front else [])]
