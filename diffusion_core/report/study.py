@@ -13,6 +13,7 @@ from typing import Any
 from diffusion_core.config import metrics
 from diffusion_core.config.metrics import Goal
 from diffusion_core.redact import redacted
+from diffusion_core.search.objectives import Objective
 
 SEED = "seed"
 SECONDS = "seconds"
@@ -108,6 +109,7 @@ class Study:
         goals: which way each figure is better; figures without an entry are no measures of quality.
         trials: all trials, in the order of their creation.
         varied: settings that differ between trials, the searched ones first.
+        objectives: the figures that a search with several of them made better; else none.
         running: whether more is to come.
         links: web addresses by their labels.
     """
@@ -120,6 +122,7 @@ class Study:
     metric: str | None = None
     goals: Mapping[str, Goal] = field(default_factory=dict)
     varied: Sequence[str] = ()
+    objectives: Sequence[Objective] = ()
     running: bool = False
     links: Mapping[str, str] = field(default_factory=dict)
 
@@ -140,8 +143,10 @@ class Study:
         return [name for name in dict.fromkeys([self.metric, *found]) if name in found]
 
     def costs(self) -> list[str]:
-        """Return the costs that a trial has."""
-        return [name for name in COSTS if any(trial.value(name) is not None for trial in self.trials)]
+        """Return the costs that a trial has: those that are objectives first."""
+        first = [each.name for each in self.objectives if each.name in COSTS]
+        names = dict.fromkeys([*first, *COSTS])
+        return [name for name in names if any(trial.value(name) is not None for trial in self.trials)]
 
     def first_cost(self) -> str | None:
         """Return the cost that plots show at first: one that tells trials apart, if there is one."""
