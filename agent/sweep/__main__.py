@@ -188,7 +188,7 @@ def plan_online(sweep: SweepFile | None, arguments: argparse.Namespace) -> Plan:
         path, sweep = find_sweep(arguments.attach, sweep)
     assert sweep is not None
     if sweep.several or not SEARCHES[sweep.config["method"]].on_server:
-        what = "metrics:" if sweep.several else f"method = {sweep.config['method']!r}"
+        what = "metrics" if sweep.several else f"method = {sweep.config['method']!r}"
         raise SweepError(f"{what}: not known to W&B's server; add --offline")
     record = launcher_record(arguments, sweep)
     if arguments.count and not record.shares_machine:

@@ -62,8 +62,10 @@ class OptunaSearch:
             warnings.simplefilter("ignore")  # That a sampler is experimental.
             try:
                 return self._parameters(self._next(len(past), runs() if past else ()))
-            except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
-                raise self._damaged(one_line(error)) from None
+            except ConfigError:
+                raise
+            except Exception as error:  # Whatever Optuna makes of a damaged file, the remedy is the same.
+                raise self._damaged(f"is damaged ({one_line(error)})") from None
 
     def _next(self, place: int, runs: Sequence[Any]) -> Any:
         """Return the trial of the study at a place: one that was suggested before, or a new one."""
