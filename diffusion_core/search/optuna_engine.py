@@ -186,30 +186,31 @@ def _value(key: str, spec: Mapping[str, Any], chosen: Any) -> Any:
     return chosen if is_whole(spec) else quantile(key, spec, chosen)
 
 
-def _tpe(seed: int, total: int | None) -> Any:
+def tpe(seed: int, total: int | None) -> Any:
+    """Return Optuna's multivariate TPE, which draws the first third of the trials, at most ten, at random."""
     from optuna.samplers import TPESampler
 
     first = 10 if total is None else max(4, min(10, total // 3))
     return TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=first)
 
 
-def _nsga2(seed: int, total: int | None) -> Any:
+def nsga2(seed: int, total: int | None) -> Any:
+    """Return Optuna's NSGA-II with a population that leaves a sweep several generations."""
     from optuna.samplers import NSGAIISampler
 
-    # A sweep has far fewer trials than generations of Optuna's 50 would need.
     population = 50 if total is None else max(6, min(50, math.isqrt(total) + total // 10))
     return NSGAIISampler(seed=seed, population_size=population)
 
 
 SEARCHES["tpe"] = SearchMethod(
-    lambda request: OptunaSearch(request, _tpe),
+    lambda request: OptunaSearch(request, tpe),
     "multivariate tree of Parzen estimators, one or several objectives (Bergstra et al. 2011; Ozaki et al. 2022)",
     learns=True,
     several=True,
     package="optuna",
 )
 SEARCHES["nsga2"] = SearchMethod(
-    lambda request: OptunaSearch(request, _nsga2),
+    lambda request: OptunaSearch(request, nsga2),
     "genetic algorithm NSGA-II, one or several objectives (Deb et al. 2002)",
     learns=True,
     several=True,

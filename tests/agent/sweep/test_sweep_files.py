@@ -95,7 +95,7 @@ def test_a_sweep_file_is_right_and_every_value_in_it_is_tried(path: Path, monkey
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_first_suggestion_for_a_sweep_file_is_a_configuration(path: Path) -> None:
     loaded = load_sweep(path)
-    parameters = engine.suggest(loaded.engine_config(), [])
+    parameters = loaded.search().suggest([], list)
     assert parameters is not None
     assert set(parameters) == set(loaded.parameters)
     build_config(parameters)
