@@ -125,9 +125,8 @@ class ConsistencyTuning:
 class ConsistencyDistillation(ConsistencyTuning):
     """The objective of consistency distillation (Song et al. 2023, algorithm 2).
 
-    The lower image is where a step of DDIM leads by the teacher's clean image, so that pairs do not scatter as with data.
-    The distance of the two noise levels is that of ``steps.doublings`` from the first step on: a teacher's path is known
-    at any distance.
+    The lower image is where a step of DDIM leads by the teacher's clean image, so that pairs do not scatter as with
+    data. The distance of the two noise levels is that of ``steps.doublings`` from the first step on.
     """
 
     def doubling(self, step: int) -> int:

@@ -29,7 +29,7 @@ from diffusion_core.sampling.generation import Generator
 from diffusion_core.search import engine, optuna_engine
 from diffusion_core.search.method import Search, SearchRequest
 from diffusion_core.search.objectives import Objective, front_among, point_of
-from diffusion_core.tables import mean_and_range
+from diffusion_core.tables import markdown_table, mean_and_range
 from studies.command import at_least, parser_of, status_of
 from studies.study import Results
 from studies.table import write_table
@@ -134,12 +134,10 @@ def compare(checkpoint: Path, images: int, trials: int, repetitions: int, out: P
     rows = []
     for name, make in searches(trials).items():
         volumes = [volume_of(make(number), trials, measure) for number in range(repetitions)]
-        rows.append(
-            f"| {name} | {mean_and_range(volumes, '.4f')} | {', '.join(f'{volume:.4f}' for volume in volumes)} |"
-        )
-        print(rows[-1], flush=True)
-    head = [f"| search, {trials} trials | hypervolume, mean and range | each of {repetitions} seeds |", "|---|---|---|"]
-    write_table(out / "hypervolume.md", [*head, *rows])
+        rows.append([name, mean_and_range(volumes, ".4f"), ", ".join(f"{volume:.4f}" for volume in volumes)])
+        print(*rows[-1], flush=True)
+    head = [f"search, {trials} trials", "hypervolume, mean and range", f"each of {repetitions} seeds"]
+    write_table(out / "hypervolume.md", markdown_table(head, rows))
     return 0
 
 
