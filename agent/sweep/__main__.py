@@ -19,7 +19,7 @@ from diffusion_core.machine.child import in_child
 from diffusion_core.machine.jobs import LauncherRecord
 from diffusion_core.machine.sharing import shares, threads_each, visible_gpus
 from diffusion_core.messages import Parser
-from diffusion_core.registries import LAUNCHERS, SEARCHES
+from diffusion_core.registries import LAUNCHERS
 from diffusion_core.run_folder import check_recorded
 from diffusion_core.search.offline import OfflineSweep
 from diffusion_core.search.sweep import SweepError
@@ -187,9 +187,7 @@ def plan_online(sweep: SweepFile | None, arguments: argparse.Namespace) -> Plan:
     if arguments.attach:
         path, sweep = find_sweep(arguments.attach, sweep)
     assert sweep is not None
-    if sweep.several or not SEARCHES[sweep.config["method"]].on_server:
-        what = "metrics" if sweep.several else f"method = {sweep.config['method']!r}"
-        raise SweepError(f"{what}: not known to W&B's server; add --offline")
+    sweep.check_on_server()
     record = launcher_record(arguments, sweep)
     if arguments.count and not record.shares_machine:
         raise SweepError("--count: counts anew when a job is requeued; set run_cap in the sweep file")

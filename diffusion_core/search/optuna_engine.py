@@ -8,7 +8,6 @@ again.
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -152,7 +151,6 @@ def drop_torn_line(file: Path) -> None:
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             journal.truncate(whole)
-            os.fsync(journal.fileno())
 
 
 def _varies(spec: Mapping[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from diffusion_core.run_folder import SWEEP_RESULTS
 from diffusion_core.search.front import Point, layers
 from diffusion_core.search.objectives import Objective, front_among, goals_in_words, point_of
 from diffusion_core.search.state import FAILED
+from diffusion_core.search.sweep import Sweep
 from diffusion_core.tables import cell, text_table
 
 CSV_FILE = "results.csv"
@@ -100,6 +101,21 @@ def table(trials: Sequence[TrialRecord], varied: Sequence[str], shown: Sequence[
         for rank, trial in enumerate(trials, start=1)
     ]
     return text_table(["", "trial", "state", *varied, *figures, "seconds", *queued], rows, keys=2)
+
+
+def summary(sweep: Sweep, trials: Sequence[TrialRecord]) -> str:
+    """Return a heading, the table of a sweep's trials, and with several objectives the line about its Pareto front.
+
+    Args:
+        sweep: the sweep.
+        trials: in their order.
+    """
+    best = f", best {sweep.metric} first" if sweep.metric else ""
+    lines = [
+        f"{sweep.name}: {len(trials)} trials{', * on the Pareto front' if sweep.several else best}",
+        table(trials, sweep.varied, [objective.name for objective in sweep.objectives]),
+    ]
+    return "\n".join([*lines, *([front_line(trials, sweep.objectives)] if sweep.several else [])])
 
 
 def parameters_line(parameters: Mapping[str, Any], varied: Sequence[str]) -> str:

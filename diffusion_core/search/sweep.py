@@ -100,6 +100,17 @@ class Sweep:
         known = ("method", "metric", "early_terminate")
         return {key: self.config[key] for key in known if key in self.config} | {"parameters": self.parameters}
 
+    def check_on_server(self) -> None:
+        """Check that W&B's server can run this sweep.
+
+        Raises:
+            SweepError: if it does not know the search method, or several objectives.
+        """
+        method: SearchMethod = SEARCHES[self.config["method"]]
+        if self.several or not method.on_server:
+            what = "metrics" if self.several else f"method = {self.config['method']!r}"
+            raise SweepError(f"{what}: not known to W&B's server; add --offline")
+
     def search(self, folder: Path | None = None) -> Search:
         """Return the search of this sweep.
 
