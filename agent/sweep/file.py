@@ -204,8 +204,8 @@ def _parameter_problems(sweep: SweepFile) -> list[str]:
             right[key] = spec
     if method == "grid" and grid_size(right) > MAX_GRID:
         problems.append(f"parameters: {grid_size(right):,} combinations; expected at most {MAX_GRID:,} for method=grid")
-    known = method_of(method)
-    if known is not None and known.learns and not problems and all("value" in spec for spec in right.values()):
+    search = method_of(method)
+    if search is not None and search.learns and not problems and all("value" in spec for spec in right.values()):
         problems.append(f"parameters: expected one that varies, for method={method} to search")
     return problems + _value_problems(replace(sweep, parameters=right))
 

@@ -125,8 +125,8 @@ class ConsistencyTuning:
 class ConsistencyDistillation(ConsistencyTuning):
     """The objective of consistency distillation (Song et al. 2023, algorithm 2).
 
-    The lower image is where a step of DDIM leads by the teacher's clean image, so that pairs do not scatter as with
-    data. The distance of the two noise levels is that of ``steps.doublings`` from the first step on.
+    The lower image is where the teacher leads, so that pairs do not scatter as with data. The distance of the two noise
+    levels is that of ``steps.doublings`` from the first step on.
     """
 
     def doubling(self, step: int) -> int:
@@ -134,5 +134,15 @@ class ConsistencyDistillation(ConsistencyTuning):
         return self.lesson.steps.doublings
 
     def _towards(self, denoiser: Denoiser, x_BCHW: Tensor, draws: Draws) -> Tensor:
+        """Return the mean of the teacher's clean images at both ends of a step, as in Heun's method.
+
+        By its clean image at the start alone, steps of this distance lose a tenth of the variance of digits.
+        """
+        assert draws.later_BS is not None
         teacher = self.lesson.guided(self.lesson.teach(denoiser))
-        return teacher(x_BCHW, draws.t_B, draws.labels_B)
+        t_B, later_B, labels_B = draws.t_B, draws.later_BS[:, 0], draws.labels_B
+        first_BCHW = teacher(x_BCHW, t_B, labels_B)
+        there_BCHW = follow(denoiser.schedule, x_BCHW, first_BCHW, t_B, later_B)
+        second_BCHW = teacher(there_BCHW, later_B.clamp(min=0.0), labels_B)
+        is_clean = (later_B < 0.0)[:, None, None, None]
+        return torch.where(is_clean, first_BCHW, 0.5 * (first_BCHW + second_BCHW))

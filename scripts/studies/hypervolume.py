@@ -151,8 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
 
     def work() -> int:
-        counts = [at_least(f"--{name}", getattr(given, name), 2) for name in ("images", "trials", "repetitions")]
-        return compare(given.checkpoint, *counts, given.out)
+        images, trials = at_least("--images", given.images, 2), at_least("--trials", given.trials, 2)
+        return compare(given.checkpoint, images, trials, at_least("--repetitions", given.repetitions, 2), given.out)
 
     return status_of(work, given.out)
 

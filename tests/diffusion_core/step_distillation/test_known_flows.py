@@ -222,7 +222,7 @@ def test_consistency_distillation_on_a_mixture_meets_the_flow() -> None:
     network = Corrected(schedule)
     exact = mixture_flow(schedule)
     before = np.abs(endpoints(network, schedule, config) - exact).mean()
-    steps = StepsConfig(method="consistency_distillation", loss="l2", weighting="uniform", doublings=5)
+    steps = StepsConfig(method="consistency_distillation", loss="l2", weighting="uniform", doublings=4)
     taught = lesson(config, steps, 800, 1, copy.deepcopy(network))
     train(network, ConsistencyDistillation(taught), Source(mixture), range(800), schedule, 3e-3)
     after = np.abs(endpoints(network, schedule, config) - exact).mean()

@@ -275,6 +275,17 @@ def test_a_student_is_distilled_further_only_by_its_own_method(teacher: Path, tm
             trial(tmp_path / "other", method, further)
 
 
+def test_a_consistency_student_is_no_teacher(teacher: Path, tmp_path: Path) -> None:
+    """Its clean images are ends of paths, which tuning without a teacher may go on with, and nothing else."""
+    start = {"init.checkpoint": str(teacher), "train.steps": 1}
+    trial(tmp_path / "student", CONSISTENCY, start)
+    further = {"init.checkpoint": str(tmp_path / "student"), "train.steps": 1}
+    trial(tmp_path / "more", CONSISTENCY, further)
+    for method in ({"steps.method": "consistency_distillation"}, CONSISTENCY | {"steps.guidance": 2.0}):
+        with pytest.raises(ConfigError, match="the teacher is a student already, of 2 steps with consistency"):
+            trial(tmp_path / "other", method, further)
+
+
 def test_knobs_without_effect_are_named() -> None:
     said = list(without_effect(StepsConfig(method="consistency", start=8, huber_c=1.0, loss="l2")))
     assert said == [
