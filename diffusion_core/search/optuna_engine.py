@@ -55,14 +55,18 @@ class OptunaSearch:
         """Return the parameters of the next trial, as :class:`~diffusion_core.search.method.Search` does.
 
         Raises:
-            ConfigError: if the journal is damaged, or does not know the trials so far.
+            ConfigError: if the journal is damaged or cannot be written, or does not know the trials so far.
         """
+        known = runs() if past else ()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # That a sampler is experimental.
             try:
-                return self._parameters(self._next(len(past), runs() if past else ()))
+                return self._parameters(self._next(len(past), known))
             except ConfigError:
                 raise
+            except OSError as error:
+                remedy = "free some space or make it writable, then repeat the command"
+                raise ConfigError(f"{self._journal()!r}: {error.strerror}; {remedy}") from None
             except Exception as error:  # Whatever Optuna makes of a damaged file, the remedy is the same.
                 raise self._damaged(f"is damaged ({one_line(error)})") from None
 
@@ -124,9 +128,11 @@ class OptunaSearch:
         goals = [objective.goal for objective in self.request.objectives]
         return optuna.create_study(storage=storage, study_name="sweep", directions=goals, load_if_exists=True)
 
+    def _journal(self) -> str:
+        return str((self.request.folder or Path()) / JOURNAL)
+
     def _damaged(self, reason: str) -> ConfigError:
-        file = str((self.request.folder or Path()) / JOURNAL)
-        return ConfigError(f"{file!r}: {reason}; give this sweep another --name, or delete its folder")
+        return ConfigError(f"{self._journal()!r}: {reason}; give this sweep another --name, or delete its folder")
 
 
 class _NoLock:

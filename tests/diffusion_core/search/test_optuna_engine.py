@@ -111,6 +111,14 @@ def test_a_damaged_journal_is_one_line(damage: Callable[[Path], Any], reason: st
     assert "\n" not in message
 
 
+def test_a_journal_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / JOURNAL).mkdir()
+    with pytest.raises(ConfigError) as caught:
+        Sweep().go_on(search_of("tpe", tmp_path), 1)
+    said = f"'{tmp_path / JOURNAL}': Is a directory; free some space or make it writable, then repeat the command"
+    assert str(caught.value) == said
+
+
 def test_a_preview_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Sweep().go_on(search_of("tpe"), 3)
