@@ -152,7 +152,8 @@ class Study:
         """Return the cost that plots show at first: one that tells trials apart, if there is one."""
         costs = self.costs()
         values = {name: [trial.value(name) for trial in self.trials] for name in costs}
-        telling = [name for name in FIRST_COSTS if name in costs and len(set(values[name]) - {None}) > 1]
+        wanted = dict.fromkeys([*(each.name for each in self.objectives), *FIRST_COSTS])
+        telling = [name for name in wanted if name in costs and len(set(values[name]) - {None}) > 1]
         # Without masks, the weights that are not pruned are all weights.
         same = [name for name in telling if values[name] == values.get(name.replace("nonzero_", ""))]
         preferred = [name for name in telling if "nonzero_" not in name or name not in same]
