@@ -155,7 +155,11 @@ def check_step_teacher(source: Source, config: CoreConfig, steps: StepsConfig, p
     if record is None:
         return
     sampler, count = then["sample.sampler"], then["sample.steps"]
-    if sampler != STEP_METHODS[steps.method].sampler or (sampler == "ddim" and count != steps.start):
+    method = STEP_METHODS[steps.method]
+    guidance = config.sample.guidance if steps.guidance is None else steps.guidance
+    # The clean image of a consistency student is the end of a path, not the mean that a teacher needs.
+    teaches = sampler == "consistency" and method.has_teacher(guidance)
+    if teaches or sampler != method.sampler or (sampler == "ddim" and count != steps.start):
         raise ConfigError(
             f"steps.method = {steps.method!r}: the teacher is a student already, of {count} steps with {sampler}; "
             f"expected a teacher of many steps, or one that this method continues (steps.start = {count} with "

@@ -1,8 +1,9 @@
 """A trial that takes no time and no network: what the scheduling of sweeps is tested with.
 
 Like the product it goes on where its folder left off, writes history.jsonl and result.json, and on a SIGTERM finishes
-its step, saves, and exits 143. Its val/loss is its learning rate, worse by 1 / step. In the folder that STUB_NOTES
-names it notes every process and every step, so that a test can see what was run, when, and twice.
+its step, saves, and exits 143. Its val/loss is its learning rate, worse by 1 / step. If it is given sample.steps, it is
+worse by 1 / sample.steps, and the result also has sample/macs, a thousand for each of them. In the folder that
+STUB_NOTES names it notes every process and every step, so that a test can see what was run, when, and twice.
 
 STUB_MEET=N waits at the start until N trials have started, STUB_HOLD=N waits before the third step in all trials from
 the N-th on, STUB_GATE=FILE in all trials while there is such a file, STUB_STUBBORN ignores signals, STUB_HANG never
@@ -22,6 +23,8 @@ train = ast.literal_eval(knobs.get("train", "{}"))
 folder = Path(knobs["log.dir"])
 rate, steps = float(train.get("lr") or knobs["train.lr"]), int(train.get("steps") or knobs["train.steps"])
 notes = Path(os.environ["STUB_NOTES"])
+evaluations = int(knobs.get("sample.steps", 0))
+rate += 1 / evaluations if evaluations else 0.0
 run_id = os.environ["WANDB_RUN_ID"]
 number = int(run_id.split("-")[-2])
 stop: list[int] = []
@@ -63,7 +66,8 @@ for step in range(done + 1, steps + 1):
     partial = folder / "saved.partial"
     partial.write_text(str(step))
     partial.replace(saved)
+figures = {"val/loss": rate + 1 / steps} | ({"sample/macs": 1000 * evaluations} if evaluations else {})
 (folder / "result.json").write_text(
-    json.dumps({"figures": {"val/loss": rate + 1 / steps}, "config": knobs, "best_checkpoint": None, "seconds": 0.0})
+    json.dumps({"figures": figures, "config": knobs, "best_checkpoint": None, "seconds": 0.0})
 )
 note("end")

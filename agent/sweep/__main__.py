@@ -26,8 +26,8 @@ from diffusion_core.search.sweep import SweepError
 
 DESCRIPTION = """\
 Check every parameter of a W&B sweep file, then run its trials: online (create the sweep on W&B, and run W&B's agents
-here, one per GPU), or offline, with W&B's own search engine and no account. To resume a stopped sweep, repeat the
-command offline, or use --attach online. With --launcher slurm, trials and agents are jobs of Slurm."""
+here, one per GPU), or offline, with no account, which sweeps with several objectives need. To resume a stopped sweep,
+repeat the command offline, or use --attach online. With --launcher slurm, trials and agents are jobs of Slurm."""
 
 JOBS_AT_ONCE = 8
 """Number of jobs of a cluster that an offline sweep submits at once unless --jobs says another."""
@@ -187,6 +187,7 @@ def plan_online(sweep: SweepFile | None, arguments: argparse.Namespace) -> Plan:
     if arguments.attach:
         path, sweep = find_sweep(arguments.attach, sweep)
     assert sweep is not None
+    sweep.check_on_server()
     record = launcher_record(arguments, sweep)
     if arguments.count and not record.shares_machine:
         raise SweepError("--count: counts anew when a job is requeued; set run_cap in the sweep file")

@@ -12,12 +12,13 @@ from typing import Any
 from agent.config import TrialConfig, build_config
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError, flatten, list_knobs, read_yaml, unknown_key
+from diffusion_core.config.metrics import COSTS
 from diffusion_core.config.plugins import KEY, plugin_problems
 from diffusion_core.config.steps import without_effect
 from diffusion_core.messages import shortened, suggested
 from diffusion_core.registries import DATASETS
 from diffusion_core.search.macros import TrialCommand, read_command
-from diffusion_core.search.settings import EXPONENTS, form_problems, setting_problems
+from diffusion_core.search.settings import EXPONENTS, form_problems, method_of, setting_problems
 from diffusion_core.search.space import flat_parameters, grid_size, values_to_try, with_numbers
 from diffusion_core.search.sweep import Sweep, SweepError, name_problems
 from pruning.config import methods, unheard
@@ -25,7 +26,7 @@ from pruning.config import methods, unheard
 FOLDER = Path("sweeps")
 """Folder of the sweep files of this project, from its root."""
 
-DECIDE_FIGURES = ("eval.", "data.", "model.class_conditional", "preset")
+DECIDE_FIGURES = ("eval.", "data.", "model.class_conditional", "steps.", "preset")
 """Knobs that decide which figures a trial logs."""
 
 DECIDE_REACH = ("prune.", "model.", "data.", "preset")
@@ -134,15 +135,15 @@ def plugins_of_trials(sweep: SweepFile) -> list[str]:
 
 
 def _unlogged_metric(sweep: SweepFile) -> Iterator[str]:
-    """Check that every trial logs the metric, whatever the sweep chooses for it."""
-    metric = sweep.metric
-    for chosen, trial in sweep.trials(*DECIDE_FIGURES) if metric else ():
-        if not trial.logs(str(metric)):
-            yield (
-                f"metric.name = {metric!r}: a trial{_where(chosen)} does not log it; expected one of "
-                f"{', '.join(trial.logged_figures())}"
-            )
-            return
+    """Check that every trial logs the objectives, whatever the sweep chooses for it. Costs are always logged."""
+    wanted = {each.name: place for place, each in enumerate(sweep.objectives) if each.name not in COSTS}
+    for chosen, trial in sweep.trials(*DECIDE_FIGURES) if wanted else ():
+        expected = ", ".join([*trial.logged_figures(), *(COSTS if sweep.several else ())])
+        for name, place in wanted.items():
+            if not trial.logs(name):
+                key = f"metrics[{place}]" if sweep.several else "metric"
+                yield f"{key}.name = {name!r}: a trial{_where(chosen)} does not log it; expected one of {expected}"
+                return
 
 
 def _out_of_reach(sweep: SweepFile) -> Iterator[str]:
@@ -203,8 +204,9 @@ def _parameter_problems(sweep: SweepFile) -> list[str]:
             right[key] = spec
     if method == "grid" and grid_size(right) > MAX_GRID:
         problems.append(f"parameters: {grid_size(right):,} combinations; expected at most {MAX_GRID:,} for method=grid")
-    if method == "bayes" and not problems and all("value" in spec for spec in right.values()):
-        problems.append("parameters: expected one that varies, for method=bayes to search")
+    search = method_of(method)
+    if search is not None and search.learns and not problems and all("value" in spec for spec in right.values()):
+        problems.append(f"parameters: expected one that varies, for method={method} to search")
     return problems + _value_problems(replace(sweep, parameters=right))
 
 

@@ -11,7 +11,7 @@ from agent.sweep.file import SweepFile
 from agent.tracking.environment import OFFLINE_SWEEP
 from diffusion_core.machine.jobs import Launcher
 from diffusion_core.search.offline import NothingWorks, OfflineSweep
-from diffusion_core.search.results import CSV_FILE, JSON_FILE, table
+from diffusion_core.search.results import CSV_FILE, JSON_FILE, summary
 from diffusion_core.search.state import FAILED
 
 PLOT_FILE = "results.png"
@@ -42,8 +42,7 @@ def run_offline(coordinator: OfflineSweep, count: int | None) -> int:
     except NothingWorks as error:
         print(f"error: {error}", file=sys.stderr)
         records = coordinator.reader.ranked()
-    print(f"\n{sweep.name}: {len(records)} trials" + (f", best {sweep.metric} first" if sweep.metric else ""))
-    print(table(records, sweep.varied, sweep.metric))
+    print(f"\n{summary(sweep, records)}")
     print(f"\n{CSV_FILE}, {JSON_FILE}, sample grids and GIFs: {folder}/")
     print(f"to put it all on W&B: python -m agent.sync {folder}")
     write_ended(folder, folder / NAME, plot=folder / PLOT_FILE)

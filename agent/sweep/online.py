@@ -16,7 +16,7 @@ from agent.sweep.file import SweepFile, check_sweep
 from diffusion_core.config.metrics import best_first
 from diffusion_core.machine.child import in_child
 from diffusion_core.machine.jobs import AgentTasks, Launcher
-from diffusion_core.search.results import TrialRecord, table
+from diffusion_core.search.results import TrialRecord, summary
 from diffusion_core.search.sweep import SweepError
 
 LOGS = Path("runs/agents")
@@ -137,8 +137,7 @@ def run_agents(online: OnlineSweep, sweep: SweepFile, launcher: Launcher, count:
     if not wait:
         return 0
     records = in_child(lambda: _records(path, sweep))
-    print(f"\n{sweep.name}: {len(records)} trials" + (f", best {sweep.metric} first" if sweep.metric else ""))
-    print(table(records, sweep.varied, sweep.metric))
+    print(f"\n{summary(sweep, records)}")
     print(online.url)
     if interrupted:
         return 130

@@ -394,7 +394,8 @@ class StepsConfig(Section):
     truncated_snr for progressive."""
     doublings: Annotated[int, Field(ge=1, le=30)] = 4
     """consistency: stages that each halve the distance between the two noise levels (Geng et al. 2024). Long trainings
-    can use more: with 400 steps on digits, 4 give far better images than 8."""
+    can use more: with 400 steps on digits, 4 give far better images than 8. consistency_distillation: how often it is
+    halved, from the first step on."""
 
     @property
     def wanted(self) -> bool:

@@ -26,6 +26,20 @@ OTHER_GOALS: dict[str, Goal] = {
 }
 """Goals of the figures that ``eval.figures`` does not choose, by name or pattern (``*``)."""
 
+COSTS = {
+    "sample/macs": "MACs of one image",
+    "sample/evaluations": "network evaluations of one image",
+    "sample/seconds": "time of one image (s)",
+    "model/macs": "MACs of one network evaluation",
+    "model/nonzero_macs": "MACs with weights that are not pruned",
+    "model/params": "parameters",
+    "model/nonzero_params": "parameters that are not pruned",
+    "model/latency": "latency of 16 images (ms)",
+    "model/latency_single": "latency of one image (ms)",
+    "model/checkpoint_bytes": "size of the checkpoint (bytes)",
+}
+"""Figures of cost that every finished trial has, smaller is cheaper, and their labels."""
+
 FID_FROM = 2048
 """Fewest images on both sides for which a Fréchet distance in Inception's features is called FID. With fewer, the
 covariance of the 2048 features is singular, and the distance depends mostly on the number of images."""

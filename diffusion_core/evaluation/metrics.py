@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from diffusion_core.evaluation.measure import Reference, Seen
 
 
+MOST_FOR_SVC = 10_000
+"""Most images that a support vector classifier is trained on."""
+
+
 @dataclass(frozen=True)
 class FeatureMetric:
     """A figure of generated images in each feature space of ``eval.extractors``.
@@ -199,6 +203,20 @@ def _synthetic_accuracy(images: Images, real: Real) -> float:
     return accuracy(network, real.dataset.val)
 
 
+def _svc_accuracy(train: Images, test: Images) -> float:
+    """Return the accuracy on some images of a support vector classifier that was trained on others.
+
+    It is scikit-learn's with its defaults, a radial kernel on pixels in [0, 1]. Its time grows with the square of the
+    training images, so of more than ``MOST_FOR_SVC`` it sees evenly spaced ones.
+    """
+    from sklearn.svm import SVC  # Slow to import.
+
+    every = -(-len(train.labels_N) // MOST_FOR_SVC)
+    pixels_ND = train.images_NCHW[::every].flatten(1).numpy() / 255.0
+    network = SVC().fit(pixels_ND, train.labels_N[::every].numpy())
+    return float(network.score(test.images_NCHW.flatten(1).numpy() / 255.0, test.labels_N.numpy()))
+
+
 def class_variance(images: Images, num_classes: int) -> float:
     """Return the variance of pixels within classes: the mean over pixels, channels and classes; NaN without a pair.
 
@@ -249,6 +267,19 @@ METRICS["synthetic_accuracy"] = ImageMetric(
     _synthetic_accuracy,
     "maximize",
     "accuracy on real images of a classifier that was trained on generated ones",
+    labels=True,
+)
+METRICS["svc_agreement"] = ImageMetric(
+    lambda images, real: _svc_accuracy(real.dataset.train, images),
+    "maximize",
+    "share of images that a support vector classifier of real ones assigns to their label",
+    labels=True,
+    split="train",
+)
+METRICS["svc_synthetic_accuracy"] = ImageMetric(
+    lambda images, real: _svc_accuracy(images, real.dataset.val),
+    "maximize",
+    "accuracy on real images of a support vector classifier that was trained on generated ones",
     labels=True,
 )
 METRICS["diversity"] = ImageMetric(

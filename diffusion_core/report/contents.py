@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffusion_core.report.findings import front_of, stages, trial_interval
+from diffusion_core.report.findings import front_of, front_of_objectives, stages, trial_interval
 from diffusion_core.report.pictures import animation_uri, grid_uri
 from diffusion_core.report.study import COSTS, Study, Trial
 from diffusion_core.tables import cell
@@ -55,8 +55,21 @@ def columns_of(study: Study) -> list[Column]:
         name for name in qualities[1:] if 2 * sum(name in trial.figures for trial in study.trials) >= len(study.trials)
     ]
     others = [Column(name, "figure", name in most[:2]) for name in qualities[1:]]
-    costs = [Column(name, "figure", name in SHOWN_COSTS) for name in study.costs()]
+    wanted = {*SHOWN_COSTS, *(each.name for each in study.objectives)}
+    costs = [Column(name, "figure", name in wanted) for name in study.costs()]
     return [*first, *settings, *others, *costs]
+
+
+def front_table(study: Study) -> tuple[list[str], list[list[str]]] | None:
+    """Return names and cells of a table of the trials on the Pareto front of several objectives, or None."""
+    front = front_of_objectives(study)
+    if front is None:
+        return None
+    columns = [Column(each.name, "figure", True) for each in study.objectives]
+    columns += [Column(key, "setting", True) for key in study.varied[:SHOWN_SETTINGS]]
+    trials = [study.trials[index] for index in front.trials]
+    rows = [[trial.name, *(text_of(column.value(trial)) for column in columns)] for trial in trials]
+    return ["trial", *(column.key for column in columns)], rows
 
 
 def ranking(study: Study) -> list[int]:
@@ -113,6 +126,7 @@ def plot_data(study: Study, order: Sequence[int]) -> dict[str, Any]:
         "costs": {key: COSTS[key] for key in costs},
         "cost": study.first_cost(),
         "qualities": qualities,
+        "objectives": [each.name for each in study.objectives],
         "varied": list(study.varied),
         "numeric": [key for key in study.varied if _is_number(trial.settings.get(key) for trial in study.trials)],
         "common": {key: exact(value) for key, value in common.items()},

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
 
-from diffusion_core.report.front import pareto_front
 from diffusion_core.report.intervals import Interval, may_be_equal, mean_interval, wilson
 from diffusion_core.report.study import COUNTED, ENDED, SHARES, Study, Trial, recipe
+from diffusion_core.search.front import pareto_front
+from diffusion_core.search.objectives import Front, front_among, point_of
 from diffusion_core.tables import cell, mean_and_range
 from diffusion_core.tracking import STEP
 
@@ -114,12 +115,18 @@ def equal_to(winner: Candidate, others: Sequence[Candidate]) -> list[Candidate]:
 
 
 def front_of(study: Study, quality: str, cost: str) -> list[int]:
-    """Return the indices of the trials on the Pareto front of a figure of quality against a cost."""
+    """Return the indices of the trials on the Pareto front of a figure of quality against a cost, cheapest first."""
     points = []
     for trial in study.trials:
         good, dear = trial.value(quality), trial.value(cost)
         points.append(None if good is None or dear is None or trial.state == "failed" else (dear, good))
-    return pareto_front(points, study.goals[quality])
+    return pareto_front(points, ["minimize", study.goals[quality]])
+
+
+def front_of_objectives(study: Study) -> Front | None:
+    """Return the Pareto front of a study's objectives; None if it has none, or no trial has all of them."""
+    points = [None if trial.state == "failed" else point_of(trial.figures, study.objectives) for trial in study.trials]
+    return front_among(points, study.objectives) if study.objectives and any(points) else None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import yaml
 
 from diffusion_core.config import ConfigError
 from diffusion_core.config.metrics import Goal, goal_of
-from diffusion_core.report.study import CHAIN, REMAINING, RUNS, SECONDS, SWEEP, Study, Trial, differing
+from diffusion_core.report.study import CHAIN, COSTS, REMAINING, RUNS, SECONDS, SWEEP, Study, Trial, differing
 from diffusion_core.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -31,11 +31,12 @@ from diffusion_core.run_folder import (
     run_folders,
     without_step,
 )
+from diffusion_core.search.objectives import objectives_of
 from diffusion_core.tracking import STEP
 
 ROUNDS = "rounds"
 """Folder with the rounds of a chain of tickets, in the chain's own."""
-COST_FIGURES = ("model/", "prune/")
+COST_FIGURES = ("model/", "prune/", "sample/")
 PREFERRED = ("eval/class_agreement", "val/loss")
 """Metrics of runs that belong to no sweep, if ``checkpoint.best_metric`` was not measured."""
 CLOCK_S = 2.0
@@ -98,7 +99,16 @@ def _read_sweep(folder: Path) -> Study:
 
 
 def metric_of(sweep: Mapping[str, Any]) -> dict[str, Any]:
-    """Return metric and goals of a study from a sweep's configuration, which knows the goals of plugins' figures."""
+    """Return metric, goals and objectives of a study from a sweep's configuration.
+
+    It knows the goals of figures that plugins add.
+    """
+    several = sweep.get("metrics")
+    if isinstance(several, list) and all(isinstance(each, Mapping) and "name" in each for each in several):
+        objectives = objectives_of({"metrics": several})
+        qualities = [each for each in objectives if each.name not in COSTS]
+        goals = {"goals": {each.name: each.goal for each in qualities}, "objectives": objectives}
+        return goals | ({"metric": qualities[0].name} if qualities else {})
     named = sweep.get("metric")
     if not isinstance(named, Mapping) or "name" not in named:
         return {}

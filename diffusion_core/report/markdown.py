@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffusion_core.files import replaced_file, write_text
-from diffusion_core.report.contents import columns_of, ranking, text_of
+from diffusion_core.report.contents import columns_of, front_table, ranking, text_of
 from diffusion_core.report.findings import candidates, equal_to, front_of, trial_interval
 from diffusion_core.report.importance import importances
 from diffusion_core.report.pictures import shrunk
@@ -44,6 +44,9 @@ def write_markdown(study: Study, path: Path) -> None:
         lines += [f"- {escaped(key)}: {escaped(words)}" for key, words in study.searched.items()] + [""]
     lines += [f"**{escaped(headline(study, winner))}**", ""]
     lines += [line for note in notes(study, winner, ranked, equal) for line in (escaped(note), "")]
+    if (front := front_table(study)) is not None:
+        head, *rows = [[escaped(text) for text in row] for row in (front[0], *front[1])]
+        lines += ["## Pareto front", "", *markdown_table(head, rows), ""]
     if winner is not None:
         commands = [text for text in (winner.best.reproduce, winner.best.sample) if text]
         # A fence longer than any in the commands cannot be closed by them.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_core.files import sha256, write_text
-from diffusion_core.report.contents import Column, columns_of, plot_data, ranking, script_json, text_of
+from diffusion_core.report.contents import Column, columns_of, front_table, plot_data, ranking, script_json, text_of
 from diffusion_core.report.findings import Candidate, candidates, equal_to
 from diffusion_core.report.importance import importances
 from diffusion_core.report.markdown import write_markdown
@@ -53,6 +53,7 @@ def render(study: Study) -> str:
         order=order,
         importance=importances(study),
         pair=_pair(study),
+        front=front_table(study),
         kind=study.kind,
         running=study.running,
         refresh=REFRESH_SECONDS,

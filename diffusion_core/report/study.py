@@ -10,8 +10,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from diffusion_core.config import metrics
 from diffusion_core.config.metrics import Goal
 from diffusion_core.redact import redacted
+from diffusion_core.search.objectives import Objective
 
 SEED = "seed"
 SECONDS = "seconds"
@@ -19,14 +21,8 @@ REMAINING = "remaining"
 """Figure of a pruned network: share of the prunable weights or channels that is left, 1 - ``prune/sparsity``."""
 
 COSTS = {
-    "model/macs": "MACs of one network evaluation",
-    "model/nonzero_macs": "MACs with weights that are not pruned",
-    "model/params": "parameters",
-    "model/nonzero_params": "parameters that are not pruned",
-    "model/latency": "latency of 16 images (ms)",
-    "model/latency_single": "latency of one image (ms)",
+    **metrics.COSTS,
     "model/peak_memory": "peak memory of 16 images (bytes)",
-    "model/checkpoint_bytes": "size of the checkpoint (bytes)",
     SECONDS: "wall time of the trial (s)",
     REMAINING: "share of weights that remain",
 }
@@ -113,6 +109,7 @@ class Study:
         goals: which way each figure is better; figures without an entry are no measures of quality.
         trials: all trials, in the order of their creation.
         varied: settings that differ between trials, the searched ones first.
+        objectives: the figures that a search with several of them made better; else none.
         running: whether more is to come.
         links: web addresses by their labels.
     """
@@ -125,6 +122,7 @@ class Study:
     metric: str | None = None
     goals: Mapping[str, Goal] = field(default_factory=dict)
     varied: Sequence[str] = ()
+    objectives: Sequence[Objective] = ()
     running: bool = False
     links: Mapping[str, str] = field(default_factory=dict)
 
@@ -145,14 +143,17 @@ class Study:
         return [name for name in dict.fromkeys([self.metric, *found]) if name in found]
 
     def costs(self) -> list[str]:
-        """Return the costs that a trial has."""
-        return [name for name in COSTS if any(trial.value(name) is not None for trial in self.trials)]
+        """Return the costs that a trial has: those that are objectives first."""
+        first = [each.name for each in self.objectives if each.name in COSTS]
+        names = dict.fromkeys([*first, *COSTS])
+        return [name for name in names if any(trial.value(name) is not None for trial in self.trials)]
 
     def first_cost(self) -> str | None:
         """Return the cost that plots show at first: one that tells trials apart, if there is one."""
         costs = self.costs()
         values = {name: [trial.value(name) for trial in self.trials] for name in costs}
-        telling = [name for name in FIRST_COSTS if name in costs and len(set(values[name]) - {None}) > 1]
+        wanted = dict.fromkeys([*(each.name for each in self.objectives), *FIRST_COSTS])
+        telling = [name for name in wanted if name in costs and len(set(values[name]) - {None}) > 1]
         # Without masks, the weights that are not pruned are all weights.
         same = [name for name in telling if values[name] == values.get(name.replace("nonzero_", ""))]
         preferred = [name for name in telling if "nonzero_" not in name or name not in same]

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from diffusion_core.report.findings import Candidate
+from diffusion_core.report.findings import Candidate, front_of_objectives
 from diffusion_core.report.study import ENDED, SHARES, Study
+from diffusion_core.search.objectives import goals_in_words
+from diffusion_core.tables import cell
 
 BETTER = {"minimize": "lower is better", "maximize": "higher is better"}
 
 
 def headline(study: Study, winner: Candidate | None) -> str:
-    """Return the result in one sentence, with its uncertainty."""
+    """Return the result in one sentence: the Pareto front of several objectives, or the winner with its uncertainty."""
+    if (front := front_of_objectives(study)) is not None:
+        count = f"{len(front.trials)} of {len(study.trials)} trials"
+        return f"{count} are on the Pareto front of {goals_in_words(study.objectives)}."
+    return best_in_words(study, winner)
+
+
+def best_in_words(study: Study, winner: Candidate | None) -> str:
+    """Return which trial is the best by the metric, with its uncertainty, in one sentence."""
     if winner is None or study.metric is None:
         return f"No trial has a value of {study.metric} yet." if study.metric else "No figure of quality was measured."
     step = f" at step {winner.best.step:,}" if winner.best.step is not None else ""
@@ -21,9 +31,14 @@ def headline(study: Study, winner: Candidate | None) -> str:
 
 def notes(study: Study, winner: Candidate | None, ranked: Sequence[Candidate], equal: Sequence[Candidate]) -> list[str]:
     """Return what a reader must know to judge the headline."""
-    if winner is None or study.metric is None:
-        return []
     found = []
+    if (front := front_of_objectives(study)) is not None:
+        ends = zip(study.objectives, front.reference, strict=True)
+        reference = ", ".join(f"{each.name} {cell(end)}" for each, end in ends)
+        found.append(f"It dominates a hypervolume of {front.volume:.6g}, measured from {reference}.")
+        found += [best_in_words(study, winner)] if winner is not None else []
+    if winner is None or study.metric is None:
+        return found
     others, unmeasured = len(ranked) - 1, sum(other.interval is None for other in ranked)
     if others and winner.interval is None:
         found.append(

@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 
 from diffusion_core.randomness import stream_seed
+from diffusion_core.registries import SEARCHES
+from diffusion_core.search.method import SearchMethod
+from diffusion_core.search.objectives import Objective
 
 SEARCH_SEED = 0
 AT_ONCE = 16
@@ -44,7 +47,7 @@ def past_run(name: str, parameters: Mapping[str, Any], state: str, summary: Mapp
         name: the trial's id.
         parameters: what the engine suggested.
         state: ``running``, ``finished`` or ``failed``.
-        summary: the best value of each figure.
+        summary: the best value of each figure of quality, and the last one of every other figure.
         history: rows of figures.
     """
     return _call(
@@ -114,6 +117,31 @@ def doomed(config: Mapping[str, Any], runs: Sequence[Any]) -> set[str]:
     return {run.name for run in _call("stop_runs", dict(config), list(runs))}
 
 
+def doomed_by_all(config: Mapping[str, Any], objectives: Sequence[Objective], runs: Sequence[Any]) -> set[str]:
+    """Return the names of the running trials that early termination stops by each objective that trials log meanwhile.
+
+    A trial that is good in one of them goes on. An objective that is known only at the end, such as ``sample/macs``,
+    has no say.
+    """
+    logged = {name for run in runs for row in run.history for name in row}
+    named = [{"name": each.name, "goal": each.goal} for each in objectives if each.name in logged]
+    # A single metric may say more than its name and goal. The engine does not know the methods of others.
+    found = [doomed({"metric": metric, **config, "method": "random"}, runs) for metric in named]
+    return set.intersection(*found) if found else set()
+
+
+def quantile(key: str, spec: Mapping[str, Any], share: float) -> Any:
+    """Return the value of a parameter that a share of its distribution is below.
+
+    Args:
+        key: the parameter.
+        spec: its range and distribution.
+        share: in [0, 1].
+    """
+    parameter = importlib.import_module("sweeps.params").HyperParameter(key, dict(spec))
+    return plain(parameter.ppf(share))
+
+
 def bands(early_terminate: Mapping[str, Any]) -> list[int]:
     """Return the bands of hyperband: a running trial is judged once it has logged the metric more often than a band.
 
@@ -136,3 +164,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(entry) for entry in value]
     return value.item() if isinstance(value, np.generic) else value
+
+
+for _name, _help, _learns in (
+    ("grid", "every combination of the values, in order", False),
+    ("random", "draws each parameter by itself", False),
+    ("bayes", "a Gaussian process of one metric", True),
+):
+    SEARCHES[_name] = SearchMethod(
+        lambda request: Search(request.config), f"{_help} (W&B's engine)", learns=_learns, on_server=True
+    )

@@ -1,4 +1,4 @@
-"""Run a sweep without a server: W&B's search engine suggests trials, and a launcher runs several at once.
+"""Run a sweep without a server: a search suggests trials, as W&B's own engine does, and a launcher runs several.
 
 They are processes of this machine, or jobs of a cluster, which outlive this process.
 
@@ -8,6 +8,8 @@ runs/sweeps/NAME/
     sweep.json                   the sweep and the state of its trials
     trials/ID/                   the folder of each trial, with its offline W&B run
     ID-samples.png, ID-diffusion.gif, results.csv, results.json
+    front.json                   the Pareto front, if there are several objectives
+    optuna.journal               the study of a search by Optuna
 """
 
 from __future__ import annotations
@@ -104,8 +106,8 @@ class OfflineSweep:
         self.folder = folder
         self.environment = environment
         self.state = SweepState(sweep, folder)
-        self.reader = TrialReader(self.state, sweep.metric)
-        self.search = engine.Search(sweep.engine_config())
+        self.reader = TrialReader(self.state, sweep.metric, sweep.objectives)
+        self.search = sweep.search(folder)
         self.launcher: Launcher = launcher or LAUNCHERS["local"].make(shares(jobs), None)
         self.progress = SweepProgress(sweep, self.state, self.reader, self.launcher.slots)
         self.running: list[Running] = []
@@ -145,7 +147,7 @@ class OfflineSweep:
                     time.sleep(POLL_SECONDS)
                     ended += self._end_trials(interrupted=bool(received))
                     self._stop_bad_trials()
-            write_results(self.folder, self.reader.ranked())
+            write_results(self.folder, self.reader.ranked(), self.sweep.objectives)
         if received:
             raise KeyboardInterrupt
         if hopeless(ended):
@@ -206,7 +208,7 @@ class OfflineSweep:
         Raises:
             ConfigError: if the launcher would refuse it.
         """
-        parameters = self.search.suggest([], list) or {}
+        parameters = self.sweep.search().suggest([], list) or {}  # Nothing is written into the sweep's folder.
         return self.launcher.preview(self._task(Trial(self._trial_id(1), parameters), write=False))
 
     def _trial_id(self, number: int) -> str:
@@ -287,7 +289,8 @@ class OfflineSweep:
         sizes = [self.reader.history_bytes(running.trial) for running in self.running]
         if sizes == [running.history_bytes for running in self.running]:
             return
-        doomed = engine.doomed(self.sweep.engine_config(), self.reader.engine_runs())
+        sweep = self.sweep
+        doomed = engine.doomed_by_all(sweep.engine_config(), sweep.objectives, self.reader.engine_runs())
         for running, size in zip(self.running, sizes, strict=True):
             running.history_bytes = size
             if running.trial.id in doomed and running.trial.state in (RUNNING, SUBMITTED):
@@ -304,12 +307,15 @@ class OfflineSweep:
 
 def first_trials(sweep: Sweep) -> Iterator[dict[str, Any]]:
     """Yield the parameters that the search engine suggests first, before any trial has ended."""
+    search = sweep.search()
+    past: list[dict[str, Any]] = []
     runs: list[Any] = []
     while sweep.total is None or len(runs) < sweep.total:
-        parameters = engine.suggest(sweep.engine_config(), runs)
+        parameters = search.suggest(past, lambda: runs)
         if parameters is None:
             return
         yield parameters
+        past.append(parameters)
         runs.append(engine.past_run(str(len(runs)), parameters, "running", {}, []))
 
 

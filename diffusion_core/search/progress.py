@@ -85,6 +85,8 @@ class SweepProgress:
         return f"failed{how} and runs once more" if trial.failures else "interrupted"
 
     def _rank(self, trial: Trial) -> list[str]:
+        if self.sweep.several:
+            return self._objectives(trial)
         metric = self.sweep.metric
         if metric is None:
             return []
@@ -98,3 +100,10 @@ class SweepProgress:
         rank = bisect_left(self._places, self._placed[trial.id]) + 1
         measured = bisect_left(self._places, place(None, self.sweep.maximize))
         return [f"{metric} {figures[metric]:.4g}", f"rank {rank} of {measured}"]
+
+    def _objectives(self, trial: Trial) -> list[str]:
+        """Return the objectives of a trial, and whether it is on the Pareto front so far."""
+        own = next(record for record in self.reader.ranked() if record.id == trial.id)
+        shown = [each.name for each in self.sweep.objectives if each.name in own.figures]
+        figures = [f"{name} {own.figures[name]:.4g}" for name in shown]
+        return [*figures, *(["on the front"] if own.front else [])]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion_core.config.metrics import goal_of, goals
+from diffusion_core.config.metrics import COSTS, goal_of, goals
 from diffusion_core.messages import shortened
+from diffusion_core.registries import SEARCHES
 from diffusion_core.search import engine
+from diffusion_core.search.method import SearchMethod
+from diffusion_core.search.objectives import objective_goal
 from diffusion_core.search.space import trials_of
 
-METHODS = ("grid", "random", "bayes")
 EXPONENTS = ("log_uniform", "inv_log_uniform", "q_log_uniform")
 """Distributions whose ends are exponents of e. W&B advises against them, and accepts them."""
 EXPECTED = {"early_terminate": "type: hyperband, with min_iter: alone, or with max_iter: > eta and a whole number s:"}
@@ -20,13 +24,17 @@ EXPECTED = {"early_terminate": "type: hyperband, with min_iter: alone, or with m
 def setting_problems(config: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with everything but the parameters."""
     problems: list[str] = []
-    if config.get("method") not in METHODS:
-        problems.append(f"method = {config.get('method')!r}: expected one of {', '.join(METHODS)}")
-    problems += _metric_problems(config)
+    method = method_of(config.get("method"))
+    if method is None:
+        problems.append(f"method = {config.get('method')!r}: expected one of {', '.join(SEARCHES)}")
+    elif method.package is not None and importlib.util.find_spec(method.package) is None:
+        needed = f'needs {method.package}: pip install "diffusion-sweeps[{method.package}]"'
+        problems.append(f"method = {config['method']!r}: {needed}")
+    problems += _metric_problems(config) if config.get("metrics") is None else _objective_problems(config, method)
     run_cap = config.get("run_cap")
     if run_cap is not None and (not isinstance(run_cap, int) or isinstance(run_cap, bool) or run_cap < 1):
         problems.append(f"run_cap = {run_cap!r}: expected an integer >= 1")
-    checked = {"method", "metric", "run_cap", "command", "parameters", "early_terminate"}
+    checked = {"method", "metric", "metrics", "run_cap", "command", "parameters", "early_terminate"}
     for key, value in config.items():
         if key not in checked:
             problems += violations(key, value, {key: value})
@@ -51,7 +59,8 @@ def _metric_problems(config: Mapping[str, Any]) -> list[str]:
     metric = config.get("metric")
     example = "expected name: and goal:, such as {name: val/loss, goal: minimize}"
     if metric is None:
-        needed_by = [f"method={config.get('method')}"] if config.get("method") == "bayes" else []
+        method = method_of(config.get("method"))
+        needed_by = [f"method={config.get('method')}"] if method is not None and method.learns else []
         needed_by += ["early_terminate"] if "early_terminate" in config else []
         return [f"metric = None: {example}; {' and '.join(needed_by)} cannot do without"] if needed_by else []
     if not isinstance(metric, Mapping):
@@ -64,13 +73,52 @@ def _metric_problems(config: Mapping[str, Any]) -> list[str]:
     return violations("metric", metric, {"metric": metric})
 
 
+def _objective_problems(config: Mapping[str, Any], method: SearchMethod | None) -> list[str]:
+    """Return what is wrong with ``metrics:``, the objectives of a sweep."""
+    given = config["metrics"]
+    if config.get("metric") is not None:
+        return ["metric, metrics: expected one of them; metrics: lists several objectives"]
+    example = "[{name: eval/class_agreement, goal: maximize}, {name: sample/macs, goal: minimize}]"
+    if not isinstance(given, list) or len(given) < 2 or not all(isinstance(each, Mapping) for each in given):
+        return [f"metrics = {shortened(given)}: expected a list of two or more, such as {example}; one is a metric:"]
+    problems = [problem for place, each in enumerate(given) for problem in _one_objective(f"metrics[{place}]", each)]
+    names = [each.get("name") for each in given]
+    problems += [f"metrics = {name!r}: is there twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    if method is not None and method.learns and not method.several:
+        able = ", ".join(name for name, other in SEARCHES.items() if other.several or not other.learns)
+        problems.append(f"method = {config['method']!r}: learns from one metric; with metrics: expected one of {able}")
+    if "early_terminate" in config and not problems and all(name in COSTS for name in names):
+        problems.append("early_terminate: no objective is known while a trial runs; drop it")
+    return problems
+
+
+def _one_objective(key: str, given: Mapping[str, Any]) -> list[str]:
+    name, goal, limit = given.get("name"), given.get("goal"), given.get("limit")
+    better = objective_goal(name) if isinstance(name, str) else None
+    if better is None:
+        return [f"{key}.name = {name!r}: expected one of {', '.join([*goals(), *COSTS])}"]
+    if goal != better:
+        return [f"{key}.goal = {goal!r}: expected {better}, which is the better way for {name}"]
+    numbers = isinstance(limit, int | float) and not isinstance(limit, bool)
+    if limit is not None and not (numbers and math.isfinite(limit)):
+        return [f"{key}.limit = {limit!r}: expected a number, the worst {name} that is of use"]
+    unknown = [word for word in given if word not in ("name", "goal", "limit")]
+    return [f"{key}.{unknown[0]} = {shortened(given[unknown[0]])}: expected name:, goal: or limit:"] if unknown else []
+
+
+def method_of(name: Any) -> SearchMethod | None:
+    """Return the search method of a name, or None if there is none."""
+    return SEARCHES[name] if isinstance(name, str) and name in SEARCHES else None
+
+
 def form_problems(key: str, spec: Any, method: Any) -> list[str]:
     """Return what is wrong with the form of one parameter."""
     wrong = violations(key, spec, {"parameters": {key: spec}})
     if wrong:
         return wrong
-    if method == "bayes" and "probabilities" in spec:
-        return [f"{key} = {shortened(spec)}: expected values: without probabilities:, which method=bayes cannot use"]
+    record = method_of(method)
+    if record is not None and record.learns and "probabilities" in spec:
+        return [f"{key} = {shortened(spec)}: expected values: without probabilities:, which method={method} cannot use"]
     if method == "grid" and trials_of(spec) is None:
         return [f"{key} = {shortened(spec)}: expected value: or values:, which method=grid needs"]
     return []

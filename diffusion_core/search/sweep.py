@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from diffusion_core.config import ConfigError
+from diffusion_core.config.metrics import COSTS
 from diffusion_core.messages import shortened
+from diffusion_core.registries import SEARCHES
 from diffusion_core.search.macros import TrialCommand
+from diffusion_core.search.method import Search, SearchMethod, SearchRequest
+from diffusion_core.search.objectives import Objective, objectives_of
 from diffusion_core.search.space import grid_size
 
 MAX_NAME_BYTES = 200
@@ -38,13 +42,23 @@ class Sweep:
 
     @property
     def metric(self) -> str | None:
-        """Name of the metric, or None."""
-        return self.config.get("metric", {}).get("name")
+        """Name of the metric; of several objectives, the first that is a figure of quality; None if there is none."""
+        return next((each.name for each in self.objectives if each.name not in COSTS), None)
+
+    @property
+    def objectives(self) -> list[Objective]:
+        """The figures that trials are judged by: one of ``metric:``, several of ``metrics:``, or none."""
+        return objectives_of(self.config)
+
+    @property
+    def several(self) -> bool:
+        """Whether trials are judged by several figures, so that there is no best trial, but a Pareto front."""
+        return len(self.objectives) > 1
 
     @property
     def maximize(self) -> bool:
         """Whether larger values of the metric are better."""
-        return self.config.get("metric", {}).get("goal") == "maximize"
+        return next((each.goal for each in self.objectives if each.name == self.metric), None) == "maximize"
 
     @property
     def target(self) -> float | None:
@@ -86,6 +100,26 @@ class Sweep:
         """Return the configuration for W&B's search engine: parameters flat, and no settings of the server."""
         known = ("method", "metric", "early_terminate")
         return {key: self.config[key] for key in known if key in self.config} | {"parameters": self.parameters}
+
+    def check_on_server(self) -> None:
+        """Check that W&B's server can run this sweep.
+
+        Raises:
+            SweepError: if it does not know the search method, or several objectives.
+        """
+        method: SearchMethod = SEARCHES[self.config["method"]]
+        if self.several or not method.on_server:
+            what = "metrics" if self.several else f"method = {self.config['method']!r}"
+            raise SweepError(f"{what}: not known to W&B's server; add --offline")
+
+    def search(self, folder: Path | None = None) -> Search:
+        """Return the search of this sweep.
+
+        Args:
+            folder: the sweep's folder, where the search may keep its state; None: it is asked only for a preview.
+        """
+        method: SearchMethod = SEARCHES[self.config["method"]]
+        return method.make(SearchRequest(self.engine_config(), self.objectives, folder, self.total))
 
 
 def name_problems(name: str) -> list[str]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 from diffusion_core.config.metrics import best_first, is_better
 from diffusion_core.machine.job import read_note
 from diffusion_core.run_folder import HISTORY_FILE, RESULT_FILE, SAMPLES, best_figures, read_history
 from diffusion_core.search import engine
-from diffusion_core.search.results import TrialRecord
+from diffusion_core.search.objectives import Objective
+from diffusion_core.search.results import TrialRecord, by_front
 from diffusion_core.search.state import (
     DONE,
     FAILED,
@@ -34,11 +36,13 @@ class TrialReader:
     Args:
         state: state of the sweep.
         metric: the figure that trials are sorted by, or None.
+        objectives: if there are several, trials are sorted by their Pareto front instead.
     """
 
-    def __init__(self, state: SweepState, metric: str | None) -> None:
+    def __init__(self, state: SweepState, metric: str | None, objectives: Sequence[Objective] = ()) -> None:
         self.state = state
         self.metric = metric
+        self.objectives = objectives
         self._ended_runs: dict[str, Any] = {}
         self._ended_records: dict[str, TrialRecord] = {}
 
@@ -59,7 +63,8 @@ class TrialReader:
         if trial.id in self._ended_runs:
             return self._ended_runs[trial.id]
         history = read_history(self.state.trial_folder(trial))
-        run = engine.past_run(trial.id, trial.parameters, ENGINE_STATES[trial.state], best_figures(history), history)
+        figures = best_figures(history) | dict(self._result(trial).get("figures", {}))
+        run = engine.past_run(trial.id, trial.parameters, ENGINE_STATES[trial.state], figures, history)
         if trial.state in DONE:
             self._ended_runs[trial.id] = run
         return run
@@ -69,7 +74,9 @@ class TrialReader:
         return [self.record(trial) for trial in self.state.trials]
 
     def ranked(self) -> list[TrialRecord]:
-        """Return the results of all trials, best first."""
+        """Return the results of all trials, best first; with several objectives, those on the front first."""
+        if len(self.objectives) > 1:
+            return by_front(self.records(), self.objectives)
         return best_first(self.records(), self.metric, lambda record: record.figures)
 
     def reached(self, target: float | None) -> bool:
@@ -84,9 +91,7 @@ class TrialReader:
         if trial.id in self._ended_records:
             return self._ended_records[trial.id]
         folder = self.state.trial_folder(trial)
-        result: dict[str, Any] = {}
-        if self.has_result(trial):
-            result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+        result = self._result(trial)
         record = TrialRecord(
             id=trial.id,
             state=trial.state,
@@ -100,6 +105,13 @@ class TrialReader:
         if trial.state in DONE:
             self._ended_records[trial.id] = record
         return record
+
+    def _result(self, trial: Trial) -> dict[str, Any]:
+        """Return the result of a trial; empty if it has none."""
+        if not self.has_result(trial):
+            return {}
+        result: dict[str, Any] = json.loads((self.state.trial_folder(trial) / RESULT_FILE).read_text(encoding="utf-8"))
+        return result
 
     def copy_pictures(self, trial: Trial) -> None:
         """Copy the newest images of a trial beside the results."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from diffusion_core.config import StepsConfig
 from diffusion_core.diffusion.objective import Objective
 from diffusion_core.registries import STEP_METHODS
-from diffusion_core.step_distillation.consistency import ConsistencyTuning
+from diffusion_core.step_distillation.consistency import ConsistencyDistillation, ConsistencyTuning
 from diffusion_core.step_distillation.progressive import ProgressiveDistillation
 from diffusion_core.step_distillation.teaching import Lesson
 
@@ -58,6 +58,14 @@ STEP_METHODS["consistency"] = StepMethod(
     stages=lambda steps: [steps.target],
     knobs=frozenset({"doublings"}),
     has_teacher=lambda guidance: guidance != 1.0,
+)
+STEP_METHODS["consistency_distillation"] = StepMethod(
+    ConsistencyDistillation,
+    "the same along the paths of a teacher, which scatter less than those of the data (Song et al. 2023)",
+    sampler="consistency",
+    stages=lambda steps: [steps.target],
+    knobs=frozenset({"doublings"}),
+    has_teacher=lambda guidance: True,
 )
 STEP_METHODS["progressive"] = StepMethod(
     ProgressiveDistillation,

@@ -33,6 +33,9 @@ GOOD: dict[str, Any] = {
     "parameters": {"preset": {"value": "digits"}, "train.lr": {"values": [0.1, 0.01]}},
 }
 
+TWO = [{"name": "val/loss", "goal": "minimize"}, {"name": "sample/macs", "goal": "minimize"}]
+"""Objectives, one of them a cost."""
+
 
 def changed(**changes: Any) -> dict[str, Any]:
     """The good sweep with some settings replaced (None: left out) and parameters added."""
@@ -92,7 +95,7 @@ def test_a_sweep_file_is_right_and_every_value_in_it_is_tried(path: Path, monkey
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_first_suggestion_for_a_sweep_file_is_a_configuration(path: Path) -> None:
     loaded = load_sweep(path)
-    parameters = engine.suggest(loaded.engine_config(), [])
+    parameters = loaded.search().suggest([], list)
     assert parameters is not None
     assert set(parameters) == set(loaded.parameters)
     build_config(parameters)
@@ -411,6 +414,70 @@ WRONG: dict[str, tuple[Any, list[str]]] = {
     "command as a number": (changed(command=3), ["command = 3: expected a list that ends in ${args}"]),
     "unknown method": (changed(method="gird"), ["method = 'gird': expected one of grid, random, bayes"]),
     "method for a server of one's own": (changed(method="custom"), ["method = 'custom': expected one of grid, random"]),
+    "several objectives and one": (
+        changed(metrics=TWO),
+        ["metric, metrics: expected one of them"],
+    ),
+    "several objectives that are one": (
+        changed(metric=None, metrics=TWO[:1]),
+        ["metrics = [{'name': 'val/loss'", "expected a list of two or more", "one is a metric:"],
+    ),
+    "an objective without a name": (
+        changed(metric=None, metrics=[TWO[0], {"goal": "minimize"}]),
+        ["metrics[1].name = None: expected one of train/loss, val/loss"],
+    ),
+    "an objective that is no figure": (
+        changed(metric=None, metrics=[TWO[0], {"name": "sample/mac", "goal": "minimize"}]),
+        ["metrics[1].name = 'sample/mac': expected one of train/loss, val/loss", "sample/macs"],
+    ),
+    "an objective the wrong way": (
+        changed(metric=None, metrics=[TWO[0], {"name": "sample/macs", "goal": "maximize"}]),
+        ["metrics[1].goal = 'maximize': expected minimize, which is the better way for sample/macs"],
+    ),
+    "an objective without a goal": (
+        changed(metric=None, metrics=[TWO[0], {"name": "sample/macs"}]),
+        ["metrics[1].goal = None: expected minimize"],
+    ),
+    "a limit that is no number": (
+        changed(metric=None, metrics=[TWO[0], TWO[1] | {"limit": "2e6"}]),
+        ["metrics[1].limit = '2e6': expected a number, the worst sample/macs that is of use"],
+    ),
+    "a target of several objectives": (
+        changed(metric=None, metrics=[TWO[0], TWO[1] | {"target": 5}]),
+        ["metrics[1].target = 5: expected name:, goal: or limit:"],
+    ),
+    "an objective twice": (
+        changed(metric=None, metrics=[TWO[0], TWO[0]]),
+        ["metrics = 'val/loss': is there twice"],
+    ),
+    "several objectives for a method of one": (
+        changed(metric=None, metrics=TWO, method="bayes"),
+        ["method = 'bayes': learns from one metric; with metrics: expected one of grid, random, tpe, nsga2"],
+    ),
+    "an objective that no trial logs": (
+        changed(metric=None, metrics=[{"name": "eval/kd_inception_200_train", "goal": "minimize"}, TWO[1]]),
+        ["metrics[0].name = 'eval/kd_inception_200_train': a trial does not log it", "val/loss", "sample/macs"],
+    ),
+    "an objective that students do not log": (
+        changed(metric=None, metrics=TWO, add={"steps.method": {"values": ["none", "consistency"]}}),
+        ["metrics[0].name = 'val/loss': a trial with steps.method=consistency does not log it"],
+    ),
+    "early termination without a figure to judge by": (
+        changed(
+            metric=None,
+            metrics=[TWO[1], {"name": "model/params", "goal": "minimize"}],
+            early_terminate={"type": "hyperband", "min_iter": 2},
+        ),
+        ["early_terminate: no objective is known while a trial runs"],
+    ),
+    "a search that learns without an objective": (
+        changed(method="tpe", metric=None),
+        ["metric = None", "method=tpe cannot do without"],
+    ),
+    "probabilities for a search that learns": (
+        changed(method="nsga2", add={"seed": {"values": [1, 2], "probabilities": [0.5, 0.5]}}),
+        ["seed = ", "without probabilities:, which method=nsga2 cannot use"],
+    ),
     "method as a list": (changed(method=["grid"]), ["method = ['grid']: expected one of grid, random, bayes"]),
     "no method": (changed(method=None), ["method = None: expected one of grid, random, bayes"]),
     "bayes with probabilities": (

@@ -7,12 +7,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
+from sklearn.svm import SVC
 from tiny import digits, tiny_config, tiny_network
 
 from diffusion_core.config import DataConfig
 from diffusion_core.config.metrics import Part, count_name, goal_of, goals, is_better, space_figure, space_name
 from diffusion_core.data.datasets import Images
-from diffusion_core.evaluation import validation
+from diffusion_core.evaluation import metrics, validation
 from diffusion_core.evaluation.metrics import Real, class_variance
 from diffusion_core.evaluation.validation import by_timestep, validation_loss, validation_losses
 from diffusion_core.model.unet import build_network
@@ -144,3 +147,36 @@ def test_diversity_is_the_variance_within_classes() -> None:
     assert record.compute(Images(first.repeat(3, 1, 1, 1), torch.arange(10).repeat(3)), compared) == 0.0
     assert math.isnan(record.compute(Images(first, torch.arange(10)), compared))
     assert record.goals("diversity") == {"eval/diversity_*": "maximize"}
+
+
+def test_support_vectors_judge_images_and_are_trained_on_them() -> None:
+    """A judge that is no network: real images pass, wrong labels do not, and a class without images costs its share."""
+    dataset = digits()
+    train, val = dataset.train, dataset.val
+    real = Real(dataset, DataConfig(name="digits"), torch.device("cpu"))
+    agreement, accuracy = METRICS["svc_agreement"], METRICS["svc_synthetic_accuracy"]
+    judge = make_pipeline(FunctionTransformer(lambda pixels: pixels / 255.0), SVC(C=1.0, kernel="rbf", gamma="scale"))
+    judge.fit(train.images_NCHW.reshape(len(train.labels_N), -1).numpy(), train.labels_N.numpy())
+    expected = judge.score(val.images_NCHW.reshape(len(val.labels_N), -1).numpy(), val.labels_N.numpy())
+    assert agreement.compute(val, real) == accuracy.compute(train, real) == pytest.approx(expected)
+    assert expected > 0.97
+    shifted = Images(val.images_NCHW, (val.labels_N + 1) % 10)
+    assert agreement.compute(shifted, real) < 0.03
+    kept = train.labels_N != 3
+    without = Images(train.images_NCHW[kept], train.labels_N[kept])
+    lost = (val.labels_N == 3).float().mean().item()
+    assert accuracy.compute(without, real) == pytest.approx(expected - lost, abs=0.02)
+    assert agreement.goals("svc_agreement") == {"eval/svc_agreement_*": "maximize"}
+    assert accuracy.goals("svc_synthetic_accuracy") == {"eval/svc_synthetic_accuracy_*": "maximize"}
+
+
+def test_of_very_many_images_support_vectors_see_evenly_spaced_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = digits()
+    real = Real(dataset, DataConfig(name="digits"), torch.device("cpu"))
+    monkeypatch.setattr(metrics, "MOST_FOR_SVC", 400)
+    every = math.ceil(len(dataset.train.labels_N) / 400)
+    part = Images(dataset.train.images_NCHW[::every], dataset.train.labels_N[::every])
+    seen = METRICS["svc_synthetic_accuracy"].compute(dataset.train, real)
+    monkeypatch.undo()
+    assert seen == METRICS["svc_synthetic_accuracy"].compute(part, real)
+    assert seen < METRICS["svc_synthetic_accuracy"].compute(dataset.train, real)

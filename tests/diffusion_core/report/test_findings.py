@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from diffusion_core.report.findings import candidates, equal_to, front_of, stages, trial_interval
-from diffusion_core.report.front import pareto_front
 from diffusion_core.report.importance import importances
 from diffusion_core.report.study import Study, Trial, differing, recipe
 from diffusion_core.report.words import headline, notes
 
 METRIC = "eval/class_agreement"
-
-
-@pytest.mark.parametrize("goal", ["minimize", "maximize"])
-@pytest.mark.parametrize("seed", range(40))
-def test_the_front_is_what_nothing_beats(goal: Literal["minimize", "maximize"], seed: int) -> None:
-    draw = random.Random(seed)
-    places = [
-        None if draw.random() < 0.1 else (float(draw.randint(0, 6)), float(draw.randint(0, 6)))
-        for _ in range(draw.randint(0, 14))
-    ]
-
-    def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
-        sign = 1 if goal == "minimize" else -1
-        return one[0] <= other[0] and sign * one[1] <= sign * other[1] and one != other
-
-    known = [place for place in places if place is not None]
-    expected = {
-        index
-        for index, place in enumerate(places)
-        if place is not None and not any(beats(other, place) for other in known)
-    }
-    found = pareto_front(places, goal)
-    assert set(found) == expected
-    assert len(found) == len(expected)
-    costs = [place[0] for place in (places[index] for index in found) if place is not None]
-    assert costs == sorted(costs)
 
 
 def trial(name: str, value: float, *, seed: int = 0, state: str = "finished", **more: Any) -> Trial:

@@ -25,7 +25,7 @@ from diffusion_core.diffusion.denoiser import Denoiser
 from diffusion_core.diffusion.objective import Objective
 from diffusion_core.diffusion.schedule import NoiseSchedule, build_schedule
 from diffusion_core.sampling.samplers import build_sampler, steps_of
-from diffusion_core.step_distillation.consistency import ConsistencyTuning
+from diffusion_core.step_distillation.consistency import ConsistencyDistillation, ConsistencyTuning
 from diffusion_core.step_distillation.methods import halved
 from diffusion_core.step_distillation.progressive import ProgressiveDistillation
 from diffusion_core.step_distillation.teaching import Lesson
@@ -210,6 +210,21 @@ def test_consistency_tuning_on_a_mixture_meets_the_flow() -> None:
     before = np.abs(endpoints(network, schedule, config) - exact).mean()
     steps = StepsConfig(method="consistency", loss="l2", weighting="uniform", doublings=6)
     train(network, ConsistencyTuning(lesson(config, steps, 1200, 1)), Source(mixture), range(1200), schedule, 3e-3)
+    after = np.abs(endpoints(network, schedule, config) - exact).mean()
+    assert before > 0.3
+    assert after < 0.06
+
+
+@pytest.mark.slow
+def test_consistency_distillation_on_a_mixture_meets_the_flow() -> None:
+    config = settings(**ONE_STEP)
+    schedule = build_schedule(config.diffusion)
+    network = Corrected(schedule)
+    exact = mixture_flow(schedule)
+    before = np.abs(endpoints(network, schedule, config) - exact).mean()
+    steps = StepsConfig(method="consistency_distillation", loss="l2", weighting="uniform", doublings=4)
+    taught = lesson(config, steps, 800, 1, copy.deepcopy(network))
+    train(network, ConsistencyDistillation(taught), Source(mixture), range(800), schedule, 3e-3)
     after = np.abs(endpoints(network, schedule, config) - exact).mean()
     assert before > 0.3
     assert after < 0.06

@@ -19,6 +19,7 @@ from diffusion_core.checkpoint import Checkpoint, list_checkpoints, read_checkpo
 from diffusion_core.config import FORMULATIONS, ConfigError, StepsConfig
 from diffusion_core.config.steps import without_effect
 from diffusion_core.model.structure import maskable
+from diffusion_core.registries import STEP_METHODS
 from diffusion_core.sampling.generation import Generator, Request
 from diffusion_core.step_distillation.phase import TEACHER_PART, distil_steps, stages
 from diffusion_core.tracking import MemoryTracker
@@ -57,7 +58,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", ["consistency", "progressive"])
+@pytest.mark.parametrize("method", list(STEP_METHODS))
 @pytest.mark.parametrize("name", FORMULATIONS)
 def test_every_formulation_trains_and_samples_in_few_steps(name: str, method: str) -> None:
     """One training step, then images in 4, 2 and 1 steps."""
@@ -102,12 +103,14 @@ def test_a_run_trains_prunes_and_distils(tmp_path: Path) -> None:
         pytest.param("progressive", 6, marks=pytest.mark.slow),
         pytest.param("guided", 7, marks=pytest.mark.slow),
         ("masked", 7),
+        pytest.param("taught", 6, marks=pytest.mark.slow),
         pytest.param("at the start", 4, marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_distillation_equals_an_unbroken_one(method: str, cut: int, tmp_path: Path) -> None:
     cases: dict[str, dict[str, Any]] = {
         "consistency": CONSISTENCY,
+        "taught": {"steps.method": "consistency_distillation"},
         "progressive": PROGRESSIVE,
         "guided": CONSISTENCY | {"steps.guidance": 2.0},
         "masked": PROGRESSIVE | {"prune.method": "magnitude", "prune.step": 2, "steps.step": 4},
@@ -269,6 +272,17 @@ def test_a_student_is_distilled_further_only_by_its_own_method(teacher: Path, tm
     assert last(tmp_path / "two").config().sample.steps == 2
     for method in (CONSISTENCY, PROGRESSIVE):
         with pytest.raises(ConfigError, match="the teacher is a student already, of 4 steps with ddim"):
+            trial(tmp_path / "other", method, further)
+
+
+def test_a_consistency_student_is_no_teacher(teacher: Path, tmp_path: Path) -> None:
+    """Its clean images are ends of paths, which tuning without a teacher may go on with, and nothing else."""
+    start = {"init.checkpoint": str(teacher), "train.steps": 1}
+    trial(tmp_path / "student", CONSISTENCY, start)
+    further = {"init.checkpoint": str(tmp_path / "student"), "train.steps": 1}
+    trial(tmp_path / "more", CONSISTENCY, further)
+    for method in ({"steps.method": "consistency_distillation"}, CONSISTENCY | {"steps.guidance": 2.0}):
+        with pytest.raises(ConfigError, match="the teacher is a student already, of 2 steps with consistency"):
             trial(tmp_path / "other", method, further)
 
 

@@ -21,7 +21,7 @@ from diffusion_core.diffusion.draws import Draws
 from diffusion_core.diffusion.schedule import NoiseSchedule, Spacing, build_schedule
 from diffusion_core.model.unet import NO_LABEL, UNet
 from diffusion_core.sampling.samplers import build_sampler, steps_of
-from diffusion_core.step_distillation.consistency import ConsistencyTuning, lower_level
+from diffusion_core.step_distillation.consistency import ConsistencyDistillation, ConsistencyTuning, lower_level
 from diffusion_core.step_distillation.methods import halved
 from diffusion_core.step_distillation.progressive import ProgressiveDistillation
 from diffusion_core.step_distillation.teaching import CLEAN, Lesson, distance, follow
@@ -190,6 +190,40 @@ def test_guidance_moves_the_image_by_what_it_adds_to_the_teacher() -> None:
     expected = ((clean(x, of["t"], labels) - target) ** 2).mean(axis=(1, 2, 3))
     assert (labels != NO_LABEL).any()
     assert ours.detach().numpy() == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_loss_of_consistency_distillation_is_that_of_the_paper(name: str, guidance: float) -> None:
+    """Song et al. 2023, algorithm 2: the pair is on the teacher's path, which a step like Heun's follows."""
+    config = config_of(name)
+    schedule, network, teacher = build_schedule(config.diffusion), tiny_network(config), tiny_network(config, seed=1)
+    steps = StepsConfig(method="consistency_distillation", loss="l2", weighting="uniform", doublings=3)
+    objective = ConsistencyDistillation(lesson(config, steps, guidance=guidance, teacher=teacher))
+    draws, of = drawn(objective, config, 0)
+    denoiser = Denoiser.from_config(network, config.diffusion, config.model, torch.device("cpu"))
+    ours = objective.loss(denoiser, draws).detach().numpy()
+    clean, plain = clean_image(network, config, schedule), clean_image(teacher, config, schedule)
+    later, labels = of["later"][:, 0], draws.labels_B
+    (alpha, sigma), (alpha_later, sigma_later) = amplitudes(schedule, of["t"]), amplitudes(schedule, later)
+    level, level_later = (sigma / alpha).ravel(), (sigma_later / alpha_later).ravel()
+    nearest = level * np.maximum(0.0, 1.0 - (1.0 + 8.0 * expit(-level)) / 8.0)
+    assert (level_later <= nearest * (1.0 + 1e-4)).all(), "from the first step on as near as at the end"
+    x = alpha * of["x0"] + sigma * of["noise"]
+
+    def taught(x: Array, t: Array) -> Array:
+        without = plain(x, t, torch.full_like(labels, NO_LABEL))
+        return without + guidance * (plain(x, t, labels) - without)
+
+    first = taught(x, of["t"])
+    there = alpha_later * first + sigma_later * (x - alpha * first) / sigma
+    second = taught(there, np.maximum(later, 0.0))
+    image = np.where(later.reshape(-1, 1, 1, 1) < 0, first, (first + second) / 2.0)
+    x_later = alpha_later * image + sigma_later * (x - alpha * image) / sigma
+    target = clean(x_later, np.maximum(later, 0.0), labels)
+    target = np.where(later.reshape(-1, 1, 1, 1) < 0, image, target)
+    expected = ((clean(x, of["t"], labels) - target) ** 2).mean(axis=(1, 2, 3))
+    assert ours == pytest.approx(expected, rel=3e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
