@@ -379,7 +379,7 @@ def masks_made_to_go_together(values: dict[str, Any]) -> None:
     """Change what excludes each other among the knobs of masks and lotteries."""
     if values["prune.profile"] == "blocks" and (values["prune.method"] == "lottery" or not values["prune.block_keep"]):
         values["prune.profile"] = "erk"
-    if values["prune.method"] == "gradual":
+    if values["prune.method"] in ("gradual", "rigl"):
         values |= {"prune.step": None, "prune.until": None, "train.steps": values["train.steps"] + 4}
     if values["prune.method"] == "lottery":
         values["prune.rewind_step"] = min(values["prune.rewind_step"], values["train.steps"] - 1)
