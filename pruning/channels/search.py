@@ -118,7 +118,7 @@ def find_counts(
 def out_of_reach(prune: PruneConfig, share: float) -> ConfigError:
     """Return the error that at least this share of the target is left."""
     kind = " with prune.widths=diffusers" if prune.widths == DIFFUSERS else ""
-    where = {0.0: "at the narrowest widths", 1.0: "without all blocks that can be removed"}
+    where: dict[float | str, str] = {0.0: "at the narrowest widths", 1.0: "without all blocks that can be removed"}
     deeper = "; prune.depth=auto removes blocks as well" if prune.depth == 0.0 else ""
     return ConfigError(
         f"prune.keep = {prune.keep:g}: out of reach; at least {math.ceil(share * 1000) / 1000:g} of the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def measure_sensitivity(network: UNet, prune: PruneConfig, seed: int, calibratio
     groups = channel_groups(network)
     scores = channel_scores(network, groups, prune, seed, calibration)
     blocks = shared_blocks(len(network.down))
-    narrow: dict[tuple[str, float], UNet] = {}
+    narrow: dict[Hashable, UNet] = {}
     for index, block in enumerate(blocks):
         for share in SHARES:
             counts = counts_at(network, groups, prune, [share if i == index else 1.0 for i in range(len(blocks))])
@@ -192,7 +193,7 @@ def study_sensitivity(
     """
     measured = measure_sensitivity(network, prune, seed, calibration)
     alone = proposed_shares(network, prune, measured)
-    pruned: dict[float, UNet] = {}
+    pruned: dict[Hashable, UNet] = {}
     for blend in BLENDS:
         shares = list(blended_shares(alone, blend).values())
         wanted = prune.model_copy(update={"scope": "layer", "block_keep": shares, "widths": FREE})
@@ -201,14 +202,14 @@ def study_sensitivity(
         except ConfigError:  # A block that is spared may leave too much.
             if blend == 0.0:
                 raise
-    whole = mean_losses({None: network.eval()} | pruned, prune.calibration_batches, calibration)
-    blend = min(pruned, key=lambda blend: whole[blend])
+    whole = mean_losses(pruned, prune.calibration_batches, calibration)
+    blend = min(BLENDS, key=lambda blend: whole.get(blend, math.inf))
     proposed = blended_shares(alone, blend)
     result = {
         **{name: getattr(prune, name) for name in ("target", "keep", "importance", "calibration_batches")},
         "shares": list(SHARES),
         **asdict(measured),
-        "pruned": {f"{blend:g}": whole[blend] for blend in pruned},
+        "pruned": {f"{blend:g}": whole[blend] for blend in BLENDS if blend in whole},
         "blend": blend,
         "proposed": proposed,
         "knob": f"--prune.block_keep={','.join(f'{share:g}' for share in proposed.values())}",

@@ -55,6 +55,7 @@ def _note(squares: dict[str, Tensor], name: str, module: Any, inputs: tuple[Tens
     """Add the squares of a layer's inputs to the sums, ``(K,)``."""
     square = inputs[0].detach().double().square()
     if isinstance(module, nn.Conv2d):
+        assert not isinstance(module.padding, str)
         patches_KL = F.unfold(
             square.sum(dim=0, keepdim=True), module.kernel_size, padding=module.padding, stride=module.stride
         )[0]

@@ -109,7 +109,7 @@ def sparse(study: Study) -> None:
 
 
 def compare(
-    study: Study, name: str, heading: str, rows: Sequence[Row], config: Callable[[Row, int], Mapping[str, Any]]
+    study: Study, name: str, heading: str, rows: Sequence[Row], config: Callable[[Row, int], dict[str, Any]]
 ) -> None:
     """Run what is missing, seed by seed, and write the table of what is there."""
     keys = ["model/nonzero_params", "model/macs", "time 1", f"time {LATENCY_BATCH}"]

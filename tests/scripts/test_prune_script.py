@@ -169,7 +169,10 @@ REFUSED = [
     (["--target", "macs=0.5", "--modle.channels=32"], "modle.channels = '32': unknown key"),
     (["--target", "macs=0.5", "--upload"], "--upload: no W&B API key"),
     (["--target", "macs=0.5", "--sensitivity", "--num-images", "4"], "--sensitivity: prunes nothing; leave out"),
-    (["--target", "macs=0.5", "--sensitivity", "--prune.depth=1"], "--sensitivity: proposes prune.block_keep for channels of free"),
+    (
+        ["--target", "macs=0.5", "--sensitivity", "--prune.depth=1"],
+        "--sensitivity: proposes prune.block_keep for channels of free",
+    ),
     (["--target", "macs=0.5", "--prune.blocks=conv_in"], "prune.blocks = ['conv_in']: 'conv_in' is no block"),
     (["--target", "macs=0.5", "--batch", "0"], "--batch = 0: expected an integer >= 1"),
     (["--target", "macs=0.5", "--num-images=-1"], "--num-images = -1: expected an integer >= 0"),

@@ -27,8 +27,9 @@ def rows(module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, nn.Linear):
         return x.flatten(0, -2)
     assert isinstance(module, nn.Conv2d)
-    (size, _), (step, _), (pad, _) = module.kernel_size, module.stride, module.padding
-    padded = F.pad(x, (pad,) * 4)  # type: ignore[arg-type]
+    assert not isinstance(module.padding, str)
+    size, step, pad = module.kernel_size[0], module.stride[0], module.padding[0]
+    padded = F.pad(x, (pad,) * 4)
     ends = range(0, padded.shape[2] - size + 1, step)
     return torch.stack([one[:, i : i + size, j : j + size].flatten() for one in padded for i in ends for j in ends])
 
