@@ -48,7 +48,7 @@ class PruneConfig(Section):
     (LAPTOP-Diff, Zhang et al. 2024): until prune.keep ** depth of prune.target is left. 0: none. 1: blocks alone, so
     that the target is met only as closely as blocks allow. In between, more blocks go if the narrowest widths miss the
     target otherwise. auto: as few as let channels reach the target with half of their widths."""
-    blocks: list[str] = Field(default=[])
+    blocks: list[Annotated[str, Field(pattern=r"^[a-z0-9_.]+$")]] = Field(default=[])
     """Blocks to remove first, whatever they contribute: down.0.blocks.1, middle.1, up.0.attentions.0, ..."""
     iterations: Annotated[int, Field(ge=1, le=100)] = 1
     """Rounds of structured removal. Each round ranks the channels again."""

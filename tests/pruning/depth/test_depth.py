@@ -68,7 +68,7 @@ def silenced(network: UNet, *names: str) -> UNet:
     copied = copy.deepcopy(network)
     for name in names:
         block: Any = copied.get_submodule(name)
-        last = block.conv2 if isinstance(block, ResidualBlock) else block.out
+        last: Any = block.conv2 if isinstance(block, ResidualBlock) else block.out
         last.weight.zero_()
         last.bias.zero_()
     return copied
