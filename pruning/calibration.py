@@ -47,9 +47,9 @@ class Calibration:
         )
         return cls(batches, config, progress)
 
-    def indices(self, count: int) -> Iterable[int]:
-        """Return the numbers of the first ``count`` batches, with a progress bar."""
-        return Shown(range(count), "gradients", count, "batch", shown=self.progress, leave=False)
+    def indices(self, count: int, what: str = "gradients") -> Iterable[int]:
+        """Return the numbers of the first ``count`` batches, with a progress bar that says what is measured."""
+        return Shown(range(count), what, count, "batch", shown=self.progress, leave=False)
 
     def draws(self, index: int, network: UNet, t: int | None = None) -> Draws:
         """Return batch ``index`` with its noise, at timestep ``t``, or at timesteps drawn as in training (None)."""
@@ -76,10 +76,14 @@ class Calibration:
 
     def gradients(self, network: UNet, count: int) -> Iterator[dict[str, Tensor]]:
         """Yield the gradient of the mean loss of each of the first ``count`` batches, by parameter."""
-        parameters = dict(network.named_parameters())
         for index in self.indices(count):
-            loss = self.loss(network, self.draws(index, network)).mean()
-            yield dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+            yield self.gradient(network, index)
+
+    def gradient(self, network: UNet, index: int) -> dict[str, Tensor]:
+        """Return the gradient of the mean loss of batch ``index``, by parameter."""
+        parameters = dict(network.named_parameters())
+        loss = self.loss(network, self.draws(index, network)).mean()
+        return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
 
     def _denoiser(self, network: UNet) -> Denoiser:
         return Denoiser.from_config(

@@ -42,7 +42,8 @@ def _step_problems(prune: PruneConfig, train: TrainConfig, ema: EmaConfig) -> It
             f"ema.average_from = {ema.average_from}: pruning restarts the averages {left} steps before the end; "
             f"expected less than {left}"
         )
-    if prune.is_gradual and not start < end < train.steps:
+    end = prune.last_change(train.steps) if prune.regrows else end
+    if (prune.is_gradual or prune.regrows) and not start < end < train.steps:
         yield f"prune.until = {end}: expected more than prune.step = {start} and less than train.steps = {train.steps}"
     if prune.method != "none" and prune.step is None and train.steps < 2:
         yield (
@@ -89,6 +90,9 @@ def diffusers_problems(config: CoreConfig, prune: PruneConfig) -> Iterator[str]:
             f"prune.block_keep = {shares}: prune.widths=diffusers needs the shares of the way down on the way up too, "
             f"and the last of them for the middle"
         )
+    for name, value, default in (("depth", prune.depth, 0.0), ("blocks", prune.blocks, [])):
+        if value != default:
+            yield f"prune.{name} = {value!r}: not with prune.widths=diffusers, which has all blocks; drop one of them"
     problems = list(knob_problems(config.model, config.data.image_shape[1]))
     try:
         scheduler_config(config)

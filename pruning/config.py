@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from typing import Annotated, Literal
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -13,7 +14,7 @@ from pruning.registries import IMPORTANCES, MASK_STRATEGIES
 
 OTHER_METHODS = {
     "none": "no pruning",
-    "structured": "remove the least important channels, which makes the network smaller",
+    "structured": "remove the least important channels, whole blocks, or both, which makes the network smaller",
     "lottery": "rounds of training, magnitude pruning and rewinding (Frankle & Carbin 2019)",
 }
 """Values of ``prune.method`` that are not mask strategies."""
@@ -42,6 +43,13 @@ class PruneConfig(Section):
     profile: Literal["uniform", "erk", "blocks"] = "uniform"
     """With masks and prune.scope=layer, the share of its weights that each layer keeps: the same (uniform), more in
     small layers (erk: Erdos-Renyi-kernel, Evci et al. 2020), or that of its block in prune.block_keep (blocks)."""
+    depth: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = 0.0
+    """Whole residual and attention blocks to remove before channels, those first whose absence changes the output least
+    (LAPTOP-Diff, Zhang et al. 2024): until prune.keep ** depth of prune.target is left. 0: none. 1: blocks alone, so
+    that the target is met only as closely as blocks allow. In between, more blocks go if the narrowest widths miss the
+    target otherwise. auto: as few as let channels reach the target with half of their widths."""
+    blocks: list[Annotated[str, Field(pattern=r"^[a-z0-9_.]+$")]] = Field(default=[])
+    """Blocks to remove first, whatever they contribute: down.0.blocks.1, middle.1, up.0.attentions.0, ..."""
     iterations: Annotated[int, Field(ge=1, le=100)] = 1
     """Rounds of structured removal. Each round ranks the channels again."""
     round_to: Annotated[int, Field(ge=1, le=4096)] | None = None
@@ -54,10 +62,12 @@ class PruneConfig(Section):
     timestep, and comes less close to prune.target."""
     block_keep: list[Annotated[float, Field(gt=0.0, le=1.0)]] = Field(default=[])
     """Share to keep of each block: the resolutions on the way down, the middle, the resolutions on the way up; 1 spares
-    a block. structured: the removed shares of channels are scaled together until prune.target is met. Masks with
+    a block. structured: the removed shares of channels are scaled together until prune.target is met (scripts/prune.py
+    --sensitivity proposes shares). Masks with
     prune.profile=blocks: shares of weights are exact, and weights outside of these blocks keep prune.keep."""
     calibration_batches: Annotated[int, Field(ge=1, le=100_000)] = 100
-    """Batches of training images for gradients. Timesteps are drawn as in training; for diff_pruning, evenly spaced."""
+    """Batches of training images for gradients, inputs of layers (wanda), or the output without a block (prune.depth).
+    Timesteps are drawn as in training; for diff_pruning, evenly spaced."""
     threshold: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     """Diff-Pruning stops at the first timestep at which the squared error of the predicted noise is below this share of
     the largest (Fang et al. 2023), whatever the network predicts and however its loss is weighted."""
@@ -67,9 +77,14 @@ class PruneConfig(Section):
     some steps to grow, or magnitude removes them completely. Figures before pruning are logged as dense/val/loss and so
     on."""
     until: Annotated[int, Field(ge=1)] | None = None
-    """Step at which gradual pruning reaches prune.keep. None: three quarters of train.steps."""
+    """Step at which gradual pruning reaches prune.keep, or from which the masks of rigl stay. None: three quarters of
+    train.steps."""
     interval: Annotated[int, Field(ge=1)] = 100
-    """Optimizer steps between two prunings with gradual. Sparsity follows a cubic: fast at first, then more slowly."""
+    """Optimizer steps between two prunings with gradual, or between two updates with rigl. Sparsity of gradual follows
+    a cubic: fast at first, then more slowly."""
+    regrow: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
+    """Share of its weights that each layer drops and grows elsewhere at the first updates of rigl (alpha of Evci et al.
+    2020). It falls to 0 along a cosine up to prune.until."""
     pattern: Literal["1:2", "2:4", "4:8"] = "2:4"
     """For n_of_m: how many weights to keep of how many neighbouring inputs. Layers with an indivisible number of inputs
     stay dense. GPUs have instructions for 2:4; nothing here uses them, so speed does not change."""
@@ -88,7 +103,7 @@ class PruneConfig(Section):
     def needs_images(self) -> bool:
         """Whether the method needs training images."""
         if self.method == "structured":
-            return bool(IMPORTANCES[self.importance].gradients)
+            return self.depth != 0.0 or bool(IMPORTANCES[self.importance].gradients)
         return self.method in MASK_STRATEGIES and bool(MASK_STRATEGIES[self.method].needs_images)
 
     @property
@@ -101,6 +116,11 @@ class PruneConfig(Section):
         """Whether the method prunes in many small steps."""
         return self.method in MASK_STRATEGIES and bool(MASK_STRATEGIES[self.method].gradual)
 
+    @property
+    def regrows(self) -> bool:
+        """Whether masks change after pruning, up to ``prune.until``."""
+        return self.method in MASK_STRATEGIES and bool(MASK_STRATEGIES[self.method].regrows)
+
     def start(self, train_steps: int) -> int:
         """Return the optimizer steps before pruning, or before its start (gradual), in ``train_steps`` steps."""
         if self.step is not None:
@@ -111,8 +131,10 @@ class PruneConfig(Section):
 
     def end(self, train_steps: int) -> int:
         """Return the optimizer steps before pruning is complete. Only gradual pruning ends later than it starts."""
-        if not self.is_gradual:
-            return self.start(train_steps)
+        return self.last_change(train_steps) if self.is_gradual else self.start(train_steps)
+
+    def last_change(self, train_steps: int) -> int:
+        """Return ``prune.until`` in ``train_steps`` steps: where gradual pruning ends, and updates of masks do."""
         return self.until if self.until is not None else max(1, 3 * train_steps // 4)
 
 
@@ -129,11 +151,12 @@ def steps_start(steps: StepsConfig, prune: PruneConfig, train_steps: int, *, fro
         return steps.step
     if prune.method == "none":
         return 0 if from_parent else train_steps // 2
-    return (prune.end(train_steps) + train_steps) // 2
+    pruned = prune.last_change(train_steps) if prune.regrows else prune.end(train_steps)
+    return (pruned + train_steps) // 2
 
 
 _CHAIN = frozenset({"rounds", "per_round", "rewind_step", "control"})
-_MASKS_ONLY = frozenset({"profile", "until", "interval", "pattern"})
+_MASKS_ONLY = frozenset({"profile", "until", "interval", "pattern", "regrow"})
 
 
 def methods() -> list[str]:
@@ -152,18 +175,42 @@ def listens_to(method: str) -> frozenset[str]:
     return frozenset({"method", "step"}) | MASK_STRATEGIES[method].knobs
 
 
-def needs(method: str) -> dict[str, tuple[str, frozenset[str]]]:
-    """Return the knobs of a method that depend on another knob: its name, and its values with which they are used."""
+@dataclass(frozen=True)
+class Need:
+    """A condition on another knob, without which a knob has no effect.
+
+    Attributes:
+        key: the other knob.
+        met: whether a value of it meets the condition.
+        values: the values that do, in words.
+    """
+
+    key: str
+    met: Callable[[Any], bool]
+    values: str
+
+
+def _one_of(key: str, values: Collection[str]) -> Need:
+    return Need(key, values.__contains__, ", ".join(sorted(values)))
+
+
+_CHANNELS = Need("depth", lambda depth: depth != 1.0, "auto, or less than 1")
+_BLOCKS = Need("depth", lambda depth: depth != 0.0, "auto, or more than 0")
+
+
+def needs(method: str) -> dict[str, tuple[Need, ...]]:
+    """Return the knobs of a method that have no effect unless one of some conditions on other knobs is met."""
     if method == "structured":
-        with_gradients = frozenset(name for name, record in IMPORTANCES.items() if record.gradients)
-        with_threshold = frozenset(name for name, record in IMPORTANCES.items() if record.threshold)
+        with_gradients = [name for name, record in IMPORTANCES.items() if record.gradients]
+        with_threshold = [name for name, record in IMPORTANCES.items() if record.threshold]
         return {
-            "calibration_batches": ("importance", with_gradients),
-            "threshold": ("importance", with_threshold),
-            "block_keep": ("scope", frozenset({"auto", "layer"})),
+            "calibration_batches": (_one_of("importance", with_gradients), _BLOCKS),
+            "threshold": (_one_of("importance", with_threshold),),
+            "block_keep": (_one_of("scope", {"auto", "layer"}),),
+            **dict.fromkeys(("importance", "scope", "iterations", "round_to", "widths"), (_CHANNELS,)),
         }
     if {"scope", "profile"} <= listens_to(method):
-        return {"profile": ("scope", frozenset({"layer"})), "block_keep": ("profile", frozenset({"blocks"}))}
+        return {"profile": (_one_of("scope", {"layer"}),), "block_keep": (_one_of("profile", {"blocks"}),)}
     return {}
 
 
@@ -190,11 +237,7 @@ def unheard(prune: PruneConfig, tried: Collection[str] | None = None) -> Iterato
                 f"prune.{name} = {value!r}: has no effect with prune.method={' or '.join(tried)}; drop it or use "
                 f"{listeners}"
             )
-        elif name in needed:
-            key, values = needed[name]
-            now = getattr(prune, key)
-            if now not in values:
-                yield (
-                    f"prune.{name} = {value!r}: has no effect with prune.{key}={now}; drop it or use "
-                    f"prune.{key}={', '.join(sorted(values))}"
-                )
+        elif name in needed and not any(need.met(getattr(prune, need.key)) for need in needed[name]):
+            now = " and ".join(f"prune.{need.key}={getattr(prune, need.key)}" for need in needed[name])
+            remedy = " or ".join(f"prune.{need.key}={need.values}" for need in needed[name])
+            yield f"prune.{name} = {value!r}: has no effect with {now}; drop it or use {remedy}"

@@ -17,8 +17,9 @@ from diffusion_core.model.structure import maskable
 from diffusion_core.model.unet import UNet
 from diffusion_core.training.trainer import TrainState
 from pruning.calibration import Calibration
-from pruning.channels.removal import Removal, prune_channels, remove
+from pruning.channels.removal import Removal, remove
 from pruning.config import PruneConfig, listens_to
+from pruning.depth.removal import prune_network
 from pruning.masks.build import choose_masks
 from pruning.masks.mask import MASKS_PART, WeightMasks, agreed, empty_layers, held_masks, hold_masks, sparsity
 
@@ -81,7 +82,7 @@ def prune_structure(
     Masked weights that remain stay masked.
     """
     params = count_cost(state.network).params
-    network, removal = prune_channels(state.network, prune, config.seed, calibration, config.log.progress)
+    network, removal = prune_network(state.network, prune, config.seed, calibration, config.log.progress)
     masks = held_masks(state)
     if masks is not None:
         masks = smaller_masks(state.network, masks, removal)
@@ -93,7 +94,7 @@ def prune_structure(
 
 
 def smaller_masks(network: UNet, masks: WeightMasks, removal: Removal) -> WeightMasks:
-    """Return masks without the removed channels, by removing them from a network whose weights are the masks."""
+    """Return masks without what was removed, by removing them from a network whose weights are the masks."""
     carrier = copy.deepcopy(network)
     carrier.load_state_dict({name: mask.to(torch.float32) for name, mask in masks.items()}, strict=False)
     return {name: weight != 0 for name, weight in maskable(remove(carrier, replace(removal, redrawn=None))).items()}

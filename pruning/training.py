@@ -20,6 +20,7 @@ from pruning.calibration import Calibration
 from pruning.config import PruneConfig, listens_to, steps_start
 from pruning.consistency import KeepDenseImages
 from pruning.masks.gradual import GradualPruning, Ramp
+from pruning.masks.regrowth import Regrowth
 from pruning.pruner import PruneReport, is_pruned, prune_state
 from pruning.start import PARENT_KEY
 
@@ -63,24 +64,25 @@ def train_and_prune(
         last = steps_start(steps, prune, last, from_parent=PARENT_KEY in state.extra_metadata)
         phase = Phase(0, last, config.train.lr, config.train.warmup_steps)
     train_until = partial(_train, state, batches, config, distill, accelerator, phase)
+    calibration = None
+    if prune.needs_images and (prune.regrows or not is_pruned(state)):
+        progress = config.log.progress and accelerator.is_main_process
+        calibration = Calibration.of(dataset.train, config, accelerator.device, progress)
     if prune.method != "none" and not is_pruned(state):
         train_until([*_before_pruning(state, config, prune, accelerator), *callbacks], prune.end(config.train.steps))
         keep_dense_as_teacher(state, config.model, distill)
-        calibration = None
-        if prune.needs_images:
-            progress = config.log.progress and accelerator.is_main_process
-            calibration = Calibration.of(dataset.train, config, accelerator.device, progress)
         report = prune_state(state, config, prune, calibration)
         saver.forget_best()
         if accelerator.is_main_process:
             if PARENT_KEY in state.extra_metadata:
                 saver.save_pruned(state)
             _print_report(report)
+    moving = [_regrowth(config, prune, calibration)] if prune.regrows else []
     if not steps.wanted:
-        train_until(callbacks, last)
+        train_until([*moving, *callbacks], last)
         return
     if not is_student(state):
-        train_until(callbacks, last)
+        train_until([*moving, *callbacks], last)
         if accelerator.is_main_process and last:
             saver.save_teacher(state)
     distil_steps(state, batches, config, steps, last, callbacks, accelerator, saver.forget_best)
@@ -99,6 +101,13 @@ def _before_pruning(
     if prune.is_gradual:
         callbacks.append(GradualPruning(Ramp(start, end, prune.interval), config.seed, prune))
     return callbacks
+
+
+def _regrowth(config: CoreConfig, prune: PruneConfig, calibration: Calibration | None) -> Regrowth:
+    """Return the callback that moves masks after pruning."""
+    assert calibration is not None  # It needs images.
+    start, end = prune.start(config.train.steps), prune.last_change(config.train.steps)
+    return Regrowth(calibration, start=start, end=end, interval=prune.interval, alpha=prune.regrow)
 
 
 def _train(

@@ -2,8 +2,11 @@
 
   python scripts/compare_pruning.py --seeds 0,1,2 --keep 0.5,0.25 --out runs/pruning
   python scripts/compare_pruning.py --tables structured --steps 50 --tune-steps 20 --out runs/try     # a quick look
+  python scripts/compare_pruning.py --tables depth,shares                     # blocks, channels; shares by sensitivity
+  python scripts/compare_pruning.py --tables sparse --keep 0.1,0.05           # RigL, gradual pruning, random masks
 
-Writes for each table NAME.json, NAME.md, NAME.png and NAME-ssim.png (quality against cost). Stop it and run it again:
+Writes for each table NAME.json and NAME.md; structured also NAME.png and NAME-ssim.png (quality against cost).
+Stop it and run it again:
 every training has a run folder below --out and is not repeated once it has a result. A figure that an older folder
 lacks is measured with the stored networks.
 """
@@ -18,20 +21,27 @@ if __name__ == "__main__":
 import argparse
 from collections.abc import Callable, Sequence
 
-from studies import structured
+from studies import runs, structured
 from studies.command import at_least, numbers, parser_of, seeds_of, some_of, status_of
 from studies.study import Study
 
 from agent.command import run_and_leave
 
-TABLES: dict[str, Callable[[Study], None]] = {"structured": structured.compare}
+TABLES: dict[str, Callable[[Study], None]] = {
+    "structured": structured.compare,
+    "depth": runs.depth,
+    "sparse": runs.sparse,
+    "shares": runs.shares,
+}
 """The function of each table: measures what is missing, and writes the table."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     parser = parser_of(__doc__, "runs/pruning")
-    parser.add_argument("--tables", metavar="A,B,...", help=f"of {', '.join(TABLES)} (all)")
+    parser.add_argument(
+        "--tables", metavar="A,B,...", default="structured", help=f"of {', '.join(TABLES)} (structured)"
+    )
     parser.add_argument("--seeds", default="0,1,2", metavar="A,B,...", help="training seeds (0,1,2)")
     parser.add_argument("--keep", default="0.5", metavar="A,B,...", help="kept shares of the MACs (0.5)")
     parser.add_argument("--steps", type=int, default=500, metavar="N", help="optimizer steps of a dense model (500)")

@@ -57,6 +57,7 @@ from diffusion_core.machine.launch import launch_errors
 from diffusion_core.messages import Parser, counted, listed, reason_of
 from diffusion_core.redact import redact
 from diffusion_core.registries import DATASETS, METRICS
+from diffusion_core.sampling.autoguidance import FREE_OF_LABELS, check_guide
 from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs, student_note
 from diffusion_core.sampling.generation import Generator
 from diffusion_core.tables import text_table
@@ -76,6 +77,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--sweep", type=Path, metavar="DIR", help="an offline sweep's folder: its best trial")
     add_which_flag(parser, "a run's folder or a sweep's best trial, or version of an artifact without alias")
     parser.add_argument("--against", type=Path, metavar="PATH", help="another model, to compare images with")
+    parser.add_argument(
+        "--guide-checkpoint", type=Path, metavar="PATH", help="guide away from this weaker model (autoguidance)"
+    )
     known = [name for name, record in DATASETS.items() if record.path != "required"]
     parser.add_argument("--data", choices=known, metavar="NAME",
                         help="data set to compare a folder of images with")  # fmt: skip
@@ -119,6 +123,8 @@ def problem_of(arguments: argparse.Namespace) -> str | None:
         return f"PATH = {str(arguments.path[0])!r}: expected --data NAME, or a second PATH, to compare it to"
     if arguments.against and not is_model:
         return "--against: expected a first model, by --checkpoint, --artifact or --sweep"
+    if arguments.guide_checkpoint and not is_model:
+        return "--guide-checkpoint: expected a model to guide, by --checkpoint, --artifact or --sweep"
     if arguments.wandb and not arguments.artifact:
         return "--wandb: expected --artifact, whose metadata and run are updated"
     for flag in ("num_images", "batch_size"):
@@ -284,17 +290,22 @@ def of_folder(arguments: argparse.Namespace, processes: PartialState) -> Judgeme
 def of_model(arguments: argparse.Namespace, checkpoint: Checkpoint, processes: PartialState) -> Judgement:
     """Compare generated images of a model with its training images, or with another model's images."""
     more = {"data.path": arguments.data_path} if arguments.data_path else {}
-    config = build(CoreConfig, flatten(checkpoint.config()), sampling_knobs(arguments), more)
-    generator = Generator(
-        checkpoint.network().to(processes.device), config, pick_precision(config.train, processes.device)
-    )
+    guide = choose(arguments.guide_checkpoint) if arguments.guide_checkpoint else None
+    free = FREE_OF_LABELS if guide else {}
+    config = build(CoreConfig, flatten(checkpoint.config()), free, sampling_knobs(arguments), more)
+    precision = pick_precision(config.train, processes.device)
+    network = checkpoint.network().to(processes.device)
+    reference = Generator(guide.network().to(processes.device), guide.config(), precision) if guide else None
+    if reference:
+        check_guide(reference, network, config.sample)
+    generator = Generator(network, config, precision, reference)
     if arguments.against:
         return of_two_models(arguments, checkpoint, generator, choose(arguments.against), processes)
     total, sample = arguments.num_images, config.sample
     conditional = bool(checkpoint.metadata["num_classes"])
     names = checkpoint.class_names
     suite = suite_of(arguments, config.data, processes.device, count=total, conditional=conditional, recorded=names)
-    announce(checkpoint)
+    announce(checkpoint, *([guide] if guide else []))
     if processes.is_main_process and (note := student_note(checkpoint, config)):
         print(note, file=sys.stderr)
     if processes.is_main_process:
@@ -302,9 +313,11 @@ def of_model(arguments: argparse.Namespace, checkpoint: Checkpoint, processes: P
         print(f"{checkpoint.path}: {total:,} images, about {seconds:.0f} s", file=sys.stderr)
     started = time.perf_counter()
     batches = generated(generator, total, sample, arguments.seed, progress=processes.is_main_process)
-    found = suite.judge(batches, total, sampling_protocol(sample, arguments.seed))
+    away = f", away from {guide.path}" if guide else ""
+    found = suite.judge(batches, total, sampling_protocol(sample, arguments.seed) + away)
     found.figures["eval/seconds_per_image"] = (time.perf_counter() - started) / total
-    found.figures.update(costs_of_images(generator, sample))
+    if guide is None:  # Which costs something else.
+        found.figures.update(costs_of_images(generator, sample))
     if suite.classifier is not None and processes.is_main_process:
         print(f"classifier: {suite.classifier.accuracy:.2%} accuracy on the real held-out images")
     return found

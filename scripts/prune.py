@@ -4,6 +4,8 @@
   python scripts/prune.py --artifact model-ID:best --importance taylor --target params=0.5 --out pruned --upload
   python scripts/prune.py --checkpoint runs/ID --importance diff_pruning --target latency=0.7 --out pruned --json
   python scripts/prune.py --preset cifar10 --model.class_conditional=false --target macs=0.56 --out pruned
+  python scripts/prune.py --checkpoint runs/ID --target latency=0.3 --prune.depth=0.5 --out pruned    # blocks as well
+  python scripts/prune.py --checkpoint runs/ID --target macs=0.5 --sensitivity --out shares     # which block keeps what
 
 The checkpoint can be sampled, evaluated, pruned again, and trained on:
   python scripts/train_cifar.py --init.checkpoint=pruned --train.steps=50000
@@ -54,6 +56,7 @@ from diffusion_core.tracking import MODEL, Upload
 from diffusion_core.training.checkpoints import describe
 from diffusion_core.training.trainer import TrainState
 from pruning.calibration import Calibration
+from pruning.channels.sensitivity import describe_sensitivity, study_sensitivity
 from pruning.config import PruneConfig, unheard
 from pruning.consistency import keep_dense_images
 from pruning.pruner import prune_state
@@ -101,6 +104,12 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the new checkpoint")
     parser.add_argument(
+        "--sensitivity",
+        action="store_true",
+        help="prune nothing: measure the loss when each block alone is narrowed, propose prune.block_keep for --target "
+        "and write sensitivity.json and sensitivity.png",
+    )
+    parser.add_argument(
         "--batch", type=int, default=LATENCY_BATCH, metavar="N", help=f"batch to time ({LATENCY_BATCH})"
     )
     parser.add_argument(
@@ -120,7 +129,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, words = parse_arguments(argv)
     load_environment()
     try:
-        result = run(prepare(arguments, words), arguments.batch)
+        task = prepare(arguments, words)
+        if arguments.sensitivity:
+            return sensitivity(task, arguments.json)
+        result = run(task, arguments.batch)
     except ConfigError as error:
         return fail(as_typed(error, arguments.target, words))
     except (CheckpointError, DataError) as error:
@@ -168,6 +180,8 @@ def prepare(arguments: argparse.Namespace, words: Sequence[str]) -> PruningTask:
             f"--target = {arguments.target!r}: expected one of {', '.join(TARGETS)}, and the share of it that is to "
             f"stay, such as macs=0.56"
         )
+    if arguments.sensitivity and (arguments.upload or arguments.num_images is not None):
+        raise ConfigError("--sensitivity: prunes nothing; leave out --upload and --num-images")
     if list_checkpoints(arguments.out):
         raise ConfigError(f"--out = {str(arguments.out)!r}: holds a checkpoint already; choose another folder")
     if arguments.upload and not has_key():
@@ -188,17 +202,32 @@ def prepare(arguments: argparse.Namespace, words: Sequence[str]) -> PruningTask:
             if key in known and not key.startswith(NOT_TAKEN_OVER)
         }
     config = build_config(stored, asked, split_argv(list(words)))
-    if problems := list(unheard(config.prune)):
+    if arguments.sensitivity:
+        if config.prune.block_keep or config.prune.depth != 0.0 or config.prune.widths != "free":
+            raise ConfigError(
+                "--sensitivity: proposes prune.block_keep for channels of free widths; drop prune.block_keep, "
+                "prune.depth and prune.widths"
+            )
+    elif problems := list(unheard(config.prune)):
         raise ConfigError(*problems)
     return PruningTask(config, source, arguments.out, arguments.upload, num_images)
 
 
-def run(job: PruningTask, batch: int) -> dict[str, Any]:
-    """Prune, measure, and write the checkpoint; returns what came of it, as plain JSON."""
+@dataclass(frozen=True)
+class Loaded:
+    """What is pruned: the state of the model, its class names, and training images if they are needed."""
+
+    state: TrainState
+    class_names: Sequence[str]
+    calibration: Calibration | None
+
+
+def load(job: PruningTask, needs_images: bool) -> Loaded:
+    """Load or build the model, and the images if they are needed."""
     config, device = job.config, pick_device(job.config.train)
     recorded = job.source.checkpoint.class_names if job.source else ()
     dataset = None
-    if config.prune.needs_images:
+    if needs_images:
         dataset = load_data(config.data, progress=config.log.progress, recorded=recorded)
         announce_data(config.data, dataset)
     if job.source is None:
@@ -213,8 +242,26 @@ def run(job: PruningTask, batch: int) -> dict[str, Any]:
     calibration = Calibration.of(dataset.train, config, device, config.log.progress) if dataset else None
     if job.source is not None:
         announce(job.source.checkpoint)
+    return Loaded(state, class_names, calibration)
+
+
+def sensitivity(job: PruningTask, as_json: bool) -> int:
+    """Measure, propose and write the sensitivity of each block; returns the exit status."""
+    loaded, prune = load(job, needs_images=True), job.config.prune
+    assert loaded.calibration is not None
+    make_folder(job.out)
+    result = study_sensitivity(loaded.state.network.eval(), prune, job.config.seed, loaded.calibration, job.out)
+    print(json.dumps(result, indent=1) if as_json else describe_sensitivity(result))
+    return 0
+
+
+def run(job: PruningTask, batch: int) -> dict[str, Any]:
+    """Prune, measure, and write the checkpoint; returns what came of it, as plain JSON."""
+    config, device = job.config, pick_device(job.config.train)
+    loaded = load(job, config.prune.needs_images)
+    state, class_names = loaded.state, loaded.class_names
     dense = state.network
-    report = prune_state(state, config, config.prune, calibration)
+    report = prune_state(state, config, config.prune, loaded.calibration)
     alike = None
     if job.num_images:
         keep_dense_images(state, dense.eval(), config)
@@ -233,6 +280,7 @@ def run(job: PruningTask, batch: int) -> dict[str, Any]:
         "before": before,
         "after": after,
         "consistency": asdict(alike) if alike else None,
+        "blocks": report.details["blocks"],
     }
     same_seeds = alike.figures("prune") if alike else {}
     figures = {f"pruned/{name}": value for name, value in after.items()} | same_seeds
@@ -282,6 +330,8 @@ def shown(result: dict[str, Any]) -> str:
         label = {"latency": f"ms for {before['latency_batch']} images", "latency_single": "ms for one image"}.get(name)
         rows.append([label or name.replace("_", " "), *cells, f"{after[name] / before[name]:.1%}"])
     lines = [text_table(["", "before", "after", "remains"], rows, right=True)]
+    if result["blocks"]:
+        lines.append(f"removed blocks: {', '.join(result['blocks'])}")
     if alike := result["consistency"]:
         lines.append(
             f"images before and after: SSIM {alike['ssim']:.4f}, mean squared difference {alike['mse']:.4f} "

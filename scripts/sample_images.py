@@ -41,8 +41,9 @@ from diffusion_core.distributed import first_process_first
 from diffusion_core.hardware import pick_device, pick_precision
 from diffusion_core.machine.launch import launch_errors
 from diffusion_core.messages import Parser
-from diffusion_core.model.unet import NO_LABEL, UNet
+from diffusion_core.model.unet import NO_LABEL
 from diffusion_core.sampling import media
+from diffusion_core.sampling.autoguidance import FREE_OF_LABELS, check_guide
 from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs, student_note
 from diffusion_core.sampling.generation import Generator, Request, requests, round_robin
 from diffusion_core.sampling.image_folder import check_folder, file_name, read_png, save_png, settings
@@ -157,8 +158,7 @@ def prepare(arguments: argparse.Namespace) -> SamplingTask:
     assert source is not None
     checkpoint, guide = source.checkpoint, weaker.checkpoint if weaker else None
     hardware = {"train.device": arguments.device, "train.precision": arguments.precision, "seed": arguments.seed}
-    # With a weaker model to guide away from, guidance does without labels and without their absence.
-    lifted = {"model.class_conditional": True, "train.label_dropout": 0.1} if guide else {}
+    lifted = FREE_OF_LABELS if guide else {}
     config = build(CoreConfig, flatten(checkpoint.config()), lifted, sampling_knobs(arguments), hardware)
     if guide and config.sample.guidance == 1.0:
         raise ConfigError("sample.guidance = 1.0: ignores the model to guide away from; expected another value")
@@ -192,22 +192,8 @@ def load_generator(
     own = build(CoreConfig, flatten(checkpoint.config()), {"train.precision": config.train.precision})
     network = checkpoint.network(weights).to(processes.device)
     if reference is not None:
-        check_guide(reference, network)
+        check_guide(reference, network, config.sample)
     return Generator(network, own, pick_precision(config.train, processes.device), reference)
-
-
-def check_guide(guide: Generator, network: UNet) -> None:
-    """Raises CheckpointError if a model to guide away from makes other images, or knows other labels."""
-    shape_CHW = (network.in_channels, network.image_size, network.image_size)
-    if guide.shape_CHW != shape_CHW:
-        raise CheckpointError(
-            f"--guide-checkpoint: makes images of {guide.shape_CHW} (channels, height, width), the model of {shape_CHW}"
-        )
-    if guide.network.num_classes not in (0, network.num_classes):
-        raise CheckpointError(
-            f"--guide-checkpoint: knows {guide.network.num_classes} classes, the model {network.num_classes}; expected "
-            "as many, or none"
-        )
 
 
 def sample(task: SamplingTask, gif: bool) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from diffusion_core.config import ConfigError, ModelConfig
 from diffusion_core.diffusers_io.names import diffusers_name
 from diffusion_core.diffusers_io.unet import UNET_ALLOWED, UNET_CHOICES
+from diffusion_core.model.depth import removed_blocks
 from diffusion_core.model.structure import structure
 from diffusion_core.model.timesteps import kept_frequencies
 from diffusion_core.model.unet import AttentionBlock, UNet
@@ -59,6 +60,8 @@ def unet_config(network: UNet, model: ModelConfig) -> dict[str, Any]:
     """
     for line in knob_problems(model, network.image_size):
         raise ConfigError(line)
+    if gone := removed_blocks(network):
+        raise ConfigError(f"{gone[0]}: was removed as a whole, but UNet2DModel has all blocks; {REMEDY}")
     pruned = bool(structure(network, model))
     widths = [level.blocks[-1].conv2.out_channels for level in network.down]  # type: ignore[index, union-attr]
     attention = [network.image_size // 2**depth in model.attention_resolutions for depth in range(len(widths))]

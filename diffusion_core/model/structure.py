@@ -1,4 +1,4 @@
-"""The widths of a network with pruned channels, as plain JSON: enough to rebuild it without a pickled module."""
+"""Widths and removed blocks of a pruned network, as plain JSON: enough to rebuild it without a pickled module."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_core.config import ModelConfig
+from diffusion_core.model.depth import REMOVED, remove_blocks, removed_blocks
 from diffusion_core.model.unet import UNet
 
 Structure = dict[str, dict[str, int]]
-"""Maps names of modules to the sizes that differ from those of the dense network. Empty for a dense network."""
+"""Maps names of modules to the sizes that differ from those of the dense network, and names of removed blocks to
+:data:`diffusion_core.model.depth.REMOVED`. Empty for a dense network."""
 
 SIZES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: ("in_channels", "out_channels"),
@@ -27,21 +29,27 @@ def sizes(module: nn.Module) -> dict[str, int]:
 
 
 def structure(network: UNet, model: ModelConfig) -> Structure:
-    """Return the sizes in which a network differs from the dense network of the same configuration."""
+    """Return the sizes and removed blocks in which a network differs from the dense one of the same configuration."""
     with torch.device("meta"):
         dense = UNet(model, network.image_size, network.in_channels, network.num_classes)
     dense_sizes = {name: sizes(module) for name, module in dense.named_modules()}
-    return {name: now for name, module in network.named_modules() if (now := sizes(module)) != dense_sizes[name]}
+    now = {name: sizes(module) for name, module in network.named_modules()}
+    now |= {name: dict(REMOVED) for name in removed_blocks(network)}
+    return {name: size for name, size in now.items() if size != dense_sizes[name]}
 
 
 def resize(network: UNet, widths: Structure) -> None:
-    """Resize a dense network to the widths of a pruned one, in place. The weights of resized layers are zero.
+    """Give a dense network the structure of a pruned one, in place. The weights of resized layers are zero.
 
     Raises:
-        ValueError: if the network has no such module or size, or a size is not in 1..the dense size.
+        ValueError: if the network has no such block, module or size, or a size is not in 1..the dense size.
     """
+    gone = [name for name, new_sizes in widths.items() if new_sizes == REMOVED]
+    remove_blocks(network, gone)
     modules = dict(network.named_modules())
     for name, new_sizes in widths.items():
+        if name in gone:
+            continue
         module = modules.get(name)
         if module is None or set(new_sizes) != set(sizes(module)):
             raise ValueError(f"structure of {name!r}: the network has no such layer, or it has other sizes")

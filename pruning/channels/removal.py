@@ -1,18 +1,19 @@
-"""Structured pruning: remove whole channels, which makes the network smaller."""
+"""Structured pruning: remove whole channels, which makes the network smaller, and repeat what was removed."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion_core.config import ConfigError
-from diffusion_core.model.cost import LATENCY_BATCH, count_sizes, latencies, network_layers
+from diffusion_core.model.cost import LATENCY_BATCH, count_cost, count_sizes, latencies, network_layers
+from diffusion_core.model.depth import remove_blocks
 from diffusion_core.model.structure import resize
 from diffusion_core.model.unet import AttentionBlock, UNet
 from diffusion_core.randomness import Purpose, stream_seed
@@ -34,14 +35,17 @@ class Removal:
     """The channels to keep, as plain JSON. Together with the dense network, this is enough to repeat the pruning.
 
     Attributes:
-        kept: a string for every group of channels: ``1`` for each channel to keep, ``0`` for each channel to remove.
+        kept: a string for every group of channels: ``1`` for each channel to keep, ``0`` for each channel to remove;
+            empty: all channels stay.
         redrawn: the seed with which the weights of the smaller network were drawn anew, or None.
         widths: ``prune.widths``, which decides about groups of norms and features of timesteps.
+        blocks: names of the blocks that were removed before. The groups are those of the network without them.
     """
 
     kept: dict[str, str]
     redrawn: int | None = None
     widths: str = "free"
+    blocks: list[str] = field(default_factory=list)
 
 
 def prune_channels(
@@ -50,6 +54,7 @@ def prune_channels(
     seed: int = 0,
     calibration: Calibration | None = None,
     progress: bool = False,
+    reference: UNet | None = None,
 ) -> tuple[UNet, Removal]:
     """Remove the least important channels until ``prune.keep`` of ``prune.target`` is left.
 
@@ -62,6 +67,7 @@ def prune_channels(
         seed: seed of the importances ``random`` and ``reinit``.
         calibration: training images, for importances with gradients.
         progress: show a progress bar.
+        reference: the network whose cost ``prune.keep`` refers to; None: this one.
 
     Returns:
         The smaller network, in the same mode and on the same device, and the record with which to repeat the pruning.
@@ -77,11 +83,12 @@ def prune_channels(
         )
     kept: Kept = {group.name: torch.ones(group.width, dtype=torch.bool) for group in groups}
     for iteration in range(1, prune.iterations + 1):
-        current = _shrink(network, groups, kept, prune.widths).eval().requires_grad_(True)
+        current = shrink(network, groups, kept, prune.widths).eval().requires_grad_(True)
         narrowed = channel_groups(current) if iteration > 1 else groups
         scores = channel_scores(current, narrowed, prune, stream_seed(seed, iteration), calibration)
         # Approach the target in equal ratios, all relative to the original network, so that rounding does not add up.
-        cost, target = _cost_to_hit(network, groups, prune, prune.keep ** (iteration / prune.iterations))
+        keep = prune.keep ** (iteration / prune.iterations)
+        cost, target = _cost_to_hit(network, groups, prune, keep, reference or network)
         full = {
             group.name: torch.full((group.width,), -math.inf, dtype=torch.float64).masked_scatter(
                 kept[group.name], scores[group.name]
@@ -105,29 +112,36 @@ def remove(network: UNet, removal: Removal) -> UNet:
     Raises:
         ValueError: if the record is of another network.
     """
+    if removal.blocks:
+        network = copy.deepcopy(network)
+        remove_blocks(network, removal.blocks)
     groups = channel_groups(network)
-    if {name: len(marks) for name, marks in removal.kept.items()} != {group.name: group.width for group in groups}:
+    kept = removal.kept or {group.name: "1" * group.width for group in groups}
+    if {name: len(marks) for name, marks in kept.items()} != {group.name: group.width for group in groups}:
         raise ValueError("the record is one of another network: groups of channels or their widths differ")
-    return _apply(network, groups, removal)
+    return _apply(network, groups, replace(removal, kept=kept))
 
 
 def _apply(network: UNet, groups: list[ChannelGroup], removal: Removal) -> UNet:
     kept = {name: torch.tensor([mark == "1" for mark in marks]) for name, marks in removal.kept.items()}
-    smaller = _shrink(network, groups, kept, removal.widths)
+    smaller = shrink(network, groups, kept, removal.widths)
     if removal.redrawn is not None:
         _draw_weights(smaller, removal.redrawn)
     return smaller
 
 
 def _cost_to_hit(
-    network: UNet, groups: list[ChannelGroup], prune: PruneConfig, keep: float
+    network: UNet, groups: list[ChannelGroup], prune: PruneConfig, keep: float, reference: UNet
 ) -> tuple[Callable[[Counts], float], float]:
-    """Return the cost of a network with given numbers of channels, in the target's unit, and the cost to reach."""
+    """Return the cost of a network with given numbers of channels, in the target's unit, and the cost to reach.
+
+    ``keep`` is a share of the cost of ``reference``.
+    """
     if prune.target == "latency":
 
         def ratio(counts: Counts) -> float:
             ours, theirs = latencies(
-                [_untrained(network, groups, counts, prune.widths), network], LATENCY_BATCH, least=3
+                [untrained(network, groups, counts, prune.widths), reference], LATENCY_BATCH, least=3
             )
             return ours / theirs
 
@@ -138,16 +152,16 @@ def _cost_to_hit(
     def count(counts: Mapping[str, int]) -> float:
         return count_sizes(layers, shrunk_sizes(now, groups, counts, prune.widths))[unit]
 
-    return count, keep * count_sizes(layers, now)[unit]
+    return count, keep * getattr(count_cost(reference), prune.target)
 
 
-def _untrained(network: UNet, groups: list[ChannelGroup], counts: Counts, widths: str) -> UNet:
+def untrained(network: UNet, groups: list[ChannelGroup], counts: Counts, widths: str) -> UNet:
     """Return a network of these widths, with arbitrary weights."""
     first = {group.name: torch.arange(group.width) < counts[group.name] for group in groups}
-    return _shrink(network, groups, first, widths)
+    return shrink(network, groups, first, widths)
 
 
-def _shrink(network: UNet, groups: list[ChannelGroup], kept: Kept, widths: str) -> UNet:
+def shrink(network: UNet, groups: list[ChannelGroup], kept: Kept, widths: str) -> UNet:
     """Return a copy of a network with only the channels to keep."""
     smaller = copy.deepcopy(network)
     counts = {group.name: int(kept[group.name].sum()) for group in groups}

@@ -83,7 +83,7 @@ def find_counts(
     Raises:
         ConfigError: if even the narrowest network costs more, or ``prune.widths`` cannot be had.
     """
-    units = [prune.round_to] if prune.round_to else _divisors(_norm_groups(network))
+    units = [prune.round_to] if prune.round_to else _divisors(norm_groups(network))
     limits = {name: int(score.isfinite().sum()) for name, score in scores.items()}
     wanted = wanted_counts(network, groups, scores, prune)
     levels = LevelWidths(network, groups) if prune.widths == DIFFUSERS else None
@@ -118,9 +118,11 @@ def find_counts(
 def out_of_reach(prune: PruneConfig, share: float) -> ConfigError:
     """Return the error that at least this share of the target is left."""
     kind = " with prune.widths=diffusers" if prune.widths == DIFFUSERS else ""
+    where: dict[float | str, str] = {0.0: "at the narrowest widths", 1.0: "without all blocks that can be removed"}
+    deeper = "; prune.depth=auto removes blocks as well" if prune.depth == 0.0 else ""
     return ConfigError(
         f"prune.keep = {prune.keep:g}: out of reach; at least {math.ceil(share * 1000) / 1000:g} of the "
-        f"{prune.target} stays at the narrowest widths{kind}"
+        f"{prune.target} stays {where.get(prune.depth, 'in the smallest network')}{kind or deeper}"
     )
 
 
@@ -129,7 +131,8 @@ def _divisors(number: int) -> list[int]:
     return [unit for unit in range(number, 0, -1) if number % unit == 0]
 
 
-def _norm_groups(network: UNet) -> int:
+def norm_groups(network: UNet) -> int:
+    """Return the largest number of groups among the group norms of a network."""
     return max(module.num_groups for module in network.modules() if isinstance(module, nn.GroupNorm))
 
 

@@ -10,6 +10,7 @@ from diffusion_core.model.unet import UNet
 from pruning.blocks import block_shares
 from pruning.calibration import Calibration
 from pruning.config import PruneConfig
+from pruning.masks.activations import input_norms, rank_by_output, wanda_scores
 from pruning.masks.budgets import Shares, by_block, erdos_renyi_kernel, uniform
 from pruning.masks.mask import WeightMasks
 from pruning.masks.saliency import snip_scores, stand_in, synflow_masks
@@ -57,6 +58,7 @@ class MaskRecord:
         needs_images: whether it needs training images.
         at_start: whether it prunes at initialisation unless ``prune.step`` is set.
         gradual: whether it prunes in many small steps, up to ``prune.until``.
+        regrows: whether weights are dropped and grown afterwards, up to ``prune.until``.
     """
 
     choose: Callable[[MaskRequest], WeightMasks]
@@ -65,6 +67,7 @@ class MaskRecord:
     needs_images: bool = False
     at_start: bool = False
     gradual: bool = False
+    regrows: bool = False
 
 
 def choose_masks(
@@ -94,6 +97,13 @@ def _by_snip(request: MaskRequest) -> WeightMasks:
 
 def _by_synflow(request: MaskRequest) -> WeightMasks:
     return synflow_masks(stand_in(request.network, request.seed), request.masks, 1.0 - request.prune.keep)
+
+
+def _by_wanda(request: MaskRequest) -> WeightMasks:
+    assert request.calibration is not None  # It needs images.
+    norms = input_norms(request.network, request.calibration, request.prune.calibration_batches)
+    scores = wanda_scores(maskable(request.network), norms)
+    return rank_by_output(scores, request.masks, 1.0 - request.prune.keep)
 
 
 def _by_magnitude(request: MaskRequest) -> WeightMasks:
@@ -133,11 +143,25 @@ MASK_STRATEGIES["snip"] = MaskRecord(
 MASK_STRATEGIES["synflow"] = MaskRecord(
     _by_synflow, "masks: rank by synaptic flow at initialisation (Tanaka et al. 2020)", at_start=True
 )
+MASK_STRATEGIES["wanda"] = MaskRecord(
+    _by_wanda,
+    "masks: rank the weights of each output by magnitude times the norm of the input (Sun et al. 2023)",
+    frozenset({"keep", "calibration_batches"}),
+    needs_images=True,
+)
 MASK_STRATEGIES["gradual"] = MaskRecord(
     _by_magnitude,
     "masks: prune the smallest weights in many small steps (Zhu & Gupta 2017)",
     _RANKED | {"until", "interval"},
     gradual=True,
+)
+MASK_STRATEGIES["rigl"] = MaskRecord(
+    _at_random,
+    "masks: start from random ones, then drop by magnitude and grow by gradient (Evci et al. 2020)",
+    _RANKED | {"until", "interval", "regrow"},
+    needs_images=True,
+    at_start=True,
+    regrows=True,
 )
 MASK_STRATEGIES["n_of_m"] = MaskRecord(
     _by_pattern,

@@ -362,6 +362,8 @@ def starts_made_to_go_together(values: dict[str, Any]) -> None:
     """Change what excludes each other among the knobs of pruning, of what a run starts from, and of its teacher."""
     if values["prune.block_keep"]:
         values["prune.block_keep"] = [0.5] * (2 * len(values["model.channel_multipliers"]) + 1)
+    if values["prune.widths"] == "diffusers":
+        values |= {"prune.depth": 0.0, "prune.blocks": []}
     for section in ("init", "distill"):
         if values[f"{section}.checkpoint"] is not None:
             values[f"{section}.artifact"] = None
@@ -379,7 +381,7 @@ def masks_made_to_go_together(values: dict[str, Any]) -> None:
     """Change what excludes each other among the knobs of masks and lotteries."""
     if values["prune.profile"] == "blocks" and (values["prune.method"] == "lottery" or not values["prune.block_keep"]):
         values["prune.profile"] = "erk"
-    if values["prune.method"] == "gradual":
+    if values["prune.method"] in ("gradual", "rigl"):
         values |= {"prune.step": None, "prune.until": None, "train.steps": values["train.steps"] + 4}
     if values["prune.method"] == "lottery":
         values["prune.rewind_step"] = min(values["prune.rewind_step"], values["train.steps"] - 1)
@@ -415,12 +417,13 @@ def steps_made_to_go_together(values: dict[str, Any]) -> None:
 @st.composite
 def configurations(draw: st.DrawFn) -> TrialConfig:
     """Random values for every knob, made to go together."""
-    listed = {"plugins", "model.channel_multipliers", "model.attention_resolutions"}
+    listed = {"plugins", "prune.blocks", "model.channel_multipliers", "model.attention_resolutions"}
     values = {
         key: draw(of_kind(field.annotation, tuple(field.metadata)), label=key)
         for key, field in KNOBS.items()
         if key not in listed
     }
+    values["prune.blocks"] = draw(st.lists(st.sampled_from(["middle.1", "down.0.blocks.0"]), unique=True))
     values["plugins"] = draw(st.lists(st.sampled_from(["json", "email.message"]), unique=True))
     levels = draw(st.integers(1, 4))
     size = draw(st.none() | st.integers(1, 1024 // 2**levels).map(lambda n: max(n, 4) * 2 ** (levels - 1)))

@@ -62,7 +62,8 @@ SWEEPS = {
     "random": sweep_config(
         "random",
         {"train.lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}, "data.horizontal_flip":
-         {"values": [True, False]}, "prune.method": {"value": "structured"}, "prune.keep": {"value": 0.5}},
+         {"values": [True, False]}, "prune.method": {"value": "structured"}, "prune.keep": {"value": 0.5},
+         "prune.depth": {"values": [0.5, "auto"]}, "prune.calibration_batches": {"value": 2}},
         run_cap=2,
     ),
     "bayes": sweep_config(

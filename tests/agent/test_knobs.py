@@ -99,6 +99,7 @@ SAMPLING_ONLY = ("weights", "ema weights", "val/loss", "train rows")
 # Late enough for the layers that start at zero to have grown: they would go first.
 PRUNED = {"prune.method": "magnitude", "prune.step": 6, "train.steps": 8, "train.lr": 0.02}
 GRADUAL = PRUNED | {"prune.method": "gradual", "prune.step": 1, "prune.until": 7, "prune.interval": 2}
+RIGL = {"prune.method": "rigl", "prune.until": 3, "prune.interval": 1, "train.lr": 0.02}
 LOTTERY = {"prune.method": "lottery", "prune.rounds": 1, "train.lr": 0.02}
 NARROWED = {"prune.method": "structured", "prune.step": 2, "prune.calibration_batches": 4, "train.lr": 0.02}
 DDPM = {"sample.sampler": "ddpm"}
@@ -243,6 +244,8 @@ TABLE: dict[str, Entry] = {
     "prune.profile": Entry("erk", (*WEIGHTS, "masks"), PRUNED | {"prune.scope": "layer"}, same=("zeros", "shapes")),
     "prune.target": Entry("params", (*WEIGHTS, "widths"), NARROWED),
     "prune.importance": Entry("l1", (*WEIGHTS, "kept"), NARROWED, same=("widths",)),
+    "prune.depth": Entry(0.5, (*WEIGHTS, "kept", "widths"), NARROWED),
+    "prune.blocks": Entry(["middle.1"], (*WEIGHTS, "kept", "widths"), NARROWED),
     "prune.iterations": Entry(2, (*WEIGHTS, "kept"), NARROWED | {"prune.importance": "taylor"}),
     "prune.round_to": Entry(1, (*WEIGHTS, "widths"), NARROWED),
     "prune.widths": Entry("diffusers", (*WEIGHTS, "widths"), NARROWED),
@@ -275,6 +278,7 @@ TABLE: dict[str, Entry] = {
     "prune.step": Entry(5, (*WEIGHTS, "pruned at"), PRUNED),
     "prune.until": Entry(5, (*WEIGHTS, "pruned at"), GRADUAL),
     "prune.interval": Entry(3, WEIGHTS, GRADUAL, same=("pruned at", "sparsity")),
+    "prune.regrow": Entry(0.9, (*WEIGHTS, "masks"), RIGL, same=("pruned at", "sparsity")),
     "prune.pattern": Entry("1:2", (*WEIGHTS, "masks"), {"prune.method": "n_of_m"}, same=("sparsity",)),
     "prune.rounds": Entry(2, (*WEIGHTS, "zeros", "sparsity"), LOTTERY),
     "prune.per_round": Entry(0.5, (*WEIGHTS, "zeros", "sparsity"), LOTTERY),
@@ -615,7 +619,11 @@ def choices(knob: str) -> list[str]:
 def test_every_schedule_of_the_rate_and_every_choice_is_another_one(seen: Any) -> None:
     """Each pair of choices of a knob differs, not only the two of the table."""
     variants: dict[str, tuple[str, dict[str, Any], list[str]]] = {
-        "prune.method": ("weights", {"prune.step": 2, "prune.rounds": 1}, choices("prune.method")),
+        "prune.method": (
+            "weights",
+            {"prune.step": 1, "prune.rounds": 1, "prune.interval": 1, "prune.calibration_batches": 2},
+            choices("prune.method"),
+        ),
         "prune.profile": (
             "masks",
             PRUNED | {"prune.scope": "layer", "prune.block_keep": [0.1, 0.5, 0.9]},

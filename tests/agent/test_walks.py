@@ -20,7 +20,8 @@ PROJECT = f"{Path(__file__).resolve().parents[2]}/"
 PRUNINGS: dict[str, dict[str, Any]] = {
     "gradual": {"prune.method": "gradual", "prune.step": 1, "prune.until": 3, "prune.interval": 1},
     "snip": {"prune.method": "snip"},
-    "structured": {"prune.method": "structured", "prune.keep": 0.5, "distill.features": 1.0},
+    "rigl": {"prune.method": "rigl", "prune.until": 3, "prune.interval": 1},
+    "structured": {"prune.method": "structured", "prune.keep": 0.5, "prune.depth": 0.5, "distill.features": 1.0},
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import compare_pruning
 import pytest
 import torch
-from studies import structured
+from studies import runs, structured
 from studies.study import FIGURES, SAMPLING_SEED, Results
 
 from diffusion_core.checkpoint import read_checkpoint
@@ -76,6 +76,32 @@ def test_a_folder_of_before_gets_the_figures_that_it_lacks_without_training(
     assert compare_pruning.main(words) == 0
     assert "run " not in capsys.readouterr().out.replace("\n| ", "")
     assert json.loads(file.read_text()) == {key: whole[key] | figures for key, figures in old.items()}
+
+
+@pytest.mark.slow
+def test_tables_of_runs_hold_what_the_runs_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row for row in runs.depth_rows() if row.name in ("dense", "both, macs 0.5")]
+    monkeypatch.setattr(runs, "depth_rows", lambda: rows)
+    monkeypatch.setattr(runs, "TIMED_S", 0.01)
+    monkeypatch.setattr(runs, "BATCHES", 1)
+    words = ["--seeds", "0", "--steps", "4", "--tune-steps", "2", "--images", "20", "--out", str(tmp_path)]
+    assert compare_pruning.main(["--tables", "depth,sparse,shares", *words]) == 0
+    for name, found in (("depth", {"dense", "both, macs 0.5"}), ("sparse", {"dense", "gradual, 50%", "random, 50%"})):
+        measured = json.loads((tmp_path / f"{name}-4-2.json").read_text())
+        assert {f"{row}, seed 0" for row in found} <= set(measured)
+        table = (tmp_path / f"{name}-4-2.md").read_text()
+        for row in found:
+            values = measured[f"{row}, seed 0"]
+            result = json.loads(
+                next(
+                    tmp_path.glob(f"runs/{name}-{row.replace(', ', '-').replace(' ', '')}-4-2-seed0/result.json")
+                ).read_text()
+            )
+            assert values["val/loss"] == result["figures"]["val/loss"]
+            assert f"| {row} | {values['model/macs'] / 1e6:.2f} M |" in table
+            assert f"| {values['val/loss']:.4f} |" in table
+    shares = json.loads((tmp_path / "shares-4.json").read_text())["0.5, seed 0"]
+    assert f"| 50% | {shares['dense']:.4f} | {shares['uniform']:.4f} |" in (tmp_path / "shares-4.md").read_text()
 
 
 def test_results_are_kept_as_they_come(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from tiny import TINY, digits
+from tiny import TINY, digits, lively_run
 
 from agent import leaderboard
 from agent.config import build_config
@@ -262,6 +262,32 @@ def test_sampling_flags_decide_what_is_judged(run: tuple[Path, MemoryTracker, An
     assert "guidance=2, guidance_interval=0.1..5" in protocols["guided"]
     assert all("reference=digits/val" in protocol for protocol in protocols.values())
     assert len(set(values.values())) == len(flags)
+
+
+def test_a_weaker_model_guides_what_is_judged(
+    run: tuple[Path, MemoryTracker, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--checkpoint", str(run[0]), "--num-images", "20", "--figures", "frechet", "--steps", "3"]
+    early = lively_run(tmp_path / "early", sample__guidance=2.0)
+
+    def judged(*words: str) -> tuple[float, str]:
+        call(*common, *words, "--json", str(tmp_path / "found.json"))
+        found = json.loads((tmp_path / "found.json").read_text())
+        assert ("sample/macs" in found["figures"]) == ("--guide-checkpoint" not in words)
+        (name,) = [name for name in found["figures"] if name.startswith("eval/fd_")]
+        return found["figures"][name], found["protocols"][name]
+
+    plain, _ = judged("--guidance", "1")
+    own, told = judged("--guidance", "2", "--guide-checkpoint", str(run[0]))
+    assert own == pytest.approx(plain, rel=1e-2)  # Guiding away from itself changes nothing but rounding.
+    assert f"away from {run[0]}" in told
+    assert abs(judged("--guidance", "2", "--guide-checkpoint", str(early))[0] / plain - 1) > 0.02
+    for words, reason in (
+        ([*common, "--guidance", "1", "--guide-checkpoint", str(early)], "sample.guidance = 1.0: ignores the model"),
+        ([str(tmp_path), "--data", "digits", "--guide-checkpoint", str(early)], "--guide-checkpoint: expected a model"),
+    ):
+        call(*words, code=2)
+        assert reason in capsys.readouterr().err
 
 
 def test_the_best_trial_of_a_sweep_is_judged(

@@ -82,9 +82,11 @@ def test_an_onnx_file_draws_the_same_images(dense: Path, tmp_path: Path, capsys:
 
 @pytest.mark.slow
 @pytest.mark.extra("onnx")
-def test_an_onnx_file_of_a_pruned_network_draws_the_same_images(tmp_path: Path) -> None:
-    pruned = lively_run(tmp_path / "run", prune__method="structured", prune__step=1, model__norm_groups=1)
-    assert read_checkpoint(pruned).metadata["structure"]
+@pytest.mark.parametrize("depth", [0.0, 0.5])
+def test_an_onnx_file_of_a_pruned_network_draws_the_same_images(depth: float, tmp_path: Path) -> None:
+    pruning = {"prune__method": "structured", "prune__step": 1, "prune__depth": depth, "prune__calibration_batches": 1}
+    pruned = lively_run(tmp_path / "run", model__norm_groups=1, **pruning)
+    assert ({"removed": 1} in read_checkpoint(pruned).metadata["structure"].values()) == (depth > 0)
     assert export(pruned, tmp_path, "--format", "onnx", "--steps", "3", "--which", "newest", "--weights", "ema") == 0
     check(drawn(tmp_path, EXAMPLE), expected(pruned, steps=3))
 
@@ -95,6 +97,15 @@ def test_a_program_of_torch_draws_the_same_images(dense: Path, tmp_path: Path) -
     assert export(dense, tmp_path, "--format", "torch", *words) == 0
     knobs = {"guidance": 3.0, "guidance_interval": [0.1, 2.0], "spacing": "karras", "steps": 5}
     check(drawn(tmp_path, TORCH.replace("KIND", "np.float32")), expected(dense, **knobs))
+
+
+@pytest.mark.slow
+def test_a_program_of_a_network_without_some_blocks_draws_the_same_images(tmp_path: Path) -> None:
+    pruning = {"prune__method": "structured", "prune__step": 1, "prune__depth": 1.0, "prune__calibration_batches": 1}
+    pruned = lively_run(tmp_path / "run", **pruning)
+    assert {"removed": 1} in read_checkpoint(pruned).metadata["structure"].values()
+    assert export(pruned, tmp_path, "--format", "torch", "--steps", "3") == 0
+    check(drawn(tmp_path, TORCH.replace("KIND", "int")), expected(pruned, steps=3))
 
 
 def test_a_model_without_classes_takes_no_labels(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from wandb_client import ROOT
 
 from agent.config import build_config
 from agent.trial import run_trial
-from diffusion_core.checkpoint import read_checkpoint
+from diffusion_core.checkpoint import list_checkpoints, read_checkpoint
 from diffusion_core.model.cost import count_cost
+from diffusion_core.model.depth import removable_blocks, removed_blocks
 from diffusion_core.tracking import MemoryTracker
 from pruning.channels.removal import Removal, remove
 
@@ -124,6 +125,34 @@ def test_it_prunes_an_untrained_preset_and_prints_a_table(tmp_path: Path, capsys
     assert read_checkpoint(tmp_path / "small").metadata["extra"]["pruning"][0]["method"] == "structured"
 
 
+def test_it_removes_blocks_and_says_which(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--checkpoint", str(dense), "--num-images", "0", "--prune.depth=0.5", "--prune.calibration_batches=1"]
+    result = call(capsys, *words, "--target", "macs=0.4", "--out", str(tmp_path / "small"))
+    assert result["kept"] == pytest.approx(0.4, rel=0.02)
+    assert result["blocks"]
+    assert removed_blocks(read_checkpoint(tmp_path / "small").network()) == sorted(
+        result["blocks"], key=removable_blocks(read_checkpoint(dense).network()).index
+    )
+    assert prune.main([*words, "--target", "macs=0.4", "--out", str(tmp_path / "shown")]) == 0
+    assert f"removed blocks: {', '.join(result['blocks'])}" in capsys.readouterr().out
+
+
+def test_sensitivity_proposes_shares_that_can_be_used(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--checkpoint", str(dense), "--target", "macs=0.5"]
+    measuring = [*words, "--sensitivity", "--prune.calibration_batches=2", "--out", str(tmp_path / "shares")]
+    result = call(capsys, *measuring)
+    assert list(result["proposed"]) == ["down.0", "down.1", "middle", "up.0", "up.1"]
+    assert json.loads((tmp_path / "shares" / "sensitivity.json").read_text()) == result
+    assert (tmp_path / "shares" / "sensitivity.png").read_bytes()[:4] == b"\x89PNG"
+    assert not list_checkpoints(tmp_path / "shares")
+    assert prune.main(measuring) == 0
+    assert result["knob"] in capsys.readouterr().out.splitlines()
+    used = call(capsys, *words, "--out", str(tmp_path / "small"), "--num-images", "0", result["knob"])
+    assert used["kept"] == pytest.approx(0.5, rel=0.02)
+
+
 REFUSED = [
     (["--target", "macs"], "--target = 'macs': expected one of channels, params, macs, latency"),
     (["--target", "weights=0.5"], "--target = 'weights=0.5': expected one of"),
@@ -139,6 +168,12 @@ REFUSED = [
     (["--target", "macs=0.5", "--model.channels=32"], "model.channels = 32: expected 16, as in"),
     (["--target", "macs=0.5", "--modle.channels=32"], "modle.channels = '32': unknown key"),
     (["--target", "macs=0.5", "--upload"], "--upload: no W&B API key"),
+    (["--target", "macs=0.5", "--sensitivity", "--num-images", "4"], "--sensitivity: prunes nothing; leave out"),
+    (
+        ["--target", "macs=0.5", "--sensitivity", "--prune.depth=1"],
+        "--sensitivity: proposes prune.block_keep for channels of free",
+    ),
+    (["--target", "macs=0.5", "--prune.blocks=conv_in"], "prune.blocks = ['conv_in']: 'conv_in' is no block"),
     (["--target", "macs=0.5", "--batch", "0"], "--batch = 0: expected an integer >= 1"),
     (["--target", "macs=0.5", "--num-images=-1"], "--num-images = -1: expected an integer >= 0"),
 ]

@@ -1,0 +1,1 @@
+"""Depth pruning: whole residual and attention blocks are removed."""
