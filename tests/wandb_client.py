@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import Fork, shared_forks
 from server import Sweep, WandbServer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,18 +42,23 @@ class Client:
             text=True,
         )
 
-    def command(self, *command: str, **env: str) -> str:
-        return finish(self.popen(*command, **env))
+    def python(self, *words: str, code: int = 0, **env: str) -> str:
+        """Run `python WORDS` in the directory to its end. Return what it printed."""
+        return self.fork(*words, **env).end(code)
+
+    def fork(self, *words: str, **env: str) -> Fork:
+        """`python WORDS` in the directory, as a process that starts at once."""
+        return shared_forks().python(words, self.directory, {**self.env, **env})
 
     def wandb(self, *arguments: str, **env: str) -> str:
-        return self.command(sys.executable, "-m", "wandb", *arguments, **env)
+        return self.python("-m", "wandb", *arguments, **env)
 
     def script(self, source: str, **env: str) -> Any:
         """Run a script; what it assigned to `result` (JSON values) comes back."""
         path = self.write("script.py", "import json\nresult = None\n" + textwrap.dedent(source))
         with path.open("a") as file:
             file.write("\njson.dump(result, open('result.json', 'w'))\n")
-        self.command(sys.executable, str(path), **env)
+        self.python(str(path), **env)
         return json.loads((self.directory / "result.json").read_text())
 
     def sweep(self, program: str, **config: Any) -> Sweep:

@@ -88,9 +88,9 @@ class Story:
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+def story(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Iterator[Story]:
     one, other, quiet = (tmp_path_factory.mktemp(name) for name in ("one", "other", "quiet"))
-    with WandbServer() as server, Forks() as forks:
+    with WandbServer() as server:
         first, second = Client(server, one), Client(server, other)
         fixed = {key: {"value": value} for key, value in KNOBS.items()}
         made = sweep(first, {
