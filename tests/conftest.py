@@ -46,6 +46,10 @@ def forks() -> Forks:
     return shared_forks()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # Or what is left at the end is reported as leaked.
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-extras", action="store_true", help="fail, not skip, where an optional extra is missing")
 
