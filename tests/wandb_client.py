@@ -42,6 +42,9 @@ class Client:
             text=True,
         )
 
+    def command(self, *command: str, **env: str) -> str:
+        return finish(self.popen(*command, **env))
+
     def python(self, *words: str, code: int = 0, **env: str) -> str:
         """Run `python WORDS` in the directory to its end. Return what it printed."""
         return self.fork(*words, **env).end(code)
@@ -51,14 +54,14 @@ class Client:
         return shared_forks().python(words, self.directory, {**self.env, **env})
 
     def wandb(self, *arguments: str, **env: str) -> str:
-        return self.python("-m", "wandb", *arguments, **env)
+        return self.command(sys.executable, "-m", "wandb", *arguments, **env)
 
     def script(self, source: str, **env: str) -> Any:
         """Run a script; what it assigned to `result` (JSON values) comes back."""
         path = self.write("script.py", "import json\nresult = None\n" + textwrap.dedent(source))
         with path.open("a") as file:
             file.write("\njson.dump(result, open('result.json', 'w'))\n")
-        self.python(str(path), **env)
+        self.command(sys.executable, str(path), **env)
         return json.loads((self.directory / "result.json").read_text())
 
     def sweep(self, program: str, **config: Any) -> Sweep:

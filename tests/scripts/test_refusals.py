@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from commands import COMMANDS, run_command, tree
 from PIL import Image
 from server import WandbServer
 from tiny import TINY
-from wandb_client import Client
+from wandb_client import Client, finish
 
 WORDS = [f"--{key}={','.join(map(str, value)) if isinstance(value, list) else value}" for key, value in TINY.items()]
 LINE = re.compile(r"error: [^\s:=][^:=]*( = ('(\\.|[^'])*'|\S+))?: \S.*\S")
@@ -267,7 +268,7 @@ def test_nothing_is_on_wandb_of_a_run_that_is_refused(tmp_path: Path) -> None:
     with WandbServer() as server:
         client = Client(server, tmp_path)
         words = ["--preset=digits", "--init.checkpoint=nowhere", "--train.steps=2"]
-        said = client.python("-m", "agent", *words, WANDB_MODE="online", code=2)
+        said = finish(client.popen(sys.executable, "-m", "agent", *words, WANDB_MODE="online"), code=2)
         assert said.splitlines()[-1].startswith("error: init.checkpoint = 'nowhere': ")
         assert not server.runs
         assert not (tmp_path / "runs").exists()

@@ -135,8 +135,8 @@ def test_one_command_online_where_hyperband_stops_the_bad_and_lets_the_good_fini
     )
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / ".env").write_text(f"WANDB_API_KEY={client.env.pop('WANDB_API_KEY')}\nWANDB_MODE=\n")
-    command = ["-m", "agent.sweep"]
-    output = client.python(*command, "mine.yaml", "--agents", "2")
+    command = [sys.executable, "-m", "agent.sweep"]
+    output = client.command(*command, "mine.yaml", "--agents", "2")
 
     (sweep,) = server.sweeps.values()
     assert [run.config["train.lr"] for run in sweep.runs] == [good[0]["lr"], bad["lr"], good[1]["lr"]]
@@ -171,7 +171,7 @@ def test_one_command_online_where_hyperband_stops_the_bad_and_lets_the_good_fini
     assert all(run.id in report for run in sweep.runs)
 
     # Joined when it is over: nothing is left to do but to show the same table.
-    again = client.python(*command, "--attach", sweep.id)
+    again = client.command(*command, "--attach", sweep.id)
     assert [line.split()[1] for line in again.splitlines() if re.match(r"^\d  ", line)] == ranked
     assert len(sweep.runs) == 3
     for words, reason in (
@@ -180,7 +180,7 @@ def test_one_command_online_where_hyperband_stops_the_bad_and_lets_the_good_fini
     ):
         config["parameters"]["train"] = {"values": [good[0]]}
         (tmp_path / "other.yaml").write_text(yaml.safe_dump(config))
-        refused = client.python(*command, *words, code=2)
+        refused = finish(client.popen(*command, *words), code=2)
         assert refused.strip().splitlines()[-1].startswith(reason)
     assert len(server.sweeps) == 1
 
