@@ -1,22 +1,26 @@
-"""Trials as processes that start at once: forked from one that has imported everything.
+"""Commands as processes that start at once: forked from one that has imported everything.
 
 ``with Forks() as forks`` starts that one; ``forks.start(words, ...)`` is ``python -m agent WORDS`` in a process of its
-own, which may be sent signals and killed like any other.
+own, which may be sent signals and killed like any other. Tests share one: the fixture ``forks``.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import resource
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 ROOT = Path(__file__).resolve().parents[1]
 WAIT_S = 300
@@ -55,9 +59,12 @@ class Forks:
 
     def __enter__(self) -> Self:
         env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+        self.env = env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_ERROR_REPORTING": "false"}
+        self.outputs = tempfile.TemporaryDirectory()
+        self.started = 0
         self.process = subprocess.Popen(
             [sys.executable, __file__],
-            env=env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env=self.env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -68,6 +75,7 @@ class Forks:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(WAIT_S)
+        self.outputs.cleanup()
 
     def ask(self, **request: Any) -> Any:
         assert self.process.stdin is not None
@@ -81,31 +89,48 @@ class Forks:
         words: list[str],
         folder: Path,
         env: Mapping[str, str] | None = None,
-        module: str = "agent.__main__",
+        module: str = "agent",
         file_limit: int | None = None,
     ) -> Fork:
-        """Start a command in a folder.
+        """Start ``python -m MODULE WORDS`` in a folder.
 
         Args:
             words: of the command line.
             folder: the working directory; what is printed goes to ``out.txt`` in there.
             env: variables that are set besides; without any, W&B is disabled.
-            module: whose ``main`` is called.
+            module: what is run.
             file_limit: bytes that a file may have.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        env = env or {"WANDB_MODE": "disabled"}
-        request = {"start": words, "folder": str(folder), "env": dict(env), "module": module, "file_limit": file_limit}
-        return Fork(self, self.ask(**request), folder / "out.txt")
+        variables = self.env | (env or {"WANDB_MODE": "disabled"})
+        return self._start(["-m", module, *words], folder, variables, folder / "out.txt", file_limit)
 
-    def run(
-        self, words: list[str], folder: Path, env: Mapping[str, str] | None = None, module: str = "agent.__main__"
-    ) -> str:
+    def python(self, words: Sequence[str], folder: Path, env: Mapping[str, str]) -> Fork:
+        """Start ``python WORDS``, that is ``-m MODULE ...`` or ``SCRIPT ...``, in a folder.
+
+        What is printed does not go to the folder. All variables are given; those that PyTorch reads when it is imported
+        have no effect.
+        """
+        self.started += 1
+        return self._start(list(words), folder, env, Path(self.outputs.name, f"{self.started}.txt"))
+
+    def _start(
+        self, words: list[str], folder: Path, env: Mapping[str, str], out: Path, file_limit: int | None = None
+    ) -> Fork:
+        request = {"words": words, "folder": str(folder), "env": dict(env), "out": str(out), "file_limit": file_limit}
+        return Fork(self, self.ask(**request), out)
+
+    def run(self, words: list[str], folder: Path, env: Mapping[str, str] | None = None, module: str = "agent") -> str:
         """Start a command and wait for its end, which must be a success; returns what it printed."""
-        fork = self.start(words, folder, env, module)
-        status = fork.wait()
-        assert status == 0, (status, fork.output)
-        return fork.output
+        return self.start(words, folder, env, module).end()
+
+
+@functools.cache
+def shared_forks() -> Forks:
+    """The process that forks for all tests: it takes seconds to import everything."""
+    forks = Forks().__enter__()
+    atexit.register(forks.__exit__)
+    return forks
 
 
 def handles(pid: int, number: int) -> bool:
@@ -137,6 +162,12 @@ class Fork:
             time.sleep(0.02)
         return status
 
+    def end(self, code: int = 0) -> str:
+        """Wait for its end, which must have this status; returns what it printed."""
+        status = self.wait()
+        assert status == code, (status, self.output)
+        return self.output
+
     @property
     def output(self) -> str:
         return self.out.read_text()
@@ -144,14 +175,17 @@ class Fork:
 
 def serve() -> None:
     """Fork whenever asked to, in the process that has imported everything."""
-    import importlib
+    import gc
 
     import sklearn.datasets  # noqa: F401
     import torch._dynamo  # noqa: F401
     import wandb  # noqa: F401
 
-    import agent.__main__
     import agent.session  # noqa: F401
+
+    # A collection in a fork looks at, and thereby copies, whatever was made before: half a second for each.
+    gc.collect()
+    gc.freeze()
 
     ended: dict[int, int | None] = {}
     for line in sys.stdin:
@@ -167,25 +201,56 @@ def serve() -> None:
         else:
             answer = os.fork()
             if answer == 0:
-                os.setsid()
-                out = os.open(Path(request["folder"], "out.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                nothing = os.open(os.devnull, os.O_RDONLY)
-                for number, descriptor in enumerate((nothing, out, out)):
-                    os.dup2(descriptor, number)
-                if request["file_limit"] is not None:
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"],) * 2)
-                os.environ.update(request["env"])
-                os.chdir(request["folder"])
-                sys.argv = [request["module"], *request["start"]]
-                module = importlib.import_module(request["module"])
-                if hasattr(module, "__path__"):  # A package: what python -m runs.
-                    module = importlib.import_module(f"{request['module']}.__main__")
-                sys.exit(module.main(request["start"]))
+                run_and_leave(request)
             ended[answer] = None
         print(json.dumps(answer), flush=True)
     for pid, exit_code in ended.items():  # Of a test that failed.
         if exit_code is None:
             os.kill(pid, signal.SIGKILL)
+    os._exit(0)  # To free, object by object, what was imported takes a second.
+
+
+def run_and_leave(request: dict[str, Any]) -> NoReturn:
+    """Run a command in a process that was just forked; do not tear down the interpreter, which takes a second."""
+    status: int | None = None
+
+    def leave() -> None:  # Handlers run in reverse order: this one after all of the command's.
+        if status is not None:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    atexit.register(leave)
+    try:
+        become(**request)
+        status = 0
+    except SystemExit as leaving:
+        if not isinstance(leaving.code, int | None):
+            raise
+        status = leaving.code or 0
+    sys.exit(status)
+
+
+def become(words: list[str], folder: str, out: str, env: dict[str, str], file_limit: int | None) -> None:
+    """Make of a process that was just forked what ``python WORDS`` would be in a folder, and run it."""
+    os.setsid()
+    output = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for number, descriptor in enumerate((nothing, output, output)):
+        os.dup2(descriptor, number)
+    if file_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit,) * 2)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(folder)
+    own = folder if words[0] == "-m" else str(Path(words[0]).parent)
+    sys.path[:] = [own, *env.get("PYTHONPATH", "").split(os.pathsep), *sys.path[1:]]
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forks import Forks
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -33,19 +34,29 @@ TINY = [
 ]
 
 
-def run(words: list[str], folder: Path, path: Path, *, fails: bool = False) -> str:
-    """Run a command of the project that lies in ``path``; returns what it printed."""
-    environment = os.environ | {
+def environment(folder: Path, path: Path) -> dict[str, str]:
+    """Of a command of the project that lies in ``path``."""
+    return os.environ | {
         "PYTHONPATH": os.pathsep.join([str(path), str(folder)]),
         "WANDB_MODE": "offline",
         "WANDB_SILENT": "true",
         "OMP_NUM_THREADS": "1",
     }
+
+
+def run(words: list[str], folder: Path, path: Path) -> str:
+    """Run a command, which must succeed; returns what it printed."""
     done = subprocess.run(
-        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *words],
+        cwd=folder,
+        env=environment(folder, path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
     )
-    assert (done.returncode != 0) == fails, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def test_there_is_a_recipe_for_each_registry() -> None:
@@ -54,12 +65,17 @@ def test_there_is_a_recipe_for_each_registry() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_works_as_a_plugin(recipe: str, tmp_path: Path) -> None:
+def test_a_recipe_works_as_a_plugin(recipe: str, tmp_path: Path, forks: Forks) -> None:
+    def run(words: list[str], *, fails: bool = False) -> str:
+        command = forks.python(words, tmp_path, environment(tmp_path, ROOT))
+        assert (command.wait() != 0) == fails, command.output
+        return command.output
+
     _, knobs, code = RECIPES[recipe]
     key, _, value = recipe.partition("=")
     (tmp_path / "my_plugin.py").write_text(code, encoding="utf-8")
     words = [f"--{knob}" for knob in knobs]
-    run(["-m", "agent", *TINY, "--plugins=my_plugin", *words, "--log.dir=run"], tmp_path, ROOT)
+    run(["-m", "agent", *TINY, "--plugins=my_plugin", *words, "--log.dir=run"])
     if key == "eval.figures":
         history = (tmp_path / "run" / "history.jsonl").read_text(encoding="utf-8")
         assert f'"eval/{value}_20"' in history
@@ -71,17 +87,17 @@ def test_a_recipe_works_as_a_plugin(recipe: str, tmp_path: Path) -> None:
         "data.name",
         "eval.figures",
     ):  # What the core's configuration names.
-        said = run(sampling, tmp_path, ROOT, fails=True)
+        said = run(sampling, fails=True)
         assert said.count("\n") == 1
         assert "--plugins=my_plugin" in said
         assert not (tmp_path / "images").exists()
-        run([*sampling, "--plugins=my_plugin"], tmp_path, ROOT)
+        run([*sampling, "--plugins=my_plugin"])
     else:
-        run(sampling, tmp_path, ROOT)
-    said = run(["-m", "agent", *TINY, *words, "--dry-run"], tmp_path, ROOT, fails=True)
+        run(sampling)
+    said = run(["-m", "agent", *TINY, *words, "--dry-run"], fails=True)
     assert re.search(rf"{key} = .*{value}.*: expected (one of|a list)", said)
     (tmp_path / "my_plugin.py").unlink()
-    said = run(["-m", "agent", *TINY, "--plugins=my_plugin", *words], tmp_path, ROOT, fails=True)
+    said = run(["-m", "agent", *TINY, "--plugins=my_plugin", *words], fails=True)
     assert said.startswith("error: plugins = 'my_plugin': cannot import it (No module named 'my_plugin')")
     assert said.count("\n") == 1
 

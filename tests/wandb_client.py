@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import Fork, shared_forks
 from server import Sweep, WandbServer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +44,14 @@ class Client:
 
     def command(self, *command: str, **env: str) -> str:
         return finish(self.popen(*command, **env))
+
+    def python(self, *words: str, code: int = 0, **env: str) -> str:
+        """Run `python WORDS` in the directory to its end. Return what it printed."""
+        return self.fork(*words, **env).end(code)
+
+    def fork(self, *words: str, **env: str) -> Fork:
+        """`python WORDS` in the directory, as a process that starts at once."""
+        return shared_forks().python(words, self.directory, {**self.env, **env})
 
     def wandb(self, *arguments: str, **env: str) -> str:
         return self.command(sys.executable, "-m", "wandb", *arguments, **env)

@@ -6,7 +6,7 @@ import json
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,13 +15,7 @@ from tiny import assert_same_tensors
 
 from diffusion_core.checkpoint import newest_checkpoint, read_checkpoint
 
-KILLS = 50
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    with Forks() as forks:
-        yield forks
+KILLS = 25
 
 
 def history(folder: Path) -> list[dict[str, float]]:
@@ -52,7 +46,7 @@ def wait(trial: Fork, condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.slow
-def test_fifty_kills_at_random_moments_change_nothing(tmp_path: Path, forks: Forks) -> None:
+def test_kills_at_random_moments_change_nothing(tmp_path: Path, forks: Forks) -> None:
     chance = random.Random(0)
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     unbroken = forks.start(WORDS, straight)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +97,7 @@ def test_offline_the_rounds_are_runs_of_the_folder(tmp_path: Path) -> None:
         client = Client(idle, tmp_path)
         words = [f"--{key}={value}" for key, value in (FIXED | {"prune.rounds": 1}).items()]
         script = str(Path(__file__).parents[2] / "scripts" / "lottery_ticket.py")
-        output = client.command(sys.executable, script, *words, "--out", "chain", WANDB_MODE="offline")
+        output = client.python(script, *words, "--out", "chain", WANDB_MODE="offline")
     assert "round 01 of 1: 50.00% of the weights" in output
     assert len([path for path in tmp_path.rglob("offline-run-*") if path.is_dir()]) == 3
     assert (tmp_path / "chain" / "summary.md").is_file()
@@ -107,7 +105,7 @@ def test_offline_the_rounds_are_runs_of_the_folder(tmp_path: Path) -> None:
     assert 'id="ticket-plot"' in (tmp_path / "chain" / "report.html").read_text()
 
 
-STEPS = 120
+STEPS = 60
 MOVED = FIXED | {
     "prune.method": "lottery",
     "prune.rounds": 3,
@@ -150,7 +148,7 @@ class Journey:
 
 @pytest.fixture(scope="module")
 def journey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Journey]:
-    words = [sys.executable, "-m", "agent", *(f"--{key}={value}" for key, value in MOVED.items())]
+    words = ["-m", "agent", *(f"--{key}={value}" for key, value in MOVED.items())]
     with WandbServer() as server:
         machines = [Client(server, tmp_path_factory.mktemp(name)) for name in ("preempted", "lost", "last", "quiet")]
         rounds = [machine.directory / "runs" / "chain" / "rounds" for machine in machines]
@@ -159,13 +157,13 @@ def journey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Journey]:
             (machines[0], rounds[0], "01", signal.SIGTERM),
             (machines[1], rounds[1], "02", signal.SIGKILL),
         ):
-            process = machine.popen(*words, WANDB_RUN_ID="chain")
+            process = machine.fork(*words, WANDB_RUN_ID="chain")
             history = folder / stage / "history.jsonl"
             until(lambda file=history: file.exists() and file.read_text().count("\n") > 20)  # type: ignore[misc]
-            os.kill(process.pid, number)
-            finish(process, code=143 if number == signal.SIGTERM else -9)
-        output = machines[2].command(*words, WANDB_RUN_ID="chain")
-        machines[3].command(*words, WANDB_RUN_ID="chain", WANDB_MODE="disabled")
+            process.send(number)
+            process.end(143 if number == signal.SIGTERM else -9)
+        output = machines[2].python(*words, WANDB_RUN_ID="chain")
+        machines[3].python(*words, WANDB_RUN_ID="chain", WANDB_MODE="disabled")
         yield Journey(server, words, rounds[2].parent, output, rounds[3].parent)
         assert server.errors == []
 
@@ -218,14 +216,14 @@ def test_a_finished_chain_is_given_a_control_on_an_empty_disk(journey: Journey, 
     """Made from a round and from a step to rewind to that this disk never held; only the control is trained."""
     words = [*journey.words, "--prune.control=random_mask"]
     machine = Client(journey.server, tmp_path)
-    assert rounds_started(machine.command(*words, WANDB_RUN_ID="chain")) == ["03-random-mask"]
+    assert rounds_started(machine.python(*words, WANDB_RUN_ID="chain")) == ["03-random-mask"]
     quiet = Client(journey.server, journey.undisturbed.parents[1])
-    quiet.command(*words, WANDB_RUN_ID="chain", WANDB_MODE="disabled")
+    quiet.python(*words, WANDB_RUN_ID="chain", WANDB_MODE="disabled")
     at = Path("rounds") / "03-random-mask"
     ours, theirs = (read_checkpoint(chain / at) for chain in (tmp_path / "runs" / "chain", journey.undisturbed))
     for part in theirs.parts:
         assert_same_tensors(ours.tensors(part), theirs.tensors(part))
 
     other = Client(journey.server, tmp_path / "other")
-    output = finish(other.popen(*journey.words, "--prune.per_round=0.3", WANDB_RUN_ID="chain"), code=2)
+    output = other.python(*journey.words, "--prune.per_round=0.3", WANDB_RUN_ID="chain", code=2)
     assert "error: prune.per_round = 0.3: the run in 'runs/chain/rounds/01' was started with 0.5" in output

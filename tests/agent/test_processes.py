@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forks import Forks
 from server import WandbServer
 from wandb_client import Client, finish
 
@@ -78,12 +79,18 @@ def launch(folder: Path, processes: int, *words: str, mode: str = "disabled") ->
     )
 
 
-def run(folder: Path, processes: int, *words: str, mode: str = "disabled") -> str:
-    """The same to its end, which must be a success; returns what it printed."""
-    process = launch(folder, processes, *words, mode=mode)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out
+def run(forks: Forks, folder: Path, processes: int, *words: str, mode: str = "disabled") -> str:
+    """The same to its end, which must be a success, with the variables of a launcher; returns what it printed."""
+    folder.mkdir()
+    launcher = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} if processes > 1 else {}
+    started = []
+    for rank in map(str, range(processes)):
+        if processes > 1:
+            launcher |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+            launcher |= {"RANK": rank, "LOCAL_RANK": rank}
+        env = forks.env | launcher | {"WANDB_MODE": mode, "HOME": str(folder)}
+        started.append(forks.python(["-m", "agent", *WORDS, *words], folder, env))
+    return "".join(process.end() for process in started)
 
 
 def only(folder: Path, pattern: str) -> Path:
@@ -102,7 +109,7 @@ def check_same_training(alone: Path, together: Path, tolerance: float = 1e-5) ->
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_model_of_one_as_one_run(tmp_path: Path) -> None:
+def test_two_processes_train_the_model_of_one_as_one_run(tmp_path: Path, forks: Forks) -> None:
     """With all that a step draws: noise, timesteps, offsets, dropped labels, who is shown an estimate."""
     words = [
         "--model.self_conditioning",
@@ -115,8 +122,8 @@ def test_two_processes_train_the_model_of_one_as_one_run(tmp_path: Path) -> None
         "--checkpoint.upload=false",
     ]
     alone, together = tmp_path / "alone", tmp_path / "together"
-    run(alone, 1, *words)
-    printed = run(together, 2, *words, mode="offline")
+    run(forks, alone, 1, *words)
+    printed = run(forks, together, 2, *words, mode="offline")
 
     one, two = (read_checkpoint(only(folder, "runs/*")) for folder in (alone, together))  # One run folder each.
     assert one.step == two.step == 4
@@ -140,7 +147,7 @@ def test_two_processes_train_the_model_of_one_as_one_run(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_two_processes_prune_and_distill_as_one_does(tmp_path: Path) -> None:
+def test_two_processes_prune_and_distill_as_one_does(tmp_path: Path, forks: Forks) -> None:
     words = [
         "--prune.method=magnitude",
         "--prune.keep=0.5",
@@ -149,8 +156,8 @@ def test_two_processes_prune_and_distill_as_one_does(tmp_path: Path) -> None:
         "--distill.features=1",
         "--train.accumulation=2",
     ]
-    run(tmp_path / "alone", 1, *words)
-    run(tmp_path / "together", 2, *words)
+    run(forks, tmp_path / "alone", 1, *words)
+    run(forks, tmp_path / "together", 2, *words)
     check_same_training(tmp_path / "alone", tmp_path / "together")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,12 +127,6 @@ def assert_same_run(straight: Run, broken: Run) -> None:
         assert (figures(ours) if key == "figures" else ours) == (figures(theirs) if key == "figures" else theirs)
     assert [row["step"] for row in broken.history()] == list(range(1, STEPS + 1))  # No gap and no repeat.
     assert [figures(row) for row in broken.history()] == [figures(row) for row in straight.history()]
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    with Forks() as forks:
-        yield forks
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from server import WandbServer
 from tiny import TINY
-from wandb_client import ROOT, Client, finish
+from wandb_client import ROOT, Client
 
 FEW = {"train.steps": 4, "sample.every": 0, "eval.classifier": "none", "checkpoint.best_metric": "val/loss"}
 
@@ -27,7 +26,7 @@ def run(server: WandbServer, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The id of a finished run, whose model is on the server."""
     client = Client(server, tmp_path_factory.mktemp("training"))
     (client.directory / "config.yaml").write_text(json.dumps(TINY | FEW))  # JSON is YAML.
-    client.command(sys.executable, "-m", "agent", "--config", "config.yaml", WANDB_PROJECT="test", WANDB_RUN_ID="one")
+    client.python("-m", "agent", "--config", "config.yaml", WANDB_PROJECT="test", WANDB_RUN_ID="one")
     return "one"
 
 
@@ -42,7 +41,7 @@ def test_evaluate_takes_a_model_from_wandb_and_sends_its_figures_there(
     server: WandbServer, run: str, client: Client
 ) -> None:
     words = ["--artifact", f"test/model-{run}:best", "--num-images", "20", "--figures", "kernel", "--device", "cpu"]
-    output = client.command(sys.executable, str(ROOT / "scripts" / "evaluate.py"), *words, "--wandb")
+    output = client.python(str(ROOT / "scripts" / "evaluate.py"), *words, "--wandb")
     assert "checkpoint: tester/test/model-one:v" in output
     version = server.artifact(f"model-{run}:best")
     (file,) = client.directory.glob("**/evaluation.json")
@@ -60,8 +59,8 @@ def test_evaluate_takes_a_model_from_wandb_and_sends_its_figures_there(
 @pytest.mark.slow
 def test_evaluate_says_in_one_line_that_an_artifact_is_missing(run: str, client: Client) -> None:
     script = str(ROOT / "scripts" / "evaluate.py")
-    process = client.popen(sys.executable, script, "--artifact", "test/model-nobody:best", "--device", "cpu")
-    assert finish(process, code=2).strip().splitlines()[-1].startswith("error: --artifact = 'test/model-nobody:best'")
+    output = client.python(script, "--artifact", "test/model-nobody:best", "--device", "cpu", code=2)
+    assert output.strip().splitlines()[-1].startswith("error: --artifact = 'test/model-nobody:best'")
 
 
 @pytest.mark.slow
@@ -69,8 +68,8 @@ def test_a_model_from_wandb_guides_sampling(server: WandbServer, run: str, clien
     script = str(ROOT / "scripts" / "sample_images.py")
     common = ["--artifact", f"test/model-{run}", "--num-images", "2", "--labels", "1,2", "--device", "cpu"]
     guided = ["--guide-artifact", f"test/model-{run}:v0", "--guidance", "3"]
-    client.command(sys.executable, script, *common, "--out", "plain")
-    client.command(sys.executable, script, *common, *guided, "--out", "guided")
+    client.python(script, *common, "--out", "plain")
+    client.python(script, *common, *guided, "--out", "guided")
     settings = json.loads((client.directory / "guided" / "samples.json").read_text())
     assert settings != json.loads((client.directory / "plain" / "samples.json").read_text())
     assert len(list((client.directory / "guided").glob("?-0.png"))) == 2
@@ -79,5 +78,5 @@ def test_a_model_from_wandb_guides_sampling(server: WandbServer, run: str, clien
 @pytest.mark.slow
 def test_a_model_from_wandb_is_exported(run: str, client: Client) -> None:
     script = str(ROOT / "scripts" / "export_model.py")
-    client.command(sys.executable, script, "--artifact", f"test/model-{run}", "--format", "torch", "--out", "out")
+    client.python(script, "--artifact", f"test/model-{run}", "--format", "torch", "--out", "out")
     assert {path.name for path in (client.directory / "out").iterdir()} == {"model.pt2", "model.json"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import gpu_check
@@ -11,7 +12,12 @@ import torch
 
 
 @pytest.mark.slow
-def test_every_check_passes_on_a_processor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_check_passes_on_a_processor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"model.channels": 8, "model.norm_groups": 4, "train.batch_size": 8, "sample.steps": 5}
+    monkeypatch.setitem(gpu_check.PRESETS, "digits", gpu_check.PRESETS["digits"] | small)
+    monkeypatch.setitem(gpu_check.RECIPES, "tiny", replace(gpu_check.RECIPES["tiny"], epochs=1))
     assert gpu_check.main(["--steps", "12", "--out", str(tmp_path / "check.json")]) == 0
     assert "FAIL" not in capsys.readouterr().out
     report = json.loads((tmp_path / "check.json").read_text(encoding="utf-8"))

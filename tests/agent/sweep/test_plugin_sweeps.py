@@ -9,14 +9,13 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from forks import Fork
 from server import Run, Sweep, WandbServer
 from test_extending import RECIPES
 from tiny import TINY
@@ -39,7 +38,7 @@ MODULES = {
 REMEDY = "; install it, or add its folder to PYTHONPATH"
 ABSENT = f"plugins = 'my_plugin': cannot import it (No module named 'my_plugin'){REMEDY}"
 NOT_LOADED = "it was made with the plugin my_plugin, which is not loaded: install it and give --plugins=my_plugin"
-SAMPLE = [sys.executable, str(ROOT / "scripts" / "sample_images.py"), "--num-images", "2", "--device", "cpu"]
+SAMPLE = [str(ROOT / "scripts" / "sample_images.py"), "--num-images", "2", "--device", "cpu"]
 COMMAND = ["${env}", "${interpreter}", "-m", "agent", "${args}"]
 
 
@@ -96,9 +95,9 @@ def create(client: Client) -> Sweep:
     return client.server.sweeps[sweep_id]
 
 
-def refusal(process: subprocess.Popen[str]) -> str:
+def refusal(command: Fork) -> str:
     """The one line that a command which cannot use its input prints."""
-    (line,) = finish(process, code=2).splitlines()
+    (line,) = command.end(2).splitlines()
     return line
 
 
@@ -126,7 +125,7 @@ def test_wandb_agent_runs_a_sweep_over_a_plugin(swept: tuple[Client, dict[str, R
 def test_the_same_file_runs_offline(server: WandbServer, bare: Client, search_path: str) -> None:
     (bare.directory / "mine.yaml").write_text(yaml.safe_dump(content()))
     before = set(server.runs)
-    bare.command(sys.executable, "-m", "agent.sweep", "mine.yaml", "--offline", PYTHONPATH=search_path)
+    bare.python("-m", "agent.sweep", "mine.yaml", "--offline", PYTHONPATH=search_path)
     trials = json.loads((bare.directory / "runs/sweeps/mine/results.json").read_text())
     assert [trial["state"] for trial in trials] == ["finished"] * 2
     best, other = (trial["figures"][METRIC] for trial in trials)
@@ -153,7 +152,7 @@ def test_a_plugin_that_cannot_be_imported_stops_a_sweep_before_it_starts(
 ) -> None:
     (bare.directory / "mine.yaml").write_text(yaml.safe_dump(content(plugin)))
     before = set(server.sweeps)
-    process = bare.popen(sys.executable, "-m", "agent.sweep", "mine.yaml", mode, PYTHONPATH=search_path)
+    process = bare.fork("-m", "agent.sweep", "mine.yaml", mode, PYTHONPATH=search_path)
     assert refusal(process) == f"error: mine.yaml: plugins = {plugin!r}: cannot import it ({reason}){REMEDY}"
     assert set(server.sweeps) == before
     assert not (bare.directory / "runs").exists()
@@ -174,7 +173,7 @@ def test_a_plugins_parameter_of_another_form_is_refused(spec: Any) -> None:
 def test_a_machine_without_the_plugin_joins_no_sweep(bare: Client) -> None:
     sweep = create(bare)
     path = f"tester/test/{sweep.id}"
-    assert refusal(bare.popen(sys.executable, "-m", "agent.sweep", "--attach", path)) == f"error: {path}: {ABSENT}"
+    assert refusal(bare.fork("-m", "agent.sweep", "--attach", path)) == f"error: {path}: {ABSENT}"
     assert sweep.runs == []
     # W&B's own agent checks nothing: each trial says it.
     output = finish(bare.agent(sweep))
@@ -195,7 +194,7 @@ def test_what_a_sweep_trained_is_sampled_where_the_plugin_is(
         ("disk", f"--checkpoint={client.directory / 'runs' / run}"),
         ("pulled", f"--artifact=model-{run}"),  # By the same rule, the best one.
     ):
-        bare.command(*common, source, "--out", out, PYTHONPATH=search_path)
+        bare.python(*common, source, "--out", out, PYTHONPATH=search_path)
     images = {path.name: path.read_bytes() for path in (bare.directory / "disk").glob("*.png")}
     assert set(images) == {"0-0.png", "1-0.png", "grid.png"}
     assert images == {path.name: path.read_bytes() for path in (bare.directory / "pulled").glob("*.png")}
@@ -213,15 +212,15 @@ def test_sampling_says_which_plugin_is_missing(
     on_disk = [*SAMPLE, "--checkpoint", str(folder), "--which=newest"]
     # Not given: neither a machine without the plugin nor one with it imports what a file names.
     for path in (str(ROOT), search_path):
-        line = refusal(bare.popen(*on_disk, PYTHONPATH=path))
+        line = refusal(bare.fork(*on_disk, PYTHONPATH=path))
         assert line.startswith(f"error: {str(folder / CHECKPOINTS / 'step-00000004')!r}: {NOT_LOADED}")
     # Given, and not there.
-    assert refusal(bare.popen(*on_disk, "--plugins=my_plugin")) == f"error: {ABSENT}"
+    assert refusal(bare.fork(*on_disk, "--plugins=my_plugin")) == f"error: {ABSENT}"
     assert {path.name for path in bare.directory.iterdir()} == {"home"}
 
     pulled = [*SAMPLE, "--artifact", f"model-{run}:best"]
-    assert refusal(bare.popen(*pulled, "--plugins=my_plugin")) == f"error: {ABSENT}"
-    *_, line = finish(bare.popen(*pulled), code=2).splitlines()
+    assert refusal(bare.fork(*pulled, "--plugins=my_plugin")) == f"error: {ABSENT}"
+    *_, line = bare.python(*pulled, code=2).splitlines()
     assert line.startswith("error: ")
     assert NOT_LOADED in line
     assert not (bare.directory / "samples").exists()
@@ -238,9 +237,9 @@ def test_a_run_is_continued_where_the_plugin_is_and_left_alone_elsewhere(
     shutil.rmtree(here / CHECKPOINTS / "step-00000004")  # As if it had been stopped after two steps.
     (here / RESULT_FILE).unlink()
     before = files(here)
-    command = [sys.executable, "-m", "agent", "--config", str(here / "config.yaml"), f"--log.dir={here}"]
-    assert refusal(bare.popen(*command)) == f"error: {ABSENT}"
+    command = ["-m", "agent", "--config", str(here / "config.yaml"), f"--log.dir={here}"]
+    assert refusal(bare.fork(*command)) == f"error: {ABSENT}"
     assert files(here) == before
-    bare.command(*command, PYTHONPATH=search_path, WANDB_MODE="disabled")
+    bare.python(*command, PYTHONPATH=search_path, WANDB_MODE="disabled")
     weights = Path(CHECKPOINTS, "step-00000004", "ema.safetensors")
     assert (here / weights).read_bytes() == (there / weights).read_bytes()

@@ -27,8 +27,8 @@ def explode(run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_diverged_trial_and_one_that_is_preempted_a_third_time_raise_alerts(tmp_path: Path) -> None:
-    with WandbServer() as server, Forks() as forks:
+def test_a_diverged_trial_and_one_that_is_preempted_a_third_time_raise_alerts(tmp_path: Path, forks: Forks) -> None:
+    with WandbServer() as server:
         words = [*WORDS, "--train.steps=8", "--checkpoint.every=4"]
         forks.run(words, tmp_path / "diverging")
         explode(tmp_path / "diverging" / "run")

@@ -41,7 +41,7 @@ class Story:
     forks: Forks
     folder: Path
 
-    def start(self, *words: str, machine: str = "one", module: str = "agent.__main__", **env: str) -> Fork:
+    def start(self, *words: str, machine: str = "one", module: str = "agent", **env: str) -> Fork:
         client = Client(self.server, self.folder / machine)
         variables = client.env | RETRIES | {"WANDB_RUN_ID": "one"} | env
         return self.forks.start(list(words) or TRIAL, self.folder / machine, variables, module)
@@ -65,12 +65,6 @@ class Story:
                 assert self.run.files[row["samples"]["path"]].startswith(b"\x89PNG")
         assert not self.run_file(machine).get("unsent")
         assert self.server.errors == []
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    with Forks() as forks:
-        yield forks
 
 
 @pytest.fixture

@@ -59,9 +59,9 @@ def recorded(folder: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def outage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outage]:
+def outage(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Iterator[Outage]:
     folders = {name: tmp_path_factory.mktemp(name) for name in ("lasting", "ended", "begun")}
-    with WandbServer() as server, Forks() as forks:
+    with WandbServer() as server:
         clients = {name: Client(server, folder) for name, folder in folders.items()}
 
         def start(name: str, **env: str) -> Fork:

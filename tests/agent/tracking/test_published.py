@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ def test_figures_reach_the_artifact_its_run_and_the_leaderboard(server: WandbSer
     assert run.summary["protocol/eval/fid5k_train"] == "reference=x, n=5000"
     assert run.summary["val/loss"]["min"] == 0.5  # What was there stays.
 
-    board = client.command(sys.executable, "-m", "agent.leaderboard", "--project", "tester/test", "--upload")
+    board = client.python("-m", "agent.leaderboard", "--project", "tester/test", "--upload")
     lines = board.splitlines()
     (row,) = [line for line in lines if line.startswith("one ")]
     assert row.split()[:5] == ["one", "10", "7", "11", "0.5"]
@@ -62,7 +61,7 @@ def test_figures_reach_the_artifact_its_run_and_the_leaderboard(server: WandbSer
     assert logged.summary["leaderboard"]["_type"] == "table-file"
     assert (logged.summary["leaderboard"]["nrows"], logged.summary["leaderboard"]["ncols"]) == (1, 7)
 
-    client.command(sys.executable, "-m", "agent.report", "tester/test/one", "--out", "one.md")
+    client.python("-m", "agent.report", "tester/test/one", "--out", "one.md")
     page = (tmp_path / "one.md").read_text()
     assert "one is the best: val/loss 0.5 (lower is better) at step 10" in page
     assert "--artifact tester/test/model-one" in page
@@ -110,8 +109,8 @@ def test_a_row_of_a_project_is_a_version_of_a_model(server: WandbServer, tmp_pat
     assert summary["eval/fid5k_train"] == 3.0  # That of the newest is not the run's.
 
     def rows(*words: str) -> dict[str, dict[str, Any]]:
-        command = [sys.executable, "-m", "agent.leaderboard", "--project", "tester/test", *words, "--out", "board"]
-        printed = client.command(*command)
+        command = ["-m", "agent.leaderboard", "--project", "tester/test", *words, "--out", "board"]
+        printed = client.python(*command)
         found = {row["model"]: row for row in json.loads((tmp_path / "board" / "leaderboard.json").read_text())}
         assert ("rows without a step" in printed) == any(row["step"] is None for row in found.values())
         return found

@@ -523,9 +523,9 @@ TRIAL = [*WORDS, "--train.steps=4", "--data.name=folder", "--data.image_size=8",
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[WandbServer, dict[str, Fork]]]:
+def trained(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Iterator[tuple[WandbServer, dict[str, Fork]]]:
     """Trials online and offline, with WANDB_DIR and without, and one that fails, with every secret everywhere."""
-    with WandbServer() as server, Forks() as forks:
+    with WandbServer() as server:
         server.api_key = WANDB_KEY
         trials = {}
         for name, mode, has_folder, more in (

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from forks import ROOT, WORDS
+from forks import ROOT, WORDS, Forks
 
 NO_ADDRESS = "says that this is one of several processes, but MASTER_ADDR, the address of the first one, is not set"
 REMEDY = "start them with `accelerate launch`, or unset {} to run one process"
@@ -41,35 +38,23 @@ CASES: dict[str, tuple[dict[str, str], str]] = {
 }
 
 
-def run(folder: Path, variables: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    clean |= {"WANDB_MODE": "disabled", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *words], cwd=folder, env=clean | variables,
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_a_trial_names_the_variable_and_the_remedy(case: str, tmp_path: Path) -> None:
+def test_a_trial_names_the_variable_and_the_remedy(case: str, tmp_path: Path, forks: Forks) -> None:
     variables, expected = CASES[case]
-    done = run(tmp_path, variables, "-m", "agent", *WORDS)
-    assert done.returncode == 2, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if not line.startswith(("[W", "[E"))]  # PyTorch's own log.
+    output = forks.python(["-m", "agent", *WORDS], tmp_path, forks.env | {"WANDB_MODE": "disabled"} | variables).end(2)
+    (line,) = [line for line in output.splitlines() if not line.startswith(("[W", "[E"))]  # PyTorch's own log.
     assert line.startswith(f"error: {expected}")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_scripts_and_a_size_of_one(tmp_path: Path) -> None:
+def test_scripts_and_a_size_of_one(tmp_path: Path, forks: Forks) -> None:
+    env = forks.env | {"WANDB_MODE": "disabled"}
     for script in ("sample_images.py", "evaluate.py"):
         words = [str(ROOT / "scripts" / script), "--checkpoint", "nothing", "--device", "cpu"]
         words += ["--out", "out"] if script == "sample_images.py" else []
-        done = run(tmp_path, {"PMI_SIZE": "2"}, *words)
-        assert (done.returncode, done.stderr) == (
-            2,
-            f"error: PMI_SIZE = '2': {NO_ADDRESS}; {REMEDY.format('PMI_SIZE')}\n",
-        )
-    alone = run(tmp_path, {"PMI_SIZE": "1", "PMI_RANK": "0"}, "-m", "agent", *WORDS, "--train.steps=1")
-    assert alone.returncode == 0, alone.stderr
+        output = forks.python(words, tmp_path, env | {"PMI_SIZE": "2"}).end(2)
+        assert output == f"error: PMI_SIZE = '2': {NO_ADDRESS}; {REMEDY.format('PMI_SIZE')}\n"
+    alone = env | {"PMI_SIZE": "1", "PMI_RANK": "0"}
+    forks.python(["-m", "agent", *WORDS, "--train.steps=1"], tmp_path, alone).end()

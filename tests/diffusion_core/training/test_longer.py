@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from forks import WORDS, Forks
 from server import WandbServer
 from tiny import assert_same_tensors
-from wandb_client import Client, finish
+from wandb_client import Client
 
 from diffusion_core.checkpoint import list_checkpoints, read_checkpoint
 
@@ -28,12 +26,6 @@ BASE = [
 
 def steps(count: int, *words: str) -> list[str]:
     return [*BASE, f"--train.steps={count}", *words]
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    with Forks() as forks:
-        yield forks
 
 
 @pytest.mark.slow
@@ -104,14 +96,13 @@ def test_a_lottery_s_rounds_do_not_grow(tmp_path: Path, forks: Forks) -> None:
 
 
 @pytest.mark.slow
-def test_w_and_b_has_one_run_with_the_new_length(tmp_path: Path) -> None:
+def test_w_and_b_has_one_run_with_the_new_length(tmp_path: Path, forks: Forks) -> None:
     with WandbServer() as server:
         client = Client(server, tmp_path)
-        command = [sys.executable, "-m", "agent"]
-        client.command(*command, *steps(FIRST))
+        forks.run(steps(FIRST), tmp_path, client.env)
         (run,) = server.runs.values()
         assert (run.config["train.steps"], run.state) == (FIRST, "finished")
-        output = finish(client.popen(*command, *steps(LONGER)))
+        output = forks.run(steps(LONGER), tmp_path, client.env)
         assert "continues from step 8" in output
         (run,) = server.runs.values()
         assert (run.config["train.steps"], run.state) == (LONGER, "finished")
