@@ -436,7 +436,11 @@ def configurations(draw: st.DrawFn) -> TrialConfig:
     resolutions = [pixels // 2**depth for depth in range(levels)]
     values["model.attention_resolutions"] = draw(st.lists(st.sampled_from(resolutions), unique=True))
     heads = [n for n in range(1, 65) if values["model.channels"] % n == 0]
-    values["model.num_heads"] = draw(st.sampled_from(heads))
+    if values["model.head_channels"] is None:
+        values["model.num_heads"] = draw(st.sampled_from(heads))
+    else:
+        values["model.head_channels"], values["model.num_heads"] = draw(st.sampled_from(heads)), 1
+    values["model.frequency_shift"] = min(values["model.frequency_shift"], values["model.channels"] // 2 - 1.0)
     if values["data.name"] == "folder":
         values["data.path"] = values["data.path"] or "images"
     elif values["data.name"] == "digits":
@@ -462,6 +466,8 @@ def configurations(draw: st.DrawFn) -> TrialConfig:
     made_to_go_together(values)
     starts_made_to_go_together(values)
     masks_made_to_go_together(values)
+    if values["prune.method"] == "structured":
+        values["prune.widths"] = "free"  # The other value restricts several sections.
     if values["prune.method"] == "structured" and values["ema.average_from"] is not None:
         first = values["train.steps"] // 2 if values["prune.step"] is None else values["prune.step"]
         values["ema.average_from"] = min(values["ema.average_from"], values["train.steps"] - first - 1)
