@@ -102,7 +102,7 @@ class Forks:
             file_limit: bytes that a file may have.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        variables = self.env | (env or {"WANDB_MODE": "disabled"})
+        variables = {**self.env, **(env or {"WANDB_MODE": "disabled"})}
         return self._start(["-m", module, *words], folder, variables, folder / "out.txt", file_limit)
 
     def python(self, words: Sequence[str], folder: Path, env: Mapping[str, str]) -> Fork:

@@ -75,7 +75,7 @@ def test_a_normal_number_is_that_of_box_and_muller() -> None:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_stream_does_not_depend_on_those_beside_it(version: int) -> None:
-    keys = [(0, 7, label, 3) for label in range(5)]
+    keys: list[tuple[int, ...]] = [(0, 7, label, 3) for label in range(5)]
 
     def draw(keys: list[tuple[int, ...]]) -> list[torch.Tensor]:
         source = streams(version, keys)
