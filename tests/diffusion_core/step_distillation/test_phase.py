@@ -293,6 +293,7 @@ def test_knobs_without_effect_are_named() -> None:
         "steps.huber_c = 1.0: has no effect with steps.loss=l2; use pseudo_huber",
     ]
     said = list(without_effect(StepsConfig(target=4)))
-    assert said == ["steps.target = 4: has no effect with steps.method=none; drop it or use consistency or progressive"]
+    users = "consistency or consistency_distillation or progressive"
+    assert said == [f"steps.target = 4: has no effect with steps.method=none; drop it or use {users}"]
     assert not list(without_effect(StepsConfig(start=8, doublings=3), ["none", "consistency", "progressive"]))
     assert not list(without_effect(StepsConfig()))
