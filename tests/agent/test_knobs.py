@@ -118,6 +118,7 @@ HALVED = TUNED | {"steps.method": "progressive", "steps.start": 2, "steps.target
 
 TABLE: dict[str, Entry] = {
     "seed": Entry(1, (*WEIGHTS, "train rows"), same=("shapes", "val images")),
+    "draws": Entry(1, (*WEIGHTS, "train rows"), same=("shapes", "val images")),
     "data.name": Entry("folder", ("train images", "val images", "classes", *WEIGHTS), {**BY_FOLDER, "data.name": None}),
     "data.path": Entry(OTHER_FOLDER, ("train images", "val images", *WEIGHTS), BY_FOLDER, same=("classes", "shapes")),
     "data.image_size": Entry(16, ("train images", "val images", "image shape", "macs", *WEIGHTS)),
