@@ -27,7 +27,7 @@ from agent.tracking.repair import close_run
 from agent.tracking.rounds import UploadedRounds, round_trackers
 from agent.tracking.run import leave_sweep, may_fetch, start_wandb, wandb_tracker
 from agent.tracking.stop_cause import was_asked_to_end
-from agent.trial import check_start, run_trial
+from agent.trial import check_start, first_network, run_trial
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError, flatten, to_yaml
 from diffusion_core.data.announcement import advise, announce_data
@@ -57,7 +57,6 @@ from diffusion_core.training.resume import find_checkpoint
 from diffusion_core.training.stopping import StopRequest
 from pruning.checks import check_processes
 from pruning.estimate import describe_model
-from pruning.start import first_network
 
 if TYPE_CHECKING:
     from agent.tracking.run import Run
@@ -107,7 +106,7 @@ def dry_run(config: TrialConfig, *, everything: bool = False) -> int:
         else:
             start = check_start(config, num_classes)
             origin = "new weights" if start.source is None else repr(str(start.source.checkpoint.path))
-            network = first_network(config, num_classes, start.source, config.init.weights)
+            network = first_network(config, num_classes, start.source)
     except (ConfigError, DataError, CheckpointError) as error:
         return fail(str(error))
     preset = build_config({"preset": config.preset})

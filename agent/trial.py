@@ -21,7 +21,7 @@ from diffusion_core.evaluation.generated import costs_of_images
 from diffusion_core.evaluation.protocol import PREFIX
 from diffusion_core.files import write_json
 from diffusion_core.hardware import pick_precision
-from diffusion_core.model.unet import build_network
+from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.run_folder import (
     CHECKPOINTS,
     DATA_FILE,
@@ -53,7 +53,7 @@ from pruning.channels.reach import check_reach
 from pruning.consistency import dense_consistency
 from pruning.masks.mask import held_masks
 from pruning.pruner import is_pruned, records, resume_pruning
-from pruning.start import Start, check_step_teacher, first_network, start_from
+from pruning.start import Source, Start, check_step_teacher, start_from
 from pruning.training import train_and_prune
 
 
@@ -71,8 +71,13 @@ def check_start(config: TrialConfig, num_classes: int) -> Start:
     if source is not None:
         check_step_teacher(source, config, config.steps, config.prune)
     if config.prune.method == "structured":
-        check_reach(first_network(config, num_classes, source, config.init.weights), config.prune)
+        check_reach(first_network(config, num_classes, source), config.prune)
     return start
+
+
+def first_network(config: TrialConfig, num_classes: int, source: Source | None) -> UNet:
+    """Return the network before the first step, on the CPU: new, or that of the checkpoint to start from."""
+    return build_network(config, num_classes) if source is None else source.checkpoint.network(config.init.weights)
 
 
 def start_state(

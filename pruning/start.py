@@ -10,7 +10,6 @@ import torch
 
 from diffusion_core.checkpoint import STUDENT, Checkpoint, CheckpointError
 from diffusion_core.config import ConfigError, CoreConfig, StepsConfig, flatten, list_knobs
-from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.redact import redact
 from diffusion_core.registries import STEP_METHODS
 from diffusion_core.training.trainer import TrainState
@@ -100,11 +99,6 @@ def start_from(source: Source, config: CoreConfig, num_classes: int, weights: st
         raise CheckpointError(f"{str(checkpoint.path)!r}: cannot start from it: {error}") from None
     state.extra_metadata[PARENT_KEY] = source.parent()
     return state
-
-
-def first_network(config: CoreConfig, num_classes: int, source: Source | None, weights: str) -> UNet:
-    """Return the network before the first step, on the CPU: new, or that of the checkpoint to start from."""
-    return build_network(config, num_classes) if source is None else source.checkpoint.network(weights)
 
 
 def check_source(source: Source, config: CoreConfig, num_classes: int, weights: str) -> None:

@@ -70,8 +70,6 @@ def read_weights(folder: Path, notes: list[str]) -> dict[str, Tensor]:
     with errors_of(file):
         tensors = _read_shards(file) if file.suffix == ".json" else _read_file(file)
         modern = modern_tensors(tensors)
-        if bad := first_not_finite(tensors):
-            raise ConfigError(f"{bad!r} holds values that are not finite; take another model")
     kinds = sorted({str(tensor.dtype) for tensor in modern.values()} - {"torch.float32"})
     if kinds:
         notes.append(f"weights of type {', '.join(kinds)} become torch.float32")
@@ -87,6 +85,8 @@ def _read_file(file: Path) -> dict[str, Tensor]:
         raise ConfigError(f"cannot be read as weights: {one_line(error)}") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ConfigError("cannot be read as weights: expected tensors by name")
+    if bad := first_not_finite(tensors):
+        raise ConfigError(f"{bad!r} holds values that are not finite; take another model")
     return tensors
 
 

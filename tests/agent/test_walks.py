@@ -47,4 +47,4 @@ def test_a_trial_hands_its_whole_configuration_to_few_modules(tmp_path: Path) ->
             sys.setprofile(before)
     reached = {path for path in reached if not re.match(r"tests/|diffusion_core/config/|\w+/config\.py", path)}
     assert {"agent/trial.py", "diffusion_core/training/trainer.py", "pruning/pruner.py"} <= reached
-    assert len(reached) <= 15, sorted(reached)
+    assert len(reached) <= 15, "\n".join(sorted(reached))

@@ -21,7 +21,7 @@ SCRIPTS = ROOT / "scripts"
 
 RUN_BY = {
     "agent.clean": ["test_keeping.py"],
-    "agent.report": ["test_reports.py", "test_published.py"],
+    "agent.report": ["test_reports.py", "test_published.py", "test_wandb_report.py"],
     "agent.leaderboard": ["test_evaluate.py", "test_published.py", "test_choice.py", "test_plugins.py"],
     "agent.sweep": [
         "test_end_to_end.py",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Sequence
 
 from diffusion_core.machine.jobs import JobSize
+from diffusion_core.messages import Parser
 
 OPTIONS = (
     ("-N", "--nodes"),
@@ -27,7 +27,7 @@ def job_size(words: Sequence[str]) -> JobSize:
     Args:
         words: for sbatch; unknown ones are left to sbatch. Of ``--nodes=2-4`` the least number counts.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = Parser("--slurm", add_help=False)
     for names in OPTIONS:
         parser.add_argument(*names, default="")
     given, _ = parser.parse_known_args(list(words))

@@ -541,7 +541,7 @@ WRONG: dict[str, tuple[Any, list[str]]] = {
             "train.steps = -1: expected an integer >= 1",
             "ema.decay = 1.1: expected a number >= 0 and < 1",
             "prune.method = 'magnitud': expected one of none, structured, lottery, magnitude, random, snip, synflow, "
-            "gradual, n_of_m",
+            "wanda, gradual, rigl, n_of_m",
         ],
     ),
     "empty": ("", ["method = None", "command = None", "parameters = None"]),

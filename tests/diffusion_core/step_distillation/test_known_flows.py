@@ -195,10 +195,10 @@ def test_consistency_tuning_on_a_gaussian_meets_the_flow() -> None:
     exact = gaussian_flow(schedule)
     before = np.abs(endpoints(network, schedule, config) - exact).mean()
     steps = StepsConfig(method="consistency", loss="l2", weighting="uniform", doublings=8)
-    train(network, ConsistencyTuning(lesson(config, steps, 1200, 1)), Source(gaussian), range(1200), schedule, 2e-2)
+    train(network, ConsistencyTuning(lesson(config, steps, 1200, 1)), Source(gaussian), range(1200), schedule, 1e-2)
     after = np.abs(endpoints(network, schedule, config) - exact).mean()
     assert before > 0.3  # One step of the untuned denoiser leads to the mean.
-    assert after < 0.05  # What the distance of the noise levels leaves.
+    assert after < 0.05  # Four seeds: 0.026 to 0.041.
 
 
 @pytest.mark.slow
