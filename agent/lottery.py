@@ -218,7 +218,8 @@ def run_chain(
     lottery.recall(rounds)
     accelerator.wait_for_everyone()
     if (first := read_result(rounds[0].folder(folder))) is not None:
-        lottery = replace(lottery, config=(config := drawing_as(config, first[1])))
+        config = drawing_as(config, first[1])
+        lottery = replace(lottery, config=config)
     # Check all folders before changing any. All processes must skip the same rounds.
     (finished,) = broadcast_object_list([[lottery.finished(this) for this in rounds]])
     if finished[0] is not None and list_checkpoints(rounds[0].folder(folder) / CHECKPOINTS):

@@ -37,6 +37,7 @@ from diffusion_core.files import write_json
 from diffusion_core.hardware import pick_device
 from diffusion_core.machine.assigned import note_trial
 from diffusion_core.machine.launchers import watch_launchers
+from diffusion_core.randomness import drawn_as
 from diffusion_core.redact import recorded_console
 from diffusion_core.run_folder import (
     CHECKPOINTS,
@@ -312,7 +313,7 @@ class Session:
                     self.uploaded = UploadedRounds(run)
                 else:
                     if (fetched := fetch_checkpoint(run, folder / CHECKPOINTS)) is not None:
-                        run.config.update({"draws": fetched.config().draws}, allow_val_change=True)
+                        run.config.update({"draws": drawn_as(fetched.metadata["config"])}, allow_val_change=True)
                     fetch_best(run, folder / CHECKPOINTS)
         if os.environ.get("WANDB_CONSOLE") != "off" and hasattr(run, "write_logs"):
             self.stack.enter_context(recorded_console(run.write_logs))

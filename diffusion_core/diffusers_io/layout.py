@@ -1,4 +1,4 @@
-"""Describe a network of ours, dense or with pruned channels, as a `UNet2DModel`, or say why it cannot be one.
+"""Describe one of this project's networks, dense or pruned, as a `UNet2DModel`, or say why it cannot be one.
 
 A `UNet2DModel` has one width for each resolution, one number of groups for all norms, and attention heads of one width.
 """
@@ -53,7 +53,7 @@ def knob_problems(model: ModelConfig, size: int) -> Iterator[str]:
 
 
 def unet_config(network: UNet, model: ModelConfig) -> dict[str, Any]:
-    """Return the configuration of `UNet2DModel` for a network of ours, without its labels.
+    """Return the configuration of the `UNet2DModel` that computes the same as a network, without its labels.
 
     Raises:
         ConfigError: if `UNet2DModel` cannot represent the network; the message names a knob or a layer.

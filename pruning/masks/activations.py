@@ -24,7 +24,7 @@ from pruning.masks.strategies import Masks
 
 @torch.no_grad()
 def input_norms(network: UNet, calibration: Calibration, batches: int) -> dict[str, Tensor]:
-    """Return the norm of what each weight is multiplied with, ``||X_j||_2``, over all calls of its layer.
+    """Return the L2 norm of the inputs of each weight, ``||X_j||_2``, over all calls of its layer.
 
     A convolution is a linear layer of patches: X has one row for each position of each image, and one column for each
     weight of an output. Padding counts as zeros.

@@ -111,7 +111,7 @@ def sparse(study: Study) -> None:
 def compare(
     study: Study, name: str, heading: str, rows: Sequence[Row], config: Callable[[Row, int], dict[str, Any]]
 ) -> None:
-    """Run what is missing, seed by seed, and write the table of what is there."""
+    """Train the rows that have no result yet, seed by seed. Write the table of all rows that have one."""
     keys = ["model/nonzero_params", "model/macs", "time 1", f"time {LATENCY_BATCH}"]
     results = Results(study.folder / f"{name}-{study.steps}-{study.tune_steps}.json", [*keys, "val/loss"])
     for seed in study.seeds:

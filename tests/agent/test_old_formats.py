@@ -186,5 +186,6 @@ def test_a_run_goes_on_elsewhere_from_its_artifacts(house: Path, forks: Forks) -
         rows = server.runs["half"].history
         assert [row["step"] for row in rows] == list(range(10, STEPS + 1, 10))
         assert_same_losses(rows, EXPECTED["half"])
+        assert server.runs["half"].config["draws"] == 1, "W&B knows that it draws as before"
         assert {"latest", "best", f"step-{STEPS}"} <= set(server.artifact("model-half:latest").aliases)
         assert server.errors == []

@@ -222,6 +222,8 @@ COMBINATIONS: list[Case] = [
         "prune.block_keep = [0.9, 0.5, 0.5, 0.5, 0.4, 0.5, 0.5, 0.5, 0.8]",
         "prune.widths=diffusers needs the shares of the way down on the way up too",
     ),
+    (f"{UNIFORM} --prune.depth=0.5", "prune.depth = 0.5", "not with prune.widths=diffusers, which has all blocks"),
+    (f"{UNIFORM} --prune.blocks=middle.0", "prune.blocks = ['middle.0']", "not with prune.widths=diffusers"),
     ("--diffusion.beta_start=0.5", "diffusion.beta_start = 0.5", "at most diffusion.beta_end = 0.02"),
     ("--diffusion.beta_end=0.00001", "diffusion.beta_start = 0.0001", "at most diffusion.beta_end = 1e-05"),
     ("--sample.steps=1001", "sample.steps = 1001", "at most diffusion.timesteps = 1000"),

@@ -15,10 +15,13 @@ from agent.trial import TrialResult, run_trial
 from diffusion_core.checkpoint import Checkpoint, read_checkpoint
 from diffusion_core.config import flatten
 from diffusion_core.evaluation.consistency import consistency_of_images, consistency_of_models
+from diffusion_core.model.unet import build_network
 from diffusion_core.sampling.generation import Generator
 from diffusion_core.tracking import MemoryTracker
 from diffusion_core.training.stopping import Stopped, StopRequest
 from diffusion_core.training.trainer import TrainState
+from pruning.consistency import DENSE_IMAGES, dense_consistency, keep_dense_images
+from pruning.pruner import RECORD_KEY
 
 COUNT = 12
 SSIM, MSE = f"prune/consistency_ssim_{COUNT}", f"prune/consistency_mse_{COUNT}"
@@ -52,6 +55,27 @@ def measured(one: Checkpoint, two: Checkpoint, config: TrialConfig) -> tuple[flo
     generators = [Generator(checkpoint.network(), config, "fp32") for checkpoint in (one, two)]
     alike = consistency_of_models(generators[0], generators[1], COUNT, config.sample, config.seed)
     return alike.ssim, alike.mse
+
+
+def test_models_that_draw_by_different_versions_are_not_compared(tmp_path: Path) -> None:
+    """Their noise differs, and so would their images."""
+    network = build_network(configure(), 10).eval()
+    one, two = (Generator(network, configure(draws=draws), "fp32") for draws in (1, 2))
+    with pytest.raises(ValueError, match=r"draws = 1, 2: expected the same"):
+        consistency_of_models(one, two, COUNT, configure().sample, 0)
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+def test_images_are_compared_with_those_of_a_dense_network_of_either_version(draws: int) -> None:
+    """A network that has not changed draws the stored images again, whatever the run draws by."""
+    then, now = configure(draws=draws), configure(draws=3 - draws)
+    state = TrainState.start(build_network(then, 10), then.train, then.ema)
+    keep_dense_images(state, state.ema.network, then)
+    state.extra_metadata[RECORD_KEY] = [{"step": 0}]
+    if draws == 1:  # As earlier versions have stored them.
+        del state.extra_metadata[DENSE_IMAGES]["draws"]
+    figures = dense_consistency(state, now).figures
+    assert [value for name, value in figures.items() if "mse" in name] == [0.0]
 
 
 def test_equal_images_and_inverted_ones() -> None:

@@ -23,6 +23,7 @@ from agent import leaderboard
 from agent.config import build_config
 from agent.trial import run_trial
 from diffusion_core import cache
+from diffusion_core.checkpoint import read_checkpoint
 from diffusion_core.data.datasets import DataError, load_data
 from diffusion_core.evaluation.classifier.classifier import classifier_for
 from diffusion_core.evaluation.generated import generated
@@ -358,6 +359,21 @@ def test_two_models_are_compared_image_by_image(run: tuple[Path, MemoryTracker, 
     assert same == {"eval/consistency_ssim_6": pytest.approx(1.0), "eval/consistency_mse_6": 0.0}
     assert different["eval/consistency_ssim_6"] < 1.0
     assert different["eval/consistency_mse_6"] > 0.0
+
+
+def test_a_model_of_an_earlier_version_is_compared_by_images_of_the_same_noise(
+    run: tuple[Path, MemoryTracker, Any], tmp_path: Path
+) -> None:
+    earlier = shutil.copytree(run[0], tmp_path / "earlier")
+    for file in earlier.glob("checkpoints/*/checkpoint.json"):
+        stored = json.loads(file.read_text())
+        assert stored["config"].pop("draws") == 2
+        file.write_text(json.dumps(stored))
+    assert read_checkpoint(earlier).config().draws == 1
+    words = ["--num-images", "6", "--json", str(tmp_path / "j")]
+    for one, other in ((run[0], earlier), (earlier, run[0])):
+        call("--checkpoint", str(one), "--against", str(other), *words)
+        assert json.loads((tmp_path / "j").read_text())["figures"]["eval/consistency_mse_6"] == 0.0
 
 
 def test_the_leaderboard_lists_models_with_costs_figures_and_protocols(

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tiny import NUM_CLASSES, lively, metadata, tiny_config
 
 from diffusion_core.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from diffusion_core.model.depth import remove_blocks
 from diffusion_core.model.timesteps import kept_frequencies, sinusoidal_embedding
 from diffusion_core.model.unet import NO_LABEL, UNet
 from pruning.channels.removal import prune_channels
@@ -114,6 +115,15 @@ def test_a_layer_that_does_not_fit_is_named(tmp_path: Path, capsys: pytest.Captu
     assert "heads of one width; prune with" in refusal(capsys, "export", heads.path, tmp_path)
     groups = pruned(tmp_path / "groups", 0.3, widths="free", model__norm_groups=16)
     assert "UNet2DModel has one number of groups" in refusal(capsys, "export", groups.path, tmp_path)
+
+
+def test_a_network_without_a_block_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config()
+    network = lively(UNet(config.model, 8, 1, NUM_CLASSES)).eval()
+    remove_blocks(network, ["middle.0"])
+    tensors = dict(network.state_dict())
+    write_checkpoint(tmp_path / "ours", 1, metadata(network, config), {"ema": tensors, "model": tensors})
+    assert "middle.0: was removed as a whole" in refusal(capsys, "export", tmp_path / "ours", tmp_path)
 
 
 @pytest.mark.parametrize("shift", [1.0, 0.0, 0.5, -3.0])

@@ -1,4 +1,4 @@
-"""The comparison of searches: each setting is measured once, and the hypervolume is that of what was measured."""
+"""The study that compares searches measures each setting once, and reports the hypervolume of the measured points."""
 
 from __future__ import annotations
 
