@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from diffusion_core.machine.child import in_child
@@ -37,23 +38,45 @@ def _count_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def usable_cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
+def usable_cores(groups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
     """Return the number of processor cores that this process may use.
 
-    The least of its affinity, its container's quota (cgroups, version 1 and 2), and its Slurm job's cores on this node.
+    The least of its affinity, the quota of its control group and of those around it, and its Slurm job's cores on this
+    node.
 
     Args:
         groups: where the control groups are.
+        membership: the file that names the groups of this process.
     """
     limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
     for variable in ("SLURM_CPUS_ON_NODE", "SLURM_CPUS_PER_TASK"):
         if (said := os.environ.get(variable, "")).isdecimal():
             limits.append(int(said))
-    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
-        with contextlib.suppress(OSError, ValueError):  # "max" and -1 mean that there is no quota.
-            quota, period = " ".join((groups / file).read_text(encoding="ascii") for file in files).split()
-            limits += [math.ceil(int(quota) / int(period))] if int(quota) > 0 else []
-    return max(1, min(limits))
+    return max(1, min([*limits, *_quotas(groups, membership)]))
+
+
+def _quotas(groups: Path, membership: Path) -> Iterator[int]:
+    """Yield the cores that each control group around this process may use, if it has a quota (versions 1 and 2)."""
+    for controllers, path in {("", "/"), ("cpu", "/"), *_own_groups(membership)}:
+        files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+        names = [name for name in path.split("/") if name]
+        for depth in range(len(names) + 1):  # A container's own group is the root of those that it sees.
+            folder = groups.joinpath(controllers, *names[:depth])
+            with contextlib.suppress(OSError, ValueError):  # "max" and -1 mean that there is no quota.
+                quota, period = " ".join((folder / file).read_text(encoding="ascii") for file in files).split()
+                if int(quota) > 0:
+                    yield math.ceil(int(quota) / int(period))
+
+
+def _own_groups(membership: Path) -> Iterator[tuple[str, str]]:
+    """Yield the controllers (version 1; "" for version 2) and the path of each group that may limit processor time."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        for line in membership.read_text(encoding="utf-8").splitlines():
+            _, _, rest = line.partition(":")
+            controllers, _, path = rest.partition(":")
+            # A path with ".." is outside of the groups that this process sees.
+            if ".." not in path.split("/") and (not controllers or "cpu" in controllers.split(",")):
+                yield controllers, path
 
 
 def threads_each(count: int) -> int:

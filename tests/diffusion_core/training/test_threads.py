@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks.contention import busy
+from benchmarks.contention import busy, one_core
 from forks import WORDS
 from tiny import assert_same_tensors
 
@@ -63,6 +63,24 @@ def test_the_users_choice_wins() -> None:
         ({"cpu.max": "broken"}, {}, 64),
         ({}, {"SLURM_CPUS_ON_NODE": "8"}, 8),
         ({"cpu.max": "50000 100000"}, {"SLURM_CPUS_ON_NODE": "8"}, 1),
+        # A group within groups: a systemd service, a Slurm job, a pod that sees the groups of its node.
+        ({"own": "0::/pods/mine", "pods/mine/cpu.max": "300000 100000"}, {}, 3),
+        ({"own": "0::/pods/mine", "pods/mine/cpu.max": "max 100000", "pods/cpu.max": "500000 100000"}, {}, 5),
+        ({"own": "0::/../other", "other/cpu.max": "100000 100000"}, {}, 64),
+        (
+            {
+                "own": "7:cpu,cpuacct:/slurm/job\n3:cpuset:/elsewhere\n0::/",
+                "cpu,cpuacct/slurm/job/cpu.cfs_quota_us": "200000",
+                "cpu,cpuacct/slurm/job/cpu.cfs_period_us": "100000",
+                "cpuset/elsewhere/cpu.cfs_quota_us": "100000",
+                "cpuset/elsewhere/cpu.cfs_period_us": "100000",
+            },
+            {},
+            2,
+        ),
+        # A container: the groups that it sees begin at its own, whatever it is called outside.
+        ({"own": "0::/docker/1234", "cpu.max": "200000 100000"}, {}, 2),
+        ({"own": "nonsense"}, {}, 64),
         ({}, {"SLURM_CPUS_PER_TASK": "many"}, 64),
     ],
 )
@@ -77,7 +95,16 @@ def test_affinity_quota_and_slurm_limit_the_cores(
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
-    assert usable_cores(tmp_path) == expected
+    assert usable_cores(tmp_path, tmp_path / "own") == expected
+
+
+def test_a_real_quota_limits_the_cores() -> None:
+    with one_core() as join:
+        if join is None:
+            pytest.skip("this machine lets no one make a control group")
+        program = "from diffusion_core.machine.sharing import usable_cores; print(usable_cores())"
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, preexec_fn=join)
+        assert done.stdout == b"1\n"
 
 
 def test_cores_of_a_shared_machine_count_as_free_while_enough_are(monkeypatch: pytest.MonkeyPatch) -> None:
