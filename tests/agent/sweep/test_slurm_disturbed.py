@@ -132,6 +132,46 @@ def test_a_trial_that_is_killed_before_it_has_begun_is_handed_back(server: Wandb
     assert steps(run) == [EVERY, 2 * EVERY]
 
 
+def test_a_time_limit_that_nothing_warned_of_costs_no_trial(
+    slurm: Cluster, server: WandbServer, tmp_path: Path
+) -> None:
+    """Slurm ends two jobs with TIMEOUT: online, the trial leaves on SIGTERM; offline, it does not, and is killed."""
+    client = Client(server, tmp_path)
+    client.env = {name: value for name, value in client.env.items() if not name.startswith("SLURM_")}
+    words = "--partition=wide --cpus-per-task=2 --time=1 --signal=B:CONT@1"  # Of a signal that nobody heeds.
+    content = sweep_of("grid", {"seed": {"values": [0]}}, {"train.steps": STEPS})
+    (tmp_path / "mine.yaml").write_text(json.dumps(content))
+    start = [sys.executable, "-m", "agent.sweep", "mine.yaml", "--launcher", "slurm", "--slurm", words]
+    environment = {**slurm.environment, POLL: "1"}
+    online = client.popen(*start, "--agents", "1", **environment)
+    offline = client.popen(*start, "--offline", "--out", "offline", **environment, WANDB_MODE="disabled")
+
+    frozen = []
+    for where in ("runs", "offline/mine/trials"):
+        wait_for(lambda where=where: bool(list(tmp_path.glob(f"{where}/*/history.jsonl"))), "rows", 120)  # type: ignore[misc]
+        (history,) = tmp_path.glob(f"{where}/*/history.jsonl")
+        frozen.append(min(processes_of(f"WANDB_RUN_ID={history.parent.name}")))
+        os.kill(frozen[-1], signal.SIGSTOP)
+    (log,) = tmp_path.glob("runs/agents/*-1.log")
+    wait_for(lambda: "DUE TO TIME LIMIT" in log.read_text(), "the time limit", 180)
+    os.kill(frozen[0], signal.SIGCONT)
+    with slurm.hurrying():
+        printed = [finish(process, within_s=300) for process in (online, offline)]
+
+    (run,) = server.runs.values()
+    (trial,) = trials_of(tmp_path / "offline/mine").values()
+    assert "timeout" in printed[0]
+    assert (run.state, run.exit_code, run.summary["slurm/restarts"]) == ("finished", 0, 1)
+    assert (trial["state"], trial["failures"]) == ("finished", 0)
+    folders = tmp_path / "runs" / run.id, tmp_path / "offline/mine/trials" / trial["id"]
+    rows = list(range(EVERY, STEPS + 1, EVERY))
+    assert steps(run) == rows_of(tmp_path / "offline/mine", trial["id"]) == rows, "each row once"
+    with Forks() as forks:
+        for folder in folders:
+            knobs = {"train.steps": STEPS, "seed": 0}
+            assert_as_undisturbed(folder, knobs, forks, tmp_path / f"undisturbed-{folder.name}")
+
+
 # Without a network
 
 
