@@ -48,6 +48,8 @@ def _on_server(sources: Sequence[str]) -> bool:
 def write_ended(source: Path | str, out: Path, *, plot: Path | None = None, forked: bool = True) -> None:
     """Write the report of a sweep or chain that has ended, and print its path. A failure is one line of warning.
 
+    The page of a sweep on W&B is also logged to its best run.
+
     Args:
         source: what has ended: a folder, or ``ENTITY/PROJECT/ID``.
         out: the page.
@@ -60,6 +62,13 @@ def write_ended(source: Path | str, out: Path, *, plot: Path | None = None, fork
         write_page(study, out)
         if plot is not None:
             plot_front(study.without_secrets(), plot)
+        if _on_server([str(source)]):
+            from agent.tracking.reports import log_page
+
+            try:
+                log_page(str(source), study, out)
+            except ConfigError as error:  # The page is there nevertheless.
+                print(f"warning: {error}", file=sys.stderr)
 
     try:
         call = in_child if forked else lambda function: function()

@@ -19,7 +19,7 @@ PAGE = "report"
 
 
 def publish(path: str, study: Study, page: Path) -> None:
-    """Make a report about a sweep on W&B, log its HTML page to the sweep's best run, and print where they are.
+    """Make a report about a sweep on W&B, log its HTML page (:func:`log_page`), and print where they are.
 
     Args:
         path: ``ENTITY/PROJECT/SWEEP_ID``.
@@ -35,18 +35,34 @@ def publish(path: str, study: Study, page: Path) -> None:
         import wandb_workspaces.reports.v2 as wr
     except ModuleNotFoundError:
         raise ConfigError('--wandb: needs wandb-workspaces: pip install "diffusion-sweeps[reports]"') from None
-    entity, project, sweep = path.split("/")
+    entity, project, _ = path.split("/")
     states = ", ".join(f"{count} {state}" for state, count in study.states().items())
-    study = study.without_secrets()
+    public = study.without_secrets()
     with api_errors(f"--wandb: {path!r}"):
-        made = wr.Report(project=project, entity=entity, title=study.title[:128], width="fluid",
-                         description=f"{study.method}: {len(study.trials)} trials, {states}",
-                         blocks=blocks_of(wr, path, study)).save()  # fmt: skip
+        made = wr.Report(project=project, entity=entity, title=public.title[:128], width="fluid",
+                         description=f"{public.method}: {len(public.trials)} trials, {states}",
+                         blocks=blocks_of(wr, path, public)).save()  # fmt: skip
         print(f"report on W&B: {_address(made)}", flush=True)
-        if ranked := candidates(study):
-            best = ranked[0].best
-            _log_page(entity, project, best.name, best.step, f"{PAGE}-{sweep}", page)
-            print(f"page: in run {best.name} and in its artifact {PAGE}-{sweep}", flush=True)
+    log_page(path, study, page)
+
+
+def log_page(path: str, study: Study, page: Path) -> None:
+    """Log the HTML page of a sweep on W&B to the sweep's best run, and as an artifact; print where it is.
+
+    Args:
+        path: ``ENTITY/PROJECT/SWEEP_ID``.
+        study: the sweep; without a best run, nothing is logged.
+        page: the HTML page.
+
+    Raises:
+        ConfigError: if W&B refuses.
+    """
+    entity, project, sweep = path.split("/")
+    if ranked := candidates(study.without_secrets()):
+        best = ranked[0].best
+        with api_errors(f"{path!r}: the page {str(page)!r}"):
+            _log(entity, project, best.name, best.step, f"{PAGE}-{sweep}", page)
+        print(f"page: in run {best.name} and in its artifact {PAGE}-{sweep}", flush=True)
 
 
 def _address(made: Any) -> str:
@@ -55,7 +71,7 @@ def _address(made: Any) -> str:
     return f"{made.url.partition('/reports/')[0]}/reports/{slug}--{made.id}"
 
 
-def _log_page(entity: str, project: str, run_id: str, step: int | None, artifact_name: str, page: Path) -> None:
+def _log(entity: str, project: str, run_id: str, step: int | None, artifact_name: str, page: Path) -> None:
     """Log a page to a run that has ended, whose console output stays as it is."""
     import wandb
 

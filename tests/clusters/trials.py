@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from forks import Forks
 from tiny import assert_same_tensors
+from torch import Tensor
 
-from diffusion_core.checkpoint import read_checkpoint
+from diffusion_core.checkpoint import Checkpoint, read_checkpoint
 
 EVERY = 4
 KNOBS: dict[str, Any] = {
@@ -49,13 +51,24 @@ def sweep_of(method: str, varied: Mapping[str, Any], knobs: Mapping[str, Any], *
 
 def assert_as_undisturbed(folder: Path, knobs: Mapping[str, Any], forks: Forks, scratch: Path) -> None:
     """The run in a folder has the weights and averages of one with these knobs that nothing has disturbed."""
-    words = [f"--{key}={json.dumps(value)}" for key, value in {**KNOBS, **knobs}.items()]
-    forks.run([word.replace('"', "") for word in words] + ["--log.dir=run"], scratch)
-    ours, theirs = read_checkpoint(folder), read_checkpoint(scratch / "run")
+    ours, theirs = read_checkpoint(folder), undisturbed(knobs, forks, scratch)
     assert ours.step == theirs.step
     assert ours.parts == theirs.parts
     for part in ours.parts:
         assert_same_tensors(ours.tensors(part), theirs.tensors(part))
+
+
+def undisturbed(knobs: Mapping[str, Any], forks: Forks, scratch: Path) -> Checkpoint:
+    """The last checkpoint of a run with these knobs that nothing disturbs, in one process."""
+    words = [f"--{key}={json.dumps(value)}" for key, value in {**KNOBS, **knobs}.items()]
+    forks.run([word.replace('"', "") for word in words] + ["--log.dir=run"], scratch)
+    return read_checkpoint(scratch / "run")
+
+
+def difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """The norm of the difference of two sets of weights, relative to that of the second."""
+    apart = sum(float((ours[name] - tensor).square().sum()) for name, tensor in theirs.items())
+    return math.sqrt(apart / sum(float(tensor.square().sum()) for tensor in theirs.values()))
 
 
 def processes_of(*variables: str) -> list[int]:

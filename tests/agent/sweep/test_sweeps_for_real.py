@@ -169,6 +169,10 @@ def test_one_command_online_where_hyperband_stops_the_bad_and_lets_the_good_fini
     assert lines[-1] == f"report: runs/sweeps/{sweep.id}/report.html"
     report = (tmp_path / "runs/sweeps" / sweep.id / "report.html").read_text()
     assert all(run.id in report for run in sweep.runs)
+    assert f"page: in run {better[0].id} and in its artifact report-{sweep.id}" in lines
+    assert [page.decode() for page in server.artifact(f"report-{sweep.id}:latest").files.values()] == [report]
+    assert [run.id for run in sweep.runs if any("report" in row for row in run.history)] == [better[0].id]
+    assert better[0].state == "finished"
 
     # Joined when it is over: nothing is left to do but to show the same table.
     again = client.command(*command, "--attach", sweep.id)
