@@ -19,6 +19,7 @@ from diffusion_core.config import ConfigError, flatten, split_argv, to_yaml
 from diffusion_core.config.steps import without_effect
 from diffusion_core.config.usage import answer, check_data_named
 from diffusion_core.machine.assigned import note_trial
+from diffusion_core.machine.slurm.nodes import is_to_spread, run_across
 from diffusion_core.machine.threads import settle_threads
 from pruning.config import unheard
 
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None, usage: str = USAGE, defaults: Sequen
     """
     given = list(sys.argv[1:] if argv is None else argv)
     words = [*defaults, *given]
+    if is_to_spread():
+        return run_across([sys.executable, "-m", "agent", *words])
     threads = settle_threads()  # First of all: the registries of the configuration import PyTorch.
     try:
         if (told := answer(words, usage, TrialConfig)) is not None:

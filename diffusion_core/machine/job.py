@@ -28,7 +28,7 @@ from diffusion_core.machine.assigned import FOLDER, agent_folder, assigned, forg
 from diffusion_core.machine.leases import Leased, leased
 from diffusion_core.machine.processes import end_with_parent, kill_tree
 from diffusion_core.machine.slurm import commands
-from diffusion_core.machine.slurm.nodes import across_nodes, node_count
+from diffusion_core.machine.slurm.nodes import across_nodes, node_count, terminate_across
 from diffusion_core.messages import Parser, reason_of
 from diffusion_core.run_folder import CHECKPOINTS, HISTORY_FILE
 from diffusion_core.signals import signal_handler
@@ -122,7 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command as a job. Return its exit status, 0 if another job works in the folder.
 
     With ``--agent`` it is an agent of an array. Its index is added to the folder's name, and after a warning it goes on
-    whatever its exit status is. If its last job was killed, the trial of that is handed back first.
+    whatever its exit status is. If its last job was killed, the trial of that is handed back first. With several nodes,
+    the agent runs on the first one, and its trials on all (:func:`~diffusion_core.machine.slurm.nodes.run_across`).
     """
     parser = Parser(f"python -m {MODULE}")
     parser.add_argument("--agent", metavar="HAND_BACK")
@@ -131,9 +132,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     folder, job = arguments.folder, commands.own_job()
     if arguments.agent is not None:
-        if node_count() > 1:
-            print("error: --nodes: an agent runs its trials on one node; use several with --offline", file=sys.stderr)
-            return UNUSABLE
         folder = folder.with_name(f"{folder.name}-{os.environ.get('SLURM_ARRAY_TASK_ID', 1)}")
     if job is None:
         print(f"error: {MODULE} is started by Slurm; use python -m agent.sweep --launcher slurm", file=sys.stderr)
@@ -150,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     _hand_back(folder, shlex.split(arguments.agent), arguments.command[-1].split("/")[:2])
                     agent_folder(folder).mkdir(parents=True, exist_ok=True)
                     added = {"WANDB_DIR": str(agent_folder(folder))}
-                if not _run(folder, note, arguments.command, received, lost, added):
+                spread = arguments.agent is None and node_count() > 1
+                if not _run(folder, note, arguments.command, received, lost, added, spread=spread):
                     print(f"{folder}: another job took over; job {job} has ended its command", file=sys.stderr)
                     return UNUSABLE
                 if arguments.agent and not note.signal and (note.code or 0) >= 0:
@@ -214,8 +213,10 @@ def _run(
     received: list[int],
     lost: threading.Event,
     added: Mapping[str, str],
+    *,
+    spread: bool,
 ) -> bool:
-    """Run the command to its end, pass signals on, and note how it ended.
+    """Run the command to its end, on all nodes if it is ``spread``, pass signals on, and note how it ended.
 
     Returns:
         False if another job took the folder over: then the command was killed, and nothing was noted.
@@ -224,7 +225,8 @@ def _run(
     own = os.getpid()
     facts = {QUEUE_SECONDS: f"{note.queue_seconds:.0f}", FOLDER: str(folder.absolute())}
     environment = {**os.environ, **added, **facts}
-    process = subprocess.Popen(across_nodes(command), env=environment, preexec_fn=lambda: end_with_parent(own))
+    words = across_nodes(command) if spread else command
+    process = subprocess.Popen(words, env=environment, preexec_fn=lambda: end_with_parent(own))
     passed = 0
     while process.poll() is None:
         if lost.is_set():
@@ -233,7 +235,11 @@ def _run(
             return False
         if passed < len(received):
             passed = len(received)
-            _tell(process)
+            if spread:
+                terminate_across(process)
+            else:
+                with suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGTERM)
         time.sleep(POLL_S)
     if received:  # Perhaps the command received it as well, and has ended before this process looked.
         note.signal = WARNED if received[0] == signal.SIGUSR1 else TOLD
@@ -241,16 +247,6 @@ def _run(
     note.seconds, note.advanced = before + time.monotonic() - start, _progress(folder) != progress
     write_json(folder / NOTE_FILE, asdict(note))
     return True
-
-
-def _tell(process: subprocess.Popen[bytes]) -> None:
-    """Send SIGTERM to the command, on all its nodes. srun itself would kill the processes of other nodes at once."""
-    if node_count() > 1:
-        with suppress(commands.NoAnswer):
-            commands.terminate_steps(os.environ["SLURM_JOB_ID"])
-            return
-    with suppress(ProcessLookupError):
-        process.send_signal(signal.SIGTERM)
 
 
 def _progress(folder: Path) -> tuple[int, list[str]]:

@@ -59,7 +59,8 @@ def one_core() -> Iterator[Callable[[], None] | None]:
         return
 
     def join() -> None:
-        (group / "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
+        with (group / "cgroup.procs").open("r+", encoding="ascii") as opened:
+            opened.write(str(os.getpid()))
 
     try:
         yield join

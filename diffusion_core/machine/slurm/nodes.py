@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import PurePath
 
+from diffusion_core.machine.assigned import FOLDER
+from diffusion_core.machine.processes import end_with_parent
+from diffusion_core.machine.slurm import commands
+from diffusion_core.signals import INTERRUPTS, remembered, signal_handler
+
+POLL_S = 0.1
+RANK = "RANK"
+"""Environment variable: the number of a process among those of its trial, which torchrun sets."""
 PORTS = range(20000, 30000)
 """Ports of the rendezvous; the job's number chooses one."""
 
@@ -42,3 +54,34 @@ def across_nodes(command: Sequence[str], environment: Mapping[str, str] = os.env
         f"--rdzv-endpoint={socket.gethostname()}:{PORTS[number % len(PORTS)]}",
         *(words[1:] if is_python else ["--no-python", *words]),
     ]
+
+
+def is_to_spread(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this process is the trial of an agent whose job has several nodes, and was not started on all."""
+    return FOLDER in environment and RANK not in environment and node_count(environment) > 1
+
+
+def run_across(command: Sequence[str]) -> int:
+    """Run a command on all nodes of this job (:func:`across_nodes`), tell it to end on a signal; return its status.
+
+    Signals are those that came since :func:`~diffusion_core.signals.remember_if_handed_out`, and later ones.
+    """
+    own, told = os.getpid(), 0
+    received = remembered()
+    with signal_handler(INTERRUPTS, received.append):
+        process = subprocess.Popen(across_nodes(command), preexec_fn=lambda: end_with_parent(own))
+        while process.poll() is None:
+            if told < len(received):
+                told = len(received)
+                terminate_across(process)
+            time.sleep(POLL_S)
+    return 128 - process.returncode if process.returncode < 0 else process.returncode
+
+
+def terminate_across(process: subprocess.Popen[bytes]) -> None:
+    """Send SIGTERM to the processes of a command on all nodes. srun itself would kill those of other nodes at once."""
+    try:
+        commands.terminate_steps(os.environ["SLURM_JOB_ID"])
+    except commands.NoAnswer:
+        with suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)

@@ -173,6 +173,35 @@ def test_a_time_limit_that_nothing_warned_of_costs_no_trial(
             assert_as_undisturbed(folder, knobs, forks, tmp_path / f"undisturbed-{folder.name}")
 
 
+def test_trials_of_an_agent_run_on_all_nodes_of_its_job(slurm: Cluster, server: WandbServer, tmp_path: Path) -> None:
+    """One agent on two nodes, which is warned once: two trials, one run each, with the weights of one process."""
+    client = Client(server, tmp_path)
+    client.env = {name: value for name, value in client.env.items() if not name.startswith("SLURM_")}
+    knobs = {"train.steps": STEPS, "train.batch_size": 8, "train.precision": "fp32", "model.dropout": 0.0}
+    seeds = [0, 1]
+    (tmp_path / "mine.yaml").write_text(json.dumps(sweep_of("grid", {"seed": {"values": seeds}}, knobs)))
+    words = ["--launcher", "slurm", "--slurm", "--partition=low --nodes=2 --cpus-per-task=2", "--agents", "1"]
+    command = client.popen(sys.executable, "-m", "agent.sweep", "mine.yaml", *words, **slurm.environment, **{POLL: "1"})
+    wait_for(lambda: [len(steps(run)) > 1 for run in server.runs.values()] == [True], "rows", 120)
+    (first,) = server.runs.values()
+    ranks = [processes_of(f"WANDB_RUN_ID={first.id}", "WORLD_SIZE=2", f"RANK={rank}") for rank in range(2)]
+    assert all(ranks), "a process on each node"
+    (job,) = slurm.ask("squeue", "-h", "-o", "%i").split()
+    slurm.ask("scancel", "--batch", "--signal=USR1", job)
+    with slurm.hurrying():
+        finish(command, within_s=600)
+    (sweep,) = server.sweeps.values()
+    assert sorted(run.config["seed"] for run in sweep.runs) == seeds, "one run each"
+    assert first.summary["slurm/restarts"] == 1
+    with Forks() as forks:
+        for run in sweep.runs:
+            assert (run.state, run.exit_code) == ("finished", 0)
+            assert steps(run) == list(range(EVERY, STEPS + 1, EVERY)), "each row once"
+            alone = undisturbed(knobs | {"seed": run.config["seed"]}, forks, tmp_path / f"alone-{run.id}")
+            ours = read_checkpoint(tmp_path / "runs" / run.id)
+            assert difference(ours.tensors("model"), alone.tensors("model")) < 1e-3
+
+
 # Without a network
 
 
