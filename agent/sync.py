@@ -38,7 +38,7 @@ from diffusion_core.run_folder import (
     read_run_file,
     run_folders,
 )
-from diffusion_core.runs.recorded import log_checkpoint, log_rows
+from diffusion_core.runs.recorded import best_summary, log_checkpoint, log_rows
 from diffusion_core.runs.result import read_result
 
 
@@ -112,7 +112,10 @@ def sync(folder: Path, ended: int | None = None, *, preempted: bool = False) -> 
     log_rows(tracker, folder, rows)
     stored = read_result(folder)
     logged = {key for row in rows for key in row}
-    tracker.summary({key: value for key, value in (stored[0].figures if stored else {}).items() if key not in logged})
+    if stored:
+        result, _ = stored
+        tracker.summary({key: value for key, value in result.figures.items() if key not in logged})
+        tracker.summary(best_summary(result.best_checkpoint))
     best = best_of(folder / CHECKPOINTS) or {}
     for checkpoint in map(read_checkpoint, unsent):
         is_best, ttl_days = best.get("step") == checkpoint.step, config.get("checkpoint.ttl_days")

@@ -31,6 +31,7 @@ from diffusion_core.run_folder import (
     read_history,
     write_run_files,
 )
+from diffusion_core.runs.recorded import best_summary
 from diffusion_core.runs.result import TrialResult, write_result
 from diffusion_core.sampling.generation import Generator
 from diffusion_core.step_distillation.phase import is_student
@@ -208,6 +209,7 @@ def run_trial(
         generator = Generator(state.ema.network, config, pick_precision(config.train, accelerator.device))
         costs |= alike.figures | costs_of_images(generator, state.sampling(config.sample))
         tracker.summary(costs | {f"{PREFIX}{name}": line for name, line in alike.protocols.items()})
+        tracker.summary(best_summary(saver.best_path))
         figures = best_figures(read_history(folder)) | costs
         result = TrialResult(run_id, state.step, figures, saver.best_path, time.perf_counter() - started)
         write_result(folder, result, flatten(config))

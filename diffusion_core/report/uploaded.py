@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusion_core.report.folders import COST_FIGURES, metric_of, searched_settings, with_parents
 from diffusion_core.report.study import SECONDS, SWEEP, Study, Trial
-from diffusion_core.tracking import STEP
+from diffusion_core.tracking import BEST, STEP
 
 PROTOCOL = "protocol/"
 LINK = "on W&B"
@@ -39,7 +39,11 @@ def uploaded_trial(
         model: metadata of its best model; empty if there is none.
         rows: its history.
     """
-    figures = {key: value for key, value in summary.items() if isinstance(value, int | float) and key[0] != "_"}
+    figures = {
+        key: value
+        for key, value in summary.items()
+        if isinstance(value, int | float) and key[0] != "_" and not key.startswith(f"{BEST}/")
+    }
     if "figures" in model:
         costs = {key: value for key, value in figures.items() if key.startswith(COST_FIGURES)}
         figures = costs | dict(model["figures"])

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion_core.checkpoint import METADATA_FILE, SAMPLING_PARTS, Checkpoint
+from diffusion_core.checkpoint import METADATA_FILE, SAMPLING_PARTS, Checkpoint, CheckpointError, read_checkpoint
+from diffusion_core.config.metrics import goal_of
 from diffusion_core.files import write_json_lines
 from diffusion_core.run_folder import HISTORY_FILE, picture_files, without_step
 from diffusion_core.tracking import BEST, MODEL, STATE, STEP, Tracker, Upload
@@ -40,6 +41,24 @@ def model_files(checkpoint: Checkpoint) -> list[Path]:
     """Return the files of a `model` artifact: all that sampling needs."""
     parts = [checkpoint.path / f"{part}.safetensors" for part in checkpoint.parts if part in SAMPLING_PARTS]
     return [checkpoint.path / METADATA_FILE, *parts]
+
+
+def best_summary(path: Path) -> dict[str, float]:
+    """Return what is measured of a run's best checkpoint for its summary: ``best/FIGURE``, and ``best/step``.
+
+    The summary's other figures are the best values of the whole run: they may be of several checkpoints, and W&B nests
+    them (``{"val/loss": {"min": 0.1}}``), so that a search on the user's machine (``wandb sweep-scheduler``) cannot read
+    them.
+
+    Args:
+        path: folder of the checkpoint. If it cannot be read, the result is empty.
+    """
+    try:
+        checkpoint = read_checkpoint(path, verify=False)
+    except CheckpointError:
+        return {}
+    figures = {name: value for name, value in checkpoint.metadata["figures"].items() if goal_of(name) is not None}
+    return {f"{BEST}/{name}": value for name, value in (figures | {STEP: checkpoint.step}).items()}
 
 
 def log_checkpoint(

@@ -11,6 +11,7 @@ from .store import ENTITY, ORGANIZATION, PERSONAL_ENTITY, Project, encode_id, is
 if TYPE_CHECKING:
     from .backend import Backend
 
+FEATURES = [{"name": "SWEEPS_LOCAL_SCHEDULER", "isEnabled": True}]
 CLI_VERSIONS = {"min_cli_version": "0.0.1", "max_cli_version": "9999.0.0"}
 
 
@@ -23,7 +24,7 @@ class ProjectOperations:
     def handlers(self) -> dict[str, Handler]:
         return {
             "viewer": lambda args: self.viewer(),
-            "serverInfo": lambda args: {"features": [], "cliVersionInfo": CLI_VERSIONS},
+            "serverInfo": lambda args: {"features": FEATURES, "cliVersionInfo": CLI_VERSIONS},
             "entity": self.entity,
             "organization": self.organization,
             "project": self.project,

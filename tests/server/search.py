@@ -95,8 +95,9 @@ def _grid_size(parameters: Json) -> int:
 
 
 def _searchable(config: Json) -> Json:
-    # The engine's schema is older than run_cap and early_terminate.strict.
-    searchable = {key: value for key, value in config.items() if key != "run_cap"}
+    # The engine's schema is older than these keys, and than early_terminate.strict.
+    newer = ("run_cap", "metrics", "scheduler")
+    searchable = {key: value for key, value in config.items() if key not in newer}
     if "early_terminate" in config:
         early = {key: value for key, value in config["early_terminate"].items() if key != "strict"}
         searchable["early_terminate"] = early

@@ -264,6 +264,8 @@ class Sweep:
     runs: list[Run] = field(default_factory=list, repr=False)
     requeued: list[Run] = field(default_factory=list, repr=False)
     """Preempted runs that wait for an agent."""
+    enqueued: list[Run] = field(default_factory=list, repr=False)
+    """Runs that a scheduler on the user's machine has chosen."""
     prior_runs: list[Run] = field(default_factory=list, repr=False)
     controller: str | None = None
     scheduler: str | None = None

@@ -29,6 +29,7 @@ class SweepOperations:
             "upsertSweep": self.upsert,
             "createAgent": self.create_agent,
             "agentHeartbeat": self.heartbeat,
+            "enqueueSweepRun": self.enqueue,
         }
 
     # Writing
@@ -74,6 +75,18 @@ class SweepOperations:
         sweep = self.store.sweeps[run.sweep_id or ""]
         if run not in sweep.requeued:
             sweep.requeued.append(run)
+
+    def enqueue(self, args: Json) -> Json:
+        """`wandb sweep-scheduler` has chosen a trial, which waits for the next agent that asks."""
+        given = args["input"]
+        sweep = self.store.sweeps[decode_id(given["id"]).split(":")[1]]
+        parameters = json.loads(given["config"])
+        run = Run(random_id(), sweep.project, sweep_id=sweep.id, suggested=parameters, raw_config=dict(parameters))
+        run.display_name, run.state = given.get("displayName") or run.id, "pending"
+        self.store.runs[run.id] = run
+        sweep.runs.append(run)
+        sweep.enqueued.append(run)
+        return {"id": run.id, "runQueueItemId": run.id}
 
     def terminate_early(self, sweep_id: str) -> None:
         """Mark the runs that hyperband ends, as soon as there is new history: it looks at the last band only that a run
@@ -122,6 +135,11 @@ class SweepOperations:
             if sweep.requeued:
                 run = sweep.requeued.pop(0)
                 return [self._hand_out(agent, run, "resume", run.raw_config)]
+            if sweep.enqueued:
+                run = sweep.enqueued.pop(0)
+                return [self._hand_out(agent, run, "run", run.raw_config)]
+            if "scheduler" in sweep.config:
+                return []  # Until the scheduler says that the sweep is finished.
             suggested = self._suggest(sweep)
             if suggested is not None:
                 run = Run(
@@ -187,6 +205,7 @@ class SweepOperations:
             "config": sweep.config_yaml,
             "controller": sweep.controller,
             "scheduler": sweep.scheduler,
+            "controllerRunName": f"controller-{sweep.id}",
             "earlyStopJobRunning": False,
             "bestLoss": lambda args: _best_loss(sweep),
             "createdAt": iso(sweep.created_at),
