@@ -42,7 +42,7 @@ $(VENV)/.extras: $(VENV)/.installed
 	touch $@
 
 demo: install
-	$(PY) -m agent.sweep sweeps/quickstart.yaml --offline
+	$(PY) -m agent.sweep sweeps/quickstart.yaml --offline --jobs 2
 
 $(VENV)/.docs: $(VENV)/.installed
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[docs]"

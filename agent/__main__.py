@@ -9,7 +9,8 @@ if __name__ == "__main__":
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from agent.command import fail, run_and_leave
@@ -20,7 +21,7 @@ from diffusion_core.config.steps import without_effect
 from diffusion_core.config.usage import answer, check_data_named
 from diffusion_core.machine.assigned import note_trial
 from diffusion_core.machine.slurm.nodes import is_to_spread, run_across
-from diffusion_core.machine.threads import settle_threads
+from diffusion_core.machine.threads import settle_threads, uncollected
 from pruning.config import unheard
 
 USAGE = """\
@@ -43,10 +44,17 @@ def main(argv: Sequence[str] | None = None, usage: str = USAGE, defaults: Sequen
         usage: first lines of the help text.
         defaults: words before ``argv``, which overrides them.
     """
-    given = list(sys.argv[1:] if argv is None else argv)
-    words = [*defaults, *given]
+    given = sys.argv[1:] if argv is None else argv
     if is_to_spread():
-        return run_across([sys.executable, "-m", "agent", *words])
+        return run_across([sys.executable, "-m", "agent", *defaults, *given])
+    with uncollected("torch"):
+        rest = _begin(given, usage, defaults)
+    return rest if isinstance(rest, int) else rest()
+
+
+def _begin(given: Sequence[str], usage: str, defaults: Sequence[str]) -> int | Callable[[], int]:
+    """Import all modules and read the command line. Return the exit status, or the trial to run."""
+    words = [*defaults, *given]
     threads = settle_threads()  # First of all: the registries of the configuration import PyTorch.
     try:
         if (told := answer(words, usage, TrialConfig)) is not None:
@@ -65,13 +73,13 @@ def main(argv: Sequence[str] | None = None, usage: str = USAGE, defaults: Sequen
     if "--dry-run" in words:
         from agent.session import dry_run  # Slow to import, and not needed for the commands above.
 
-        return dry_run(config, everything="--print-config" in words)
+        return partial(dry_run, config, everything="--print-config" in words)
     if "--print-config" in words:
         print(to_yaml(config, without_secrets=True), end="")
         return 0
     from agent.session import run_session
 
-    return run_session(config, threads)
+    return partial(run_session, config, threads)
 
 
 def as_chosen(config: TrialConfig, values: Mapping[str, Any]) -> TrialConfig:

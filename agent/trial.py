@@ -164,7 +164,9 @@ def run_trial(
         return TEACHER if config.steps.wanted and not is_student(state) else ""
 
     saver = SaveCheckpoints(config, dataset, tracker, folder / CHECKPOINTS, run_id, resumed)
-    after_step: list[Callback] = [*callbacks, Evaluate(config, dataset, accelerator, tracker, folder, prefix)]
+    pictures = DrawSamples(config, dataset, accelerator, folder / SAMPLES)
+    evaluate = Evaluate(config, dataset, accelerator, tracker, folder, prefix, pictures)
+    after_step: list[Callback] = [*callbacks, evaluate]
     if is_main:
         write_run_files(config, folder, run_id)
         history = LogHistory(tracker, folder, resumed)
@@ -180,7 +182,7 @@ def run_trial(
             tracker.use(f"data-{config.data.name}", "dataset", [folder / DATA_FILE])
         after_step += [
             SayDuration(config.train, accelerator.device),
-            DrawSamples(config, dataset, accelerator, folder / SAMPLES),
+            pictures,
             WatchQuality(metric, best_figures(read_history(folder)).get(metric), tracker),
             history,
             saver,

@@ -93,12 +93,15 @@ def algorithms(config: TrainConfig, precision: Precision) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # Or cuBLAS may split sums differently.
-    torch.use_deterministic_algorithms(config.deterministic)
+    # Setting it imports PyTorch's compiler, which takes a second and a half.
+    if config.deterministic != before:
+        torch.use_deterministic_algorithms(config.deterministic)
     try:
         with products(precision), fastest_convolutions(config):
             yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        if config.deterministic != before:
+            torch.use_deterministic_algorithms(before)
 
 
 @contextmanager

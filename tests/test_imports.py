@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -118,6 +119,7 @@ def test_there_are_modules_to_look_at() -> None:
     package = "diffusion_core"
     assert own_imports(f"{package}.sampling.guidance") == {
         f"{package}.diffusion.denoiser",
+        f"{package}.diffusion.sampling_steps",
         f"{package}.diffusion.schedule",
         f"{package}.model.unet",
     }
@@ -231,3 +233,33 @@ assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+TOO_SLOW = {
+    "torch._dynamo": "PyTorch's compiler, a second and a half",
+    "torch.distributed.tensor": "accelerate asks it whether gradients are distributed, half a second",
+    "sympy": "comes with both",
+    "torchvision": "is for other data sets",
+    "matplotlib": "is for reports",
+    "sklearn": "has the digits, which are read without it",
+    "scipy": "is for distances",
+    "pandas": "is for nothing",
+}
+"""What a trial on digits does without, and why it would come along."""
+
+
+def test_a_trial_imports_nothing_slow_that_it_does_not_need(tmp_path: Path) -> None:
+    """From the command line to the result: two trainings, pruning, figures, pictures, costs, W&B offline."""
+    code = f"""
+import sys
+from agent.__main__ import main
+words = ["model.channels=8", "model.norm_groups=4", "train.steps=2", "train.batch_size=4", "sample.steps=1",
+         "prune.method=magnitude", "prune.step=1", "prune.keep=0.5", "sample.per_class=1", "eval.num_images=10",
+         "eval.val_images=8", "log.progress=false", "log.dir=" + {str(tmp_path / "run")!r}]
+assert main(["preset=digits", *words]) == 0
+print(*sorted({set(TOO_SLOW)!r} & set(sys.modules)))
+"""
+    env = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "", done.stdout

@@ -14,6 +14,7 @@ from agent.tracking.environment import is_offline
 from agent.tracking.retention import Retention
 from agent.tracking.tracker import PATIENCE_S, WandbTracker
 from diffusion_core.config import CheckpointConfig, ConfigError
+from diffusion_core.machine.threads import uncollected
 from diffusion_core.messages import one_line
 from diffusion_core.redact import redacted, redacted_arguments
 from diffusion_core.run_folder import check_paths, read_history
@@ -80,7 +81,7 @@ def start_wandb(
         settings.finish_timeout = PATIENCE_S
 
     def start(mode: str) -> Run:
-        with redacted_arguments():
+        with redacted_arguments(), uncollected("wandb.sdk.launch"):  # It imports more of itself.
             return wandb.init(
                 config=redacted(dict(config)),
                 mode=mode,  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Noise schedules: the amplitudes of signal and noise at each timestep, and the timesteps that a sampler visits.
+"""Noise schedules: the amplitudes of signal and noise at each timestep.
 
 Notation of Kingma et al. 2021 (Variational Diffusion Models): ``x_t = alpha_t * x_0 + sigma_t * eps``. Timesteps are
 0..T-1 as in Ho et al. 2020: timestep 0 has the least noise, and the clean image is one step before it. Variance
@@ -12,21 +12,18 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from diffusion_core.config import ConfigError, DiffusionConfig
+from diffusion_core.diffusion.sampling_steps import SamplingSteps, Spacing, karras_levels, spaced_timesteps
 from diffusion_core.registries import SCHEDULES
-
-Spacing = Literal["uniform", "trailing", "quadratic", "karras"]
 
 COSINE_OFFSET = 0.008
 MAX_BETA = 0.999
 SIGMOID_START, SIGMOID_END = -3.0, 3.0
 MIN_ALPHA_BAR = 1e-9
-KARRAS_RHO = 7.0
 BEYOND_LAST = 10.0
 """Replaces an infinite last noise level (no signal) when levels are interpolated: this many times the level before."""
 
@@ -69,9 +66,11 @@ class NoiseSchedule:
     def log_levels(self) -> Tensor:
         """Logarithms of the noise levels, all finite, for interpolation between timesteps."""
         logs = self.levels.log()
-        if torch.isinf(logs[-1]):
-            logs = torch.cat([logs[:-1], logs[-2:-1] + math.log(BEYOND_LAST)])
-        return logs
+        if len(logs) == 1:
+            return logs
+        beyond = logs[-2:-1] + math.log(BEYOND_LAST)
+        # Not a branch, which would wait for a GPU to tell.
+        return torch.cat([logs[:-1], torch.where(torch.isinf(logs[-1:]), beyond, logs[-1:])])
 
     def at(self, t_B: Tensor, like_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha and sigma of each image, float32, shaped to broadcast against images: ``(B, 1, 1, 1)`` each.
@@ -174,74 +173,6 @@ class NoiseSchedule:
             visited = tuple(chosen)
         clean = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         return SamplingSteps(visited, torch.cat([alphas, clean[0]]), torch.cat([sigmas, clean[1]]))
-
-
-@dataclass(frozen=True)
-class SamplingSteps:
-    """The part of a schedule that a sampler needs: S timesteps, most noisy first, and S+1 amplitudes.
-
-    The last pair of amplitudes is (1, 0), the clean image. Amplitudes are float64 on the CPU. Timesteps are integers,
-    or floats between the trained timesteps.
-    """
-
-    timesteps: tuple[float, ...]
-    alphas: Tensor
-    sigmas: Tensor
-
-    def __len__(self) -> int:
-        return len(self.timesteps)
-
-    @cached_property
-    def levels(self) -> list[float]:
-        """The S+1 noise levels ``sigma / alpha``; the first may be infinite, the last is 0."""
-        return (self.sigmas / self.alphas).tolist()
-
-    def t(self, index: int, like_BCHW: Tensor) -> Tensor:
-        """Return the timestep of a step for a whole batch, ``(B,)``: int64, or float32 if any lies between timesteps.
-
-        All steps have one type, so that a compiled network is compiled once.
-        """
-        whole = all(float(value).is_integer() for value in self.timesteps)
-        dtype = torch.long if whole else torch.float32
-        return torch.full((len(like_BCHW),), self.timesteps[index], dtype=dtype, device=like_BCHW.device)
-
-
-def spaced_timesteps(timesteps: int, count: int, spacing: Spacing) -> list[int]:
-    """Return ``count`` of the timesteps 0..T-1, descending from T-1.
-
-    ``uniform``: evenly spaced from T-1 to 0, both included (Nichol & Dhariwal 2021, section 4).
-    ``trailing``: evenly spaced from T-1, ending a whole step above the clean image (Lin et al. 2023, table 2). But for
-    rounding, every second one is one of half as many steps.
-    ``quadratic``: evenly spaced square roots from 0 to 0.8 T, finer near the image (Song et al. 2021, appendix D.2),
-    and T-1, where sampling starts from pure noise.
-
-    Raises:
-        ValueError: if ``count`` is not in 1..T.
-    """
-    if not 1 <= count <= timesteps:
-        raise ValueError(f"sample.steps = {count}: expected 1 to diffusion.timesteps = {timesteps}")
-    if count == 1:
-        return [timesteps - 1]
-    if spacing == "uniform":
-        return torch.linspace(0, timesteps - 1, count, dtype=torch.float64).round().long().flip(0).tolist()
-    if spacing == "trailing":
-        return (torch.linspace(timesteps, timesteps / count, count, dtype=torch.float64).round().long() - 1).tolist()
-    roots = torch.linspace(0, math.sqrt(0.8 * timesteps), count - 1, dtype=torch.float64)
-    chosen = [*roots.square().long().tolist(), timesteps - 1]
-    # Squares of small roots coincide: move each to the next free timestep, then move those above the end down.
-    for i in range(1, count):
-        chosen[i] = max(chosen[i], chosen[i - 1] + 1)
-    for i in range(count - 1, -1, -1):
-        chosen[i] = min(chosen[i], timesteps - count + i)
-    return chosen[::-1]
-
-
-def karras_levels(count: int, lowest: float, highest: float) -> Tensor:
-    """Return ascending noise levels, ``(count,)`` float64, even in their 7th root (Karras et al. 2022, eq. 5)."""
-    if count == 1:
-        return torch.tensor([highest], dtype=torch.float64)
-    ends = lowest ** (1 / KARRAS_RHO), highest ** (1 / KARRAS_RHO)
-    return torch.linspace(*ends, count, dtype=torch.float64).pow(KARRAS_RHO)
 
 
 def linear_betas(timesteps: int, beta_start: float, beta_end: float) -> Tensor:

@@ -18,7 +18,7 @@ from diffusion_core.evaluation.features import Extractor
 from diffusion_core.model.cost import LATENCY_BATCH
 from diffusion_core.sampling.cost import SECONDS, image_costs
 from diffusion_core.sampling.generation import Generator, Request, all_labels, round_robin
-from diffusion_core.sampling.samplers import evaluations
+from diffusion_core.sampling.samplers import StepCallback, evaluations
 from diffusion_core.terminal.progress import progress_of
 
 T = TypeVar("T")
@@ -28,17 +28,23 @@ PRECISE_BELOW_S = 10.0
 
 
 def generated(
-    generator: Generator, total: int, config: SampleConfig, seed: int, *, progress: bool = False
+    generator: Generator,
+    total: int,
+    config: SampleConfig,
+    seed: int,
+    *,
+    progress: bool = False,
+    callback: StepCallback | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield this process's share of ``total`` images, uint8 ``(B, C, H, W)`` on the CPU, and labels, which alternate.
 
     Raises:
         DataError: in all processes, after the last image, if an image is not finite.
     """
-    wanted = round_robin(all_labels(generator.network), own_positions(total))
+    wanted = generated_requests(generator, total)
     not_finite = 0
     with progress_of("sampling", len(wanted), "image", shown=progress) as bar:
-        for batch, x_BCHW in generator.unrounded_batches(wanted, config, seed):
+        for batch, x_BCHW in generator.unrounded_batches(wanted, config, seed, callback):
             not_finite += int((~torch.isfinite(x_BCHW)).flatten(1).any(1).sum())
             yield to_uint8(x_BCHW.nan_to_num()).cpu(), torch.tensor([image.label for image in batch])
             bar.update(len(batch))
@@ -48,6 +54,11 @@ def generated(
             f"{broken} of {total} generated images are not finite; lower sample.guidance, or sample in fp32 "
             f"(train.precision)"
         )
+
+
+def generated_requests(generator: Generator, total: int) -> list[Request]:
+    """Return this process's share of ``total`` images as :func:`generated` samples them."""
+    return round_robin(all_labels(generator.network), own_positions(total))
 
 
 @torch.no_grad()

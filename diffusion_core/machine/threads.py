@@ -1,4 +1,4 @@
-"""Decide how many threads a process computes with, before PyTorch is imported.
+"""Set up a process before PyTorch is imported: the number of its threads, and its garbage collector.
 
 OpenMP's threads wait for each other thousands of times in a training step. On a core that another process uses as well,
 each wait costs a time slice: training digits on two cores beside one busy process was 40 times slower with two threads
@@ -7,9 +7,12 @@ than with one. And OpenMP's threads spin while they wait, which takes the cores 
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from diffusion_core.machine.sharing import usable_cores
@@ -37,6 +40,28 @@ def settle_threads() -> str:
     os.environ[THREADS] = str(free)
     why = f", since other processes are busy ({THREADS}={cores} uses all)" if free < cores else ""
     return f"computing with {free} of {cores} cores{why}"
+
+
+@contextmanager
+def uncollected(package: str) -> Iterator[None]:
+    """Import a package inside, without garbage collection. From then on, the collector leaves its objects alone.
+
+    Modules stay until the process ends. The collector would look through PyTorch's a dozen times while they are
+    imported, and again and again in training, which takes a second of a short trial.
+
+    Args:
+        package: name of a package or module. If it is imported already, no objects are exempted: by now there may be
+            models among them.
+    """
+    enabled, is_first = gc.isenabled(), package not in sys.modules
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_first and package in sys.modules:
+            gc.freeze()
+        if enabled:
+            gc.enable()
 
 
 def busy_elsewhere() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
@@ -10,10 +11,14 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from diffusion_core.cache import cache_path
 from diffusion_core.config import SampleConfig, TrainConfig
 from diffusion_core.model.unet import AttentionBlock, ResidualBlock, UNet
 
 BACKEND = "inductor"
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+"""Environment variable with the folder where PyTorch keeps compiled code."""
+
 COMPILE_S = 90.0
 """Seconds to compile the 35.7 M parameter network for training on an H100 machine (45 for sampling), with an empty
 compiler cache, while other compilations ran."""
@@ -86,12 +91,30 @@ def compile_network(network: UNet, how: str) -> None:
     """
     if how == "none":
         return
+    keep_compiled()
     raise_limit(torch._dynamo.config)
     kinds = (UNet,) if how == "network" else (ResidualBlock, AttentionBlock)
     for module in network.modules():
         if isinstance(module, kinds) and module not in _compiled:
             module.compile(backend=BACKEND, dynamic=False)
             _compiled.add(module)
+
+
+def keep_compiled() -> None:
+    """Have PyTorch keep compiled code in this project's cache, so that the next trial of a sweep loads it.
+
+    PyTorch keeps it below ``/tmp``, which nodes of a cluster empty. ``$TORCHINDUCTOR_CACHE_DIR`` is respected, and a
+    cache that cannot be written is not used.
+    """
+    if CACHE_VARIABLE in os.environ:
+        return
+    folder = cache_path("compiled", "inductor")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):
+        os.environ[CACHE_VARIABLE] = str(folder)
 
 
 def raise_limit(settings: Any) -> None:
@@ -102,4 +125,5 @@ def raise_limit(settings: Any) -> None:
 
 def compiled(network: UNet) -> Callable[..., Tensor]:
     """Return a network compiled as a whole, for static shapes. The network itself does not change."""
+    keep_compiled()
     return torch.compile(network, backend=BACKEND, dynamic=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -228,3 +229,7 @@ class _Allocations(TorchDispatchMode):
     def _dead(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.live -= size
+
+
+# PyTorch hides a mode from its compiler with a decorator, which imports the compiler when called.
+setattr(_Allocations, "__torch_dispatch__", inspect.unwrap(_Allocations.__torch_dispatch__))  # noqa: B010 - a method

@@ -172,6 +172,14 @@ class Level(nn.Module):
         return self.attentions[index](x_BCHW) if len(self.attentions) else x_BCHW
 
 
+def _embedding(rows: int, features: int) -> nn.Embedding:
+    """Return ``nn.Embedding(rows, features)``. On the meta device no numbers are drawn: that imports the compiler."""
+    embedding = nn.Embedding.from_pretrained(torch.empty(rows, features), freeze=False)
+    if not embedding.weight.is_meta:
+        embedding.reset_parameters()
+    return embedding
+
+
 class UNet(nn.Module):
     """The U-Net: predicts from noisy images, their timesteps and their classes.
 
@@ -200,7 +208,7 @@ class UNet(nn.Module):
 
         self.time_mlp = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         # One more row than classes: the last one means "no class".
-        self.label_embedding = nn.Embedding(num_classes + 1, embedding) if num_classes else None
+        self.label_embedding = _embedding(num_classes + 1, embedding) if num_classes else None
 
         self.conv_in = nn.Conv2d(in_channels * (1 + model.self_conditioning), width, 3, padding=1)
         channels, size = width, image_size

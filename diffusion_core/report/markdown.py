@@ -11,7 +11,7 @@ from diffusion_core.report.contents import columns_of, front_table, ranking, tex
 from diffusion_core.report.findings import candidates, equal_to, front_of, trial_interval
 from diffusion_core.report.importance import importances
 from diffusion_core.report.pictures import shrunk
-from diffusion_core.report.plots import GREY, colour, counts, marker, panels, plain, save
+from diffusion_core.report.plots import GREY, colour, counts, make_room, marker, panels, plain, save
 from diffusion_core.report.study import COSTS, Study, Trial
 from diffusion_core.report.words import BETTER, headline, notes
 from diffusion_core.tables import markdown_table
@@ -137,14 +137,16 @@ def plot_front(study: Study, path: Path) -> bool:
             if interval := trial_interval(trial, metric):
                 axes.errorbar(x, y, [[y - interval.low], [interval.high - y]], color=colour(index), linewidth=0.8)
     others = [name for name in study.varied if name != key]
+    labels = []
     for trial in front[:MOST_NAMED]:
         words = ", ".join(f"{_last(name)} {text_of(trial.settings[name])}" for name in others if name in trial.settings)
-        axes.annotate(plain(words), (trial.figures[cost], trial.figures[metric]), (6, 6), fontsize=8,
-                      textcoords="offset points")  # fmt: skip
+        place = trial.figures[cost], trial.figures[metric]
+        labels.append(axes.annotate(plain(words), place, (6, 6), fontsize=8, textcoords="offset points"))
     counts(axes)
     axes.set_xlabel(plain(COSTS[cost]))
     axes.set_ylabel(plain(f"{metric} ({BETTER[study.goals[metric]]})"))
     axes.legend(frameon=False)
+    make_room(figure, axes, labels)
     save(figure, path)
     return True
 

@@ -6,6 +6,7 @@ people with any common colour blindness can tell apart; their yellow is left out
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from diffusion_core.files import replaced_file
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
 
 BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"
 BLACK, GREY = "#000000", "#767676"
@@ -72,6 +74,23 @@ def log_ticks(panel: Axes, axis: str) -> None:
     along.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     along.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     along.set_minor_locator(NullLocator())
+
+
+def make_room(figure: Figure, panel: Axes, labels: Sequence[Annotation]) -> None:
+    """Extend a linear x axis to the right until labels beside points end within the panel, but at most to its double.
+
+    Args:
+        figure: the figure, complete otherwise.
+        panel: its panel.
+        labels: annotations at data coordinates.
+    """
+    figure.draw_without_rendering()  # Lays it out, so that sizes are known.
+    left, right = panel.get_xlim()
+    for label in labels:
+        point = panel.transData.transform(label.xy)[0]
+        beside = (label.get_window_extent().x1 - point) / panel.bbox.width
+        right = max(right, left + (label.xy[0] - left) / (1.0 - min(0.5, beside)))
+    panel.set_xlim(left, right)
 
 
 def save(figure: Figure, path: Path) -> Path:

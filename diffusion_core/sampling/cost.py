@@ -9,7 +9,7 @@ from diffusion_core.config import DiffusionConfig, ModelConfig, SampleConfig
 from diffusion_core.diffusion.denoiser import Denoiser
 from diffusion_core.model.cost import count_cost
 from diffusion_core.model.unet import UNet
-from diffusion_core.sampling.guidance import between_levels, guided
+from diffusion_core.sampling.guidance import between_levels, decided, guided
 from diffusion_core.sampling.samplers import build_sampler, steps_of
 
 MACS = "sample/macs"
@@ -38,13 +38,14 @@ def network_evaluations(sample: SampleConfig, diffusion: DiffusionConfig, model:
     denoiser = Denoiser.from_config(network, diffusion, model, torch.device("cpu"))
     interval = sample.guidance_interval
     applies = between_levels(denoiser.schedule, *interval) if interval else None
+    steps = steps_of(sample, denoiser.schedule)
     sampler = build_sampler(sample, denoiser)
     labels_B = torch.zeros(1, dtype=torch.long)
     pixel = torch.zeros(1, 1, 1, 1)
     sampler(
-        guided(denoiser, sample.guidance, applies=applies),
+        guided(denoiser, sample.guidance, applies=applies, known=decided(applies, steps) if applies else None),
         pixel,
-        steps_of(sample, denoiser.schedule),
+        steps,
         labels_B,
         noise=lambda: pixel,
     )

@@ -15,13 +15,14 @@ from torch import Tensor
 from diffusion_core.config import CoreConfig, SampleConfig
 from diffusion_core.data.datasets import to_uint8
 from diffusion_core.diffusion.denoiser import Denoiser, DenoiserFunction, clipped
-from diffusion_core.diffusion.schedule import NoiseSchedule
+from diffusion_core.diffusion.sampling_steps import SamplingSteps
+from diffusion_core.diffusion.schedule import NoiseSchedule, build_schedule
 from diffusion_core.hardware import Precision, autocast, fastest_convolutions, memory_format
 from diffusion_core.model.compilation import compiled, pick_sampling_compilation
 from diffusion_core.model.cuda_graphs import ReplayedNetwork, is_replayed
 from diffusion_core.model.unet import NO_LABEL, UNet
 from diffusion_core.randomness import Purpose, streams
-from diffusion_core.sampling.guidance import between_levels, guided
+from diffusion_core.sampling.guidance import between_levels, decided, guided
 from diffusion_core.sampling.samplers import NoiseFunction, StepCallback, build_sampler, start_scale, steps_of
 from diffusion_core.terminal.progress import progress_of
 
@@ -50,6 +51,16 @@ def round_robin(labels: Sequence[int], positions: Iterable[int]) -> list[Request
 def all_labels(network: UNet) -> list[int]:
     """Return the labels of a network: its classes, or only ``NO_LABEL`` for a network without labels."""
     return list(range(network.num_classes)) or [NO_LABEL]
+
+
+def in_parts(network: Callable[..., Tensor], size: int) -> Callable[..., Tensor]:
+    """Return a network that takes batches of a multiple of ``size`` images, and evaluates ``size`` at once."""
+
+    def whole(x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None) -> Tensor:
+        labels = [None] * (len(x_BCHW) // size) if labels_B is None else labels_B.split(size)
+        return torch.cat([network(*part) for part in zip(x_BCHW.split(size), t_B.split(size), labels, strict=True)])
+
+    return whole
 
 
 class ImageNoise:
@@ -99,6 +110,7 @@ class Generator:
         # In place. The weights are the same, but their order in memory may change.
         self.network = network.to(memory_format=memory_format(self.device, precision))
         self.reference = reference
+        self.schedule = build_schedule(config.diffusion)  # On the processor: samplers know their steps there.
         self.precision = precision
         self.shape_CHW = (network.in_channels, network.image_size, network.image_size)
         self._made: dict[tuple[str, bool], Callable[..., Tensor]] = {}
@@ -113,12 +125,21 @@ class Generator:
             self.network if network is None else network, self.config.diffusion, self.config.model, self.device
         )
 
-    def guided(self, denoiser: Denoiser, config: SampleConfig) -> DenoiserFunction:
-        """Return a denoiser with the configured guidance and clipping."""
-        interval = config.guidance_interval
-        applies = between_levels(denoiser.schedule, *interval) if interval else None
+    def guided(self, denoiser: Denoiser, config: SampleConfig, steps: SamplingSteps | None = None) -> DenoiserFunction:
+        """Return a denoiser with the configured guidance and clipping.
+
+        Args:
+            denoiser: the denoiser to guide.
+            config: scale and interval of the guidance.
+            steps: the steps at which it will be called; None: any. See :func:`decided`.
+        """
+        applies = known = None
+        if config.guidance_interval:
+            applies = between_levels(denoiser.schedule, *config.guidance_interval)
+            if steps is not None:
+                known = decided(between_levels(self.schedule, *config.guidance_interval), steps)
         reference = self.reference.at_levels_of(denoiser.schedule) if self.reference else None
-        wrapped = guided(denoiser, config.guidance, reference=reference, applies=applies)
+        wrapped = guided(denoiser, config.guidance, reference=reference, applies=applies, known=known)
         return clipped(wrapped) if config.clip_x0 else wrapped
 
     def at_levels_of(self, schedule: NoiseSchedule) -> DenoiserFunction:
@@ -152,8 +173,9 @@ class Generator:
         """Sample one batch of images: ``(B, C, H, W)`` float32 in [-1, 1] (unclipped), on the network's device."""
         noise = self.noise(wanted, seed)
         labels_B = torch.tensor([image.label for image in wanted], device=self.device)
-        denoiser = self.denoiser(network)
-        return self._sample(denoiser, self.guided(denoiser, config), noise(), labels_B, noise, config, callback)
+        denoiser, steps = self.denoiser(network), steps_of(config, self.schedule)
+        guided_denoiser = self.guided(denoiser, config, steps)
+        return self._sample(denoiser, guided_denoiser, noise(), labels_B, noise, config, steps, callback)
 
     def _sample(
         self,
@@ -163,10 +185,10 @@ class Generator:
         labels_B: Tensor,
         noise: NoiseFunction,
         config: SampleConfig,
+        steps: SamplingSteps,
         callback: StepCallback | None = None,
     ) -> Tensor:
-        steps = steps_of(config, denoiser.schedule)
-        scale = start_scale(denoiser.schedule, steps)
+        scale = start_scale(self.schedule, steps)
         with autocast(self.device, self.precision):
             sampler = build_sampler(config, denoiser)
             return sampler(guided_denoiser, scale * start_BCHW, steps, labels_B, noise=noise, callback=callback)
@@ -191,13 +213,15 @@ class Generator:
     def _fast(self, how: str, config: SampleConfig) -> Callable[..., Tensor]:
         """Return the network, compiled or not. On a GPU, record it as a CUDA graph if there are enough steps.
 
-        Results are cached, because every recording takes about a second.
+        Results are cached, because every recording takes about a second. Where only some steps are guided, a compiled
+        network evaluates their doubled batch in two parts: one graph serves all steps.
         """
         replayed = is_replayed(config.cuda_graphs, self.device) and config.steps >= REPLAYED_FROM
         if (how, replayed) not in self._made:
             network = compiled(self.network) if how == "network" else self.network
             self._made[how, replayed] = ReplayedNetwork(network) if replayed else network
-        return self._made[how, replayed]
+        network = self._made[how, replayed]
+        return in_parts(network, config.batch_size) if how == "network" and config.guidance_interval else network
 
     def batches(
         self, wanted: Sequence[Request], config: SampleConfig, seed: int, *, progress: bool = False
@@ -246,19 +270,26 @@ class Generator:
         """
         noisy: list[Tensor] = []
         expected: list[Tensor] = []
-        denoiser = self.denoiser()
-        preserving = denoiser.schedule.variance_preserving
-        levels = steps_of(config, denoiser.schedule).levels
+        frame = self.frame(config)
 
         def record(index: int, x_BCHW: Tensor, x0_BCHW: Tensor) -> None:
             if index in keep:
-                # Scale variance exploding images as in a variance preserving schedule.
-                noisy_BCHW = x_BCHW if preserving else x_BCHW / math.sqrt(1.0 + levels[index] ** 2)
-                noisy.append(to_uint8(noisy_BCHW).cpu())
-                expected.append(to_uint8(x0_BCHW).cpu())
+                for frames, images in zip((noisy, expected), frame(x_BCHW, x0_BCHW, index), strict=True):
+                    frames.append(images)
 
         finished = to_uint8(self.batch(wanted, config, seed, record)).cpu()
         return [*noisy, finished], [*expected, finished]
+
+    def frame(self, config: SampleConfig) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
+        """Return a function of noisy images, expected images and a step. It returns both as uint8 on the CPU."""
+        levels = steps_of(config, self.schedule).levels
+
+        def uint8(x_BCHW: Tensor, x0_BCHW: Tensor, index: int) -> tuple[Tensor, Tensor]:
+            # Scale variance exploding images as in a variance preserving schedule.
+            scale = 1.0 if self.schedule.variance_preserving else math.sqrt(1.0 + levels[index] ** 2)
+            return to_uint8(x_BCHW / scale).cpu(), to_uint8(x0_BCHW).cpu()
+
+        return uint8
 
     @torch.no_grad()
     def between_seeds(
@@ -274,8 +305,9 @@ class Generator:
         angle_B = torch.tensor(weights, device=self.device).view(-1, 1, 1, 1) * (math.pi / 2.0)
         start_BCHW = angle_B.cos() * noise() + angle_B.sin() * other()
         labels_B = torch.full((len(weights),), request.label, device=self.device)
-        denoiser = self.denoiser()
-        images = self._sample(denoiser, self.guided(denoiser, config), start_BCHW, labels_B, noise, config)
+        denoiser, steps = self.denoiser(), steps_of(config, self.schedule)
+        guided_denoiser = self.guided(denoiser, config, steps)
+        images = self._sample(denoiser, guided_denoiser, start_BCHW, labels_B, noise, config, steps)
         return to_uint8(images).cpu()
 
     @torch.no_grad()
@@ -291,10 +323,10 @@ class Generator:
         noise = self.noise(wanted, seed)
         first_B, second_B = (torch.full((len(weights),), label, device=self.device) for label in labels)
         weights_B = torch.tensor(weights, device=self.device).view(-1, 1, 1, 1)
-        one, two = self.denoiser(), self.denoiser()
-        guided_one, guided_two = self.guided(one, config), self.guided(two, config)
+        one, two, steps = self.denoiser(), self.denoiser(), steps_of(config, self.schedule)
+        guided_one, guided_two = self.guided(one, config, steps), self.guided(two, config, steps)
 
         def mixed(x_BCHW: Tensor, t_B: Tensor, _: Tensor | None) -> Tensor:
             return torch.lerp(guided_one(x_BCHW, t_B, first_B), guided_two(x_BCHW, t_B, second_B), weights_B)
 
-        return to_uint8(self._sample(one, mixed, noise(), first_B, noise, config)).cpu()
+        return to_uint8(self._sample(one, mixed, noise(), first_B, noise, config, steps)).cpu()

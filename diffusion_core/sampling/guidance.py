@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion_core.diffusion.denoiser import DenoiserFunction
+from diffusion_core.diffusion.sampling_steps import SamplingSteps
 from diffusion_core.diffusion.schedule import NoiseSchedule
 from diffusion_core.model.unet import NO_LABEL
 
@@ -18,6 +19,7 @@ def guided(
     *,
     reference: DenoiserFunction | None = None,
     applies: Callable[[Tensor], Tensor] | None = None,
+    known: Callable[[Tensor], bool | None] | None = None,
 ) -> DenoiserFunction:
     """Return a guided denoiser: ``x0 = x0_reference + scale * (x0 - x0_reference)``.
 
@@ -32,6 +34,9 @@ def guided(
         scale: weight of the denoiser relative to the reference.
         reference: the denoiser to guide away from; None: the same denoiser without labels.
         applies: maps timesteps, ``(B,)``, to bool, ``(B,)``: whether to guide. None: always.
+        known: tells whether to guide a whole batch, from :func:`decided`; None where it does not know. There, and
+            without it, both are evaluated, and ``applies`` chooses image by image: to leave out the guidance, the
+            timesteps would have to be read, which waits for a GPU.
     """
     if scale == 1.0:
         return denoiser
@@ -48,15 +53,35 @@ def guided(
     def guided_denoiser(x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None) -> Tensor:
         if reference is None and (labels_B is None or (scale == 0.0 and applies is None)):
             return denoiser(x_BCHW, t_B, None)
-        guided_B = None if applies is None else applies(t_B)
-        # An exported program has no branches: it evaluates both, and drops one.
-        if guided_B is not None and not torch.compiler.is_compiling() and not guided_B.any():
+        guide = applies is None or (None if known is None else known(t_B))
+        if guide is False:
             return denoiser(x_BCHW, t_B, labels_B)
         x0_BCHW, reference_BCHW = both(x_BCHW, t_B, labels_B)
         result = reference_BCHW + scale * (x0_BCHW - reference_BCHW)
-        return result if guided_B is None else torch.where(guided_B[:, None, None, None], result, x0_BCHW)
+        if guide or applies is None:
+            return result
+        return torch.where(applies(t_B)[:, None, None, None], result, x0_BCHW)
 
     return guided_denoiser
+
+
+def decided(applies: Callable[[Tensor], Tensor], steps: SamplingSteps) -> Callable[[Tensor], bool | None]:
+    """Decide which steps of a sampler are guided before it starts, so that no step waits for a GPU to tell.
+
+    Args:
+        applies: maps timesteps on the processor to whether they are guided.
+        steps: the steps of the sampler.
+
+    Returns:
+        A function that recognises the timesteps which ``steps.t`` returned. For others it returns None.
+    """
+    guided_S: list[bool] = applies(steps.t_S).tolist()
+
+    def known(t_B: Tensor) -> bool | None:
+        index = steps.index_of(t_B)
+        return None if index is None else guided_S[index]
+
+    return known
 
 
 def between_levels(schedule: NoiseSchedule, low: float, high: float) -> Callable[[Tensor], Tensor]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from diffusion_core.config import CoreConfig
 from diffusion_core.diffusion.denoiser import clipped
-from diffusion_core.diffusion.schedule import SamplingSteps
+from diffusion_core.diffusion.sampling_steps import SamplingSteps
 from diffusion_core.files import write_json
 from diffusion_core.messages import UserError, one_line
 from diffusion_core.model.unet import UNet

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from diffusion_core.config import SampleConfig
 from diffusion_core.diffusion.denoiser import Denoiser, DenoiserFunction
-from diffusion_core.diffusion.schedule import PURE_NOISE_LEVEL, NoiseSchedule, SamplingSteps
+from diffusion_core.diffusion.sampling_steps import SamplingSteps
+from diffusion_core.diffusion.schedule import PURE_NOISE_LEVEL, NoiseSchedule
 from diffusion_core.registries import SAMPLERS
 
 NoiseFunction = Callable[[], Tensor]

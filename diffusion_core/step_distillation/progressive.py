@@ -13,7 +13,8 @@ from torch import Tensor
 from diffusion_core.data.batches import Batches
 from diffusion_core.diffusion.denoiser import Denoiser
 from diffusion_core.diffusion.draws import Draws
-from diffusion_core.diffusion.schedule import NoiseSchedule, Spacing
+from diffusion_core.diffusion.sampling_steps import Spacing
+from diffusion_core.diffusion.schedule import NoiseSchedule
 from diffusion_core.step_distillation.teaching import CLEAN, Lesson, amplitudes, clean_image, follow, truncated_snr
 
 SPACING: Spacing = "trailing"

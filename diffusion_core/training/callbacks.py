@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from diffusion_core.checkpoint import Checkpoint
 from diffusion_core.config import CoreConfig, TrainConfig
@@ -17,10 +19,12 @@ from diffusion_core.data.datasets import Dataset
 from diffusion_core.files import write_json_lines
 from diffusion_core.hardware import pick_precision
 from diffusion_core.messages import duration
+from diffusion_core.model.compilation import pick_sampling_compilation
 from diffusion_core.run_folder import HISTORY_FILE, read_history
 from diffusion_core.runs.recorded import log_rows
 from diffusion_core.sampling import media
-from diffusion_core.sampling.generation import Generator, all_labels, requests
+from diffusion_core.sampling.frames import Frames
+from diffusion_core.sampling.generation import Generator, Request, all_labels, requests
 from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import STEP, Tracker
 from diffusion_core.training.trainer import TrainState, is_due
@@ -48,7 +52,8 @@ PREEMPTED = "Preempted again and again"
 class DrawSamples:
     """Every ``sample.every`` steps, draw a grid with one row per class, and a GIF from noise to image.
 
-    The GIF shows the images of each step beside those that the network expects at that step.
+    The GIF shows the images of each step beside those that the network expects at that step. Where an evaluation
+    samples the same images, they are taken from there.
     """
 
     def __init__(self, config: CoreConfig, dataset: Dataset, accelerator: Accelerator, folder: Path) -> None:
@@ -56,33 +61,62 @@ class DrawSamples:
         self.class_names = dataset.class_names
         self.precision = pick_precision(config.train, accelerator.device)
         self.folder = folder
+        self.alone = accelerator.num_processes == 1
+        self._frames: tuple[int, Frames] | None = None
+
+    def frames(self, state: TrainState, generator: Generator, sampled: Sequence[Request]) -> Frames | None:
+        """Return what takes the pictures from images that are sampled for another purpose; None if it cannot.
+
+        Args:
+            state: of this step.
+            generator: samples its network with this run's seed.
+            sampled: the images, in order.
+        """
+        config = state.sampling(self.config.sample)
+        wanted, moving = self._requests(state)
+        compiled = pick_sampling_compilation(config, generator.network, generator.device, len(sampled)) != "none"
+        if not self.alone or compiled or not self._is_due(state) or not {*sampled} >= {*wanted, *moving}:
+            return None
+        frames = Frames(sampled, wanted, moving, media.spread(config.steps), generator.frame(config))
+        self._frames = state.step, frames
+        return frames
 
     def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
         """Write the grid and the GIF if they are due, and put their paths into the row."""
-        config = state.sampling(self.config.sample)
-        if not is_due(state.step, config.every, self.config.train.steps):
+        if not self._is_due(state):
             return
-        generator = Generator(state.ema.network, self.config, self.precision)
-        labels = all_labels(state.ema.network)
+        config, labels = state.sampling(self.config.sample), all_labels(state.ema.network)
         names = self.class_names if len(labels) == len(self.class_names) else ()
         self.folder.mkdir(parents=True, exist_ok=True)
-
+        images, noisy, expected = self._sampled(state)
         columns = min(media.GIF_COLUMNS, config.per_class)
-        wanted, moving = requests(labels, config.per_class), requests(labels[: media.GIF_ROWS], columns)
-        moments, seed = media.spread(config.steps), self.config.seed
-        if len(wanted) <= config.batch_size:  # One batch: take the GIF's frames from the same sampling.
-            noisy, expected = generator.trajectories(wanted, config, seed, moments)
-            places = [wanted.index(request) for request in moving]
-            images = noisy[-1]
-            noisy, expected = [frame[places] for frame in noisy], [frame[places] for frame in expected]
-        else:
-            images = generator.images(wanted, config, seed)
-            noisy, expected = generator.trajectories(moving, config, seed, moments)
-
         row["samples"] = self.folder / f"samples-{state.step:08d}.png"
         media.grid(images, config.per_class, names).save(row["samples"])
         row["diffusion"] = self.folder / f"diffusion-{state.step:08d}.gif"
         media.save_gif(media.animation(noisy, expected, columns, names[: media.GIF_ROWS]), row["diffusion"])
+
+    def _is_due(self, state: TrainState) -> bool:
+        return is_due(state.step, state.sampling(self.config.sample).every, self.config.train.steps)
+
+    def _requests(self, state: TrainState) -> tuple[list[Request], list[Request]]:
+        """Return the images of the grid, and those of the GIF."""
+        labels, per_class = all_labels(state.ema.network), self.config.sample.per_class
+        return requests(labels, per_class), requests(labels[: media.GIF_ROWS], min(media.GIF_COLUMNS, per_class))
+
+    def _sampled(self, state: TrainState) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Return the images of the grid, and the noisy and the expected frames of the GIF."""
+        shared, self._frames = self._frames, None
+        if shared is not None and shared[0] == state.step and shared[1].is_complete:
+            return shared[1].taken()
+        config, seed = state.sampling(self.config.sample), self.config.seed
+        generator = Generator(state.ema.network, self.config, self.precision)
+        (wanted, moving), moments = self._requests(state), media.spread(config.steps)
+        if len(wanted) > config.batch_size:
+            return generator.images(wanted, config, seed), *generator.trajectories(moving, config, seed, moments)
+        # One batch: take the GIF's frames from the same sampling.
+        noisy, expected = generator.trajectories(wanted, config, seed, moments)
+        places = [wanted.index(request) for request in moving]
+        return noisy[-1], [frame[places] for frame in noisy], [frame[places] for frame in expected]
 
 
 class LogHistory:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from diffusion_core.checkpoint import STUDENT
 from diffusion_core.config import CoreConfig, SampleConfig
 from diffusion_core.data.datasets import DataError, Dataset
 from diffusion_core.evaluation.features import ExtractorError
-from diffusion_core.evaluation.generated import estimate_seconds, generated
+from diffusion_core.evaluation.generated import estimate_seconds, generated, generated_requests
 from diffusion_core.evaluation.metrics import LossMetric
 from diffusion_core.evaluation.opinions import first_images, write_opinions
 from diffusion_core.evaluation.protocol import PREFIX, sampling_protocol
@@ -24,9 +24,11 @@ from diffusion_core.hardware import pick_precision
 from diffusion_core.model.unet import UNet
 from diffusion_core.registries import METRICS
 from diffusion_core.run_folder import PROTOCOLS_FILE, SAMPLES
+from diffusion_core.sampling.cost import MACS, image_costs
 from diffusion_core.sampling.generation import Generator
 from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import Tracker, Upload
+from diffusion_core.training.callbacks import DrawSamples
 from diffusion_core.training.trainer import TrainState, is_due
 
 DENSE = "dense/"
@@ -34,6 +36,9 @@ DENSE = "dense/"
 
 TEACHER = "teacher/"
 """Prefix of the figures of a network before step distillation, likewise."""
+
+WORTH_TIMING_MACS = 1e12
+"""Multiply-accumulates of an evaluation from which it is timed: 10 to 30 s on a core of a server."""
 
 STATISTICS = "reference-statistics"
 """Type of the artifacts with statistics of real images."""
@@ -53,6 +58,7 @@ class Evaluate:
         tracker: receives protocols and reference statistics.
         folder: the run's folder.
         prefix: returns what is put before the names of a state's figures: ``DENSE``, ``TEACHER`` or nothing.
+        pictures: takes what it shows from the images that are judged, where it can.
     """
 
     def __init__(
@@ -63,9 +69,11 @@ class Evaluate:
         tracker: Tracker,
         folder: Path,
         prefix: Callable[[TrainState], str] = lambda state: "",
+        pictures: DrawSamples | None = None,
     ) -> None:
         self.config = config
         self.prefix = prefix
+        self.pictures = pictures
         self.dataset = dataset
         self.accelerator = accelerator
         self.tracker = tracker
@@ -84,7 +92,7 @@ class Evaluate:
         figures = {} if STUDENT in state.extra_metadata else self._losses(network)
         if self.config.judges_images:
             sample = state.sampling(self.config.sample)
-            judged = self._judge(Generator(network, self.config, self.precision), sample)
+            judged = self._judge(Generator(network, self.config, self.precision), sample, state)
             figures |= judged.figures
             self._note(judged.protocols)
             if state.step >= self.config.train.steps and (file := self._list_opinions(state.step)):
@@ -101,7 +109,7 @@ class Evaluate:
                 figures |= record.compute(loss_N, t_N, self.config.diffusion.timesteps)
         return figures
 
-    def _judge(self, generator: Generator, sample: SampleConfig) -> Judgement:
+    def _judge(self, generator: Generator, sample: SampleConfig, state: TrainState) -> Judgement:
         """Return the figures of generated images. If they cannot be computed, print why once and continue training."""
         config, total = self.config, self.config.eval.num_images
         try:
@@ -116,14 +124,25 @@ class Evaluate:
                     share=self._share,
                 )
                 if self.accelerator.is_main_process:
-                    seconds = estimate_seconds(generator, total, sample, self._suite.networks)
-                    self._say(f"evaluation: {total:,} images, about {seconds:.1f} s each time (eval.num_images)")
+                    self._say_duration(generator, sample, self._suite)
             self._first = []
-            batches = first_images(generated(generator, total, sample, config.seed), self._first)
-            return self._suite.judge(batches, total, sampling_protocol(sample, config.seed))
+            sampled = generated_requests(generator, total)
+            frames = self.pictures.frames(state, generator, sampled) if self.pictures else None
+            batches: Iterable[tuple[Tensor, Tensor]] = generated(generator, total, sample, config.seed, callback=frames)
+            judged = first_images(batches if frames is None else frames.keep(batches), self._first)
+            return self._suite.judge(judged, total, sampling_protocol(sample, config.seed))
         except (DataError, ExtractorError) as error:
             self._say(f"no figures of generated images: {error}")
             return Judgement()
+
+    def _say_duration(self, generator: Generator, sample: SampleConfig, suite: Suite) -> None:
+        """Print how many images are judged, and how long that takes, unless timing it would take a part of that."""
+        total, model, diffusion = self.config.eval.num_images, self.config.model, self.config.diffusion
+        macs = total * image_costs(generator.network, sample, diffusion, model)[MACS]
+        timed = ""
+        if macs >= WORTH_TIMING_MACS:
+            timed = f", about {estimate_seconds(generator, total, sample, suite.networks):.1f} s each time"
+        self._say(f"evaluation: {total:,} images{timed} (eval.num_images)")
 
     def _list_opinions(self, step: int) -> Path | None:
         """Write the table of images of the last evaluation. Return its file, or None if nothing judges labels."""

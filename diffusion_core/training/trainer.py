@@ -27,6 +27,7 @@ from diffusion_core.diffusion.objective import Denoising, Objective
 from diffusion_core.hardware import Precision, algorithms, autocast, memory_format, pick_precision
 from diffusion_core.model.compilation import compile_network, pick_compilation
 from diffusion_core.model.cuda_graphs import Replayed, is_replayed
+from diffusion_core.model.optimizers import AdamW
 from diffusion_core.model.unet import UNet
 from diffusion_core.randomness import Purpose, stream_seed
 from diffusion_core.terminal.progress import progress_of
@@ -162,7 +163,7 @@ def precise_part(profile: str) -> str:
 
 def build_optimizer(network: UNet, config: TrainConfig) -> torch.optim.AdamW:
     """Return AdamW (Loshchilov & Hutter 2019) over all weights."""
-    optimizer = torch.optim.AdamW(
+    optimizer = AdamW(
         network.parameters(),
         lr=config.lr,
         betas=(0.9, config.beta2),
@@ -227,7 +228,9 @@ def train(
         objective = Denoising(config.diffusion, lambda step, given, schedule: draw(step, given, config, schedule))
     precision = pick_precision(settings, device)
     compile_network(state.network, pick_compilation(settings, state.network, device))
-    network = accelerator.prepare_model(state.network)
+    network, clip = state.network, torch.nn.utils.clip_grad_norm_
+    if accelerator.num_processes > 1:  # For one, accelerate changes nothing, and imports distributed tensors to tell.
+        network, clip = accelerator.prepare_model(network), accelerator.clip_grad_norm_
     network.train()
     weights = list(network.parameters())
     denoiser = Denoiser.from_config(network, config.diffusion, config.model, device)
@@ -242,7 +245,7 @@ def train(
         loss = _accumulate_gradients(
             denoiser, objective, Draws(*draws), settings.accumulation, accelerator, precision, distillation, scale
         )
-        norm = scale.step(state.optimizer, lambda: accelerator.clip_grad_norm_(weights, settings.grad_clip or math.inf))
+        norm = scale.step(state.optimizer, lambda: clip(weights, settings.grad_clip or math.inf))
         state.optimizer.zero_grad(set_to_none=True)
         return loss, norm
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffusion_core.data.datasets import Images, to_unit
 from diffusion_core.evaluation.classifier.network import ClassifierNetwork
 from diffusion_core.hardware import Precision, autocast, has_bf16
+from diffusion_core.model.optimizers import SGD
 from diffusion_core.randomness import Purpose, generator, stream_seed
 from diffusion_core.terminal.progress import Shown
 
@@ -54,9 +55,7 @@ def train_classifier(
     batch_size = min(recipe.batch_size, len(images))
     per_epoch = len(images) // batch_size
     total = per_epoch * recipe.epochs
-    optimizer = torch.optim.SGD(
-        network.parameters(), lr=recipe.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
-    )
+    optimizer = SGD(network.parameters(), lr=recipe.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay)
     precision: Precision = "bf16" if recipe.width >= BF16_FROM_WIDTH and has_bf16(device) else "fp32"
     for step in Shown(range(total), "classifier", total, "step", shown=progress):
         if step % per_epoch == 0:

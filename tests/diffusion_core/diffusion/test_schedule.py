@@ -14,15 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion_core.config import DiffusionConfig
+from diffusion_core.diffusion.sampling_steps import karras_levels, spaced_timesteps
 from diffusion_core.diffusion.schedule import (
     BEYOND_LAST,
     KARRAS_START,
     NoiseSchedule,
     build_schedule,
     cosine_betas,
-    karras_levels,
     linear_betas,
-    spaced_timesteps,
 )
 
 KINDS = ["linear", "cosine", "sigmoid"]

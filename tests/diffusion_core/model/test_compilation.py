@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,16 +12,20 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_network
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+from diffusion_core.cache import VARIABLE
 from diffusion_core.config import SampleConfig, TrainConfig
 from diffusion_core.model import compilation
 from diffusion_core.model.compilation import (
     BACKWARD_COST,
+    CACHE_VARIABLE,
     EAGER_FLOPS,
     LIMIT,
     break_even_seconds,
     compile_network,
     forward_flops,
+    keep_compiled,
     pick_compilation,
     pick_sampling_compilation,
     raise_limit,
@@ -103,6 +109,34 @@ def test_the_compiler_follows_the_limit(monkeypatch: pytest.MonkeyPatch) -> None
     assert graphs() == len(sizes)
 
 
+@pytest.mark.parametrize("how", ["network", "blocks", "sampling"])
+def test_compiled_code_is_kept_in_the_cache(how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "own"))
+    monkeypatch.delenv(CACHE_VARIABLE, raising=False)
+    network = tiny_network()
+    compile_network(network, "none")
+    assert CACHE_VARIABLE not in os.environ
+    if how == "sampling":
+        compilation.compiled(network)
+    else:
+        compile_network(network, how)
+    folder = Path(os.environ[CACHE_VARIABLE])
+    assert folder.is_relative_to(tmp_path / "own")
+    assert Path(cache_dir()) == folder  # PyTorch takes it.
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "chosen"))
+    compile_network(tiny_network(), "network")
+    assert os.environ[CACHE_VARIABLE] == str(tmp_path / "chosen")
+
+
+def test_a_cache_that_cannot_be_written_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "file"))
+    monkeypatch.delenv(CACHE_VARIABLE, raising=False)
+    keep_compiled()
+    assert CACHE_VARIABLE not in os.environ
+
+
 def draw(network: UNet, how: str, count: int) -> torch.Tensor:
     config = tiny_config(sample__compile=how, sample__batch_size=8, sample__steps=3, sample__guidance=2.0)
     return Generator(network, config, "fp32").images(requests(range(count), 2), config.sample, 0)
@@ -125,8 +159,15 @@ def test_full_batches_are_drawn_by_the_compiled_network(monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
-def test_the_compiler_proper_draws_the_same_images() -> None:
+def test_the_compiler_proper_draws_the_same_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    monkeypatch.delenv(CACHE_VARIABLE, raising=False)
     network = tiny_network()
     images, plain = draw(network, "network", 8), draw(network, "none", 8)
     assert graphs() == 1
     assert (images.int() - plain.int()).abs().max() <= 1  # But for rounding.
+    assert counters["inductor"]["fxgraph_cache_miss"] == 1
+    torch._dynamo.reset()  # What the next process starts with.
+    counters.clear()
+    assert torch.equal(draw(network, "network", 8), images)
+    assert (counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"]) == (1, 0)

@@ -154,6 +154,9 @@ def test_the_front_shows_each_trial_at_its_cost(
     assert {"schedule linear", "schedule cosine", "Pareto front"} == {text.get_text() for text in legend.get_texts()}
     front = front_of(study, metric, cost)
     assert len(panel.texts) == min(len(front), markdown.MOST_NAMED)
+    renderer = FigureCanvasAgg(drawn[0]).get_renderer()
+    for label in panel.texts:
+        assert label.get_window_extent(renderer).x1 <= panel.get_window_extent(renderer).x1 + 1, label.get_text()
 
 
 def test_the_first_cost_tells_trials_apart(study_of: Callable[..., Study]) -> None:

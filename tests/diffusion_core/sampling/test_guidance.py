@@ -16,7 +16,7 @@ from diffusion_core.diffusion.predictions import SIGMA_DATA
 from diffusion_core.diffusion.schedule import build_schedule
 from diffusion_core.model.unet import NO_LABEL, build_network
 from diffusion_core.sampling.generation import Generator, requests
-from diffusion_core.sampling.guidance import between_levels, guided
+from diffusion_core.sampling.guidance import between_levels, decided, guided
 from diffusion_core.training.trainer import TrainState, train
 
 CPU = torch.device("cpu")
@@ -62,16 +62,20 @@ def test_guidance_is_left_off_outside_its_interval() -> None:
         batches.append(len(x))
         return labelled(x, t, labels)
 
-    everywhere, within = guided(labelled, 3.0), guided(counted, 3.0, applies=applies)
+    steps = schedule.steps(50)
+    everywhere = guided(labelled, 3.0)
+    within = guided(counted, 3.0, applies=applies, known=decided(applies, steps))
     x, _, labels = inputs()
     for step, inside in ((5, False), (20, True), (40, False)):
-        t = torch.full((4,), step)
+        t = steps.t(49 - step, x)
+        assert t.tolist() == [step] * 4
         found = within(x, t, labels)
         assert torch.equal(found, everywhere(x, t, labels) if inside else labelled(x, t, labels))
         assert batches.pop() == (8 if inside else 4)  # Nor does it cost anything there.
         assert not batches
     mixed = torch.tensor([5, 20, 40, 25])
     found = within(x, mixed, labels)
+    assert batches.pop() == 8
     assert torch.equal(found[[0, 2]], labelled(x, mixed, labels)[[0, 2]])
     assert torch.equal(found[[1, 3]], everywhere(x, mixed, labels)[[1, 3]])
 
@@ -94,6 +98,18 @@ def test_the_interval_of_a_configuration_is_one_of_noise_levels() -> None:
     levels = build_schedule(config.diffusion).levels.flip(0)
     assert batches == [4 if 0.5 < level <= 3.0 else 2 for level in levels.tolist()]
     assert 2 < batches.count(4) < 48
+
+
+def test_steps_know_the_timesteps_that_they_returned_and_no_others() -> None:
+    steps = build_schedule(tiny_config().diffusion).steps(5)
+    small, large = torch.zeros(2, 1, 8, 8), torch.zeros(7, 1, 8, 8)
+    for index in range(5):
+        for images in (small, large):
+            t_B = steps.t(index, images)
+            assert t_B.tolist() == [steps.timesteps[index]] * len(images)
+            assert steps.index_of(t_B) == index
+            assert steps.index_of(t_B.clone()) is None  # Equal numbers, which only a look would tell.
+            assert steps.index_of(t_B.repeat(2)) is None
 
 
 # By a weaker model.
@@ -258,9 +274,14 @@ def test_the_first_call_sees_nothing_and_each_other_one_the_last_estimate() -> N
 def test_under_guidance_each_half_sees_its_own_estimate_and_the_labelled_one_outlives_the_interval() -> None:
     network, denoiser = self_conditioned()
     x, _, labels = inputs()
-    within = guided(denoiser, 2.0, applies=lambda t_B: (t_B > 10) & (t_B < 30))
+    steps = denoiser.schedule.steps(50)
+
+    def applies(t_B: Tensor) -> Tensor:
+        return (t_B > 10) & (t_B < 30)
+
+    within = guided(denoiser, 2.0, applies=applies, known=decided(applies, steps))
     for step in (40, 20, 15, 5):
-        within(x, torch.full((4,), step), labels)
+        within(x, steps.t(49 - step, x), labels)
     assert [len(shown) for shown in network.shown] == [4, 8, 8, 4]
     alone = network.shown[1]
     assert torch.equal(alone[:4], alone[4:])  # Doubled: both start from the estimate of before.

@@ -23,13 +23,8 @@ from torch import Tensor
 
 from diffusion_core.config import SampleConfig
 from diffusion_core.diffusion.denoiser import Denoiser, DenoiserFunction, clipped
-from diffusion_core.diffusion.schedule import (
-    KARRAS_START,
-    PURE_NOISE_LEVEL,
-    NoiseSchedule,
-    SamplingSteps,
-    build_schedule,
-)
+from diffusion_core.diffusion.sampling_steps import SamplingSteps
+from diffusion_core.diffusion.schedule import KARRAS_START, PURE_NOISE_LEVEL, NoiseSchedule, build_schedule
 from diffusion_core.registries import SAMPLERS
 from diffusion_core.sampling.samplers import (
     build_sampler,

@@ -18,7 +18,8 @@ from torch import Tensor
 from diffusion_core.config import FORMULATIONS, ConfigError, CoreConfig, StepsConfig, build
 from diffusion_core.diffusion.denoiser import Denoiser
 from diffusion_core.diffusion.draws import Draws
-from diffusion_core.diffusion.schedule import NoiseSchedule, Spacing, build_schedule
+from diffusion_core.diffusion.sampling_steps import Spacing
+from diffusion_core.diffusion.schedule import NoiseSchedule, build_schedule
 from diffusion_core.model.unet import NO_LABEL, UNet
 from diffusion_core.sampling.samplers import build_sampler, steps_of
 from diffusion_core.step_distillation.consistency import ConsistencyDistillation, ConsistencyTuning, lower_level

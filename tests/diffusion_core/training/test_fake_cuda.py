@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from diffusion_core.config import CoreConfig
+from diffusion_core.config import CoreConfig, SampleConfig
 from diffusion_core.diffusion.denoiser import Denoiser
 from diffusion_core.diffusion.draws import Draws
 from diffusion_core.diffusion.losses import diffusion_loss
@@ -21,6 +21,8 @@ from diffusion_core.model import compilation
 from diffusion_core.model.structure import maskable
 from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.sampling.generation import Generator, requests
+from diffusion_core.sampling.guidance import between_levels, decided, guided
+from diffusion_core.sampling.samplers import steps_of
 from diffusion_core.training.distillation import Distillation
 from diffusion_core.training.ema import Ema
 from diffusion_core.training.trainer import TrainState, build_optimizer, train
@@ -153,15 +155,49 @@ def test_a_sampling_step_stays_on_the_gpu(kind: str, guidance: float) -> None:
         network = on_gpu(config).eval()
         given = some_draws(config)
         drawing.network, drawing.device = network, CUDA
-        guided = drawing.guided(drawing.denoiser(), config.sample)
+        denoiser = drawing.guided(drawing.denoiser(), config.sample)
         x_BCHW = given.x0_BCHW
         for _ in range(2):  # Self-conditioned ones remember the first estimate.
             noted.operations.clear()
-            x_BCHW = 0.5 * x_BCHW + 0.5 * guided(x_BCHW, given.t_B, given.labels_B)
+            x_BCHW = 0.5 * x_BCHW + 0.5 * denoiser(x_BCHW, given.t_B, given.labels_B)
             assert (x_BCHW.device, x_BCHW.dtype, x_BCHW.shape) == (CUDA, torch.float32, given.x0_BCHW.shape)
             convolutions = sum(name.startswith("aten.convolution") for name in noted.operations)
             # Both halves of guidance are one batch.
             assert convolutions == sum(isinstance(module, torch.nn.Conv2d) for module in network.modules())
+
+
+@pytest.mark.parametrize("spacing", ["uniform", "karras"])
+def test_guidance_in_an_interval_waits_for_no_gpu(spacing: str) -> None:
+    """Fake tensors fail where a number is read. What is known on the processor saves the second evaluation."""
+    config = tiny_config(diffusion__timesteps=100)
+    settings = SampleConfig.model_validate({"spacing": spacing, "steps": 12})
+    drawing = Generator(tiny_network(config), config, "fp32")
+    steps = steps_of(settings, drawing.schedule)
+    known = decided(between_levels(drawing.schedule, 0.3, 3.0), steps)
+    batches: list[int] = []
+    with fake_tensors(), torch.no_grad(), cuda_autocast():
+        network = on_gpu(config).eval()
+        network.register_forward_pre_hook(lambda _, given: batches.append(len(given[0])))
+        drawing.network, drawing.device = network, CUDA
+        given, denoiser = some_draws(config), drawing.denoiser()
+        within = guided(denoiser, 2.0, applies=between_levels(denoiser.schedule, 0.3, 3.0), known=known)
+        x_BCHW = given.x0_BCHW
+        for index in range(len(steps)):
+            x_BCHW = 0.5 * x_BCHW + 0.5 * within(x_BCHW, steps.t(index, x_BCHW), given.labels_B)
+        assert (x_BCHW.device, x_BCHW.shape) == (CUDA, given.x0_BCHW.shape)
+    assert batches == [2 * BATCH if 0.3 < level <= 3.0 else BATCH for level in steps.levels[:-1]]
+    assert len(set(batches)) == 2
+
+
+def test_guidance_at_unknown_timesteps_waits_for_no_gpu_either() -> None:
+    """They are random in step distillation: both are evaluated, and chosen from image by image."""
+    config = tiny_config(sample__guidance=2.0, sample__guidance_interval=[0.3, 3.0])
+    drawing = Generator(tiny_network(config), config, "fp32")
+    with fake_tensors(), torch.no_grad(), cuda_autocast():
+        drawing.network, drawing.device = on_gpu(config).eval(), CUDA
+        given = some_draws(config)
+        within = drawing.guided(drawing.denoiser(), config.sample)
+        assert within(given.x0_BCHW, given.t_B, given.labels_B).device == CUDA
 
 
 # The compiler, whose backend here computes as written.
@@ -218,3 +254,16 @@ def test_guided_sampling_compiles_one_graph() -> None:
     for seed in (0, 1):
         generator.images(requests(range(4), 2), config.sample, seed)
     assert compiled_graphs() == 1
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("spacing", ["uniform", "karras"])
+def test_guidance_in_an_interval_compiles_one_graph(spacing: str) -> None:
+    knobs: dict[str, Any] = {"batch_size": 8, "steps": 6, "guidance": 2.0, "guidance_interval": [0.3, 3.0]}
+    config, wanted = tiny_config(**SMALL), requests(range(4), 2)
+    generator = Generator(tiny_network(config), config, "fp32")
+    settings = config.sample.model_copy(update={**knobs, "spacing": spacing})
+    expected = generator.images(wanted, settings.model_copy(update={"compile": "none"}), 0)
+    found = generator.images(wanted, settings.model_copy(update={"compile": "network"}), 0)
+    assert compiled_graphs() == 1
+    assert (found.int() - expected.int()).abs().max() <= 1

@@ -26,6 +26,44 @@ print(os.environ.get("OMP_NUM_THREADS"), os.environ.get("GOMP_SPINCOUNT"), said)
 """
 
 
+def test_the_collector_leaves_a_package_alone_once_and_nothing_else() -> None:
+    """In a process of its own, where nothing is exempted yet. Models of before a second start must stay collectable."""
+    code = """
+import gc, sys, weakref
+from diffusion_core.machine.threads import uncollected
+
+class Node: pass
+
+def cycle():
+    node = Node()
+    node.own = node
+    return weakref.ref(node)
+
+gc.collect()
+with uncollected("colorsys"):
+    assert not gc.isenabled()
+assert gc.isenabled() and gc.get_freeze_count() == 0  # It was not imported.
+try:
+    with uncollected("colorsys"):
+        import colorsys
+        raise KeyError
+except KeyError:
+    pass
+assert gc.isenabled() and gc.get_freeze_count() > 1000
+before, node = gc.get_freeze_count(), cycle()
+with uncollected("colorsys"):
+    import colorsys
+assert gc.get_freeze_count() == before
+gc.collect()
+assert node() is None
+gc.disable()
+with uncollected("decimal"):
+    import decimal
+assert not gc.isenabled()
+"""
+    assert run(["-c", code]) == ""
+
+
 def run(words: list[str], folder: Path = ROOT, **env: str) -> str:
     kept = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT")}
     done = subprocess.run(
