@@ -10,13 +10,16 @@ from studies import few_steps
 
 from diffusion_core.sampling.cost import MACS
 
-TINY = ["--model.channels=8", "--model.channel_multipliers=1", "--model.attention_resolutions=", "--model.norm_groups=2"]
+TINY = [
+    "--model.channels=8",
+    "--model.channel_multipliers=1",
+    "--model.attention_resolutions=",
+    "--model.norm_groups=2",
+]
 
 
 @pytest.mark.slow
-def test_each_model_is_trained_once_and_judged_in_its_steps(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_each_model_is_trained_once_and_judged_in_its_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--teacher-steps", "4", "--tune-steps", "2", "--images", "100", "--out", str(tmp_path), "--", *TINY]
     few = ["--seeds", "0", "--lengths", "2"]
     assert few_steps.main([*few, *words]) == 0
