@@ -114,8 +114,8 @@ def sync(folder: Path, ended: int | None = None, *, preempted: bool = False) -> 
     logged = {key for row in rows for key in row}
     if stored:
         result, _ = stored
-        tracker.summary({key: value for key, value in result.figures.items() if key not in logged})
-        tracker.summary(best_summary(result.best_checkpoint))
+        known = {key: value for key, value in result.figures.items() if key not in logged}
+        tracker.summary(known | best_summary(result.best_checkpoint))
     best = best_of(folder / CHECKPOINTS) or {}
     for checkpoint in map(read_checkpoint, unsent):
         is_best, ttl_days = best.get("step") == checkpoint.step, config.get("checkpoint.ttl_days")

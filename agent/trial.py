@@ -210,8 +210,8 @@ def run_trial(
             costs["prune/sparsity"] = pruned[-1]["sparsity"]
         generator = Generator(state.ema.network, config, pick_precision(config.train, accelerator.device))
         costs |= alike.figures | costs_of_images(generator, state.sampling(config.sample))
-        tracker.summary(costs | {f"{PREFIX}{name}": line for name, line in alike.protocols.items()})
-        tracker.summary(best_summary(saver.best_path))
+        protocols = {f"{PREFIX}{name}": line for name, line in alike.protocols.items()}
+        tracker.summary(costs | protocols | best_summary(saver.best_path))
         figures = best_figures(read_history(folder)) | costs
         result = TrialResult(run_id, state.step, figures, saver.best_path, time.perf_counter() - started)
         write_result(folder, result, flatten(config))

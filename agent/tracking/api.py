@@ -15,8 +15,6 @@ from diffusion_core.tracking import BEST
 
 if TYPE_CHECKING:
     from wandb import Artifact
-
-if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
 
 DEFAULT_PROJECT = "diffusion-sweeps"
