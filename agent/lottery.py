@@ -28,6 +28,7 @@ from diffusion_core.files import write_json_lines
 from diffusion_core.model.unet import build_network
 from diffusion_core.run_folder import CHECKPOINTS, HISTORY_FILE, RESULT_FILE, write_run_files
 from diffusion_core.runs.result import TrialResult, read_result, write_result
+from diffusion_core.sampling.lows import held_out
 from diffusion_core.tracking import STATE, STEP, NullTracker, Tracker
 from diffusion_core.training.checkpoints import SaveCheckpoints
 from diffusion_core.training.resume import check_same_run, drawing_as, find_checkpoint, with_labels_of
@@ -157,7 +158,7 @@ class Lottery:
         elif self.is_main:
             if this.number == 1:
                 dense = read_checkpoint(this.before.folder(self.folder) / CHECKPOINTS).network().to(device)
-                keep_dense_images(state, dense, config)
+                keep_dense_images(state, dense, config, held_out(self.dataset, config.upsample))
             warn_of_empty_layers(empty_layers(held_masks(state) or {}), "lottery")
         return state
 

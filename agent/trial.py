@@ -34,6 +34,7 @@ from diffusion_core.run_folder import (
 from diffusion_core.runs.recorded import best_summary
 from diffusion_core.runs.result import TrialResult, write_result
 from diffusion_core.sampling.generation import Generator
+from diffusion_core.sampling.lows import held_out
 from diffusion_core.step_distillation.phase import is_student
 from diffusion_core.tracking import Tracker
 from diffusion_core.training.callbacks import DrawSamples, LogHistory, SayDuration, WatchQuality
@@ -208,7 +209,8 @@ def run_trial(
         costs = costs_of(state.network, state.ema.network, saver.best_path, held_masks(state))
         if pruned := records(state):
             costs["prune/sparsity"] = pruned[-1]["sparsity"]
-        generator = Generator(state.ema.network, config, pick_precision(config.train, accelerator.device))
+        precision, lows = pick_precision(config.train, accelerator.device), held_out(dataset, config.upsample)
+        generator = Generator(state.ema.network, config, precision, lows=lows)
         costs |= alike.figures | costs_of_images(generator, state.sampling(config.sample))
         protocols = {f"{PREFIX}{name}": line for name, line in alike.protocols.items()}
         tracker.summary(costs | protocols | best_summary(saver.best_path))

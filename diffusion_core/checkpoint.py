@@ -133,11 +133,12 @@ class Checkpoint:
         from diffusion_core.model.unet import UNet
 
         channels, size, _ = self.shape_CHW
-        model, tensors = self.config().model, self.tensors(part)
+        config, tensors = self.config(), self.tensors(part)
         try:
             # Without memory until the sizes are known to be those of the tensors, and to go together.
             with torch.device("meta"):
-                network = UNet(model, size, channels, self.metadata["num_classes"])
+                given = config.upsample.channels(channels)
+                network = UNet(config.model, size, channels, self.metadata["num_classes"], given)
                 resize(network, self.metadata["structure"])
                 network(torch.empty(1, network.input_channels, size, size), torch.empty(1, dtype=torch.long))
             network.load_state_dict({name: tensor.float().clone() for name, tensor in tensors.items()}, assign=True)

@@ -59,7 +59,7 @@ class Calibration:
     def loss(self, network: UNet, drawn: Draws) -> Tensor:
         """Return the training loss of each image, ``(B,)``, float32, with its graph."""
         return diffusion_loss(
-            self._denoiser(network),
+            self._denoiser(network, drawn),
             drawn.x0_BCHW,
             drawn.noise_BCHW,
             drawn.t_B,
@@ -71,7 +71,7 @@ class Calibration:
     def noise_error(self, network: UNet, drawn: Draws) -> Tensor:
         """Return the squared error of the noise that the network predicts, without weights, ``(B,)``, no gradient."""
         return noise_error(
-            self._denoiser(network), drawn.x0_BCHW, drawn.noise_BCHW, drawn.t_B, drawn.labels_B, drawn.shown_B
+            self._denoiser(network, drawn), drawn.x0_BCHW, drawn.noise_BCHW, drawn.t_B, drawn.labels_B, drawn.shown_B
         )
 
     def gradients(self, network: UNet, count: int) -> Iterator[dict[str, Tensor]]:
@@ -85,7 +85,7 @@ class Calibration:
         loss = self.loss(network, self.draws(index, network)).mean()
         return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
 
-    def _denoiser(self, network: UNet) -> Denoiser:
-        return Denoiser.from_config(
-            network, self.config.diffusion, self.config.model, next(network.parameters()).device
-        )
+    def _denoiser(self, network: UNet, drawn: Draws | None = None) -> Denoiser:
+        device = next(network.parameters()).device
+        denoiser = Denoiser.from_config(network, self.config.diffusion, self.config.model, device)
+        return denoiser.with_given(drawn.given_BCHW if drawn else None)

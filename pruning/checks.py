@@ -93,7 +93,8 @@ def diffusers_problems(config: CoreConfig, prune: PruneConfig) -> Iterator[str]:
     for name, value, default in (("depth", prune.depth, 0.0), ("blocks", prune.blocks, [])):
         if value != default:
             yield f"prune.{name} = {value!r}: not with prune.widths=diffusers, which has all blocks; drop one of them"
-    problems = list(knob_problems(config.model, config.data.image_shape[1]))
+    channels, size, _ = config.data.image_shape
+    problems = list(knob_problems(config.model, size, config.upsample.channels(channels)))
     try:
         scheduler_config(config)
     except ConfigError as error:

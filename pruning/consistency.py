@@ -6,6 +6,7 @@ without the dense weights, and to a run that starts from a pruned checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,12 +19,17 @@ from diffusion_core.evaluation.suite import Judgement
 from diffusion_core.hardware import pick_precision
 from diffusion_core.model.unet import UNet
 from diffusion_core.randomness import drawn_as
-from diffusion_core.sampling.generation import Generator, all_labels, round_robin
+from diffusion_core.sampling.generation import Generator, Lows, Request, all_labels, round_robin
+from diffusion_core.sampling.lows import stored
 from diffusion_core.training.trainer import TrainState
 from pruning.pruner import records
 
 DENSE_IMAGES = "dense_images"
 """The checkpoint's part with the images, and the key of their sampling settings in the metadata."""
+
+
+LOWS = "lows"
+"""The tensor of that part with the small images of a model that upsamples."""
 
 
 class KeepDenseImages:
@@ -33,24 +39,30 @@ class KeepDenseImages:
         config: every knob of the core.
         step: optimizer steps before pruning.
         from_parent: whether training started from another run's weights. Otherwise images at step 0 are noise.
+        lows: the small images of a model that upsamples.
     """
 
-    def __init__(self, config: CoreConfig, step: int, *, from_parent: bool) -> None:
+    def __init__(self, config: CoreConfig, step: int, *, from_parent: bool, lows: Lows | None = None) -> None:
         self.config = config
+        self.lows = lows
         self.step = step
         self.from_parent = from_parent
 
     def __call__(self, state: TrainState, _row: dict[str, Any]) -> None:
         """Draw and keep the images at the step of the pruning."""
         if state.step == self.step and (state.step or self.from_parent):
-            keep_dense_images(state, state.ema.network, self.config)
+            keep_dense_images(state, state.ema.network, self.config, self.lows)
 
 
-def keep_dense_images(state: TrainState, network: UNet, config: CoreConfig) -> None:
-    """Store images of a network in a state, unless it has some or ``eval.consistency_images`` is 0."""
+def keep_dense_images(state: TrainState, network: UNet, config: CoreConfig, lows: Lows | None = None) -> None:
+    """Store images of a network in a state, unless it has some or ``eval.consistency_images`` is 0.
+
+    The small images that they were upsampled from are stored beside them.
+    """
     if config.eval.consistency_images and DENSE_IMAGES not in state.extra_parts:
-        images = _draw(network, config, config.eval.consistency_images, config.sample, config.seed)
-        state.extra_parts[DENSE_IMAGES] = {"images": images}
+        wanted = round_robin(all_labels(network), range(config.eval.consistency_images))
+        images = _draw(network, config, wanted, config.sample, config.seed, lows)
+        state.extra_parts[DENSE_IMAGES] = {"images": images} | ({LOWS: lows(wanted).cpu()} if lows else {})
         state.extra_metadata[DENSE_IMAGES] = {
             "sample": config.sample.model_dump(mode="json"),
             "seed": config.seed,
@@ -76,17 +88,22 @@ def dense_consistency(state: TrainState, config: CoreConfig) -> Judgement:
         return Judgement()
     drawn = state.extra_metadata[DENSE_IMAGES]
     sample, seed = build(SampleConfig, drawn["sample"]), drawn["seed"]
-    theirs = state.extra_parts[DENSE_IMAGES]["images"]
+    part = state.extra_parts[DENSE_IMAGES]
+    theirs, network = part["images"], state.ema.network
+    wanted = round_robin(all_labels(network), range(len(theirs)))
+    lows = stored(wanted, part[LOWS]) if LOWS in part else None
     sample = state.sampling(sample)
     config = config.model_copy(update={"draws": drawn_as(drawn)})
-    alike = consistency_of_images(_draw(state.ema.network, config, len(theirs), sample, seed), theirs, seed)
+    alike = consistency_of_images(_draw(network, config, wanted, sample, seed, lows), theirs, seed)
     figures = alike.figures("prune")
     line = protocol(len(theirs), sampling_protocol(sample, seed), None, "the dense network")
     return Judgement(figures, dict.fromkeys(figures, line))
 
 
-def _draw(network: UNet, config: CoreConfig, total: int, sample: SampleConfig, seed: int) -> Tensor:
-    """Sample images with labels in turn, in this process only."""
+def _draw(
+    network: UNet, config: CoreConfig, wanted: Sequence[Request], sample: SampleConfig, seed: int, lows: Lows | None
+) -> Tensor:
+    """Sample images in this process only."""
     device = next(network.parameters()).device
-    generator = Generator(network, config, pick_precision(config.train, device))
-    return generator.images(round_robin(all_labels(network), range(total)), sample, seed)
+    generator = Generator(network, config, pick_precision(config.train, device), lows=lows)
+    return generator.images(wanted, sample, seed)

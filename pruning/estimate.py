@@ -101,7 +101,7 @@ class Estimator:
 
     def trial(self, config: CoreConfig, prune: PruneConfig) -> TrialEstimate:
         """Return what a trial of this configuration will cost."""
-        kind = repr((config.model, config.data))
+        kind = repr((config.model, config.data, config.upsample.factor))
         if kind not in self._params:
             self._params[kind] = count_params(config)
         params = self._params[kind]
@@ -140,7 +140,8 @@ def count_params(config: CoreConfig) -> int:
     """Return the number of parameters of a configuration's network, without allocating them."""
     channels, size, _ = config.data.image_shape
     with torch.device("meta"):
-        network = UNet(config.model, size, channels, classes_of(config) if config.model.class_conditional else 0)
+        classes = classes_of(config) if config.model.class_conditional else 0
+        network = UNet(config.model, size, channels, classes, config.upsample.channels(channels))
     return sum(parameter.numel() for parameter in network.parameters())
 
 

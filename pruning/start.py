@@ -161,11 +161,15 @@ def check_step_teacher(source: Source, config: CoreConfig, steps: StepsConfig, p
         )
 
 
+MEANING = ("diffusion.prediction", "upsample.factor")
+"""Knobs besides those of the model that decide what its inputs and outputs mean."""
+
+
 def differences(checkpoint: Checkpoint, config: CoreConfig, num_classes: int) -> Iterator[str]:
     """Yield the differences between a configuration and a checkpoint's network, as the start of a message."""
-    now, then = flatten(config), checkpoint.metadata["config"]
+    now, then = flatten(config), {"upsample.factor": None} | checkpoint.metadata["config"]
     for key, _ in list_knobs(CoreConfig):
-        if key in FREE_TO_DIFFER or not (key.startswith("model.") or key == "diffusion.prediction"):
+        if key in FREE_TO_DIFFER or not (key.startswith("model.") or key in MEANING):
             continue
         if key in then and now[key] != then[key]:
             yield f"{key} = {now[key]!r}: expected {then[key]!r},"

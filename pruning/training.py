@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from diffusion_core.config import CoreConfig, DistillConfig, StepsConfig
 from diffusion_core.data.batches import Batches
 from diffusion_core.data.datasets import Dataset
+from diffusion_core.sampling.lows import HeldOut, held_out
 from diffusion_core.step_distillation.phase import distil_steps, is_student
 from diffusion_core.terminal.progress import say
 from diffusion_core.training.checkpoints import SaveCheckpoints
@@ -69,7 +70,8 @@ def train_and_prune(
         progress = config.log.progress and accelerator.is_main_process
         calibration = Calibration.of(dataset.train, config, accelerator.device, progress)
     if prune.method != "none" and not is_pruned(state):
-        train_until([*_before_pruning(state, config, prune, accelerator), *callbacks], prune.end(config.train.steps))
+        before = _before_pruning(state, config, prune, accelerator, held_out(dataset, config.upsample))
+        train_until([*before, *callbacks], prune.end(config.train.steps))
         keep_dense_as_teacher(state, config.model, distill)
         report = prune_state(state, config, prune, calibration)
         saver.forget_best()
@@ -89,13 +91,14 @@ def train_and_prune(
 
 
 def _before_pruning(
-    state: TrainState, config: CoreConfig, prune: PruneConfig, accelerator: Accelerator
+    state: TrainState, config: CoreConfig, prune: PruneConfig, accelerator: Accelerator, lows: HeldOut | None
 ) -> list[Callback]:
     """Return the callbacks that run only until the network is pruned, before all others."""
     callbacks: list[Callback] = []
     start, end = prune.start(config.train.steps), prune.end(config.train.steps)
     if accelerator.is_main_process:
-        keep_images = KeepDenseImages(config, start, from_parent=PARENT_KEY in state.extra_metadata)
+        from_parent = PARENT_KEY in state.extra_metadata
+        keep_images = KeepDenseImages(config, start, from_parent=from_parent, lows=lows)
         keep_images(state, {})  # Training may start at the pruning step.
         callbacks.append(keep_images)
     if prune.is_gradual:

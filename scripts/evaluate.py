@@ -39,8 +39,9 @@ from diffusion_core.config import ConfigError, CoreConfig, DataConfig, EvalConfi
 from diffusion_core.config.metrics import INCEPTION
 from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.data.announcement import announce_data
-from diffusion_core.data.datasets import DataError, load_data
+from diffusion_core.data.datasets import DataError, Dataset, load_data
 from diffusion_core.distributed import first_process_first, own_positions
+from diffusion_core.evaluation.baseline import bilinear_judgement
 from diffusion_core.evaluation.consistency import consistency_of_models
 from diffusion_core.evaluation.extractors import download_inception, read_extractor, read_inception
 from diffusion_core.evaluation.features import Extractor, ExtractorError, with_channels
@@ -60,6 +61,7 @@ from diffusion_core.registries import DATASETS, METRICS
 from diffusion_core.sampling.autoguidance import FREE_OF_LABELS, check_guide
 from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs, student_note
 from diffusion_core.sampling.generation import Generator
+from diffusion_core.sampling.lows import held_out
 from diffusion_core.tables import text_table
 
 
@@ -240,16 +242,13 @@ def extractors_of(arguments: argparse.Namespace, device: torch.device) -> list[E
 def suite_of(
     arguments: argparse.Namespace,
     data: DataConfig,
-    device: torch.device,
+    dataset: Dataset,
+    processes: PartialState,
     *,
     count: int,
     conditional: bool,
-    recorded: Sequence[str] = (),
 ) -> Suite:
-    """Return the evaluation for images of a data set, by default with Inception, or with a classifier for digits.
-
-    Labels of the data set are those of a model, if the names of its classes are given.
-    """
+    """Return the evaluation for images of a data set, by default with Inception, or with a classifier for digits."""
     default = "classifier" if DATASETS[data.name].quick_classifier and not arguments.inception_weights else INCEPTION
     extractors = arguments.extractor or [default]
     settings = {
@@ -259,16 +258,14 @@ def suite_of(
         "reference": arguments.reference,
         "inception_weights": arguments.inception_weights,
     }
-    is_main = PartialState().is_main_process
-    dataset = load_data(data, progress=is_main, recorded=recorded)
-    if is_main:
+    if processes.is_main_process:
         announce_data(data, dataset)
     return Suite(
         data,
         build(EvalConfig, settings),
         dataset,
         with_classifier=conditional and "classifier" in extractors,
-        device=device,
+        device=processes.device,
         must_have=True,
     )
 
@@ -278,7 +275,8 @@ def of_folder(arguments: argparse.Namespace, processes: PartialState) -> Judgeme
     folder = image_folder(arguments.path[0])
     announce_folder(folder, processes)
     data = build(DataConfig, {"name": arguments.data, "path": arguments.data_path})
-    suite = suite_of(arguments, data, processes.device, count=len(folder), conditional=folder.labels is not None)
+    dataset = load_data(data, progress=processes.is_main_process)
+    suite = suite_of(arguments, data, dataset, processes, count=len(folder), conditional=folder.labels is not None)
     channels, _, _ = suite.dataset.shape_CHW
     batches = (
         (with_channels(images_BCHW, channels), labels_B)
@@ -295,27 +293,30 @@ def of_model(arguments: argparse.Namespace, checkpoint: Checkpoint, processes: P
     config = build(CoreConfig, flatten(checkpoint.config()), free, sampling_knobs(arguments), more)
     precision = pick_precision(config.train, processes.device)
     network = checkpoint.network().to(processes.device)
-    reference = Generator(guide.network().to(processes.device), guide.config(), precision) if guide else None
-    if reference:
-        check_guide(reference, network, config.sample)
-    generator = Generator(network, config, precision, reference)
+    dataset = load_data(config.data, recorded=checkpoint.class_names) if config.upsample.wanted else None
+    lows, reference = held_out(dataset, config.upsample) if dataset else None, None
+    if guide:
+        reference = Generator(guide.network().to(processes.device), guide.config(), precision, lows=lows)
+        check_guide(reference, network, config)
+    generator = Generator(network, config, precision, reference, lows)
     if arguments.against:
         return of_two_models(arguments, checkpoint, generator, choose(arguments.against), processes)
     total, sample = arguments.num_images, config.sample
     conditional = bool(checkpoint.metadata["num_classes"])
-    names = checkpoint.class_names
-    suite = suite_of(arguments, config.data, processes.device, count=total, conditional=conditional, recorded=names)
+    dataset = dataset or load_data(config.data, progress=processes.is_main_process, recorded=checkpoint.class_names)
+    suite = suite_of(arguments, config.data, dataset, processes, count=total, conditional=conditional)
     announce(checkpoint, *([guide] if guide else []))
-    if processes.is_main_process and (note := student_note(checkpoint, config)):
-        print(note, file=sys.stderr)
     if processes.is_main_process:
+        if note := student_note(checkpoint, config):
+            print(note, file=sys.stderr)
         seconds = estimate_seconds(generator, total, sample, suite.networks)
         print(f"{checkpoint.path}: {total:,} images, about {seconds:.0f} s", file=sys.stderr)
     started = time.perf_counter()
     batches = generated(generator, total, sample, arguments.seed, progress=processes.is_main_process)
     away = f", away from {guide.path}" if guide else ""
-    found = suite.judge(batches, total, sampling_protocol(sample, arguments.seed) + away)
+    found = suite.judge(batches, total, sampling_protocol(sample, arguments.seed, config.upsample) + away)
     found.figures["eval/seconds_per_image"] = (time.perf_counter() - started) / total
+    found.join(bilinear_judgement(suite, generator, total, sample))
     if guide is None:  # Which costs something else.
         found.figures.update(costs_of_images(generator, sample))
     if suite.classifier is not None and processes.is_main_process:
@@ -328,17 +329,19 @@ def of_two_models(
 ) -> Judgement:
     """Measure how similar the images of two models are, for equal seeds and labels."""
     config = other.config().model_copy(update={"draws": one.config.draws})  # Images of the same noise are compared.
-    two = Generator(other.network().to(processes.device), config, pick_precision(config.train, processes.device))
-    if (one.shape_CHW, one.network.num_classes) != (two.shape_CHW, two.network.num_classes):
-        raise CheckpointError(
-            f"--against = {str(arguments.against)!r}: images of {two.shape_CHW}, {two.network.num_classes} classes; "
-            f"expected {one.shape_CHW}, {one.network.num_classes} classes, as of the first model"
-        )
+    network = other.network().to(processes.device)
+    ours = one.shape_CHW, one.network.num_classes, one.config.upsample.factor
+    theirs = other.shape_CHW, network.num_classes, config.upsample.factor
+    if ours != theirs:
+        kind = "{}, {} classes, upsample.factor = {}".format
+        named = f"--against = {str(arguments.against)!r}"
+        raise CheckpointError(f"{named}: images of {kind(*theirs)}; expected {kind(*ours)}, as of the first model")
+    two = Generator(network, config, pick_precision(config.train, processes.device), lows=one.lows)
     announce(first, other)
     total, sample = arguments.num_images, one.config.sample
     alike = consistency_of_models(one, two, total, sample, arguments.seed, progress=processes.is_main_process)
     figures = alike.figures("eval")
-    line = protocol(total, sampling_protocol(sample, arguments.seed), None, str(other.path))
+    line = protocol(total, sampling_protocol(sample, arguments.seed, one.config.upsample), None, str(other.path))
     return Judgement(figures, dict.fromkeys(figures, line))
 
 

@@ -40,6 +40,7 @@ from diffusion_core.model.cost import peak_memory
 from diffusion_core.model.structure import maskable
 from diffusion_core.model.unet import build_network
 from diffusion_core.sampling.generation import Generator, requests
+from diffusion_core.sampling.lows import held_out
 from diffusion_core.training.distillation import Distillation
 from diffusion_core.training.trainer import TrainState, train
 from pruning.calibration import Calibration
@@ -111,6 +112,7 @@ def graphs(machine: Machine) -> list[tuple[str, bool, Any]]:
         ("plain", {}),
         ("dropout, two parts, bf16", {"model__dropout": 0.2, "train__accumulation": 2, "train__precision": "bf16"}),
         ("self-conditioning, learned variance", {"model__self_conditioning": True, "model__learned_variance": True}),
+        ("upsampling", {"upsample__factor": 2}),
     ):
         configs = [
             machine.config(train__deterministic=True, train__cuda_graphs=on, sample__cuda_graphs=on, **knobs)
@@ -118,8 +120,9 @@ def graphs(machine: Machine) -> list[tuple[str, bool, Any]]:
         ]
         one, other = (machine.trained(config) for config in configs)
         found.append((f"steps, {name}", same(one, other), None))
+        lows, wanted = held_out(machine.digits, configs[0].upsample), requests([0, 1], 3)
         images = [
-            Generator(copy.deepcopy(one.ema.network), config, "fp32").images(requests([0, 1], 3), config.sample, 0)
+            Generator(copy.deepcopy(one.ema.network), config, "fp32", lows=lows).images(wanted, config.sample, 0)
             for config in configs
         ]
         apart = levels_apart(*images)

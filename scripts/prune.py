@@ -51,6 +51,7 @@ from diffusion_core.registries import DATASETS
 from diffusion_core.run_folder import make_folder
 from diffusion_core.runs.recorded import model_files
 from diffusion_core.sampling.generation import Generator
+from diffusion_core.sampling.lows import HeldOut, held_out
 from diffusion_core.tables import text_table
 from diffusion_core.tracking import MODEL, Upload
 from diffusion_core.training.checkpoints import describe
@@ -215,11 +216,12 @@ def prepare(arguments: argparse.Namespace, words: Sequence[str]) -> PruningTask:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What is pruned: the state of the model, its class names, and training images if they are needed."""
+    """What is pruned: the state of the model, its class names, training and small images if they are needed."""
 
     state: TrainState
     class_names: Sequence[str]
     calibration: Calibration | None
+    lows: HeldOut | None
 
 
 def load(job: PruningTask, needs_images: bool) -> Loaded:
@@ -239,10 +241,11 @@ def load(job: PruningTask, needs_images: bool) -> Loaded:
         class_names = checkpoint.class_names
         state = start_from(job.source, config, len(class_names), "ema", device)
         state.step = checkpoint.step
-    calibration = Calibration.of(dataset.train, config, device, config.log.progress) if dataset else None
-    if job.source is not None:
-        announce(job.source.checkpoint)
-    return Loaded(state, class_names, calibration)
+        announce(checkpoint)
+    if dataset is None:
+        return Loaded(state, class_names, None, None)
+    calibration = Calibration.of(dataset.train, config, device, config.log.progress)
+    return Loaded(state, class_names, calibration, held_out(dataset, config.upsample))
 
 
 def sensitivity(job: PruningTask, as_json: bool) -> int:
@@ -258,15 +261,15 @@ def sensitivity(job: PruningTask, as_json: bool) -> int:
 def run(job: PruningTask, batch: int) -> dict[str, Any]:
     """Prune, measure, and write the checkpoint; returns what came of it, as plain JSON."""
     config, device = job.config, pick_device(job.config.train)
-    loaded = load(job, config.prune.needs_images)
+    loaded = load(job, config.prune.needs_images or bool(config.upsample.wanted and job.num_images))
     state, class_names = loaded.state, loaded.class_names
     dense = state.network
     report = prune_state(state, config, config.prune, loaded.calibration)
     alike = None
     if job.num_images:
-        keep_dense_images(state, dense.eval(), config)
-        precision = pick_precision(config.train, device)
-        one, two = (Generator(network.eval(), config, precision) for network in (dense, state.network))
+        lows, precision = loaded.lows, pick_precision(config.train, device)
+        keep_dense_images(state, dense.eval(), config, lows)
+        one, two = (Generator(network.eval(), config, precision, lows=lows) for network in (dense, state.network))
         alike = consistency_of_models(
             one, two, job.num_images, config.sample, config.seed, progress=config.log.progress
         )

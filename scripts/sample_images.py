@@ -4,6 +4,8 @@
   python scripts/sample_images.py --checkpoint runs/abc123 --labels all --sampler ddpm --steps 1000 --gif
   python scripts/sample_images.py --checkpoint runs/abc123 --mode denoise --labels cat,dog --num-images 4
   python scripts/sample_images.py --checkpoint runs/abc123 --mode interpolate --labels cat,dog --num-images 4
+  python scripts/sample_images.py --checkpoint runs/base64 --upsample runs/up256 model-up1024:best
+  python scripts/sample_images.py --checkpoint runs/up256 --low folder
   accelerate launch --num_processes 8 scripts/sample_images.py --checkpoint runs/abc123 --num-images 50000
 
 Modes:
@@ -13,6 +15,9 @@ Modes:
   interpolate  between two labels (--labels cat,dog) or two seeds (--seeds 0,1): interpolate.png and interpolate.gif
 
 The image of a (seed, label, index) is always the same, whatever else is sampled, and by however many processes.
+
+A model that upsamples (upsample.factor) starts from the images of the model before it (--upsample), from a folder
+(--low), or else from the held-out images of its data set. Each model of --upsample is sampled as it was trained to be.
 """
 
 from __future__ import annotations
@@ -32,22 +37,27 @@ import torch
 from accelerate import PartialState
 
 from agent.command import fail, run_and_leave
-from agent.tracking.artifacts import open_source
+from agent.tracking.artifacts import download_model, open_source
 from diffusion_core.checkpoint import Checkpoint, CheckpointError
-from diffusion_core.choice import add_which_flag, announce
+from diffusion_core.choice import add_which_flag, announce, choose
 from diffusion_core.config import ConfigError, CoreConfig, build, flatten
 from diffusion_core.config.plugins import add_plugins_flag
+from diffusion_core.data.datasets import DataError
 from diffusion_core.distributed import first_process_first
+from diffusion_core.evaluation.features import ExtractorError
+from diffusion_core.evaluation.folders import FolderLows, small_images
 from diffusion_core.hardware import pick_device, pick_precision
 from diffusion_core.machine.launch import launch_errors
 from diffusion_core.messages import Parser
 from diffusion_core.model.unet import NO_LABEL
 from diffusion_core.sampling import media
 from diffusion_core.sampling.autoguidance import FREE_OF_LABELS, check_guide
-from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs, student_note
-from diffusion_core.sampling.generation import Generator, Request, requests, round_robin
+from diffusion_core.sampling.chain import check_chain, images_of
+from diffusion_core.sampling.flags import LOW_NOISE, add_sampling_flags, sampling_knobs, student_note
+from diffusion_core.sampling.generation import Generator, Lows, Request, round_robin
 from diffusion_core.sampling.image_folder import check_folder, file_name, read_png, save_png, settings
-from diffusion_core.sampling.labels import find_labels
+from diffusion_core.sampling.labels import pick_count, pick_labels, pick_seeds
+from diffusion_core.sampling.lows import HeldOut
 
 MODES = ("sample", "denoise", "progressive", "interpolate")
 IMAGES_PER_LABEL = 8
@@ -89,6 +99,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--guide-artifact", metavar="NAME:ALIAS", help="guide away from this weaker model (autoguidance)"
     )
     guide.add_argument("--guide-checkpoint", type=Path, metavar="PATH", help="the same, from disk: pruned, or early")
+    parser.add_argument("--upsample", nargs="+", default=[], metavar="MODEL", help="enlarge the images by these "
+                        "models in turn: run folders, checkpoints, or artifacts (NAME:ALIAS)")  # fmt: skip
+    parser.add_argument("--low", type=Path, metavar="DIR", help="folder of small images that the model upsamples")
+    parser.add_argument("--data-path", metavar="DIR", help="folder of the data set whose held-out images it upsamples")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16", "fp16"), default="auto")
     add_sampling_flags(parser)
@@ -107,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             interpolate(task, arguments.seeds)
         else:
             show_steps(task, arguments.mode)
-    except (CheckpointError, ConfigError) as error:
+    except (CheckpointError, ConfigError, DataError, ExtractorError) as error:
         return fail(str(error))
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from here ({arguments.out})", file=sys.stderr)
@@ -117,30 +131,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class SamplingTask:
-    """The checked arguments of a call."""
+    """The checked arguments of a call.
 
-    checkpoint: Checkpoint
-    guide: Checkpoint | None
+    Attributes:
+        checkpoints: the models: the first one, those that upsample its images, the guide.
+        notes: what is printed of them.
+        config: how the last model of the chain is sampled.
+        generator: that model.
+        labels: classes of the images.
+        wanted: the images to sample.
+        rows: rows of an interpolation.
+        folder: where images are written.
+        processes: all processes.
+    """
+
+    checkpoints: Sequence[Checkpoint]
+    notes: Sequence[str]
     config: CoreConfig
     generator: Generator
     labels: list[int]
-    count: int
+    wanted: list[Request]
+    rows: int
     folder: Path
     processes: PartialState
 
     def names(self, labels: Sequence[int]) -> list[str]:
         """The class names of labels, for the rows of a picture."""
-        return ["" if label == NO_LABEL else self.checkpoint.class_names[label] for label in labels]
+        known = dict(enumerate(self.checkpoints[0].class_names)) | {NO_LABEL: ""}
+        return [known.get(label, str(label)) for label in labels]
 
     def announce(self) -> None:
         """Print which checkpoints are sampled, and whether a student is not sampled as it was distilled for."""
-        announce(self.checkpoint, *([self.guide] if self.guide else []))
-        if self.processes.is_main_process and (note := student_note(self.checkpoint, self.config)):
-            print(note, file=sys.stderr)
-
-    def wanted(self) -> list[Request]:
-        """Return the images to sample; labels take turns."""
-        return round_robin(self.labels, range(self.count))
+        announce(*self.checkpoints)
+        if self.processes.is_main_process:
+            for note in self.notes:
+                print(note, file=sys.stderr)
 
 
 def prepare(arguments: argparse.Namespace) -> SamplingTask:
@@ -155,23 +180,70 @@ def prepare(arguments: argparse.Namespace) -> SamplingTask:
     with first_process_first(processes):
         source = open_source(arguments.checkpoint, arguments.artifact, "--", arguments.which)
         weaker = open_source(arguments.guide_checkpoint, arguments.guide_artifact, "--guide-")
+        stages = [open_stage(name, arguments.which) for name in arguments.upsample]
     assert source is not None
     checkpoint, guide = source.checkpoint, weaker.checkpoint if weaker else None
+    check_chain(checkpoint, stages)
     hardware = {"train.device": arguments.device, "train.precision": arguments.precision, "seed": arguments.seed}
-    lifted = FREE_OF_LABELS if guide else {}
-    config = build(CoreConfig, flatten(checkpoint.config()), lifted, sampling_knobs(arguments), hardware)
+    lifted, knobs = FREE_OF_LABELS if guide else {}, sampling_knobs(arguments)
+    low_noise = {LOW_NOISE: knobs[LOW_NOISE]} if LOW_NOISE in knobs else {}
+    upsamples = checkpoint.config().upsample.wanted
+    if stages and not upsamples:
+        knobs.pop(LOW_NOISE, None)  # It is meant for the models after this one.
+    data = {"data.path": arguments.data_path} if arguments.data_path and upsamples else {}
+    config = build(CoreConfig, flatten(checkpoint.config()), lifted, knobs, data, hardware)
     if guide and config.sample.guidance == 1.0:
         raise ConfigError("sample.guidance = 1.0: ignores the model to guide away from; expected another value")
     pick_device(config.train)
-    reference = load_generator(guide, config, "ema", processes) if guide else None
-    generator = load_generator(checkpoint, config, arguments.weights, processes, reference)
     labels = pick_labels(arguments.labels, checkpoint)
-    each = IMAGES_PER_LABEL if arguments.mode == "sample" else 1
-    one_row = arguments.mode == "interpolate" and arguments.seeds is None
-    count = pick_count(arguments.num_images, 1 if one_row else len(labels) * each)
+    if arguments.mode == "interpolate" and (arguments.low or arguments.upsample):
+        raise ConfigError("--mode = 'interpolate': not with --low or --upsample; expected another mode")
+    lows: Lows | None = small_images(checkpoint, config, {"--low": arguments.low, "--data-path": arguments.data_path})
+    reference = load_generator(guide, config, "ema", processes, lows=lows) if guide else None
+    generator = load_generator(checkpoint, config, arguments.weights, processes, reference, lows)
+    wanted = pick_images(arguments, labels, lows)
+    described = settings(arguments.mode, checkpoint, guide, config, arguments.weights) | describe_lows(lows)
+    notes = [student_note(checkpoint, config)]
+    for stage in stages:
+        lows = images_of(generator, config.sample, config.seed)
+        config = build(CoreConfig, flatten(stage.config()), low_noise, hardware)
+        generator = load_generator(stage, config, "ema", processes, lows=lows)
+        described.setdefault("stages", []).append(settings(arguments.mode, stage, None, config, "ema"))
+        notes.append(student_note(stage, config))
     with first_process_first(processes):
-        check_folder(arguments.out, settings(arguments.mode, checkpoint, guide, config, arguments.weights))
-    return SamplingTask(checkpoint, guide, config, generator, labels, count, arguments.out, processes)
+        check_folder(arguments.out, described)
+    checkpoints = [checkpoint, *stages, *([guide] if guide else [])]
+    rows = pick_count(arguments.num_images, 1)
+    said = [note for note in notes if note]
+    return SamplingTask(checkpoints, said, config, generator, labels, wanted, rows, arguments.out, processes)
+
+
+def open_stage(name: str, which: str) -> Checkpoint:
+    """Return a model of ``--upsample``: a path if there is one, or else an artifact."""
+    if not Path(name).exists() and ":" in name:
+        model = download_model(name, "--upsample", "a path", which)
+        return choose(model.path, name=model.name)
+    try:
+        return choose(Path(name), which)
+    except CheckpointError as error:
+        raise CheckpointError(f"--upsample = {error}") from None
+
+
+def describe_lows(lows: Lows | None) -> dict[str, str]:
+    """Return which small images are upsampled, for the settings of a folder."""
+    return {"lows": lows.sha256} if isinstance(lows, FolderLows | HeldOut) else {}
+
+
+def pick_images(arguments: argparse.Namespace, labels: Sequence[int], lows: Lows | None) -> list[Request]:
+    """Return the images to sample: of a folder of small images all, or those of the labels; else labels take turns."""
+    if isinstance(lows, FolderLows):
+        everything = arguments.labels == "all"
+        found = [image for image in lows.requests if everything or image.label in labels]
+        if not found:
+            raise ConfigError(f"--labels = {arguments.labels!r}: no image of --low has such a label")
+        return found[: pick_count(arguments.num_images, len(found))]
+    each = IMAGES_PER_LABEL if arguments.mode == "sample" else 1
+    return round_robin(labels, range(pick_count(arguments.num_images, len(labels) * each)))
 
 
 def load_generator(
@@ -180,6 +252,7 @@ def load_generator(
     weights: str,
     processes: PartialState,
     reference: Generator | None = None,
+    lows: Lows | None = None,
 ) -> Generator:
     """A checkpoint's model on this process's device.
 
@@ -189,17 +262,19 @@ def load_generator(
     if weights not in checkpoint.parts or weights in ("optimizer", "masks"):
         choices = ", ".join(part for part in checkpoint.parts if part not in ("optimizer", "masks"))
         raise CheckpointError(f"--weights = {weights!r}: {str(checkpoint.path)!r} holds {choices}")
-    own = build(CoreConfig, flatten(checkpoint.config()), {"train.precision": config.train.precision})
+    own = checkpoint.config()
+    noise = {LOW_NOISE: config.upsample.sample_noise} if own.upsample.wanted and config.upsample.wanted else {}
+    own = build(CoreConfig, flatten(own), noise, {"train.precision": config.train.precision})
     network = checkpoint.network(weights).to(processes.device)
     if reference is not None:
-        check_guide(reference, network, config.sample)
-    return Generator(network, own, pick_precision(config.train, processes.device), reference)
+        check_guide(reference, network, config)
+    return Generator(network, own, pick_precision(config.train, processes.device), reference, lows)
 
 
 def sample(task: SamplingTask, gif: bool) -> None:
     """Single images and a grid; images that are there from an earlier, equal call are kept."""
     task.announce()
-    wanted = task.wanted()
+    wanted = task.wanted
     missing = [request for request in wanted if not (task.folder / file_name(request)).is_file()]
     task.processes.wait_for_everyone()  # All have seen the same folder before anyone writes.
     own = missing[task.processes.process_index :: task.processes.num_processes]
@@ -210,18 +285,21 @@ def sample(task: SamplingTask, gif: bool) -> None:
     task.processes.wait_for_everyone()
     if not task.processes.is_main_process:
         return
-    rows = [label for label in task.labels[:GRID_ROWS] if Request(label, 0) in wanted]
-    columns = max(1, min(GRID_COLUMNS, task.count // len(task.labels)))
-    tiles = [read_png(task.folder / file_name(request)) for request in requests(rows, columns)]
+    by_label: dict[int, list[Request]] = {}
+    for request in wanted:
+        by_label.setdefault(request.label, []).append(request)
+    rows = list(by_label)[:GRID_ROWS]
+    columns = min(GRID_COLUMNS, *(len(by_label[label]) for label in rows))
+    tiles = [read_png(task.folder / file_name(image)) for label in rows for image in by_label[label][:columns]]
     media.grid(torch.stack(tiles), columns, task.names(rows)).save(task.folder / "grid.png")
     if gif:
         columns = min(media.GIF_COLUMNS, columns)
-        shown = requests(rows[: media.GIF_ROWS], columns)
+        shown = [image for label in rows[: media.GIF_ROWS] for image in by_label[label][:columns]]
         keep = media.spread(task.config.sample.steps)
         noisy, expected = task.generator.trajectories(shown, task.config.sample, task.config.seed, keep)
         names = task.names(rows[: media.GIF_ROWS])
         media.save_gif(media.animation(noisy, expected, columns, names), task.folder / "diffusion.gif")
-    print(f"{task.count} images ({len(missing)} new), grid.png{' and diffusion.gif' if gif else ''} in {task.folder}/")
+    print(f"{len(wanted)} images ({len(missing)} new), grid.png{' and diffusion.gif' if gif else ''} in {task.folder}/")
 
 
 def show_steps(task: SamplingTask, mode: str) -> None:
@@ -229,7 +307,7 @@ def show_steps(task: SamplingTask, mode: str) -> None:
     if not task.processes.is_main_process:
         return
     task.announce()
-    wanted = task.wanted()
+    wanted = task.wanted
     keep = media.spread(task.config.sample.steps)
     frames = task.generator.trajectory(wanted, task.config.sample, task.config.seed, keep, clean=mode == "progressive")
     chosen = [frames[i] for i in sorted(media.spread(len(frames), STRIP_COLUMNS))]
@@ -245,17 +323,17 @@ def interpolate(task: SamplingTask, seeds: str | None) -> None:
     weights = torch.linspace(0.0, 1.0, STRIP_COLUMNS).tolist()
     if seeds is not None:
         ends = pick_seeds(seeds)
-        rows = [task.generator.between_seeds(request, task.config.sample, ends, weights) for request in task.wanted()]
-        names = task.names([request.label for request in task.wanted()])
+        rows = [task.generator.between_seeds(request, task.config.sample, ends, weights) for request in task.wanted]
+        names = task.names([request.label for request in task.wanted])
     else:
         if len(task.labels) != 2:
             raise ConfigError(f"--labels: interpolate needs two labels, or --seeds A,B; got {len(task.labels)} labels")
         first, second = task.labels
         rows = [
             task.generator.between_labels(index, task.config.sample, task.config.seed, (first, second), weights)
-            for index in range(task.count)
+            for index in range(task.rows)
         ]
-        names = [" to ".join(task.names(task.labels))] * task.count
+        names = [" to ".join(task.names(task.labels))] * task.rows
     if not task.processes.is_main_process:
         return
     task.announce()
@@ -263,35 +341,6 @@ def interpolate(task: SamplingTask, seeds: str | None) -> None:
     frames = [media.grid(torch.stack(frame), 1, names) for frame in zip(*rows, strict=True)]
     media.save_gif([*frames, *frames[-2::-1]], task.folder / "interpolate.gif")
     print(f"interpolate.png and interpolate.gif in {task.folder}/")
-
-
-def pick_labels(text: str, checkpoint: Checkpoint) -> list[int]:
-    """The labels that ``--labels`` names, by number or class name, in its order."""
-    number = checkpoint.metadata["num_classes"]
-    if not number:
-        if text != "all":
-            raise ConfigError(f"--labels = {text!r}: the model knows no labels; expected all")
-        return [NO_LABEL]
-    if text == "all":
-        return list(range(number))
-    return find_labels("--labels", text, checkpoint.class_names[:number])
-
-
-def pick_count(text: str | None, default: int) -> int:
-    """How many images ``--num-images`` asks for."""
-    if text is None:
-        return default
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"--num-images = {text!r}: expected an integer >= 1")
-    return int(text)
-
-
-def pick_seeds(text: str) -> tuple[int, int]:
-    """The two seeds that ``--seeds`` names."""
-    words = [word.strip() for word in text.split(",")]
-    if len(words) != 2 or not all(word.isdecimal() for word in words):
-        raise ConfigError(f"--seeds = {text!r}: expected two integers >= 0, such as 0,1")
-    return int(words[0]), int(words[1])
 
 
 if __name__ == "__main__":

@@ -131,7 +131,8 @@ def lively_run(folder: Path, **changes: Any) -> Path:
 
     settings = TINY | {"train.steps": 2, "checkpoint.upload": False, "sample.every": 0, "eval.num_images": 10}
     config = build_config(settings | {key.replace("__", "."): value for key, value in changes.items()})
-    result = run_trial(config, NullTracker(), dataset=digits(), folder=folder, run_id="run")
+    dataset = digits() if config.data.image_size is None else load_data(config.data)
+    result = run_trial(config, NullTracker(), dataset=dataset, folder=folder, run_id="run")
     checkpoint = read_checkpoint(result.best_checkpoint)
     parts = {part: checkpoint.tensors(part) for part in checkpoint.parts}
     parts["ema"] = lively(checkpoint.network()).state_dict()

@@ -18,6 +18,7 @@ from diffusion_core.config.knobs import (
     Section,
     StepsConfig,
     TrainConfig,
+    UpsampleConfig,
 )
 from diffusion_core.config.parsing import (
     FOREIGN_KEYS,
@@ -64,6 +65,7 @@ __all__ = [
     "Section",
     "StepsConfig",
     "TrainConfig",
+    "UpsampleConfig",
     "allowed",
     "as_number",
     "build",

@@ -12,6 +12,7 @@ from diffusion_core.config.knobs import (
     ModelConfig,
     SampleConfig,
     TrainConfig,
+    UpsampleConfig,
 )
 from diffusion_core.registries import DATASETS, METRICS, PREDICTIONS, SCHEDULES
 
@@ -98,6 +99,23 @@ def network_problems(model: ModelConfig, size: int) -> Iterator[str]:
         yield (
             f"model.frequency_shift = {model.frequency_shift:g}: expected less than {model.channels // 2}, half of "
             f"model.channels"
+        )
+
+
+def upsampling_problems(upsample: UpsampleConfig, size: int) -> Iterator[str]:
+    """What is wrong with the knobs of upsampling to images of ``size`` pixels."""
+    if upsample.factor is None:
+        for name, default in UpsampleConfig().model_dump().items():
+            value = getattr(upsample, name)
+            if value != default:
+                yield f"upsample.{name} = {value}: has no effect without upsample.factor; set it, or drop this"
+        return
+    if size % upsample.factor:
+        yield f"upsample.factor = {upsample.factor}: expected a data.image_size that is a multiple of it, not {size}"
+    if upsample.sample_noise > upsample.noise:
+        yield (
+            f"upsample.sample_noise = {upsample.sample_noise}: expected at most upsample.noise = {upsample.noise}, the "
+            f"largest level that the network learns"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from diffusion_core.config.checks import combination_problems
+from diffusion_core.config.checks import combination_problems, upsampling_problems
 from diffusion_core.config.knobs import (
     CheckpointConfig,
     DataConfig,
@@ -20,6 +20,7 @@ from diffusion_core.config.knobs import (
     SampleConfig,
     Section,
     TrainConfig,
+    UpsampleConfig,
 )
 from diffusion_core.config.metrics import goal_of
 from diffusion_core.registries import DATASETS, METRICS
@@ -41,6 +42,7 @@ class CoreConfig(Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
+    upsample: UpsampleConfig = UpsampleConfig()
     train: TrainConfig = TrainConfig()
     ema: EmaConfig = EmaConfig()
     sample: SampleConfig = SampleConfig()
@@ -59,6 +61,7 @@ class CoreConfig(Section):
         yield from combination_problems(
             self.data, self.model, self.diffusion, self.train, self.ema, self.sample, self.eval
         )
+        yield from upsampling_problems(self.upsample, self.data.image_shape[1])
         metric = self.checkpoint.best_metric
         if metric == "eval/class_agreement" and not self.has_classifier:
             yield (

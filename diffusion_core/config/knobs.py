@@ -154,6 +154,28 @@ class DiffusionConfig(Section):
     """Amplitude of noise that is the same for all pixels of a channel, added in training."""
 
 
+class UpsampleConfig(Section):
+    """Knobs of ``upsample.*``: a model that enlarges small images, as the stage after another model."""
+
+    factor: Annotated[int, Field(ge=2, le=16)] | None = None
+    """Enlarge images by this factor: the network also sees each image at 1/factor of data.image_size, and learns to
+    sample the whole one. None: an ordinary model."""
+    noise: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
+    """Largest level of noise that is added to the small images in training, drawn evenly from 0 to it (Ho et al. 2021,
+    Cascaded Diffusion Models). The network is told the level. It forgives the errors of the model before it."""
+    sample_noise: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Level of noise that is added to the small images in sampling and for val/loss; at most upsample.noise."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the model enlarges images."""
+        return self.factor is not None
+
+    def channels(self, of_image: int) -> int:
+        """Return the further channels of the network's input: the small image, and its level of noise."""
+        return of_image + 1 if self.wanted else 0
+
+
 class TrainConfig(Section):
     """Knobs of ``train.*``: optimisation, precision and device."""
 

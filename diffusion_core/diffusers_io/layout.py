@@ -25,13 +25,16 @@ WITHOUT_COUNTERPART = ("self_conditioning", "learned_variance")
 REMEDY = "prune with prune.widths=diffusers"
 
 
-def knob_problems(model: ModelConfig, size: int) -> Iterator[str]:
+def knob_problems(model: ModelConfig, size: int, given: int = 0) -> Iterator[str]:
     """Yield the knobs with which no `UNet2DModel` computes the same, dense or pruned.
 
     Args:
         model: the knobs of the network.
         size: height and width of the images in pixels.
+        given: further channels of the network's input, for upsampling.
     """
+    if given:
+        yield "upsample.factor: DDPMPipeline gives the network no small image to upsample; expected None"
     for key in WITHOUT_COUNTERPART:
         if getattr(model, key):
             yield f"model.{key} = True: UNet2DModel has no counterpart that DDPMPipeline uses; expected False"
@@ -58,7 +61,7 @@ def unet_config(network: UNet, model: ModelConfig) -> dict[str, Any]:
     Raises:
         ConfigError: if `UNet2DModel` cannot represent the network; the message names a knob or a layer.
     """
-    for line in knob_problems(model, network.image_size):
+    for line in knob_problems(model, network.image_size, network.given_channels):
         raise ConfigError(line)
     if gone := removed_blocks(network):
         raise ConfigError(f"{gone[0]}: was removed as a whole, but UNet2DModel has all blocks; {REMEDY}")

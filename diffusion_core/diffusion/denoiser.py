@@ -5,6 +5,7 @@ Guidance and samplers work on denoisers: ``(x_BCHW, t_B, labels_B | None) -> x0_
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -23,8 +24,9 @@ class Denoiser:
     """A network that estimates clean images.
 
     Args:
-        network: ``(x_BCHW, t_B, labels_B | None) -> output``. With self-conditioning, it takes twice the channels. With
-            a learned variance, it returns twice the channels.
+        network: ``(x_BCHW, t_B, labels_B | None) -> output``. With self-conditioning, it takes twice the channels, and
+            with a given image (:meth:`with_given`) those of that. With a learned variance, it returns twice the
+            channels.
         schedule: the noise schedule that the network was trained with.
         prediction: parametrisation of its output, a key of ``PREDICTIONS``.
         learned_variance: whether the second half of the output's channels interpolates the log variance of a reverse
@@ -47,6 +49,7 @@ class Denoiser:
         self.record: PredictionRecord = PREDICTIONS[prediction]
         self.learned_variance = learned_variance
         self.self_conditioning = self_conditioning
+        self.given_BCHW: Tensor | None = None
         self.fraction_BCHW: Tensor | None = None
         self._estimate_BCHW: Tensor | None = None
 
@@ -67,6 +70,17 @@ class Denoiser:
             self_conditioning=model.self_conditioning,
         )
 
+    def with_given(self, given_BCHW: Tensor | None) -> Denoiser:
+        """Return this denoiser for images that the network is given more of (:mod:`.upsampling`); None: the same one.
+
+        A batch may hold the images several times over, as guidance does.
+        """
+        if given_BCHW is None:
+            return self
+        other = copy.copy(self)
+        other.given_BCHW = given_BCHW
+        return other
+
     def predict(
         self, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor | None, estimate_BCHW: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
@@ -83,6 +97,8 @@ class Denoiser:
             inputs = self.record.inputs(x_BCHW, *self.schedule.at(t_B, x_BCHW))
         if self.self_conditioning:
             inputs = torch.cat([inputs, torch.zeros_like(x_BCHW) if estimate_BCHW is None else estimate_BCHW], dim=1)
+        if self.given_BCHW is not None:
+            inputs = torch.cat([inputs, _fitted(self.given_BCHW, len(inputs))], dim=1)
         output = self.network(inputs, t_B, labels_B).float()
         if not self.learned_variance:
             return output, None
@@ -120,18 +136,23 @@ class Denoiser:
 
         Store the variance fraction and, with self-conditioning, the estimate for the next call.
         """
-        output, self.fraction_BCHW = self.predict(x_BCHW, t_B, labels_B, self._remembered(len(x_BCHW)))
+        output, self.fraction_BCHW = self.predict(x_BCHW, t_B, labels_B, self._remembered(x_BCHW))
         x0_BCHW = self.clean(output, x_BCHW, t_B)
         if self.self_conditioning:
             self._estimate_BCHW = x0_BCHW.clamp(-1.0, 1.0)
         return x0_BCHW
 
-    def _remembered(self, batch: int) -> Tensor | None:
-        """Return the stored estimate for a batch that guidance may have doubled, or halved again, since."""
-        estimate = self._estimate_BCHW
-        if estimate is None or len(estimate) == batch:
-            return estimate
-        return estimate[:batch] if len(estimate) > batch else estimate.repeat(batch // len(estimate), 1, 1, 1)
+    def _remembered(self, x_BCHW: Tensor) -> Tensor | None:
+        """Return the stored estimate for a batch."""
+        return None if self._estimate_BCHW is None else _fitted(self._estimate_BCHW, len(x_BCHW))
+
+
+def _fitted(tensor_BCHW: Tensor, batch: int) -> Tensor:
+    """Return what belongs to the images of a batch that guidance may have doubled, or halved again, since."""
+    known = len(tensor_BCHW)
+    if known == batch:
+        return tensor_BCHW
+    return tensor_BCHW[:batch] if known > batch else tensor_BCHW.repeat(batch // known, 1, 1, 1)
 
 
 def clipped(denoiser: DenoiserFunction) -> DenoiserFunction:

@@ -1,9 +1,10 @@
-"""Draw noise, timesteps and dropped labels of a training step. They depend on seed and step only."""
+"""Draw noise, timesteps, dropped labels and small images of a training step. They depend on seed and step only."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from diffusion_core.config import CoreConfig
 from diffusion_core.data.batches import Batches
 from diffusion_core.diffusion.schedule import NoiseSchedule
+from diffusion_core.diffusion.upsampling import given, lowered
 from diffusion_core.model.unet import NO_LABEL
 from diffusion_core.randomness import Purpose, streams
 
@@ -29,6 +31,7 @@ class Draws:
         labels_B: classes, ``NO_LABEL`` where the label was dropped.
         shown_B: for self-conditioning, whether the network gets an estimate of the image (bool); else None.
         later_BS: for step distillation, S timesteps after ``t_B``, float32, or -1 for the clean image; else None.
+        given_BCHW: for upsampling, what the network is given of the small images; else None.
     """
 
     x0_BCHW: Tensor
@@ -37,20 +40,18 @@ class Draws:
     labels_B: Tensor
     shown_B: Tensor | None
     later_BS: Tensor | None = None
+    given_BCHW: Tensor | None = None
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    def tensors(self) -> tuple[Tensor | None, ...]:
         """Return the attributes, in the order of the constructor's arguments."""
-        return self.x0_BCHW, self.noise_BCHW, self.t_B, self.labels_B, self.shown_B, self.later_BS
+        return tuple(getattr(self, attribute.name) for attribute in fields(self))
 
     def chunks(self, count: int) -> Iterator[Draws]:
         """Yield the draws in ``count`` equal parts."""
         size = len(self.t_B) // count
         for start in range(0, size * count, size):
-            part = slice(start, start + size)
-            shown_B = None if self.shown_B is None else self.shown_B[part]
-            later_BS = None if self.later_BS is None else self.later_BS[part]
-            images = self.x0_BCHW[part], self.noise_BCHW[part], self.t_B[part], self.labels_B[part]
-            yield Draws(*images, shown_B, later_BS)
+            parts: list[Any] = [None if tensor is None else tensor[start : start + size] for tensor in self.tensors()]
+            yield Draws(*parts)
 
 
 def draw(step: int, batches: Batches, config: CoreConfig, schedule: NoiseSchedule) -> Draws:
@@ -78,4 +79,16 @@ def draw(step: int, batches: Batches, config: CoreConfig, schedule: NoiseSchedul
     if config.model.self_conditioning:
         shown_B = (source.uniform(size)[0] < SELF_CONDITIONING_SHARE)[share]
     labels_B = torch.where(dropped_B[share], NO_LABEL, labels_B)
-    return Draws(x0_BCHW, noise_BCHW[share], t_B[share], labels_B, shown_B)
+    given_BCHW = None
+    if config.upsample.factor is not None:
+        given_BCHW = _given(step, x0_BCHW, batches, config, config.upsample.factor)
+    return Draws(x0_BCHW, noise_BCHW[share], t_B[share], labels_B, shown_B, given_BCHW=given_BCHW)
+
+
+def _given(step: int, x0_BCHW: Tensor, batches: Batches, config: CoreConfig, factor: int) -> Tensor:
+    """Return the small images of a process's share of a step, with noise of levels from 0 to ``upsample.noise``."""
+    low_BChw = lowered(x0_BCHW, factor)
+    source = streams(config.draws, [(config.seed, Purpose.LOW_NOISE, step)], x0_BCHW.device)
+    (noise_BChw,) = source.normal(batches.batch_size, *low_BChw.shape[1:])
+    level_B = config.upsample.noise * source.uniform(batches.batch_size)[0]
+    return given(low_BChw, level_B[batches.share], noise_BChw[batches.share], x0_BCHW.shape[-1])

@@ -22,7 +22,10 @@ class Objective(Protocol):
         """Return this process's share of a step's draws. They depend on seed and step only."""
 
     def loss(self, denoiser: Denoiser, draws: Draws) -> Tensor:
-        """Return the unreduced loss, ``(B,)`` float32. It reads no value on the processor (CUDA graphs)."""
+        """Return the unreduced loss, ``(B,)`` float32. It reads no value on the processor (CUDA graphs).
+
+        The denoiser has what the draws give (:meth:`Denoiser.with_given`).
+        """
 
 
 class Denoising:

@@ -1,10 +1,10 @@
-"""Read folders of images and files of statistics for evaluation."""
+"""Read folders of images and files of statistics for evaluation, and small images to upsample."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_core.checkpoint import Checkpoint
+from diffusion_core.config import ConfigError, CoreConfig
 from diffusion_core.config.metrics import space_name
 from diffusion_core.data.classes import shown_classes
-from diffusion_core.data.datasets import DataError
+from diffusion_core.data.datasets import DataError, load_data
 from diffusion_core.data.folders import (
     SAMPLE_NAME,
     Arrangement,
@@ -28,13 +30,21 @@ from diffusion_core.data.folders import (
 )
 from diffusion_core.data.image_files import ImageFileError, read_rgb
 from diffusion_core.distributed import own_positions
-from diffusion_core.evaluation.features import Extractor
+from diffusion_core.evaluation.features import Extractor, with_channels
 from diffusion_core.evaluation.measure import FEWEST, Reference, Seen, look
 from diffusion_core.evaluation.reference import read_statistics
+from diffusion_core.files import sha256
 from diffusion_core.messages import counted, reason_of
+from diffusion_core.model.unet import NO_LABEL
+from diffusion_core.sampling.generation import Request
+from diffusion_core.sampling.image_folder import request_of
+from diffusion_core.sampling.lows import HeldOut, held_out
 
 SAMPLE_LABEL = re.compile(r"(\d+)-\d+\.png")
 """The label in a file name of scripts/sample_images.py."""
+
+BATCH = 64
+"""Small images that are read at once."""
 
 STATISTICS_SUFFIX = ".npz"
 STATISTICS_SPACE = "statistics"
@@ -133,6 +143,108 @@ def _what_is_read(listing: Listing, found: Arrangement | None) -> Iterator[str]:
     splits = [f"{folder}/" for folder in (found.train_folder, found.val_folder, *found.unread) if folder]
     if len(splits) > 1:
         yield f"all splits are measured together: {', '.join(splits)}; name one to measure it alone"
+
+
+class FolderLows:
+    """The images of a folder as the small images that a model upsamples.
+
+    Files named as ``scripts/sample_images.py`` names them belong to the same requests here. Other images are numbered
+    in order, within their class if the folder has one sub-folder for each class of the model.
+
+    Args:
+        path: the folder.
+        shape_CHW: shape of the small images.
+        class_names: classes of the model, by label; empty: none.
+        needs_labels: whether the model has to be told the class.
+
+    Attributes:
+        requests: the images that can be sampled.
+
+    Raises:
+        DataError: if an image cannot be read, or has another size, or a class that the model does not know.
+    """
+
+    def __init__(
+        self, path: Path, shape_CHW: tuple[int, int, int], class_names: Sequence[str], *, needs_labels: bool
+    ) -> None:
+        folder, (channels, height, width) = image_folder(path), shape_CHW
+        self.requests = _requests(folder, class_names)
+        labels = {image.label for image in self.requests}
+        if class_names and needs_labels and NO_LABEL in labels:
+            raise DataError(
+                f"--low = {str(path)!r}: the images have no class, and the model was trained with "
+                f"train.label_dropout = 0; expected names such as 3-0.png, or one sub-folder for each class"
+            )
+        if beyond := sorted(label for label in labels if class_names and label >= len(class_names)):
+            raise DataError(f"--low = {str(path)!r}: class {beyond[0]}; the model knows 0 to {len(class_names) - 1}")
+        parts = []
+        for images_BCHW, _ in folder.batches(range(len(folder)), BATCH):
+            if images_BCHW.shape[2:] != (height, width):
+                found = f"{images_BCHW.shape[3]} x {images_BCHW.shape[2]}"
+                raise DataError(
+                    f"--low = {str(path)!r}: images of {found} pixels; expected {width} x {height} "
+                    f"(scripts/prepare_images.py resizes them)"
+                )
+            parts.append(with_channels(images_BCHW, channels))
+        self._images_NCHW = torch.cat(parts)
+        self._place = {image: place for place, image in enumerate(self.requests)}
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the images and their requests."""
+        return sha256(repr(self.requests), self._images_NCHW)
+
+    def __call__(self, wanted: Sequence[Request]) -> Tensor:
+        """Return the small images of some of the requests, uint8 ``(B, C, h, w)``."""
+        return self._images_NCHW[[self._place[image] for image in wanted]]
+
+
+def small_images(
+    checkpoint: Checkpoint, config: CoreConfig, named: Mapping[str, str | Path | None]
+) -> FolderLows | HeldOut | None:
+    """Return what a model upsamples: images of a folder, or the held-out ones of its data set; None: it does not.
+
+    Args:
+        checkpoint: the model.
+        config: its configuration, with the path of the data set.
+        named: what the user gave, by option: ``--low``, the folder, and others that concern small images.
+
+    Raises:
+        ConfigError: if something was given for an ordinary model.
+        DataError: if there are no small images, or they do not fit.
+    """
+    upsample, (channels, size, _) = config.upsample, checkpoint.shape_CHW
+    if upsample.factor is None:
+        for option, value in named.items():
+            if value:
+                raise ConfigError(
+                    f"{option} = {str(value)!r}: {str(checkpoint.path)!r} is an ordinary model, which upsamples nothing"
+                )
+        return None
+    if low := named["--low"]:
+        names = checkpoint.class_names[: checkpoint.metadata["num_classes"]]
+        small = size // upsample.factor
+        return FolderLows(Path(low), (channels, small, small), names, needs_labels=config.train.label_dropout == 0.0)
+    try:
+        return held_out(load_data(config.data, recorded=checkpoint.class_names), upsample)
+    except DataError as error:
+        raise DataError(f"{error}; or name a folder of small images by --low") from None
+
+
+def _requests(folder: ImageFolder, class_names: Sequence[str]) -> list[Request]:
+    """Return the requests that the images of a folder belong to, in their order."""
+    if all(SAMPLE_NAME.fullmatch(file.name) for file in folder.files):
+        found = [request_of(file.name) for file in folder.files]
+        if len(set(found)) == len(found):
+            return found
+    labels = {name: label for label, name in enumerate(class_names)}
+    counts: dict[int, int] = {}
+    found = []
+    for file in folder.files:
+        label = labels.get(file.parent.name, NO_LABEL) if folder.class_names else NO_LABEL
+        counts[label] = counts.get(label, 0) + 1
+        found.append(Request(label, counts[label] - 1))
+    return found
 
 
 def is_statistics(path: Path) -> bool:

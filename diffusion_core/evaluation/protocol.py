@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffusion_core.config import SampleConfig
+from diffusion_core.config import SampleConfig, UpsampleConfig
 from diffusion_core.evaluation.features import Extractor
 from diffusion_core.redact import redact
 
@@ -10,8 +10,8 @@ PREFIX = "protocol/"
 """Prefix of the name of a figure's protocol; the figure's name follows."""
 
 
-def sampling_protocol(config: SampleConfig, seed: int) -> str:
-    """Return how images were sampled."""
+def sampling_protocol(config: SampleConfig, seed: int, upsample: UpsampleConfig | None = None) -> str:
+    """Return how images were sampled; given the section, also what a model upsampled."""
     parts = [f"sampler={config.sampler}", f"steps={config.steps}", f"spacing={config.spacing}"]
     if config.start_level is not None:
         parts.append(f"start_level={config.start_level:g}")
@@ -23,6 +23,8 @@ def sampling_protocol(config: SampleConfig, seed: int) -> str:
     if config.guidance_interval is not None:
         low, high = config.guidance_interval
         parts.append(f"guidance_interval={low:g}..{high:g}")
+    if upsample is not None and upsample.wanted:
+        parts.append(f"upsampled={upsample.factor}x from held-out images, noise={upsample.sample_noise:g}")
     return ", ".join([*parts, f"seed={seed}"])
 
 

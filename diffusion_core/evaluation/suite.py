@@ -44,6 +44,11 @@ class Judgement:
         self.figures.update(figures)
         self.protocols.update(dict.fromkeys(figures, line))
 
+    def join(self, other: Judgement) -> None:
+        """Add the figures of another judgement, with their protocols."""
+        self.figures.update(other.figures)
+        self.protocols.update(other.protocols)
+
     def compare(
         self,
         figures: Iterable[str],

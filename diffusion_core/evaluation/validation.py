@@ -8,11 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffusion_core.config import CoreConfig
+from diffusion_core.config import CoreConfig, UpsampleConfig
 from diffusion_core.config.metrics import LOSS_BUCKETS
 from diffusion_core.data.datasets import Images, to_unit
 from diffusion_core.diffusion.denoiser import Denoiser
 from diffusion_core.diffusion.losses import diffusion_loss
+from diffusion_core.diffusion.upsampling import given, lowered
 from diffusion_core.distributed import own_positions, sum_over_processes
 from diffusion_core.hardware import Precision, autocast
 from diffusion_core.model.unet import UNet
@@ -59,9 +60,26 @@ def validation_losses(network: UNet, images: Images, config: CoreConfig, precisi
         batch = images.select(order[place_B]).to(device)
         x0_BCHW, t_B = to_unit(batch.images_NCHW), t_N[place_B].to(device)
         with autocast(device, precision):
-            loss_B = diffusion_loss(denoiser, x0_BCHW, noise_BCHW, t_B, batch.labels_N, config.diffusion)
+            given_BCHW = _given(x0_BCHW, number, config.upsample)
+            loss_B = diffusion_loss(
+                denoiser.with_given(given_BCHW), x0_BCHW, noise_BCHW, t_B, batch.labels_N, config.diffusion
+            )
         loss_N[place_B] = loss_B.double().cpu()
     return sum_over_processes(loss_N), t_N
+
+
+def _given(x0_BCHW: Tensor, number: int, upsample: UpsampleConfig) -> Tensor | None:
+    """Return what an upsampling network is given of a batch; None for another network.
+
+    The level of noise is that of sampling, so that runs of different ``upsample.noise`` are comparable.
+    """
+    if upsample.factor is None:
+        return None
+    low_BChw = lowered(x0_BCHW, upsample.factor)
+    source = generator(VALIDATION_SEED, Purpose.LOW_NOISE, number)
+    noise_BChw = torch.randn(low_BChw.shape, generator=source).to(x0_BCHW.device)
+    level_B = torch.full((len(x0_BCHW),), upsample.sample_noise, device=x0_BCHW.device)
+    return given(low_BChw, level_B, noise_BChw, x0_BCHW.shape[-1])
 
 
 def by_timestep(loss_N: Tensor, t_N: Tensor, timesteps: int) -> dict[str, float]:

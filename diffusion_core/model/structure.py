@@ -28,11 +28,20 @@ def sizes(module: nn.Module) -> dict[str, int]:
     return {name: getattr(module, name) for name in SIZES.get(type(module), ())}
 
 
+def dense_like(network: UNet, model: ModelConfig) -> UNet:
+    """Return the dense network of the same configuration as a network, which may be pruned, without weights (meta).
+
+    Args:
+        network: the network.
+        model: its section of the configuration.
+    """
+    with torch.device("meta"):
+        return UNet(model, network.image_size, network.in_channels, network.num_classes, network.given_channels)
+
+
 def structure(network: UNet, model: ModelConfig) -> Structure:
     """Return the sizes and removed blocks in which a network differs from the dense one of the same configuration."""
-    with torch.device("meta"):
-        dense = UNet(model, network.image_size, network.in_channels, network.num_classes)
-    dense_sizes = {name: sizes(module) for name, module in dense.named_modules()}
+    dense_sizes = {name: sizes(module) for name, module in dense_like(network, model).named_modules()}
     now = {name: sizes(module) for name, module in network.named_modules()}
     now |= {name: dict(REMOVED) for name in removed_blocks(network)}
     return {name: size for name, size in now.items() if size != dense_sizes[name]}

@@ -189,17 +189,21 @@ class UNet(nn.Module):
         in_channels: channels of the images. With self-conditioning, the input has twice as many. With a learned
             variance, the output has twice as many.
         num_classes: number of classes; 0 builds a network without labels.
+        given_channels: further channels of the input, for upsampling.
 
     Attributes:
         watch: the record that every call fills; None records nothing.
     """
 
-    def __init__(self, model: ModelConfig, image_size: int, in_channels: int, num_classes: int) -> None:
+    def __init__(
+        self, model: ModelConfig, image_size: int, in_channels: int, num_classes: int, given_channels: int = 0
+    ) -> None:
         super().__init__()
         self.watch: Watch | None = None
         self.in_channels = in_channels
         self.image_size = image_size
         self.num_classes = num_classes
+        self.given_channels = given_channels
         width = model.channels
         embedding = model.embedding_channels or 4 * width
         self.width = width
@@ -210,7 +214,8 @@ class UNet(nn.Module):
         # One more row than classes: the last one means "no class".
         self.label_embedding = _embedding(num_classes + 1, embedding) if num_classes else None
 
-        self.conv_in = nn.Conv2d(in_channels * (1 + model.self_conditioning), width, 3, padding=1)
+        taken = in_channels * (1 + model.self_conditioning) + given_channels
+        self.conv_in = nn.Conv2d(taken, width, 3, padding=1)
         channels, size = width, image_size
         skips = [channels]
         self.down = nn.ModuleList()
@@ -294,7 +299,8 @@ class UNet(nn.Module):
         """Predict from noisy images.
 
         Args:
-            x_BCHW: noisy images, float; with self-conditioning, followed by an estimate of the clean ones along C.
+            x_BCHW: noisy images, float; with self-conditioning, followed by an estimate of the clean ones along C; for
+                upsampling, followed by ``given_channels`` more (:mod:`diffusion_core.diffusion.upsampling`).
             t_B: timesteps, 0..T-1; floats may lie between two timesteps.
             labels_B: classes, 0..num_classes-1, or ``NO_LABEL``; None means ``NO_LABEL`` for all. A network
                 without labels ignores them.
@@ -336,4 +342,5 @@ def build_network(config: CoreConfig, num_classes: int) -> UNet:
     channels, size, _ = config.data.image_shape
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(config.seed, Purpose.WEIGHTS))
-        return UNet(config.model, size, channels, num_classes if config.model.class_conditional else 0)
+        classes = num_classes if config.model.class_conditional else 0
+        return UNet(config.model, size, channels, classes, config.upsample.channels(channels))

@@ -32,6 +32,8 @@ class Purpose(IntEnum):
     PRUNE = 10
     REINIT = 11
     CLASSIFIER = 12
+    LOW_NOISE = 13
+    LOW_SAMPLE = 14
 
 
 class Streams(Protocol):

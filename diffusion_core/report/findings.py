@@ -16,7 +16,7 @@ from diffusion_core.tracking import STEP
 
 DENSE = "dense/"
 """Prefix of the figures of a network before it is pruned."""
-NETWORK = ("model.", "data.")
+NETWORK = ("model.", "data.", "upsample.factor")
 """Beginnings of the settings that decide the cost of a dense network."""
 
 

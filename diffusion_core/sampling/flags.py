@@ -1,4 +1,4 @@
-"""Command-line flags of scripts that sample. Each sets a knob of ``sample.*``."""
+"""Command-line flags of scripts that sample. Each sets a knob of ``sample.*``, or of ``upsample.*``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from diffusion_core.checkpoint import Checkpoint, student_knobs
-from diffusion_core.config import CoreConfig, SampleConfig, explained, flatten
+from diffusion_core.config import CoreConfig, SampleConfig, UpsampleConfig, explained, flatten
 
 FLAGS = {
     "sampler": "sampler",
@@ -20,6 +20,7 @@ FLAGS = {
     "batch_size": "micro-batch",
     "compile": "compile",
 }
+LOW_NOISE = "upsample.sample_noise"
 """Maps knobs of ``sample.*`` to the flags that set them."""
 
 
@@ -29,11 +30,15 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     for knob, flag in FLAGS.items():
         help_text = explained(SampleConfig.model_fields[knob])
         own.add_argument(f"--{flag}", dest=f"sample_{knob}", metavar=flag.upper(), help=help_text)
+    help_text = explained(UpsampleConfig.model_fields["sample_noise"])
+    own.add_argument("--low-noise", dest=LOW_NOISE, metavar="LOW-NOISE", help=f"models that upsample: {help_text}")
 
 
 def sampling_knobs(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the knobs that the flags set."""
-    return {f"sample.{knob}": value for knob in FLAGS if (value := getattr(arguments, f"sample_{knob}")) is not None}
+    known = {f"sample.{knob}": getattr(arguments, f"sample_{knob}") for knob in FLAGS}
+    known[LOW_NOISE] = getattr(arguments, LOW_NOISE)
+    return {key: value for key, value in known.items() if value is not None}
 
 
 def student_note(checkpoint: Checkpoint, config: CoreConfig) -> str | None:

@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 from diffusion_core.config import CoreConfig, SampleConfig
-from diffusion_core.data.datasets import to_uint8
+from diffusion_core.data.datasets import to_uint8, to_unit
 from diffusion_core.diffusion.denoiser import Denoiser, DenoiserFunction, clipped
 from diffusion_core.diffusion.sampling_steps import SamplingSteps
 from diffusion_core.diffusion.schedule import NoiseSchedule, build_schedule
+from diffusion_core.diffusion.upsampling import given
 from diffusion_core.hardware import Precision, autocast, fastest_convolutions, memory_format
 from diffusion_core.model.compilation import compiled, pick_sampling_compilation
 from diffusion_core.model.cuda_graphs import ReplayedNetwork, is_replayed
 from diffusion_core.model.unet import NO_LABEL, UNet
-from diffusion_core.randomness import Purpose, streams
+from diffusion_core.randomness import Purpose
 from diffusion_core.sampling.guidance import between_levels, decided, guided
+from diffusion_core.sampling.noise import ImageNoise
 from diffusion_core.sampling.samplers import NoiseFunction, StepCallback, build_sampler, start_scale, steps_of
 from diffusion_core.terminal.progress import progress_of
 
@@ -36,6 +38,10 @@ class Request:
 
     label: int
     index: int
+
+
+Lows = Callable[[Sequence[Request]], Tensor]
+"""Returns the small images that requested images are upsampled from: uint8 ``(B, C, h, w)``, on any device."""
 
 
 def requests(labels: Sequence[int], per_label: int) -> list[Request]:
@@ -63,35 +69,6 @@ def in_parts(network: Callable[..., Tensor], size: int) -> Callable[..., Tensor]
     return whole
 
 
-class ImageNoise:
-    """Standard normal noise with one stream per image, so that an image does not depend on its batch.
-
-    Args:
-        wanted: the images. Seed, label and index determine the random stream of each.
-        seed: the seed of the run or of the user.
-        shape_CHW: shape of an image.
-        device: device of the result.
-        draws: version of the random draws. The processor draws version 1 for every device, so that it is the same.
-    """
-
-    def __init__(
-        self,
-        wanted: Sequence[Request],
-        seed: int,
-        shape_CHW: tuple[int, int, int],
-        device: torch.device,
-        draws: int = 2,
-    ) -> None:
-        keys = [(seed, Purpose.SAMPLE, image.label, image.index) for image in wanted]
-        self.streams = streams(draws, keys, device if draws > 1 else "cpu")
-        self.shape_CHW = shape_CHW
-        self.device = device
-
-    def __call__(self) -> Tensor:
-        """Return the next noise of every image, ``(B, C, H, W)`` float32."""
-        return self.streams.normal(*self.shape_CHW).to(self.device, non_blocking=True)
-
-
 class Generator:
     """Samples images from a network.
 
@@ -100,16 +77,28 @@ class Generator:
         config: the configuration that it was trained with.
         precision: arithmetic of the network.
         reference: a weaker model, for autoguidance; None: classifier-free guidance.
+        lows: the small images of a model that upsamples; None for other models.
+
+    Raises:
+        ValueError: if a model that upsamples has no small images.
     """
 
     def __init__(
-        self, network: UNet, config: CoreConfig, precision: Precision, reference: Generator | None = None
+        self,
+        network: UNet,
+        config: CoreConfig,
+        precision: Precision,
+        reference: Generator | None = None,
+        lows: Lows | None = None,
     ) -> None:
+        if config.upsample.wanted and lows is None:
+            raise ValueError("the model upsamples, and has no small images to upsample")
         self.config = config
         self.device = next(network.parameters()).device
         # In place. The weights are the same, but their order in memory may change.
         self.network = network.to(memory_format=memory_format(self.device, precision))
         self.reference = reference
+        self.lows = lows
         self.schedule = build_schedule(config.diffusion)  # On the processor: samplers know their steps there.
         self.precision = precision
         self.shape_CHW = (network.in_channels, network.image_size, network.image_size)
@@ -119,11 +108,29 @@ class Generator:
         """Return the noise of some images."""
         return ImageNoise(wanted, seed, self.shape_CHW, self.device, self.config.draws)
 
-    def denoiser(self, network: Callable[..., Tensor] | None = None) -> Denoiser:
-        """Return the network, or a compiled form of it, as a denoiser without guidance. Each batch needs a new one."""
-        return Denoiser.from_config(
-            self.network if network is None else network, self.config.diffusion, self.config.model, self.device
-        )
+    def given(self, wanted: Sequence[Request], seed: int) -> Tensor | None:
+        """Return what a network that upsamples is given of the small images; None for another network."""
+        upsample, (channels, size, _) = self.config.upsample, self.shape_CHW
+        if upsample.factor is None or self.lows is None:
+            return None
+        shape = channels, size // upsample.factor, size // upsample.factor
+        low_BChw = to_unit(self.lows(wanted)).to(self.device)
+        if tuple(low_BChw.shape[1:]) != shape:
+            raise ValueError(f"small images of {tuple(low_BChw.shape[1:])}; expected {shape}")
+        level_B = torch.full((len(wanted),), upsample.sample_noise, device=self.device)
+        noise = ImageNoise(wanted, seed, shape, self.device, self.config.draws, Purpose.LOW_SAMPLE)
+        return given(low_BChw, level_B, noise(), size)
+
+    def denoiser(self, network: Callable[..., Tensor] | None = None, given_BCHW: Tensor | None = None) -> Denoiser:
+        """Return the network, or a compiled form of it, as a denoiser without guidance. Each batch needs a new one.
+
+        Args:
+            network: the compiled form, or None.
+            given_BCHW: the result of :meth:`given`; None also to look at the schedule alone.
+        """
+        network = self.network if network is None else network
+        denoiser = Denoiser.from_config(network, self.config.diffusion, self.config.model, self.device)
+        return denoiser.with_given(given_BCHW if self.config.upsample.wanted else None)
 
     def guided(self, denoiser: Denoiser, config: SampleConfig, steps: SamplingSteps | None = None) -> DenoiserFunction:
         """Return a denoiser with the configured guidance and clipping.
@@ -138,16 +145,18 @@ class Generator:
             applies = between_levels(denoiser.schedule, *config.guidance_interval)
             if steps is not None:
                 known = decided(between_levels(self.schedule, *config.guidance_interval), steps)
-        reference = self.reference.at_levels_of(denoiser.schedule) if self.reference else None
+        reference = None
+        if self.reference:
+            reference = self.reference.at_levels_of(denoiser.schedule, denoiser.given_BCHW)
         wrapped = guided(denoiser, config.guidance, reference=reference, applies=applies, known=known)
         return clipped(wrapped) if config.clip_x0 else wrapped
 
-    def at_levels_of(self, schedule: NoiseSchedule) -> DenoiserFunction:
+    def at_levels_of(self, schedule: NoiseSchedule, given_BCHW: Tensor | None = None) -> DenoiserFunction:
         """Return this network as a denoiser of noisy images of another schedule.
 
-        It rescales the images, and looks up timesteps by noise level.
+        It rescales the images, and looks up timesteps by noise level. If it upsamples, it is given the same.
         """
-        denoiser = self.denoiser()
+        denoiser = self.denoiser(given_BCHW=given_BCHW)
         if schedule.equals(denoiser.schedule):
             return denoiser
 
@@ -173,7 +182,7 @@ class Generator:
         """Sample one batch of images: ``(B, C, H, W)`` float32 in [-1, 1] (unclipped), on the network's device."""
         noise = self.noise(wanted, seed)
         labels_B = torch.tensor([image.label for image in wanted], device=self.device)
-        denoiser, steps = self.denoiser(network), steps_of(config, self.schedule)
+        denoiser, steps = self.denoiser(network, self.given(wanted, seed)), steps_of(config, self.schedule)
         guided_denoiser = self.guided(denoiser, config, steps)
         return self._sample(denoiser, guided_denoiser, noise(), labels_B, noise, config, steps, callback)
 
@@ -305,7 +314,8 @@ class Generator:
         angle_B = torch.tensor(weights, device=self.device).view(-1, 1, 1, 1) * (math.pi / 2.0)
         start_BCHW = angle_B.cos() * noise() + angle_B.sin() * other()
         labels_B = torch.full((len(weights),), request.label, device=self.device)
-        denoiser, steps = self.denoiser(), steps_of(config, self.schedule)
+        given_BCHW, steps = self.given(wanted, seeds[0]), steps_of(config, self.schedule)
+        denoiser = self.denoiser(given_BCHW=given_BCHW)
         guided_denoiser = self.guided(denoiser, config, steps)
         images = self._sample(denoiser, guided_denoiser, start_BCHW, labels_B, noise, config, steps)
         return to_uint8(images).cpu()
@@ -323,7 +333,8 @@ class Generator:
         noise = self.noise(wanted, seed)
         first_B, second_B = (torch.full((len(weights),), label, device=self.device) for label in labels)
         weights_B = torch.tensor(weights, device=self.device).view(-1, 1, 1, 1)
-        one, two, steps = self.denoiser(), self.denoiser(), steps_of(config, self.schedule)
+        given_BCHW, steps = self.given(wanted, seed), steps_of(config, self.schedule)
+        one, two = self.denoiser(given_BCHW=given_BCHW), self.denoiser(given_BCHW=given_BCHW)
         guided_one, guided_two = self.guided(one, config, steps), self.guided(two, config, steps)
 
         def mixed(x_BCHW: Tensor, t_B: Tensor, _: Tensor | None) -> Tensor:

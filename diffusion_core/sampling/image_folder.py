@@ -26,14 +26,25 @@ def file_name(request: Request) -> str:
     return f"{'none' if request.label == NO_LABEL else request.label}-{request.index}.png"
 
 
+def request_of(name: str) -> Request:
+    """Return the request whose image has a file name, the inverse of :func:`file_name`.
+
+    Raises:
+        ValueError: if it is another name.
+    """
+    label, _, index = name.removesuffix(".png").partition("-")
+    return Request(NO_LABEL if label == "none" else int(label), int(index))
+
+
 def settings(
     mode: str, checkpoint: Checkpoint, guide: Checkpoint | None, config: CoreConfig, weights: str
 ) -> dict[str, Any]:
-    """Return everything that determines an image, except its label and index."""
+    """Return everything that determines an image of a model, except its label and index, and what it upsamples."""
     ignored = {"every", "per_class", "batch_size", "cuda_graphs"}
     if config.sample.start_level is None:  # Folders of older versions do not mention it.
         ignored.add("start_level")
-    return {
+    upsampling = {"upsample": config.upsample.model_dump()} if config.upsample.wanted else {}
+    return upsampling | {
         "mode": mode,
         "weights": checkpoint.metadata["files"][f"{weights}.safetensors"]["sha256"],
         "guide": guide and guide.metadata["files"]["ema.safetensors"]["sha256"],

@@ -1,13 +1,15 @@
-"""Which labels a user means by names and numbers of classes."""
+"""Which images a user means: labels by names and numbers of classes, how many, and seeds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from decimal import Decimal
 
+from diffusion_core.checkpoint import Checkpoint
 from diffusion_core.config import ConfigError
 from diffusion_core.data.classes import SHOWN, are_numbers, normal
 from diffusion_core.messages import listed
+from diffusion_core.model.unet import NO_LABEL
 
 
 def find_labels(option: str, text: str, class_names: Sequence[str]) -> list[int]:
@@ -59,6 +61,35 @@ def find_label(option: str, word: str, class_names: Sequence[str], others: str =
     known = f"of {listed(class_names, SHOWN)}"
     numbered = "" if numbers else f"of 0 to {len(class_names) - 1} or "
     raise ConfigError(f"{option} = {word!r}: expected {others} {numbered}{known}")
+
+
+def pick_labels(text: str, checkpoint: Checkpoint) -> list[int]:
+    """Return the labels that ``--labels`` names, by number or class name, in its order."""
+    number = checkpoint.metadata["num_classes"]
+    if not number:
+        if text != "all":
+            raise ConfigError(f"--labels = {text!r}: the model knows no labels; expected all")
+        return [NO_LABEL]
+    if text == "all":
+        return list(range(number))
+    return find_labels("--labels", text, checkpoint.class_names[:number])
+
+
+def pick_count(text: str | None, default: int) -> int:
+    """Return how many images ``--num-images`` asks for."""
+    if text is None:
+        return default
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"--num-images = {text!r}: expected an integer >= 1")
+    return int(text)
+
+
+def pick_seeds(text: str) -> tuple[int, int]:
+    """Return the two seeds that ``--seeds`` names."""
+    words = [word.strip() for word in text.split(",")]
+    if len(words) != 2 or not all(word.isdecimal() for word in words):
+        raise ConfigError(f"--seeds = {text!r}: expected two integers >= 0, such as 0,1")
+    return int(words[0]), int(words[1])
 
 
 def _named(word: str, class_names: Sequence[str]) -> int | None:

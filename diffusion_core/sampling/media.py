@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -63,6 +64,21 @@ def grid(images_NCHW: Tensor, columns: int, row_names: Sequence[str] = ()) -> Im
     for index, pixels_CHW in enumerate(images_NCHW):
         canvas.paste(enlarged(pixels_CHW), (margin + index % columns * cell_w + GAP, index // columns * cell_h + GAP))
     return canvas
+
+
+def beside(low_NChw: Tensor, *columns: Tensor) -> Tensor:
+    """Return small images, with repeated pixels, and the images that belong to them, in turn.
+
+    Args:
+        low_NChw: uint8 small images.
+        columns: uint8 images, each ``(N, C, H, W)``.
+
+    Returns:
+        ``((1 + columns) * N, C, H, W)`` uint8 on the CPU: small image, images; next small image, ...
+    """
+    factor = columns[0].shape[2] // low_NChw.shape[2]
+    wide_NCHW = low_NChw.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+    return torch.stack([images.cpu() for images in (wide_NCHW, *columns)], dim=1).flatten(0, 1)
 
 
 def animation(

@@ -56,6 +56,11 @@ class PortableDenoiser(nn.Module):
 
     def __init__(self, network: UNet, config: CoreConfig) -> None:
         super().__init__()
+        if config.upsample.wanted:
+            raise UserError(
+                f"upsample.factor = {config.upsample.factor}: the network also takes a small image, for which a file "
+                "has no input; export an ordinary model"
+            )
         if config.model.self_conditioning:
             raise UserError(
                 "model.self_conditioning = True: the network also takes its last estimate, which a file does not keep; "

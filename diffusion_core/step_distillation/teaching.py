@@ -88,12 +88,12 @@ class Lesson:
 
 
 def like(denoiser: Denoiser, network: UNet) -> Denoiser:
-    """Return another network as a denoiser of the same schedule and parametrisation."""
+    """Return another network as a denoiser of the same schedule, parametrisation and given images."""
     other = Denoiser(network, denoiser.schedule)
     other.record = denoiser.record
     other.learned_variance = denoiser.learned_variance
     other.self_conditioning = denoiser.self_conditioning
-    return other
+    return other.with_given(denoiser.given_BCHW)
 
 
 def clean_image(denoiser: Denoiser, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor, shown_B: Tensor | None) -> Tensor:

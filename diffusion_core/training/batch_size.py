@@ -140,7 +140,8 @@ def train_once(network: UNet, config: CoreConfig, batch: int, processes: int) ->
     settings = config.train.model_copy(update={"batch_size": batch * processes})
     state = TrainState.start(network.train(), config.train, config.ema)
     compile_network(network, pick_compilation(settings, network, device))
-    denoiser = Denoiser.from_config(network, config.diffusion, config.model, device)
+    given = torch.zeros(batch, network.given_channels, size, size, device=device) if config.upsample.wanted else None
+    denoiser = Denoiser.from_config(network, config.diffusion, config.model, device).with_given(given)
     images = torch.zeros(batch, network.in_channels, size, size, device=device)
     zeros = torch.zeros(batch, dtype=torch.long, device=device)
     shown = torch.ones(batch, dtype=torch.bool, device=device) if config.model.self_conditioning else None

@@ -25,6 +25,7 @@ from diffusion_core.runs.recorded import log_rows
 from diffusion_core.sampling import media
 from diffusion_core.sampling.frames import Frames
 from diffusion_core.sampling.generation import Generator, Request, all_labels, requests
+from diffusion_core.sampling.lows import held_out
 from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import STEP, Tracker
 from diffusion_core.training.trainer import TrainState, is_due
@@ -53,12 +54,14 @@ class DrawSamples:
     """Every ``sample.every`` steps, draw a grid with one row per class, and a GIF from noise to image.
 
     The GIF shows the images of each step beside those that the network expects at that step. Where an evaluation
-    samples the same images, they are taken from there.
+    samples the same images, they are taken from there. A grid of a model that upsamples shows small image, sample and
+    held-out image beside each other.
     """
 
     def __init__(self, config: CoreConfig, dataset: Dataset, accelerator: Accelerator, folder: Path) -> None:
         self.config = config
         self.class_names = dataset.class_names
+        self.lows = held_out(dataset, config.upsample)
         self.precision = pick_precision(config.train, accelerator.device)
         self.folder = folder
         self.alone = accelerator.num_processes == 1
@@ -91,7 +94,11 @@ class DrawSamples:
         images, noisy, expected = self._sampled(state)
         columns = min(media.GIF_COLUMNS, config.per_class)
         row["samples"] = self.folder / f"samples-{state.step:08d}.png"
-        media.grid(images, config.per_class, names).save(row["samples"])
+        shown, across = images, config.per_class
+        if self.lows is not None:
+            wanted, _ = self._requests(state)
+            shown, across = media.beside(self.lows(wanted), images, self.lows.originals(wanted)), 3 * across
+        media.grid(shown, across, names).save(row["samples"])
         row["diffusion"] = self.folder / f"diffusion-{state.step:08d}.gif"
         media.save_gif(media.animation(noisy, expected, columns, names[: media.GIF_ROWS]), row["diffusion"])
 
@@ -109,7 +116,7 @@ class DrawSamples:
         if shared is not None and shared[0] == state.step and shared[1].is_complete:
             return shared[1].taken()
         config, seed = state.sampling(self.config.sample), self.config.seed
-        generator = Generator(state.ema.network, self.config, self.precision)
+        generator = Generator(state.ema.network, self.config, self.precision, lows=self.lows)
         (wanted, moving), moments = self._requests(state), media.spread(config.steps)
         if len(wanted) > config.batch_size:
             return generator.images(wanted, config, seed), *generator.trajectories(moving, config, seed, moments)

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffusion_core.checkpoint import STUDENT
 from diffusion_core.config import CoreConfig, SampleConfig
 from diffusion_core.data.datasets import DataError, Dataset
+from diffusion_core.evaluation.baseline import bilinear_judgement
 from diffusion_core.evaluation.features import ExtractorError
 from diffusion_core.evaluation.generated import estimate_seconds, generated, generated_requests
 from diffusion_core.evaluation.metrics import LossMetric
@@ -26,6 +27,7 @@ from diffusion_core.registries import METRICS
 from diffusion_core.run_folder import PROTOCOLS_FILE, SAMPLES
 from diffusion_core.sampling.cost import MACS, image_costs
 from diffusion_core.sampling.generation import Generator
+from diffusion_core.sampling.lows import held_out
 from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import Tracker, Upload
 from diffusion_core.training.callbacks import DrawSamples
@@ -49,7 +51,8 @@ class Evaluate:
 
     Before pruning they are named ``dense/val/loss`` and so on, before step distillation ``teacher/val/loss``. How each
     figure was measured is recorded in the run's summary and in ``protocols.json``. At the end, some images are listed
-    with their labels and what the classifier takes them for.
+    with their labels and what the classifier takes them for. Of a model that upsamples, the figures of bilinear
+    interpolation are named ``bilinear/eval/...``.
 
     Args:
         config: every knob of the core.
@@ -81,6 +84,8 @@ class Evaluate:
         self.precision = pick_precision(config.train, accelerator.device)
         self.protocols: dict[str, str] = {}
         self._suite: Suite | None = None
+        self._lows = held_out(dataset, config.upsample)
+        self._baseline: Judgement | None = None
         self._first: list[tuple[Tensor, Tensor]] = []
         self._said: set[str] = set()
 
@@ -92,9 +97,12 @@ class Evaluate:
         figures = {} if STUDENT in state.extra_metadata else self._losses(network)
         if self.config.judges_images:
             sample = state.sampling(self.config.sample)
-            judged = self._judge(Generator(network, self.config, self.precision), sample, state)
+            generator = Generator(network, self.config, self.precision, lows=self._lows)
+            judged = self._judge(generator, sample, state)
             figures |= judged.figures
-            self._note(judged.protocols)
+            baseline = self._baseline or Judgement()
+            row.update(baseline.figures)
+            self._note(judged.protocols | baseline.protocols)
             if state.step >= self.config.train.steps and (file := self._list_opinions(state.step)):
                 row["opinions"] = file
         prefix = self.prefix(state)
@@ -129,8 +137,11 @@ class Evaluate:
             sampled = generated_requests(generator, total)
             frames = self.pictures.frames(state, generator, sampled) if self.pictures else None
             batches: Iterable[tuple[Tensor, Tensor]] = generated(generator, total, sample, config.seed, callback=frames)
-            judged = first_images(batches if frames is None else frames.keep(batches), self._first)
-            return self._suite.judge(judged, total, sampling_protocol(sample, config.seed))
+            noted = first_images(batches if frames is None else frames.keep(batches), self._first)
+            judged = self._suite.judge(noted, total, sampling_protocol(sample, config.seed, config.upsample))
+            if self._baseline is None:
+                self._baseline = bilinear_judgement(self._suite, generator, total, sample)
+            return judged
         except (DataError, ExtractorError) as error:
             self._say(f"no figures of generated images: {error}")
             return Judgement()

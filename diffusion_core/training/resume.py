@@ -25,6 +25,7 @@ FREE_TO_CHANGE = (
     "log.",
     "checkpoint.",
     "sample.",
+    "upsample.sample_noise",
     "eval.",
     "preset",
 )

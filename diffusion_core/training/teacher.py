@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError, DistillConfig, ModelConfig, TrainConfig
 from diffusion_core.hardware import memory_format, pick_precision
 from diffusion_core.messages import one_line
-from diffusion_core.model.structure import resize, structure
+from diffusion_core.model.structure import dense_like, resize, structure
 from diffusion_core.model.unet import UNet
 from diffusion_core.training.distillation import Distillation
 from diffusion_core.training.trainer import TrainState
@@ -35,8 +33,7 @@ def distillation_of(
     if TEACHER not in state.extra_parts:
         return None
     network = state.network
-    with torch.device("meta"):
-        teacher = UNet(model, network.image_size, network.in_channels, network.num_classes)
+    teacher = dense_like(network, model)
     try:
         resize(teacher, state.extra_metadata[TEACHER]["structure"])
         tensors = {name: tensor.clone() for name, tensor in state.extra_parts[TEACHER].items()}

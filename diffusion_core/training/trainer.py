@@ -321,7 +321,7 @@ def _accumulate_gradients(
         last = index == parts - 1
         with nullcontext() if last else accelerator.no_sync(denoiser.network):
             with autocast(accelerator.device, precision):
-                loss_B = objective.loss(denoiser, part)
+                loss_B = objective.loss(denoiser.with_given(part.given_BCHW), part)
                 if distillation is not None:
                     loss_B = loss_B + distillation.loss()
             loss = loss_B.mean() / parts

@@ -99,16 +99,17 @@ class Reach:
             return
         knobs = {"target", "round_to", "scope", "block_keep", "widths", "depth", "blocks"}
         shape = prune.model_dump_json(include=knobs)
-        kind = config.model.model_dump_json(), repr(config.data.image_shape), shape
+        channels, size, _ = config.data.image_shape
+        given = config.upsample.channels(channels)
+        kind = config.model.model_dump_json(), repr((channels, size, given)), shape
         if kind not in self._traced and len(self._traced) == MOST_NETWORKS:
             return
         self._traced.add(kind)
-        channels, size, _ = config.data.image_shape
-        refuse_out_of_reach(prune, _share_of_new(kind[0], channels, size, shape))
+        refuse_out_of_reach(prune, _share_of_new(kind[0], channels, size, given, shape))
 
 
 @lru_cache(maxsize=4 * MOST_NETWORKS)
-def _share_of_new(model: str, channels: int, size: int, prune: str) -> float:
+def _share_of_new(model: str, channels: int, size: int, given: int, prune: str) -> float:
     """Return :func:`least_share` of a new network; 0 of its time. The sections are JSON, so that results can be kept.
 
     Raises:
@@ -116,7 +117,7 @@ def _share_of_new(model: str, channels: int, size: int, prune: str) -> float:
     """
     section = ModelConfig.model_validate_json(model)
     # Classes are rows of an embedding, and no channels.
-    network = UNet(section, size, channels, USUAL_CLASSES if section.class_conditional else 0)
+    network = UNet(section, size, channels, USUAL_CLASSES if section.class_conditional else 0, given)
     knobs = PruneConfig.model_validate_json(prune)
     check_blocks(network, knobs)
     return least_share(network, knobs) if knobs.target in COUNTED_TARGETS else 0.0

@@ -26,6 +26,7 @@ from diffusion_core.hardware import pick_precision
 from diffusion_core.registries import SEARCHES
 from diffusion_core.sampling.cost import MACS, image_costs
 from diffusion_core.sampling.generation import Generator
+from diffusion_core.sampling.lows import held_out
 from diffusion_core.search import engine, optuna_engine
 from diffusion_core.search.method import Search, SearchRequest
 from diffusion_core.search.objectives import Objective, front_among, point_of
@@ -120,7 +121,8 @@ class Measured:
         key = json.dumps(parameters, sort_keys=True)
         if key not in self.results:
             config = build(CoreConfig, flatten(self.checkpoint.config()), parameters)
-            generator = Generator(self.network, config, pick_precision(config.train, self.suite.device))
+            lows = held_out(self.suite.dataset, config.upsample)
+            generator = Generator(self.network, config, pick_precision(config.train, self.suite.device), lows=lows)
             costs = image_costs(self.network, config.sample, config.diffusion, config.model)
             batches = generated(generator, self.images, config.sample, 1)
             figures = self.suite.judge(batches, self.images, sampling_protocol(config.sample, 1)).figures

@@ -20,7 +20,17 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from agent.__main__ import main
 from agent.config import TrialConfig, build_config, config_from_words
-from diffusion_core.config import NONE_WORDS, PRESETS, ConfigError, flatten, help_text, list_knobs, split_argv, to_yaml
+from diffusion_core.config import (
+    NONE_WORDS,
+    PRESETS,
+    ConfigError,
+    UpsampleConfig,
+    flatten,
+    help_text,
+    list_knobs,
+    split_argv,
+    to_yaml,
+)
 from diffusion_core.registries import DATASETS, METRICS
 from diffusion_core.registry import Choice
 
@@ -432,6 +442,10 @@ def configurations(draw: st.DrawFn) -> TrialConfig:
         levels = min(levels, int(math.log2(default & -default)) + 1)
     pixels = size or DATASETS[values["data.name"]].size
     values["data.image_size"] = size
+    values["upsample.factor"] = draw(st.sampled_from([None, *(n for n in range(2, 17) if pixels % n == 0)]))
+    noise = sorted(values[f"upsample.{name}"] for name in ("sample_noise", "noise"))
+    without = UpsampleConfig().sample_noise, UpsampleConfig().noise
+    values["upsample.sample_noise"], values["upsample.noise"] = noise if values["upsample.factor"] else without
     values["model.channel_multipliers"] = draw(st.lists(st.integers(1, 9), min_size=levels, max_size=levels))
     resolutions = [pixels // 2**depth for depth in range(levels)]
     values["model.attention_resolutions"] = draw(st.lists(st.sampled_from(resolutions), unique=True))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from server import WandbServer
 from tiny import TINY
 from wandb_client import ROOT, Client
@@ -21,13 +24,17 @@ def server() -> Iterator[WandbServer]:
         assert server.errors == []
 
 
+def trained(server: WandbServer, folder: Path, run_id: str, **knobs: Any) -> str:
+    """The id of a finished run, whose model is on the server."""
+    client = Client(server, folder)
+    (client.directory / "config.yaml").write_text(json.dumps(TINY | FEW | knobs))  # JSON is YAML.
+    client.python("-m", "agent", "--config", "config.yaml", WANDB_PROJECT="test", WANDB_RUN_ID=run_id)
+    return run_id
+
+
 @pytest.fixture(scope="module")
 def run(server: WandbServer, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The id of a finished run, whose model is on the server."""
-    client = Client(server, tmp_path_factory.mktemp("training"))
-    (client.directory / "config.yaml").write_text(json.dumps(TINY | FEW))  # JSON is YAML.
-    client.python("-m", "agent", "--config", "config.yaml", WANDB_PROJECT="test", WANDB_RUN_ID="one")
-    return "one"
+    return trained(server, tmp_path_factory.mktemp("training"), "one")
 
 
 @pytest.fixture
@@ -73,6 +80,23 @@ def test_a_model_from_wandb_guides_sampling(server: WandbServer, run: str, clien
     settings = json.loads((client.directory / "guided" / "samples.json").read_text())
     assert settings != json.loads((client.directory / "plain" / "samples.json").read_text())
     assert len(list((client.directory / "guided").glob("?-0.png"))) == 2
+
+
+@pytest.mark.slow
+def test_a_chain_of_models_from_wandb_is_its_stages(server: WandbServer, run: str, client: Client) -> None:
+    knobs = {"upsample.factor": 2, "data.image_size": 16, "model.attention_resolutions": [8]}
+    up = trained(server, client.directory / "training", "two", **knobs)
+    script, base = str(ROOT / "scripts" / "sample_images.py"), ["--artifact", f"test/model-{run}"]
+    few = ["--num-images", "2", "--labels", "1,2", "--device", "cpu"]
+    output = client.python(script, *base, *few, "--upsample", f"test/model-{up}:best", "--out", "chain")
+    assert "checkpoint: tester/test/model-one:v" in output
+    assert "checkpoint: tester/test/model-two:v" in output
+    client.python(script, *base, *few, "--out", "small")
+    client.python(script, "--artifact", f"test/model-{up}", "--low", "small", "--device", "cpu", "--out", "large")
+    for name in ("1-0.png", "2-0.png"):
+        one, other = (np.asarray(Image.open(client.directory / folder / name), int) for folder in ("chain", "large"))
+        assert one.shape == (16, 16)
+        assert np.abs(one - other).max() <= 1
 
 
 @pytest.mark.slow

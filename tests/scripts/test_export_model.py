@@ -142,8 +142,9 @@ def test_what_is_refused_is_one_line_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-def test_a_network_that_remembers_is_refused(tmp_path: Path, capsys: Any) -> None:
-    remembering = lively_run(tmp_path / "run", model__self_conditioning=True)
-    assert export(remembering, tmp_path, "--format", "torch") == 2
-    assert "error: model.self_conditioning = True: " in capsys.readouterr().err
+@pytest.mark.parametrize(("key", "value"), [("model.self_conditioning", True), ("upsample.factor", 2)])
+def test_a_network_that_takes_more_is_refused(key: str, value: Any, tmp_path: Path, capsys: Any) -> None:
+    taking = lively_run(tmp_path / "run", **{key.replace(".", "__"): value})
+    assert export(taking, tmp_path, "--format", "torch") == 2
+    assert f"error: {key} = {value}: " in capsys.readouterr().err
     assert not (tmp_path / "exported").exists()

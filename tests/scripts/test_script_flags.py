@@ -45,6 +45,7 @@ RUN_BY = {
         "test_plugins.py",
         "test_choice.py",
         "test_phase.py",
+        "test_chains.py",
     ],
     "export_model": ["test_export_model.py", "test_artifact_flags.py", "test_plugins.py"],
     "gpu_check": ["test_gpu_check.py"],
@@ -52,7 +53,13 @@ RUN_BY = {
     "prepare_images": ["test_prepare_images.py"],
     "promote": ["test_keeping.py"],
     "prune": ["test_prune_script.py", "test_provenance.py", "test_plugins.py", "test_choice.py"],
-    "sample_images": ["test_sample_images.py", "test_artifact_flags.py", "test_plugins.py", "test_choice.py"],
+    "sample_images": [
+        "test_sample_images.py",
+        "test_artifact_flags.py",
+        "test_plugins.py",
+        "test_choice.py",
+        "test_chains.py",
+    ],
     "train_classifier": ["test_train_classifier.py"],
 }
 """Modules with a parser, and the files of the tests that run them."""

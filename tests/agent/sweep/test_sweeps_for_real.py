@@ -77,7 +77,11 @@ FORMS: dict[str, dict[str, Any]] = {
     "blanks, strictness, a number without a point": {
         "command": [*AGENT, *OWN, "${args_no_equals}"],
         "early_terminate": {"type": "hyperband", "min_iter": 3, "strict": True},
-        "parameters": {"train.lr": {"value": "2e-3"}, "ema.warmup": {"values": [False]}},
+        "parameters": {
+            "train.lr": {"value": "2e-3"},
+            "ema.warmup": {"values": [False]},
+            "upsample.factor": {"values": [4]},
+        },
     },
     "no hyphens": {"command": [*AGENT, *OWN, "${args_no_hyphens}"], "parameters": RATE},
     "flags": {

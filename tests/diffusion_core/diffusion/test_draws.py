@@ -13,7 +13,7 @@ from diffusion_core.config import CoreConfig
 from diffusion_core.diffusion.draws import Draws, draw
 from diffusion_core.diffusion.schedule import build_schedule
 
-FIELDS = ("x0_BCHW", "noise_BCHW", "t_B", "labels_B", "shown_B")
+FIELDS = ("x0_BCHW", "noise_BCHW", "t_B", "labels_B", "shown_B", "given_BCHW")
 
 
 def drawn(config: CoreConfig, step: int = 3, **place: Any) -> Draws:
@@ -25,6 +25,7 @@ EVERYTHING = {
     "diffusion__offset_noise": 0.3,
     "model__self_conditioning": True,
     "train__label_dropout": 0.5,
+    "upsample__factor": 2,
 }
 
 

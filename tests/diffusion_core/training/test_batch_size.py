@@ -71,7 +71,9 @@ def test_what_does_not_go_with_it(capsys: pytest.CaptureFixture[str]) -> None:
 # What is tried out on a GPU.
 
 
-@pytest.mark.parametrize("knobs", [{}, {"model.self_conditioning": True, "model.learned_variance": True}])
+@pytest.mark.parametrize(
+    "knobs", [{}, {"model.self_conditioning": True, "model.learned_variance": True, "upsample.factor": 2}]
+)
 def test_what_is_tried_is_the_program_that_trains(knobs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the same operations, in the same types, with equally large results; compiled where training compiles."""
     monkeypatch.setattr(compilation, "BACKEND", "eager")

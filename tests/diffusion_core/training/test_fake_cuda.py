@@ -39,6 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "model__conditioning": "scale_shift",
         "ema__power_widths": [0.1],
         "ema__average_from": 1,
+        "upsample__factor": 2,
     },
     "edm": {"diffusion__prediction": "edm", "diffusion__schedule": "linear"},
     "unlabelled": {"model__class_conditional": False},
@@ -62,9 +63,10 @@ def some_draws(config: CoreConfig) -> Draws:
     with CUDA:
         x_BCHW = torch.zeros(BATCH, channels, size, size)
         shown_B = torch.arange(BATCH) > 3 if config.model.self_conditioning else None
-        return Draws(
-            x_BCHW, torch.zeros_like(x_BCHW), torch.arange(BATCH), torch.zeros(BATCH, dtype=torch.long), shown_B
-        )
+        labels_B, given_BCHW = torch.zeros(BATCH, dtype=torch.long), None
+        if config.upsample.wanted:
+            given_BCHW = torch.zeros(BATCH, config.upsample.channels(channels), size, size)
+        return Draws(x_BCHW, torch.zeros_like(x_BCHW), torch.arange(BATCH), labels_B, shown_B, given_BCHW=given_BCHW)
 
 
 def differentiate(loss: Tensor, network: UNet) -> None:
@@ -81,8 +83,8 @@ def differentiate(loss: Tensor, network: UNet) -> None:
 
 def take_step(state: TrainState, config: CoreConfig, distillation: Distillation | None = None) -> Tensor:
     """A step as training takes it, from what was drawn on."""
-    denoiser = Denoiser.from_config(state.network, config.diffusion, config.model, CUDA)
     drawn = some_draws(config)
+    denoiser = Denoiser.from_config(state.network, config.diffusion, config.model, CUDA).with_given(drawn.given_BCHW)
     with cuda_autocast():
         loss_B = diffusion_loss(
             denoiser, drawn.x0_BCHW, drawn.noise_BCHW, drawn.t_B, drawn.labels_B, config.diffusion, drawn.shown_B
@@ -150,12 +152,14 @@ def test_a_step_of_a_pruned_student_stays_on_the_gpu() -> None:
 def test_a_sampling_step_stays_on_the_gpu(kind: str, guidance: float) -> None:
     """But for the samplers' sums, whose factors are numbers of the processor."""
     config = tiny_config(**KINDS[kind], sample__guidance=guidance)
-    drawing = Generator(tiny_network(config), config, "fp32")  # It moves its weights, which fake ones cannot be.
+    lows = (lambda wanted: torch.zeros(len(wanted), 1, 4, 4)) if config.upsample.wanted else None
+    # It moves its weights, which fake ones cannot be.
+    drawing = Generator(tiny_network(config), config, "fp32", lows=lows)
     with fake_tensors() as noted, torch.no_grad(), cuda_autocast():
         network = on_gpu(config).eval()
         given = some_draws(config)
         drawing.network, drawing.device = network, CUDA
-        denoiser = drawing.guided(drawing.denoiser(), config.sample)
+        denoiser = drawing.guided(drawing.denoiser(given_BCHW=given.given_BCHW), config.sample)
         x_BCHW = given.x0_BCHW
         for _ in range(2):  # Self-conditioned ones remember the first estimate.
             noted.operations.clear()
