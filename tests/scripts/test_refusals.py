@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -268,7 +267,7 @@ def test_nothing_is_on_wandb_of_a_run_that_is_refused(tmp_path: Path) -> None:
     with WandbServer() as server:
         client = Client(server, tmp_path)
         words = ["--preset=digits", "--init.checkpoint=nowhere", "--train.steps=2"]
-        said = finish(client.popen(sys.executable, "-m", "agent", *words, WANDB_MODE="online"), code=2)
+        said = finish(client.popen(client.interpreter, "-m", "agent", *words, WANDB_MODE="online"), code=2)
         assert said.splitlines()[-1].startswith("error: init.checkpoint = 'nowhere': ")
         assert not server.runs
         assert not (tmp_path / "runs").exists()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import Forks
 
 from agent.sweep import __main__ as sweep
 from agent.sweep import offline as agent_offline
@@ -519,12 +520,12 @@ def test_every_trial_keeps_to_its_share(tmp_path: Path, notes: Path, monkeypatch
 # The command line
 
 
-def test_the_real_command_estimates_runs_and_ranks(tmp_path: Path, notes: Path) -> None:
+def test_the_real_command_estimates_runs_and_ranks(tmp_path: Path, notes: Path, forks: Forks) -> None:
     import yaml
 
     loaded, _ = SWEEPS["grid"]
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(loaded.config))
-    command = [sys.executable, "-m", "agent.sweep", "mine.yaml", "--offline", "--jobs", "2"]
+    command = [str(forks.interpreter), "-m", "agent.sweep", "mine.yaml", "--offline", "--jobs", "2"]
     environment = os.environ | {"PYTHONPATH": str(STUB.parents[1]), "HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert (done.returncode, done.stderr) == (0, "")

@@ -57,7 +57,7 @@ def steps(run: Run) -> list[int]:
 
 
 def test_an_array_of_agents_runs_a_grid_whole_whatever_the_cluster_does(
-    slurm: Cluster, server: WandbServer, tmp_path: Path
+    slurm: Cluster, server: WandbServer, tmp_path: Path, forks: Forks
 ) -> None:
     client = Client(server, tmp_path)
     client.env = {name: value for name, value in client.env.items() if not name.startswith("SLURM_")}
@@ -67,7 +67,7 @@ def test_an_array_of_agents_runs_a_grid_whole_whatever_the_cluster_does(
     # The warning may come up to half a minute before it is due.
     words = ["--launcher", "slurm", "--slurm", "--partition=wide --cpus-per-task=2 --signal=B:USR1@55"]
     environment = {**slurm.environment, POLL: "1"}
-    command = [sys.executable, "-m", "agent.sweep"]
+    command = [client.interpreter, "-m", "agent.sweep"]
     submitted = finish(client.popen(*command, "mine.yaml", "--agents", "3", "--detach", *words, **environment))
     (sweep,) = server.sweeps.values()
     assert f"--attach tester/test/{sweep.id}" in submitted
@@ -98,10 +98,9 @@ def test_an_array_of_agents_runs_a_grid_whole_whatever_the_cluster_does(
     assert "another job took over" in logs[at["n3"]]
     assert f"jobs {sweep.id} are under way; no more are submitted" in output
     assert "agents: 3 completed" in output
-    with Forks() as forks:
-        for run in sweep.runs:
-            knobs = {"train.steps": STEPS, "seed": run.config["seed"]}
-            assert_as_undisturbed(tmp_path / "runs" / run.id, knobs, forks, tmp_path / f"undisturbed-{run.id}")
+    for run in sweep.runs:
+        knobs = {"train.steps": STEPS, "seed": run.config["seed"]}
+        assert_as_undisturbed(tmp_path / "runs" / run.id, knobs, forks, tmp_path / f"undisturbed-{run.id}")
 
 
 def test_a_trial_that_is_killed_before_it_has_begun_is_handed_back(server: WandbServer, tmp_path: Path) -> None:
@@ -111,7 +110,7 @@ def test_a_trial_that_is_killed_before_it_has_begun_is_handed_back(server: Wandb
     for name in ("squeue", "scontrol"):
         (tmp_path / "bin" / name).write_text("#!/bin/sh\n")
         (tmp_path / "bin" / name).chmod(0o755)
-    found = os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    found = os.pathsep.join([str(tmp_path / "bin"), client.env["PATH"]])
     client.env |= {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "PATH": found}
     (tmp_path / "mine.yaml").write_text(
         json.dumps(sweep_of("grid", {"seed": {"values": [3]}}, {"train.steps": 2 * EVERY}))
@@ -206,8 +205,9 @@ def test_trials_of_an_agent_run_on_all_nodes_of_its_job(slurm: Cluster, server: 
 
 
 @pytest.fixture
-def quiet(slurm: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment of a coordinator of this process."""
+def quiet(slurm: Cluster, monkeypatch: pytest.MonkeyPatch, forks: Forks) -> None:
+    """The environment of a coordinator of this process. Its jobs and trials run as forks."""
+    monkeypatch.setattr(sys, "executable", str(forks.interpreter))
     for name in [name for name in os.environ if name.startswith(("WANDB_", "SLURM_"))]:
         monkeypatch.delenv(name)
     added = {
@@ -251,7 +251,7 @@ def rows_of(folder: Path, trial: str) -> list[int]:
 
 
 @pytest.mark.usefixtures("quiet")
-def test_bayes_with_hyperband_is_whole_whatever_the_cluster_does(slurm: Cluster, tmp_path: Path) -> None:
+def test_bayes_with_hyperband_is_whole_whatever_the_cluster_does(slurm: Cluster, tmp_path: Path, forks: Forks) -> None:
     early = {"type": "hyperband", "min_iter": 4, "eta": 2}
     lr = {"min": 0.0001, "max": 0.01}
     fixed = {"train.steps": STEPS, "eval.every": 20}
@@ -274,13 +274,12 @@ def test_bayes_with_hyperband_is_whole_whatever_the_cluster_does(slurm: Cluster,
     assert {trial.state for trial in last.state.trials} <= {"finished", "stopped"}
     assert {trial.id: trial.failures for trial in last.state.trials if trial.failures} == {cancelled: 1}
     assert [read_note(folder / "trials" / at[node]).restarts for node in ("n2", "n3")] == [1, 1]  # type: ignore[union-attr]
-    with Forks() as forks:
-        for trial in last.state.trials:
-            rows = rows_of(folder, trial.id)
-            assert rows == list(range(EVERY, (STEPS if trial.state == "finished" else rows[-1]) + 1, EVERY))
-            if trial.state == "finished":
-                knobs = fixed | trial.parameters
-                assert_as_undisturbed(folder / "trials" / trial.id, knobs, forks, tmp_path / trial.id)
+    for trial in last.state.trials:
+        rows = rows_of(folder, trial.id)
+        assert rows == list(range(EVERY, (STEPS if trial.state == "finished" else rows[-1]) + 1, EVERY))
+        if trial.state == "finished":
+            knobs = fixed | trial.parameters
+            assert_as_undisturbed(folder / "trials" / trial.id, knobs, forks, tmp_path / trial.id)
 
 
 @pytest.mark.usefixtures("quiet")
