@@ -59,7 +59,7 @@ def steps(run: Run) -> list[int]:
 def test_an_array_of_agents_runs_a_grid_whole_whatever_the_cluster_does(
     slurm: Cluster, server: WandbServer, tmp_path: Path, forks: Forks
 ) -> None:
-    client = Client(server, tmp_path)
+    client = Client(server, tmp_path, forked=False)
     client.env = {name: value for name, value in client.env.items() if not name.startswith("SLURM_")}
     (tmp_path / "mine.yaml").write_text(
         json.dumps(sweep_of("grid", {"seed": {"values": list(SEEDS)}}, {"train.steps": STEPS}))
@@ -105,7 +105,7 @@ def test_an_array_of_agents_runs_a_grid_whole_whatever_the_cluster_does(
 
 def test_a_trial_that_is_killed_before_it_has_begun_is_handed_back(server: WandbServer, tmp_path: Path) -> None:
     """W&B has given its agent the run, and Python has hardly started."""
-    client = Client(server, tmp_path)
+    client = Client(server, tmp_path, forked=False)
     (tmp_path / "bin").mkdir()
     for name in ("squeue", "scontrol"):
         (tmp_path / "bin" / name).write_text("#!/bin/sh\n")
@@ -136,7 +136,7 @@ def test_a_time_limit_that_nothing_warned_of_costs_no_trial(
     slurm: Cluster, server: WandbServer, tmp_path: Path
 ) -> None:
     """Slurm ends two jobs with TIMEOUT: online, the trial leaves on SIGTERM; offline, it does not, and is killed."""
-    client = Client(server, tmp_path)
+    client = Client(server, tmp_path, forked=False)
     client.env = {name: value for name, value in client.env.items() if not name.startswith("SLURM_")}
     words = "--partition=wide --cpus-per-task=2 --time=1 --signal=B:CONT@1"  # Of a signal that nobody heeds.
     content = sweep_of("grid", {"seed": {"values": [0]}}, {"train.steps": STEPS})
