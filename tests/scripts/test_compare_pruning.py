@@ -21,7 +21,13 @@ from diffusion_core.tables import mean_and_range
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is measured is as small as can be: how good it is does not matter here."""
-    for key, value in {"sample.steps": 3, "eval.val_images": 32, "train.batch_size": 16}.items():
+    for key, value in {
+        "sample.steps": 3,
+        "eval.val_images": 32,
+        "train.batch_size": 16,
+        "model.num_res_blocks": 1,
+        "model.channels": 32,
+    }.items():
         monkeypatch.setitem(study.QUIET, key, value)
     for module in (runs, structured):
         monkeypatch.setattr(module, "BATCHES", 1)

@@ -205,9 +205,8 @@ def test_trials_of_an_agent_run_on_all_nodes_of_its_job(slurm: Cluster, server: 
 
 
 @pytest.fixture
-def quiet(slurm: Cluster, monkeypatch: pytest.MonkeyPatch, forks: Forks) -> None:
-    """The environment of a coordinator of this process. Its jobs and trials run as forks."""
-    monkeypatch.setattr(sys, "executable", str(forks.interpreter))
+def quiet(slurm: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of a coordinator of this process."""
     for name in [name for name in os.environ if name.startswith(("WANDB_", "SLURM_"))]:
         monkeypatch.delenv(name)
     added = {
