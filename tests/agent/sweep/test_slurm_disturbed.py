@@ -133,7 +133,7 @@ def test_a_trial_that_is_killed_before_it_has_begun_is_handed_back(server: Wandb
 
 
 def test_a_time_limit_that_nothing_warned_of_costs_no_trial(
-    slurm: Cluster, server: WandbServer, tmp_path: Path
+    slurm: Cluster, server: WandbServer, tmp_path: Path, forks: Forks
 ) -> None:
     """Slurm ends two jobs with TIMEOUT: online, the trial leaves on SIGTERM; offline, it does not, and is killed."""
     client = Client(server, tmp_path, forked=False)
@@ -166,15 +166,16 @@ def test_a_time_limit_that_nothing_warned_of_costs_no_trial(
     folders = tmp_path / "runs" / run.id, tmp_path / "offline/mine/trials" / trial["id"]
     rows = list(range(EVERY, STEPS + 1, EVERY))
     assert steps(run) == rows_of(tmp_path / "offline/mine", trial["id"]) == rows, "each row once"
-    with Forks() as forks:
-        for folder in folders:
-            knobs = {"train.steps": STEPS, "seed": 0}
-            assert_as_undisturbed(folder, knobs, forks, tmp_path / f"undisturbed-{folder.name}")
+    for folder in folders:
+        knobs = {"train.steps": STEPS, "seed": 0}
+        assert_as_undisturbed(folder, knobs, forks, tmp_path / f"undisturbed-{folder.name}")
 
 
-def test_trials_of_an_agent_run_on_all_nodes_of_its_job(slurm: Cluster, server: WandbServer, tmp_path: Path) -> None:
+def test_trials_of_an_agent_run_on_all_nodes_of_its_job(
+    slurm: Cluster, server: WandbServer, tmp_path: Path, forks: Forks
+) -> None:
     """One agent on two nodes, which is warned once: two trials, one run each, with the weights of one process."""
-    client = Client(server, tmp_path)
+    client = Client(server, tmp_path, forked=False)
     client.env = {name: value for name, value in client.env.items() if not name.startswith("SLURM_")}
     knobs = {"train.steps": STEPS, "train.batch_size": 8, "train.precision": "fp32", "model.dropout": 0.0}
     seeds = [0, 1]
@@ -192,13 +193,12 @@ def test_trials_of_an_agent_run_on_all_nodes_of_its_job(slurm: Cluster, server: 
     (sweep,) = server.sweeps.values()
     assert sorted(run.config["seed"] for run in sweep.runs) == seeds, "one run each"
     assert first.summary["slurm/restarts"] == 1
-    with Forks() as forks:
-        for run in sweep.runs:
-            assert (run.state, run.exit_code) == ("finished", 0)
-            assert steps(run) == list(range(EVERY, STEPS + 1, EVERY)), "each row once"
-            alone = undisturbed(knobs | {"seed": run.config["seed"]}, forks, tmp_path / f"alone-{run.id}")
-            ours = read_checkpoint(tmp_path / "runs" / run.id)
-            assert difference(ours.tensors("model"), alone.tensors("model")) < 1e-3
+    for run in sweep.runs:
+        assert (run.state, run.exit_code) == ("finished", 0)
+        assert steps(run) == list(range(EVERY, STEPS + 1, EVERY)), "each row once"
+        alone = undisturbed(knobs | {"seed": run.config["seed"]}, forks, tmp_path / f"alone-{run.id}")
+        ours = read_checkpoint(tmp_path / "runs" / run.id)
+        assert difference(ours.tensors("model"), alone.tensors("model")) < 1e-3
 
 
 # Without a network
@@ -283,7 +283,7 @@ def test_bayes_with_hyperband_is_whole_whatever_the_cluster_does(slurm: Cluster,
 
 @pytest.mark.usefixtures("quiet")
 def test_a_trial_on_two_nodes_survives_a_warning_a_dead_process_and_a_lost_node_and_goes_on_with_one(
-    slurm: Cluster, tmp_path: Path
+    slurm: Cluster, tmp_path: Path, forks: Forks
 ) -> None:
     knobs = {
         "train.steps": STEPS,
@@ -326,8 +326,7 @@ def test_a_trial_on_two_nodes_survives_a_warning_a_dead_process_and_a_lost_node_
     assert rows_of(folder, trial()["id"]) == list(range(EVERY, STEPS + 1, EVERY))
     config = json.loads((folder / "results.json").read_text())[0]["config"]
     assert config["train.batch_size"] == 8
-    with Forks() as forks:
-        alone = undisturbed(knobs | {"seed": 0}, forks, tmp_path / "alone")
+    alone = undisturbed(knobs | {"seed": 0}, forks, tmp_path / "alone")
     ours = read_checkpoint(folder / "trials" / trial()["id"])
     for part in ("model", "ema"):  # Two processes add up gradients in another order than one.
         assert difference(ours.tensors(part), alone.tensors(part)) < 1e-3
