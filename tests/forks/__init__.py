@@ -56,7 +56,7 @@ class Forks:
     """The process that forks."""
 
     def __enter__(self) -> Self:
-        env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+        env = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "SLURM_"))}
         self.env = env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_ERROR_REPORTING": "false"}
         self.outputs = tempfile.TemporaryDirectory()
         self.started = 0
