@@ -52,7 +52,7 @@ def test_images_classes_and_what_is_not_read_are_said(tmp_path: Path, capsys: py
 
 def test_nothing_is_downloaded_to_look_at_the_data(tmp_path: Path) -> None:
     place = tmp_path / "downloads"
-    config = tiny_config(data__name="cifar10", data__path=str(place)).data
+    config = DataConfig.model_validate({"name": "cifar10", "path": str(place)})
     line = f"data: cifar10: 10 classes; a run reads or downloads it below {str(place)!r}"
     assert look_at_data(config) == ([line], 10)
     assert list(tmp_path.iterdir()) == []
