@@ -49,7 +49,7 @@ TESTS = {
     "agent.sweep.file": "test_sweep_files",
     "diffusion_core.search.offline": "test_offline_sweeps",
     "diffusion_core.training.checkpoints": "test_alerts test_start test_moving",
-    "diffusion_core.training.resume": "test_start test_moving test_longer",
+    "diffusion_core.training.resume": "test_start test_moving",
 }
 """Modules, and the test files that are theirs, without those marked as slow."""
 

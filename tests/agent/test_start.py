@@ -22,7 +22,7 @@ from diffusion_core.model.unet import build_network
 from diffusion_core.tracking import MemoryTracker
 from diffusion_core.training.checkpoints import SaveCheckpoints
 from diffusion_core.training.distillation import Distillation, activation_map
-from diffusion_core.training.resume import drawing_as
+from diffusion_core.training.resume import drawing_as, find_checkpoint
 from pruning.channels.removal import prune_channels
 from pruning.config import PruneConfig
 
@@ -166,6 +166,26 @@ def test_a_run_of_another_configuration_does_not_go_on(changes: dict[str, Any], 
     one_line(refusal.value)
     _, checkpoint, _ = trial(tmp_path / "run", eval__every=2)  # Which decides nothing of what is trained.
     assert checkpoint.step == BASE["train.steps"]
+
+
+@pytest.mark.parametrize(("changes", "longer", "refused"), [
+    ({"train.steps": 5}, True, None),
+    ({"train.steps": 5}, False, "train.steps = 5: the run in .* was started with 3; choose another"),
+    ({"train.steps": 2}, True, "train.steps = 2: the run in .* was started with 3; it may only grow; choose another"),
+    ({"train.steps": 5, "train.lr": 0.5}, True, "train.lr = 0.5: .* was started with 0.001"),
+])  # fmt: skip
+def test_a_run_grows_where_it_may_and_nothing_else_changes(
+    changes: dict[str, Any], longer: bool, refused: str | None, dense: Path
+) -> None:
+    """A round of a chain may not: the masks of the next one are of its last step."""
+    config, folder = build_config(BASE, changes), dense / "checkpoints"
+    if refused is None:
+        found = find_checkpoint(config, folder, longer=longer)
+        assert found is not None
+        assert found.step == 3
+    else:
+        with pytest.raises(ConfigError, match=refused):
+            find_checkpoint(config, folder, **({"longer": True} if longer else {}))
 
 
 @pytest.mark.parametrize(("then", "draws"), [({}, 1), ({"draws": 1}, 2), ({"draws": 2}, 2)])
