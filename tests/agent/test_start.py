@@ -39,12 +39,16 @@ BASE: dict[str, Any] = {
 NARROW = {"prune.method": "structured", "prune.step": 0}
 
 
-def trial(
-    folder: Path, tracker: MemoryTracker | None = None, **changes: Any
-) -> tuple[TrialResult, Checkpoint, MemoryTracker]:
+def trial(folder: Path, **changes: Any) -> tuple[TrialResult, Checkpoint, MemoryTracker]:
     """A run in a folder; a dot is written as two underscores."""
+    return tracked_trial(folder, MemoryTracker(), **changes)
+
+
+def tracked_trial(
+    folder: Path, tracker: MemoryTracker, **changes: Any
+) -> tuple[TrialResult, Checkpoint, MemoryTracker]:
+    """The same with a tracker."""
     config = build_config(BASE, {key.replace("__", "."): value for key, value in changes.items()})
-    tracker = tracker or MemoryTracker()
     result = run_trial(config, tracker, dataset=digits(), folder=folder, run_id=folder.name)
     return result, read_checkpoint(folder), tracker
 
@@ -95,7 +99,7 @@ def test_checkpoints_are_logged_as_they_come_or_at_the_end_those_that_are_kept(
 ) -> None:
     tracker = kind_of_tracker()
     knobs = {"train__steps": 4, "checkpoint__every": 1, "checkpoint__keep": 2, "checkpoint__upload": upload}
-    trial(tmp_path / "run", tracker, **knobs, checkpoint__best_metric="val/loss")
+    tracked_trial(tmp_path / "run", tracker, **knobs, checkpoint__best_metric="val/loss")
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == [
         "step-00000003", "step-00000004",
     ]  # fmt: skip

@@ -66,8 +66,8 @@ def main() -> None:
     answers.write(json.dumps(request) + "\n")
     answers.flush()
     fork = int(answers.readline())
-    for number in early:
-        pass_on(number, None)
+    for caught in early:
+        pass_on(caught, None)
     status = int(answers.readline())
     if status < 0:
         signal.signal(-status, signal.SIG_DFL)

@@ -84,7 +84,7 @@ class Server:
         self.waiting.register(self.listener, selectors.EVENT_READ)
         while True:
             for key, _ in self.waiting.select():
-                if key.fileobj is sys.stdin:
+                if key.fd == sys.stdin.fileno():
                     line = sys.stdin.readline()
                     if not line:
                         return
