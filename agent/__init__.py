@@ -5,9 +5,7 @@
 
 import sys
 
-from diffusion_core.signals import leave_at_once, remember_if_handed_out
+from diffusion_core.signals import leave_at_once
 
 if sys.argv[:1] == ["-m"]:  # Python is looking for the module of `python -m agent`, whose imports take seconds.
-    if sys.orig_argv[-len(sys.argv)].endswith("agent"):  # Or -magent; not agent.sync.
-        remember_if_handed_out()  # Before there is a handler: the signal may come at once.
-    leave_at_once()
+    leave_at_once(of_trial=sys.orig_argv[-len(sys.argv)].endswith("agent"))  # The module: `agent`, or `agent.sweep`.

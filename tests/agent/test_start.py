@@ -22,7 +22,7 @@ from diffusion_core.model.unet import build_network
 from diffusion_core.tracking import MemoryTracker
 from diffusion_core.training.checkpoints import SaveCheckpoints
 from diffusion_core.training.distillation import Distillation, activation_map
-from diffusion_core.training.resume import drawing_as, find_checkpoint
+from diffusion_core.training.resume import check_same_labels, describe_longer, drawing_as, find_checkpoint
 from pruning.channels.removal import prune_channels
 from pruning.config import PruneConfig
 
@@ -186,10 +186,28 @@ def test_a_run_grows_where_it_may_and_nothing_else_changes(
     if refused is None:
         found = find_checkpoint(config, folder, longer=longer)
         assert found is not None
-        assert found.step == 3
+        said = "train.steps = 5: the run was started with 3 and continues from step 3; "
+        for schedule, rest in {
+            "constant": "the learning rate goes on as before",
+            "cosine": "from there the cosine of the learning rate follows the new length, which one long run would "
+            "not have done",
+        }.items():
+            longer_config = build_config(BASE, changes | {"train.lr_schedule": schedule})
+            assert describe_longer(longer_config, found) == said + rest
+        assert describe_longer(build_config(BASE), found) is None
     else:
         with pytest.raises(ConfigError, match=refused):
             find_checkpoint(config, folder, **({"longer": True} if longer else {}))
+
+
+def test_a_teacher_has_the_labels_of_the_network_to_start_from(dense: Path) -> None:
+    ours, turned = read_checkpoint(dense), read_checkpoint(dense)
+    turned.metadata["class_names"] = turned.metadata["class_names"][::-1]
+    check_same_labels(ours, read_checkpoint(dense))
+    with pytest.raises(ConfigError, match=r"distill\.checkpoint = .*, in another order than .*; choose a teacher"):
+        check_same_labels(ours, turned)
+    turned.metadata["class_names"] = ["others"]  # Those of another data set have no order in common.
+    check_same_labels(ours, turned)
 
 
 @pytest.mark.parametrize(("then", "draws"), [({}, 1), ({"draws": 1}, 2), ({"draws": 2}, 2)])
