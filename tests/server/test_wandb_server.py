@@ -693,8 +693,9 @@ def test_preempted_run_moves_to_another_agent(server: WandbServer, client: Clien
 
 
 @pytest.mark.slow
-def test_wandb_verify(server: WandbServer, client: Client) -> None:
+def test_wandb_verify(server: WandbServer, tmp_path: Path) -> None:
     """W&B's own check of a server, 9 trials of a sweep among it."""
+    client = Client(server, tmp_path, forked=False)
     client.env.pop("WANDB_PROJECT")
     output = client.wandb("verify", "--host", server.url, USER=os.environ.get("USER", "tester"))
     for check in ("signed URL upload", "large payloads", "a file", "artifact save", "sweep creation"):
