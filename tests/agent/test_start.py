@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,13 +202,13 @@ def test_a_run_grows_where_it_may_and_nothing_else_changes(
 
 
 def test_a_teacher_has_the_labels_of_the_network_to_start_from(dense: Path) -> None:
-    ours, turned = read_checkpoint(dense), read_checkpoint(dense)
-    turned.metadata["class_names"] = turned.metadata["class_names"][::-1]
+    ours = read_checkpoint(dense)
+    turned = replace(ours, metadata={**ours.metadata, "class_names": ours.metadata["class_names"][::-1]})
     check_same_labels(ours, read_checkpoint(dense))
     with pytest.raises(ConfigError, match=r"distill\.checkpoint = .*, in another order than .*; choose a teacher"):
         check_same_labels(ours, turned)
-    turned.metadata["class_names"] = ["others"]  # Those of another data set have no order in common.
-    check_same_labels(ours, turned)
+    # Those of another data set have no order in common.
+    check_same_labels(ours, replace(ours, metadata={**ours.metadata, "class_names": ["others"]}))
 
 
 @pytest.mark.parametrize(("then", "draws"), [({}, 1), ({"draws": 1}, 2), ({"draws": 2}, 2)])
