@@ -30,8 +30,8 @@ from agent.tracking.stop_cause import was_asked_to_end
 from agent.trial import check_start, first_network, run_trial
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError, flatten, to_yaml
-from diffusion_core.data.announcement import advise, announce_data
-from diffusion_core.data.datasets import DataError, load_data, look_at_data
+from diffusion_core.data.announcement import advise, announce_data, look_at_data
+from diffusion_core.data.datasets import DataError, load_data
 from diffusion_core.distributed import WATCH_EVERY_S, Peers, first_process_first, make_accelerator
 from diffusion_core.files import write_json
 from diffusion_core.hardware import pick_device
@@ -113,8 +113,8 @@ def dry_run(config: TrialConfig, *, everything: bool = False) -> int:
     preset = build_config({"preset": config.preset})
     print("# all settings" if everything else f"# settings other than those of --preset={config.preset}")
     print(to_yaml(config, without_secrets=True, beyond=None if everything else preset), end="")
-    print(f"# data: {data}\n# start: {origin}")
-    print(*(f"# {line}" for line in describe_model(network, config, config.prune)), sep="\n")
+    lines = [*data, f"start: {origin}", *describe_model(network, config, config.prune)]
+    print(*(f"# {line}" for line in lines), sep="\n")
     return 0
 
 

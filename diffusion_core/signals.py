@@ -42,12 +42,17 @@ def ignore(numbers: Iterable[int]) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def leave_at_once() -> None:
+def leave_at_once(*, of_trial: bool = False) -> None:
     """From now on, on SIGINT or SIGTERM, print one line and exit with 128 + the signal's number, without clean-up.
 
     Commands call this before slow imports. An exception in the middle of an import shows as a traceback, or as another
     error. A signal that is ignored, as SIGINT in a shell's background jobs, stays ignored.
+
+    Args:
+        of_trial: whether this process runs a trial: :func:`remember_if_handed_out` before a signal can come.
     """
+    if of_trial:
+        remember_if_handed_out()
     for number in heeded_interrupts():
         signal.signal(number, _leave)
 

@@ -6,6 +6,7 @@ import atexit
 import gc
 import os
 import shutil
+import signal
 import tempfile
 import tomllib
 from importlib import metadata
@@ -19,6 +20,10 @@ PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 # Tiny networks gain nothing from threads, and threads that wait for each other on a busy machine take a hundred times
 # as long. Set before torch is imported, and inherited by the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell's background jobs ignore Ctrl-C, and so would the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What takes seconds to compute is computed once for all tests (those in other processes inherit the folder), and anew
 # every time that they are run.

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
-from forks import WORDS, Forks
+from forks import WORDS, shared_forks
 from server import Fault, Run, Sweep, WandbServer
 from wandb_client import Client
 
@@ -91,7 +91,7 @@ class Storm:
     def __init__(self, server: WandbServer, folder: Path, trials: int, agents: int, seed: int, every_s: float) -> None:
         self.server = server
         self.chance = random.Random(seed)
-        self.machines = [Client(server, folder / f"machine-{number}") for number in range(agents)]
+        self.machines = [Client(server, folder / f"machine-{number}", forked=False) for number in range(agents)]
         for machine in self.machines:
             machine.env |= RETRIES | {"WANDB_FINISH_TIMEOUT": "15", "WANDB_INIT_TIMEOUT": "15"}
             machine.env |= {"DIFFUSION_SWEEPS_DOWNLOAD_WITHIN": "5"}
@@ -284,12 +284,11 @@ def newest(folder: Path) -> str:
 def quiet_weights(folder: Path, count: int) -> dict[int, str]:
     """A hash of the weights that each trial ends with if nothing happens, by its seed."""
     found = {}
-    with Forks() as forks:
-        for seed in range(count):
-            forks.run([*TRIAL, f"--seed={seed}", "--log.dir=run"], folder / str(seed))
-            file = folder / str(seed) / "run" / "checkpoints" / f"step-{STEPS:08d}" / "ema.safetensors"
-            found[seed] = hashlib.sha256(file.read_bytes()).hexdigest()
-            shutil.rmtree(folder / str(seed))
+    for seed in range(count):
+        shared_forks().run([*TRIAL, f"--seed={seed}", "--log.dir=run"], folder / str(seed))
+        file = folder / str(seed) / "run" / "checkpoints" / f"step-{STEPS:08d}" / "ema.safetensors"
+        found[seed] = hashlib.sha256(file.read_bytes()).hexdigest()
+        shutil.rmtree(folder / str(seed))
     return found
 
 

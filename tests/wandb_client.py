@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -18,14 +19,23 @@ TIMEOUT = 300
 
 
 class Client:
-    """Processes with the real client, in a directory of their own."""
+    """Processes with the real client, in a directory of their own.
 
-    def __init__(self, server: WandbServer, directory: Path) -> None:
+    Args:
+        server: the server.
+        directory: which programs run in.
+        forked: whether ``interpreter``, which agents call as well, forks commands instead of starting Python. Leave it
+            out where it matters which process has started which, what is imported, or how much memory it takes.
+    """
+
+    def __init__(self, server: WandbServer, directory: Path, *, forked: bool = True) -> None:
         self.server = server
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
+        self.interpreter = str(shared_forks().interpreter) if forked else sys.executable
         # Programs run in `directory`, and find this checkout's packages from there. Several run side by side.
         self.env = server.env(directory / "home") | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.env["PATH"] = os.pathsep.join([str(Path(self.interpreter).parent), self.env["PATH"]])
 
     def write(self, name: str, source: str) -> Path:
         path = self.directory / name
@@ -54,14 +64,14 @@ class Client:
         return shared_forks().python(words, self.directory, {**self.env, **env})
 
     def wandb(self, *arguments: str, **env: str) -> str:
-        return self.command(sys.executable, "-m", "wandb", *arguments, **env)
+        return self.command(self.interpreter, "-m", "wandb", *arguments, **env)
 
     def script(self, source: str, **env: str) -> Any:
         """Run a script; what it assigned to `result` (JSON values) comes back."""
         path = self.write("script.py", "import json\nresult = None\n" + textwrap.dedent(source))
         with path.open("a") as file:
             file.write("\njson.dump(result, open('result.json', 'w'))\n")
-        self.command(sys.executable, str(path), **env)
+        self.command(self.interpreter, str(path), **env)
         return json.loads((self.directory / "result.json").read_text())
 
     def sweep(self, program: str, **config: Any) -> Sweep:
@@ -75,7 +85,7 @@ class Client:
         return self.server.sweeps[sweep_id]
 
     def agent(self, sweep: Sweep, *options: str) -> subprocess.Popen[str]:
-        return self.popen(sys.executable, "-m", "wandb", "agent", *options, f"tester/test/{sweep.id}")
+        return self.popen(self.interpreter, "-m", "wandb", "agent", *options, f"tester/test/{sweep.id}")
 
 
 def finish(process: subprocess.Popen[str], code: int = 0, within_s: float = TIMEOUT) -> str:

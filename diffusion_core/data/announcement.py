@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 
 from diffusion_core.config import DataConfig, ModelConfig, TrainConfig
 from diffusion_core.data.classes import shown_classes
-from diffusion_core.data.datasets import Dataset
+from diffusion_core.data.datasets import DataError, Dataset, DatasetRecord, downloads_of, load_data
 from diffusion_core.messages import counted
 from diffusion_core.redact import redact
+from diffusion_core.registries import DATASETS
 from diffusion_core.terminal.progress import say
 
 WARNING = "warning: "
@@ -18,6 +19,23 @@ def announce_data(config: DataConfig, dataset: Dataset, warnings: Iterable[str] 
     """Print to stderr how many images and classes there are, which are held out, what was not read, and warnings."""
     for line in (*describe_images(config, dataset), *warnings):
         say(redact(line))
+
+
+def look_at_data(config: DataConfig, *, progress: bool = False) -> tuple[list[str], int]:
+    """Return the lines that a run would print of its images, and the number of classes. Download nothing.
+
+    Raises:
+        DataError: if the data set cannot be found or decoded.
+    """
+    record: DatasetRecord = DATASETS[config.name]
+    if record.path == "cache" and record.num_classes is not None:
+        place = downloads_of(config)
+        if place.exists() and not place.is_dir():
+            raise DataError(f"data.path = {str(place)!r}: is no folder; expected one to keep downloads in")
+        line = f"data: {config.name}: {record.num_classes} classes; a run reads or downloads it below {str(place)!r}"
+        return [redact(line)], record.num_classes
+    dataset = load_data(config, progress=progress)
+    return [redact(line) for line in describe_images(config, dataset)], dataset.num_classes
 
 
 def describe_images(config: DataConfig, dataset: Dataset) -> Iterator[str]:

@@ -144,26 +144,7 @@ def load_data(config: DataConfig, *, progress: bool = False, recorded: Sequence[
     return dataset
 
 
-def look_at_data(config: DataConfig, *, progress: bool = False) -> tuple[str, int]:
-    """Return what a data set holds, in words, and its number of classes. Download nothing.
-
-    Raises:
-        DataError: if it cannot be found or decoded.
-    """
-    record: DatasetRecord = DATASETS[config.name]
-    if record.path == "cache" and record.num_classes is not None:
-        place = _downloads(config)
-        if place.exists() and not place.is_dir():
-            raise DataError(f"data.path = {str(place)!r}: is no folder; expected one to keep downloads in")
-        return f"{config.name}, {record.num_classes} classes; a run reads or downloads it below {place}", (
-            record.num_classes
-        )
-    dataset = load_data(config, progress=progress)
-    counts = f"{len(dataset.train):,} training images, {len(dataset.val):,} held out"
-    return f"{config.name}, {counts}, {dataset.num_classes} classes", dataset.num_classes
-
-
-def _downloads(config: DataConfig) -> Path:
+def downloads_of(config: DataConfig) -> Path:
     """Return where torchvision's files are kept."""
     return Path(config.path) if config.path else Path.home() / ".cache" / "torchvision"
 
@@ -216,7 +197,7 @@ def _digits_table() -> np.ndarray:
 def _load_torchvision(name: str, config: DataConfig, _progress: bool) -> Dataset:
     from torchvision import datasets  # Slow to import, and `digits` and `folder` do without it.
 
-    root = _downloads(config)
+    root = downloads_of(config)
     loader = getattr(datasets, name)
     try:
         parts = [loader(str(root), train=train, download=True) for train in (True, False)]

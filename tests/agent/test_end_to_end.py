@@ -12,7 +12,6 @@ import math
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from forks import Forks
 from image_files import frame_count
 from PIL import Image
 from server import Run, Sweep, WandbServer
@@ -194,9 +194,7 @@ def test_another_machine_samples_from_the_best_model(
     elsewhere = Client(server, tmp_path)
     script = str(ROOT / "scripts" / "sample_images.py")
     settings = ["--labels", "0,3,7", "--num-images", "7", "--steps", "3", "--seed", "5"]
-    elsewhere.command(
-        sys.executable, script, "--artifact", f"model-{best.id}:best", *settings, "--out", "pulled", "--gif"
-    )
+    elsewhere.python(script, "--artifact", f"model-{best.id}:best", *settings, "--out", "pulled", "--gif")
     names = {f"{label}-{index}.png" for label, index in [(0, 0), (3, 0), (7, 0), (0, 1), (3, 1), (7, 1), (0, 2)]}
     pulled = tmp_path / "pulled"
     assert {path.name for path in pulled.glob("*.png")} == names | {"grid.png"}
@@ -205,11 +203,11 @@ def test_another_machine_samples_from_the_best_model(
     # The same images as from the checkpoint on the disk of the machine that trained it.
     version = server.artifact(f"model-{best.id}:best")
     home = swept["grid"][0].directory / "runs" / best.id / "checkpoints" / f"step-{version.metadata['step']:08d}"
-    elsewhere.command(sys.executable, script, "--checkpoint", str(home), *settings, "--out", "local")
+    elsewhere.python(script, "--checkpoint", str(home), *settings, "--out", "local")
     for name in names:
         assert (pulled / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
 
-    output = finish(elsewhere.popen(sys.executable, script, "--artifact", "model-nobody:best"), code=2)
+    output = elsewhere.python(script, "--artifact", "model-nobody:best", code=2)
     assert output.strip().splitlines()[-1].startswith("error: --artifact = 'model-nobody:best'")
 
 
@@ -220,7 +218,7 @@ def test_agent_sweep_online_in_one_command(server: WandbServer, tmp_path: Path) 
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
     # The key comes from .env in the working directory, as a user would have it.
     (tmp_path / ".env").write_text(f"WANDB_API_KEY={client.env.pop('WANDB_API_KEY')}\nWANDB_MODE=\n")
-    output = client.command(sys.executable, "-m", "agent.sweep", "mine.yaml")
+    output = client.command(client.interpreter, "-m", "agent.sweep", "mine.yaml")
     sweep = next(
         sweep for sweep in server.sweeps.values() if sweep.display_name == "mine" or "mine" in sweep.config_yaml
     )
@@ -250,9 +248,9 @@ def offline_environment(home: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_the_same_file_runs_without_an_account(tmp_path: Path) -> None:
+def test_the_same_file_runs_without_an_account(tmp_path: Path, forks: Forks) -> None:
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(SWEEPS["grid"]))
-    command = [sys.executable, "-m", "agent.sweep", "mine.yaml", "--offline"]
+    command = [str(forks.interpreter), "-m", "agent.sweep", "mine.yaml", "--offline"]
     environment = offline_environment(tmp_path / "home")
 
     def sweep(*more: str) -> subprocess.CompletedProcess[str]:
@@ -286,7 +284,7 @@ def test_the_same_file_runs_without_an_account(tmp_path: Path) -> None:
     # W&B's own viewer finds losses, grids, GIF and figures in the offline run.
     run = next((folder / "trials" / results[0]["id"] / "wandb").glob("offline-run-*"))
     shown = subprocess.run(
-        [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(run)],
+        [forks.interpreter, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(run)],
         env=environment, capture_output=True, text=True, timeout=60, check=True,
     ).stdout  # fmt: skip
     for name in ("train/loss", "val/loss", "samples", "diffusion", "eval/class_agreement", "model/macs"):
@@ -302,10 +300,12 @@ def test_the_same_file_runs_without_an_account(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_offline_sweep_synced_later_is_complete_on_the_server(server: WandbServer, tmp_path: Path) -> None:
+def test_an_offline_sweep_synced_later_is_complete_on_the_server(
+    server: WandbServer, tmp_path: Path, forks: Forks
+) -> None:
     (tmp_path / "later.yaml").write_text(yaml.safe_dump(sweep_config("grid", {"seed": {"values": [7, 8]}})))
     subprocess.run(
-        [sys.executable, "-m", "agent.sweep", "later.yaml", "--offline"],
+        [forks.interpreter, "-m", "agent.sweep", "later.yaml", "--offline"],
         cwd=tmp_path, env=offline_environment(tmp_path / "home"), check=True, timeout=300, capture_output=True,
     )  # fmt: skip
     client = Client(server, tmp_path)
@@ -321,11 +321,11 @@ def test_an_offline_sweep_synced_later_is_complete_on_the_server(server: WandbSe
         assert any(name.endswith(".gif") for name in run.files)
 
 
-def test_a_failed_download_names_the_alternatives(tmp_path: Path) -> None:
+def test_a_failed_download_names_the_alternatives(tmp_path: Path, forks: Forks) -> None:
     unreachable = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     environment = offline_environment(tmp_path) | unreachable
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "train_cifar.py"), "--train.steps=1"],
+        [forks.interpreter, str(ROOT / "scripts" / "train_cifar.py"), "--train.steps=1"],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 2

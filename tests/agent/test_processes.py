@@ -12,13 +12,12 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forks import Forks
+from forks import Forks, shared_forks
 from server import WandbServer
 from wandb_client import Client, finish
 
@@ -61,10 +60,10 @@ def free_port() -> int:
 def launch(folder: Path, processes: int, *words: str, mode: str = "disabled") -> subprocess.Popen[str]:
     """`python -m agent` in a folder, on so many processes."""
     folder.mkdir(exist_ok=True)
-    launcher = [sys.executable]
+    launcher = [str(shared_forks().interpreter)]
     if processes > 1:
         launcher = [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),
+            *(*launcher, "-m", "accelerate.commands.launch", "--multi_gpu"),
             *("--num_processes", str(processes), "--num_machines", "1", "--main_process_port", str(free_port())),
             *("--mixed_precision", "no", "--dynamo_backend", "no"),
         ]
@@ -183,14 +182,16 @@ print(f"gradients are views: {network.gradient_as_bucket_view}", flush=True)
 """
 
 
-def test_processes_wait_for_the_first_one_longer_than_collective_operations_may_take(tmp_path: Path) -> None:
+def test_processes_wait_for_the_first_one_longer_than_collective_operations_may_take(
+    tmp_path: Path, forks: Forks
+) -> None:
     script = tmp_path / "waiting.py"
     script.write_text(WAITING)
     port = str(free_port())
     settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     started = [
         subprocess.Popen(
-            [sys.executable, str(script)],
+            [forks.interpreter, str(script)],
             env=os.environ
             | settings
             | {"RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -213,7 +214,7 @@ SWEEP = {
     "method": "grid",
     "metric": {"name": "val/loss", "goal": "minimize"},
     "command": [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+        *("${interpreter}", "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
         *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
         *("-m", "agent", "${args}"),
     ],
@@ -282,11 +283,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path: Path) 
     process = launch(tmp_path, 2, *words)
     history = tmp_path / "run" / "history.jsonl"
     wait_for(lambda: history.exists() and history.read_text().count("\n") > 3)
-    found = [
-        int(path.parent.name)
-        for path in Path("/proc").glob("[0-9]*/cmdline")
-        if _parent(path.parent) == process.pid and b"--log.dir=run" in path.read_bytes()
-    ]
+    found = [int(place.name) for place in Path("/proc").glob("[0-9]*") if _is_rank(place, tmp_path)]
     assert len(found) == 2
     os.kill(max(found), signal.SIGTERM)
     _, err = process.communicate(timeout=300)
@@ -300,8 +297,9 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path: Path) 
     assert len(since["sums"]) == (2 if since["steps"] else 0)
 
 
-def _parent(process: Path) -> int:
+def _is_rank(process: Path, folder: Path) -> bool:
+    """Whether a launcher of processes started this one, in a folder."""
     try:
-        return int((process / "stat").read_text().rpartition(")")[2].split()[1])
+        return (process / "cwd").readlink() == folder and bool(RANK.search((process / "environ").read_bytes()))
     except OSError:
-        return 0
+        return False

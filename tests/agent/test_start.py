@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from torch import Tensor
 
 from agent.config import build_config
 from agent.trial import TrialResult, run_trial
-from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from diffusion_core.checkpoint import Checkpoint, CheckpointError, list_checkpoints, read_checkpoint
 from diffusion_core.config import ConfigError
 from diffusion_core.model import compilation
 from diffusion_core.model.compilation import compile_network
 from diffusion_core.model.unet import build_network
 from diffusion_core.tracking import MemoryTracker
+from diffusion_core.training.checkpoints import SaveCheckpoints
 from diffusion_core.training.distillation import Distillation, activation_map
+from diffusion_core.training.resume import check_same_labels, describe_longer, drawing_as, find_checkpoint
 from pruning.channels.removal import prune_channels
 from pruning.config import PruneConfig
 
@@ -39,8 +42,14 @@ NARROW = {"prune.method": "structured", "prune.step": 0}
 
 def trial(folder: Path, **changes: Any) -> tuple[TrialResult, Checkpoint, MemoryTracker]:
     """A run in a folder; a dot is written as two underscores."""
+    return tracked_trial(folder, MemoryTracker(), **changes)
+
+
+def tracked_trial(
+    folder: Path, tracker: MemoryTracker, **changes: Any
+) -> tuple[TrialResult, Checkpoint, MemoryTracker]:
+    """The same with a tracker."""
     config = build_config(BASE, {key.replace("__", "."): value for key, value in changes.items()})
-    tracker = MemoryTracker()
     result = run_trial(config, tracker, dataset=digits(), folder=folder, run_id=folder.name)
     return result, read_checkpoint(folder), tracker
 
@@ -75,6 +84,40 @@ def test_it_starts_from_the_averaged_weights_and_names_its_parent(dense: Path, t
             "sha256": parent.metadata["files"]["ema.safetensors"]["sha256"],
         }
     assert "parent" not in parent.metadata["extra"]
+
+
+class LaterTracker(MemoryTracker):
+    """One whose uploads reach nobody while training runs, as W&B's offline."""
+
+    live = False
+
+
+@pytest.mark.parametrize(("kind_of_tracker", "upload", "steps"), [
+    (MemoryTracker, True, [1, 2, 3, 4]), (LaterTracker, True, [3, 4]), (LaterTracker, False, []),
+])  # fmt: skip
+def test_checkpoints_are_logged_as_they_come_or_at_the_end_those_that_are_kept(
+    kind_of_tracker: type[MemoryTracker], upload: bool, steps: list[int], tmp_path: Path
+) -> None:
+    tracker = kind_of_tracker()
+    knobs = {"train__steps": 4, "checkpoint__every": 1, "checkpoint__keep": 2, "checkpoint__upload": upload}
+    tracked_trial(tmp_path / "run", tracker, **knobs, checkpoint__best_metric="val/loss")
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == [
+        "step-00000003", "step-00000004",
+    ]  # fmt: skip
+    for kind in ("model", "training-state"):
+        logged = [artifact for artifact in tracker.artifacts if artifact["type"] == kind]
+        assert [artifact["metadata"]["step"] for artifact in logged] == steps
+        assert ["best" in artifact["aliases"] for artifact in logged[-1:]] == [True] * bool(steps)
+
+
+def test_the_newest_checkpoint_stands_for_a_best_one_that_is_not_there(tmp_path: Path) -> None:
+    saving = SaveCheckpoints(build_config(BASE), digits(), MemoryTracker(), tmp_path, "r", None)
+    saving.saved_step, saving.best = 4, {"metric": "val/loss", "value": 0.5, "step": 3}
+    assert saving.best_path == tmp_path / "step-00000004"
+    (tmp_path / "step-00000003").mkdir()
+    assert saving.best_path == tmp_path / "step-00000003"
+    saving.forget_best()
+    assert saving.best_path == tmp_path / "step-00000004"
 
 
 def test_what_a_run_did_to_its_model_is_told_apart_from_what_it_found(dense: Path, tmp_path: Path) -> None:
@@ -118,6 +161,7 @@ def test_masks_stay_whether_they_are_at_hand_or_not(masked: Path, tmp_path: Path
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"train__lr": 0.5}, "train.lr = 0.5: the run in .* was started with 0.001"),
+    ({"draws": 1}, "draws = 1: the run in .* was started with 2"),
     ({"checkpoint__resume": False}, "checkpoint.resume = False: .* holds checkpoints already"),
 ])  # fmt: skip
 def test_a_run_of_another_configuration_does_not_go_on(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -127,6 +171,50 @@ def test_a_run_of_another_configuration_does_not_go_on(changes: dict[str, Any], 
     one_line(refusal.value)
     _, checkpoint, _ = trial(tmp_path / "run", eval__every=2)  # Which decides nothing of what is trained.
     assert checkpoint.step == BASE["train.steps"]
+
+
+@pytest.mark.parametrize(("changes", "longer", "refused"), [
+    ({"train.steps": 5}, True, None),
+    ({"train.steps": 5}, False, "train.steps = 5: the run in .* was started with 3; choose another"),
+    ({"train.steps": 2}, True, "train.steps = 2: the run in .* was started with 3; it may only grow; choose another"),
+    ({"train.steps": 5, "train.lr": 0.5}, True, "train.lr = 0.5: .* was started with 0.001"),
+])  # fmt: skip
+def test_a_run_grows_where_it_may_and_nothing_else_changes(
+    changes: dict[str, Any], longer: bool, refused: str | None, dense: Path
+) -> None:
+    """A round of a chain may not: the masks of the next one are of its last step."""
+    config, folder = build_config(BASE, changes), dense / "checkpoints"
+    if refused is None:
+        found = find_checkpoint(config, folder, longer=longer)
+        assert found is not None
+        said = "train.steps = 5: the run was started with 3 and continues from step 3; "
+        for schedule, rest in {
+            "constant": "the learning rate goes on as before",
+            "cosine": "from there the cosine of the learning rate follows the new length, which one long run would "
+            "not have done",
+        }.items():
+            longer_config = build_config(BASE, changes | {"train.lr_schedule": schedule})
+            assert describe_longer(longer_config, found) == said + rest
+        assert describe_longer(build_config(BASE), found) is None
+    else:
+        with pytest.raises(ConfigError, match=refused):
+            find_checkpoint(config, folder, **({"longer": True} if longer else {}))
+
+
+def test_a_teacher_has_the_labels_of_the_network_to_start_from(dense: Path) -> None:
+    ours = read_checkpoint(dense)
+    turned = replace(ours, metadata={**ours.metadata, "class_names": ours.metadata["class_names"][::-1]})
+    check_same_labels(ours, read_checkpoint(dense))
+    with pytest.raises(ConfigError, match=r"distill\.checkpoint = .*, in another order than .*; choose a teacher"):
+        check_same_labels(ours, turned)
+    # Those of another data set have no order in common.
+    check_same_labels(ours, replace(ours, metadata={**ours.metadata, "class_names": ["others"]}))
+
+
+@pytest.mark.parametrize(("then", "draws"), [({}, 1), ({"draws": 1}, 2), ({"draws": 2}, 2)])
+def test_a_run_of_before_there_were_versions_of_draws_keeps_the_first(then: dict[str, Any], draws: int) -> None:
+    """Of others, the check of knobs tells when another version is wanted."""
+    assert drawing_as(build_config(BASE), then | {"seed": 4}).draws == draws
 
 
 def test_a_run_that_started_from_a_checkpoint_resumes(dense: Path, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ class Story:
 def story(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Iterator[Story]:
     one, other, quiet = (tmp_path_factory.mktemp(name) for name in ("one", "other", "quiet"))
     with WandbServer() as server:
-        first, second = Client(server, one), Client(server, other)
+        first, second = (Client(server, folder, forked=False) for folder in (one, other))
         fixed = {key: {"value": value} for key, value in KNOBS.items()}
         made = sweep(first, {
             "method": "grid",
@@ -178,7 +178,7 @@ def test_w_and_b_keeps_what_is_needed_and_gives_the_rest_a_time_to_live(story: S
 @pytest.mark.slow
 def test_a_trial_that_is_preempted_while_it_imports_is_handed_back(tmp_path: Path) -> None:
     with WandbServer() as server:
-        client = Client(server, tmp_path)
+        client = Client(server, tmp_path, forked=False)
         words = [word for word in WORDS if not word.startswith("--log.dir")]
         made = sweep(client, {
             "method": "grid",

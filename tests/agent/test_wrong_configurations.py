@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
+from forks import Forks
 
 from agent.__main__ import main
 from agent.config import TrialConfig, build_config
@@ -589,9 +589,9 @@ def test_images_that_are_not_there_are_refused(
         (["--data.name=folder", "--data.path=nope"], "data.path = 'nope'", "no such folder"),
     ],
 )
-def test_the_real_command_refuses(words: list[str], named: str, allowed: str, tmp_path: Path) -> None:
+def test_the_real_command_refuses(words: list[str], named: str, allowed: str, tmp_path: Path, forks: Forks) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "agent", *words],
+        [forks.interpreter, "-m", "agent", *words],
         cwd=tmp_path,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "WANDB_MODE": "offline"},
         capture_output=True,

@@ -8,7 +8,7 @@ from pathlib import Path
 import compare_pruning
 import pytest
 import torch
-from studies import runs, structured
+from studies import runs, structured, study
 from studies.study import FIGURES, SAMPLING_SEED, Results
 
 from diffusion_core.checkpoint import read_checkpoint
@@ -16,6 +16,21 @@ from diffusion_core.evaluation.consistency import consistency_of_models
 from diffusion_core.hardware import pick_precision
 from diffusion_core.sampling.generation import Generator
 from diffusion_core.tables import mean_and_range
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured is as small as can be: how good it is does not matter here."""
+    for key, value in {
+        "sample.steps": 3,
+        "eval.val_images": 32,
+        "train.batch_size": 16,
+        "model.num_res_blocks": 1,
+        "model.channels": 32,
+    }.items():
+        monkeypatch.setitem(study.QUIET, key, value)
+    for module in (runs, structured):
+        monkeypatch.setattr(module, "BATCHES", 1)
 
 
 def test_it_measures_once_and_writes_table_and_plot(
@@ -83,7 +98,6 @@ def test_tables_of_runs_hold_what_the_runs_measured(tmp_path: Path, monkeypatch:
     rows = [row for row in runs.depth_rows() if row.name in ("dense", "both, macs 0.5")]
     monkeypatch.setattr(runs, "depth_rows", lambda: rows)
     monkeypatch.setattr(runs, "TIMED_S", 0.01)
-    monkeypatch.setattr(runs, "BATCHES", 1)
     words = ["--seeds", "0", "--steps", "4", "--tune-steps", "2", "--images", "20", "--out", str(tmp_path)]
     assert compare_pruning.main(["--tables", "depth,sparse,shares", *words]) == 0
     for name, found in (("depth", {"dense", "both, macs 0.5"}), ("sparse", {"dense", "gradual, 50%", "random, 50%"})):

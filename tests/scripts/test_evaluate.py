@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from forks import Forks
 from PIL import Image
 from tiny import TINY, digits, lively_run
 
@@ -320,7 +320,7 @@ def test_images_of_a_model_may_have_moved(images: Path, tmp_path: Path, capsys: 
 
 @pytest.mark.slow
 def test_a_model_is_judged_by_one_and_by_two_processes_alike(
-    run: tuple[Path, MemoryTracker, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: tuple[Path, MemoryTracker, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], forks: Forks
 ) -> None:
     """An odd number of images, so that the last one of the second process stands for nothing."""
     words = ["--checkpoint", str(run[0]), "--num-images", "31", "--micro-batch", "5",
@@ -330,7 +330,7 @@ def test_a_model_is_judged_by_one_and_by_two_processes_alike(
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+    launcher = [str(forks.interpreter), "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
                 "--num_machines", "1", "--main_process_port", port, "--mixed_precision", "no",
                 "--dynamo_backend", "no"]  # fmt: skip
     done = subprocess.run(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from commands import run_command
+from forks import Forks
 from tiny import tiny_config, tiny_state
 
 from agent.config import build_config
@@ -102,17 +102,18 @@ def test_a_checkpoint_never_imports_its_plugins(plugin: str, tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["sample_images", "evaluate", "prune", "convert_diffusers", "export_model"])
-def test_every_script_that_reads_checkpoints_takes_plugins(script: str, plugin: str, tmp_path: Path) -> None:
+def test_every_script_that_reads_checkpoints_takes_plugins(
+    script: str, plugin: str, tmp_path: Path, forks: Forks
+) -> None:
     absent = (
         "error: plugins = 'absent_plugin': cannot import it (No module named 'absent_plugin'); install it, or add its "
         "folder to PYTHONPATH\n"
     )
     for name, expected in ((plugin, None), ("absent_plugin", absent)):
-        command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), f"--plugins={name}", "--checkpoint", "none"]
+        words = [str(ROOT / "scripts" / f"{script}.py"), f"--plugins={name}", "--checkpoint", "none"]
         environment = {"PYTHONPATH": f"{ROOT}:{tmp_path}", "PATH": "", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 2
-        assert expected in (None, done.stderr)
+        said = forks.python(words, tmp_path, environment).end(2)
+        assert expected in (None, said)
         assert (tmp_path / "imported").exists()
 
 

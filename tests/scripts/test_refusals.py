@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -208,13 +207,16 @@ def test_a_dry_run_looks_at_the_data_and_the_checkpoint(place: Path, capfd: pyte
             Image.new("RGB", (8, 8), (number, 0, 0)).save(file)
     words = [*WORDS, "--data.name=folder", "--data.path=animals", "--data.image_size=8", "--eval.classifier=none"]
     words += ["--train.steps=2", "--sample.every=0"]
+    (place / "animals" / "notes.txt").touch()
     before = tree(place)
     whole = dry(capfd, *words)
-    assert "# data: folder, 9 training images, 3 held out, 3 classes\n" in whole
     assert "# start: new weights\n" in whole
     assert tree(place) == before
 
     assert run_command("agent", *words, "--log.dir=dense") == 0
+    images, rest = [line for line in capfd.readouterr().err.splitlines() if line.startswith("data: ")]
+    assert images.startswith("data: folder 'animals': 9 images for training, 3 held out (")
+    assert (f"# {images}\n# {rest}\n" in whole, rest) == (True, "data: passed over: 1 .txt")
     params = {"dense": params_of(place / "dense")}
     assert f"# model: {params['dense']:,} parameters" in whole
     pruning = ["--checkpoint", "dense", "--target", "params=0.4", "--out", "half", "--num-images=0"]
@@ -268,7 +270,7 @@ def test_nothing_is_on_wandb_of_a_run_that_is_refused(tmp_path: Path) -> None:
     with WandbServer() as server:
         client = Client(server, tmp_path)
         words = ["--preset=digits", "--init.checkpoint=nowhere", "--train.steps=2"]
-        said = finish(client.popen(sys.executable, "-m", "agent", *words, WANDB_MODE="online"), code=2)
+        said = finish(client.popen(client.interpreter, "-m", "agent", *words, WANDB_MODE="online"), code=2)
         assert said.splitlines()[-1].startswith("error: init.checkpoint = 'nowhere': ")
         assert not server.runs
         assert not (tmp_path / "runs").exists()

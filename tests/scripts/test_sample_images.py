@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sample_images as script
+from forks import Forks
 from image_files import frame_count
 from PIL import Image
 from tiny import lively_run
@@ -219,9 +219,9 @@ def test_no_checkpoint_there(tmp_path: Path, capfd: Any) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_draw_what_one_draws(run: Path, tmp_path: Path) -> None:
+def test_two_processes_draw_what_one_draws(run: Path, tmp_path: Path, forks: Forks) -> None:
     words = ["--checkpoint", str(run), "--num-images", "13", "--device", "cpu", "--micro-batch", "4"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch = [str(forks.interpreter), "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     done = subprocess.run(
         [*launch, str(SCRIPT), *words, "--out", "two"], cwd=tmp_path, capture_output=True, text=True, timeout=180,

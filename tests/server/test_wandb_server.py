@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -187,7 +186,7 @@ def test_failure_and_resume(server: WandbServer, client: Client) -> None:
         sys.exit(3)  # the client hooks sys.exit: `raise SystemExit(3)` would be reported as exit code 0
         """,
     )
-    finish(client.popen(sys.executable, str(failing)), code=3)
+    finish(client.popen(client.interpreter, str(failing)), code=3)
     run = server.runs["resumed"]
     assert (run.state, run.exit_code) == ("failed", 3)
     result = client.script(
@@ -219,7 +218,7 @@ def test_outage(server: WandbServer, client: Client) -> None:
             run.save("after.txt")
         """,
     )
-    process = client.popen(sys.executable, str(script))
+    process = client.popen(client.interpreter, str(script))
     wait_for(lambda: "outage" in server.runs and len(server.runs["outage"].history) > 2)
     url = server.url
     server.pause()
@@ -622,7 +621,9 @@ def test_sweep_states(server: WandbServer, client: Client) -> None:
         client.wandb("sweep", option, f"tester/test/{sweep.id}")
         states.append(sweep.state)
     assert states == ["PAUSED", "RUNNING", "FINISHED"]
-    refused = client.popen(sys.executable, "-m", "wandb", "sweep", str(client.write("bad.yaml", "method: nonsense")))
+    refused = client.popen(
+        client.interpreter, "-m", "wandb", "sweep", str(client.write("bad.yaml", "method: nonsense"))
+    )
     assert "invalid sweep config" in finish(refused, code=1)
 
 
@@ -651,7 +652,7 @@ def test_stop_by_a_user(server: WandbServer, client: Client) -> None:
             time.sleep(0.2)
         """,
     )
-    process = client.popen(sys.executable, str(script))
+    process = client.popen(client.interpreter, str(script))
     wait_for(lambda: "endless" in server.runs and len(server.runs["endless"].history) > 0)
     client.script("import wandb; wandb.Api().run('test/endless').stop()")
     assert "KeyboardInterrupt" in finish(process, code=-signal.SIGINT)
@@ -692,8 +693,9 @@ def test_preempted_run_moves_to_another_agent(server: WandbServer, client: Clien
 
 
 @pytest.mark.slow
-def test_wandb_verify(server: WandbServer, client: Client) -> None:
+def test_wandb_verify(server: WandbServer, tmp_path: Path) -> None:
     """W&B's own check of a server, 9 trials of a sweep among it."""
+    client = Client(server, tmp_path, forked=False)
     client.env.pop("WANDB_PROJECT")
     output = client.wandb("verify", "--host", server.url, USER=os.environ.get("USER", "tester"))
     for check in ("signed URL upload", "large payloads", "a file", "artifact save", "sweep creation"):

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[Client]:
     with WandbServer() as server:
-        yield Client(server, tmp_path)
+        yield Client(server, tmp_path, forked=False)
         assert server.errors == []
 
 

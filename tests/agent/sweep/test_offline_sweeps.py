@@ -15,22 +15,26 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from forks import Forks
 
 from agent.sweep import __main__ as sweep
 from agent.sweep import offline as agent_offline
 from agent.sweep.file import SweepFile, check_sweep
 from agent.sweep.offline import offline_sweep, run_offline
 from diffusion_core.machine import processes, sharing
+from diffusion_core.machine.jobs import Launcher, Outcome
 from diffusion_core.machine.sharing import SHARERS
 from diffusion_core.run_folder import SWEEP_STATE
 from diffusion_core.search import engine, offline
 from diffusion_core.search import state as sweep_state
 from diffusion_core.search.offline import NothingWorks, OfflineSweep
+from diffusion_core.search.state import Trial
 from diffusion_core.search.sweep import SweepError
 from diffusion_core.search.trials import TrialReader
 
@@ -516,15 +520,83 @@ def test_every_trial_keeps_to_its_share(tmp_path: Path, notes: Path, monkeypatch
         assert all(end <= start for (_, end), (start, _) in zip(sorted(uses), sorted(uses)[1:], strict=False))
 
 
+@dataclass
+class KeptJob:
+    """A job of a cluster, which ends when it is told to, or only when it is killed; or by itself."""
+
+    deaf: bool
+    ends: bool = False
+    told: list[str] = field(default_factory=list)
+    id: str | None = "7"
+    seconds: float = 1.0
+    total_seconds: float | None = None
+    polls: int = 0
+
+    def poll(self) -> Outcome | None:
+        self.polls += 1
+        assert self.polls < 500, "nobody ends it"
+        if self.ends:
+            return Outcome(0)
+        return Outcome(143) if ("kill" if self.deaf else "stop") in self.told else None
+
+    def stop(self) -> None:
+        self.told.append("stop")
+
+    def kill(self) -> None:
+        self.told.append("kill")
+
+
+@dataclass
+class KeepingLauncher:
+    """Keeps jobs by their ids."""
+
+    jobs: dict[str, KeptJob]
+    slots: int = 2
+
+    def adopt(self, name: str, folder: Path, job: str, submitted: object) -> KeptJob:
+        return self.jobs[job]
+
+    def listening(self) -> nullcontext[list[int]]:
+        return nullcontext([])
+
+    def locked(self, folder: Path) -> nullcontext[None]:
+        return nullcontext()
+
+    def log(self, folder: Path) -> None:
+        return None
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_later_process_stops_again_what_was_given_up_and_nothing_else(
+    deaf: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one may have died before it could tell the job."""
+    monkeypatch.setattr(offline, "STOP_GRACE_SECONDS", 0.2)
+    jobs = {"1": KeptJob(deaf), "2": KeptJob(deaf, ends=True)}
+    launcher = cast(Launcher, KeepingLauncher(jobs))
+    grid = stub_sweep("grid", {"train.lr": {"values": [0.3, 0.1]}})
+    first = offline_sweep(grid, tmp_path / "sweep", launcher=launcher)
+    lasting = {"one": ("stopping", "1"), "two": ("submitted", "2")}
+    for rate, (name, (state, job)) in zip((0.3, 0.1), lasting.items(), strict=True):
+        first.state.trials.append(Trial(name, {"train.lr": rate}, state, job=job))
+    with first.state.locked():
+        first.state.write()
+    later = offline_sweep(grid, tmp_path / "sweep", launcher=launcher)
+    later.run()
+    assert states(later) == ["stopped", "finished"]
+    assert [trial.job for trial in later.state.trials] == [None, None]
+    assert (jobs["1"].told, jobs["2"].told) == (["stop", "kill"] if deaf else ["stop"], [])
+
+
 # The command line
 
 
-def test_the_real_command_estimates_runs_and_ranks(tmp_path: Path, notes: Path) -> None:
+def test_the_real_command_estimates_runs_and_ranks(tmp_path: Path, notes: Path, forks: Forks) -> None:
     import yaml
 
     loaded, _ = SWEEPS["grid"]
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(loaded.config))
-    command = [sys.executable, "-m", "agent.sweep", "mine.yaml", "--offline", "--jobs", "2"]
+    command = [str(forks.interpreter), "-m", "agent.sweep", "mine.yaml", "--offline", "--jobs", "2"]
     environment = os.environ | {"PYTHONPATH": str(STUB.parents[1]), "HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert (done.returncode, done.stderr) == (0, "")

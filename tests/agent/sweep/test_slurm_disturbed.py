@@ -57,9 +57,9 @@ def steps(run: Run) -> list[int]:
 
 
 def test_an_array_of_agents_runs_a_grid_whole_whatever_the_cluster_does(
-    slurm: Cluster, server: WandbServer, tmp_path: Path
+    slurm: Cluster, server: WandbServer, tmp_path: Path, forks: Forks
 ) -> None:
-    client = Client(server, tmp_path)
+    client = Client(server, tmp_path, forked=False)
     client.env = {name: value for name, value in client.env.items() if not name.startswith("SLURM_")}
     (tmp_path / "mine.yaml").write_text(
         json.dumps(sweep_of("grid", {"seed": {"values": list(SEEDS)}}, {"train.steps": STEPS}))
@@ -67,7 +67,7 @@ def test_an_array_of_agents_runs_a_grid_whole_whatever_the_cluster_does(
     # The warning may come up to half a minute before it is due.
     words = ["--launcher", "slurm", "--slurm", "--partition=wide --cpus-per-task=2 --signal=B:USR1@55"]
     environment = {**slurm.environment, POLL: "1"}
-    command = [sys.executable, "-m", "agent.sweep"]
+    command = [client.interpreter, "-m", "agent.sweep"]
     submitted = finish(client.popen(*command, "mine.yaml", "--agents", "3", "--detach", *words, **environment))
     (sweep,) = server.sweeps.values()
     assert f"--attach tester/test/{sweep.id}" in submitted
@@ -98,20 +98,19 @@ def test_an_array_of_agents_runs_a_grid_whole_whatever_the_cluster_does(
     assert "another job took over" in logs[at["n3"]]
     assert f"jobs {sweep.id} are under way; no more are submitted" in output
     assert "agents: 3 completed" in output
-    with Forks() as forks:
-        for run in sweep.runs:
-            knobs = {"train.steps": STEPS, "seed": run.config["seed"]}
-            assert_as_undisturbed(tmp_path / "runs" / run.id, knobs, forks, tmp_path / f"undisturbed-{run.id}")
+    for run in sweep.runs:
+        knobs = {"train.steps": STEPS, "seed": run.config["seed"]}
+        assert_as_undisturbed(tmp_path / "runs" / run.id, knobs, forks, tmp_path / f"undisturbed-{run.id}")
 
 
 def test_a_trial_that_is_killed_before_it_has_begun_is_handed_back(server: WandbServer, tmp_path: Path) -> None:
     """W&B has given its agent the run, and Python has hardly started."""
-    client = Client(server, tmp_path)
+    client = Client(server, tmp_path, forked=False)
     (tmp_path / "bin").mkdir()
     for name in ("squeue", "scontrol"):
         (tmp_path / "bin" / name).write_text("#!/bin/sh\n")
         (tmp_path / "bin" / name).chmod(0o755)
-    found = os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    found = os.pathsep.join([str(tmp_path / "bin"), client.env["PATH"]])
     client.env |= {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "PATH": found}
     (tmp_path / "mine.yaml").write_text(
         json.dumps(sweep_of("grid", {"seed": {"values": [3]}}, {"train.steps": 2 * EVERY}))
@@ -134,10 +133,10 @@ def test_a_trial_that_is_killed_before_it_has_begun_is_handed_back(server: Wandb
 
 
 def test_a_time_limit_that_nothing_warned_of_costs_no_trial(
-    slurm: Cluster, server: WandbServer, tmp_path: Path
+    slurm: Cluster, server: WandbServer, tmp_path: Path, forks: Forks
 ) -> None:
     """Slurm ends two jobs with TIMEOUT: online, the trial leaves on SIGTERM; offline, it does not, and is killed."""
-    client = Client(server, tmp_path)
+    client = Client(server, tmp_path, forked=False)
     client.env = {name: value for name, value in client.env.items() if not name.startswith("SLURM_")}
     words = "--partition=wide --cpus-per-task=2 --time=1 --signal=B:CONT@1"  # Of a signal that nobody heeds.
     content = sweep_of("grid", {"seed": {"values": [0]}}, {"train.steps": STEPS})
@@ -167,15 +166,16 @@ def test_a_time_limit_that_nothing_warned_of_costs_no_trial(
     folders = tmp_path / "runs" / run.id, tmp_path / "offline/mine/trials" / trial["id"]
     rows = list(range(EVERY, STEPS + 1, EVERY))
     assert steps(run) == rows_of(tmp_path / "offline/mine", trial["id"]) == rows, "each row once"
-    with Forks() as forks:
-        for folder in folders:
-            knobs = {"train.steps": STEPS, "seed": 0}
-            assert_as_undisturbed(folder, knobs, forks, tmp_path / f"undisturbed-{folder.name}")
+    for folder in folders:
+        knobs = {"train.steps": STEPS, "seed": 0}
+        assert_as_undisturbed(folder, knobs, forks, tmp_path / f"undisturbed-{folder.name}")
 
 
-def test_trials_of_an_agent_run_on_all_nodes_of_its_job(slurm: Cluster, server: WandbServer, tmp_path: Path) -> None:
+def test_trials_of_an_agent_run_on_all_nodes_of_its_job(
+    slurm: Cluster, server: WandbServer, tmp_path: Path, forks: Forks
+) -> None:
     """One agent on two nodes, which is warned once: two trials, one run each, with the weights of one process."""
-    client = Client(server, tmp_path)
+    client = Client(server, tmp_path, forked=False)
     client.env = {name: value for name, value in client.env.items() if not name.startswith("SLURM_")}
     knobs = {"train.steps": STEPS, "train.batch_size": 8, "train.precision": "fp32", "model.dropout": 0.0}
     seeds = [0, 1]
@@ -193,13 +193,12 @@ def test_trials_of_an_agent_run_on_all_nodes_of_its_job(slurm: Cluster, server: 
     (sweep,) = server.sweeps.values()
     assert sorted(run.config["seed"] for run in sweep.runs) == seeds, "one run each"
     assert first.summary["slurm/restarts"] == 1
-    with Forks() as forks:
-        for run in sweep.runs:
-            assert (run.state, run.exit_code) == ("finished", 0)
-            assert steps(run) == list(range(EVERY, STEPS + 1, EVERY)), "each row once"
-            alone = undisturbed(knobs | {"seed": run.config["seed"]}, forks, tmp_path / f"alone-{run.id}")
-            ours = read_checkpoint(tmp_path / "runs" / run.id)
-            assert difference(ours.tensors("model"), alone.tensors("model")) < 1e-3
+    for run in sweep.runs:
+        assert (run.state, run.exit_code) == ("finished", 0)
+        assert steps(run) == list(range(EVERY, STEPS + 1, EVERY)), "each row once"
+        alone = undisturbed(knobs | {"seed": run.config["seed"]}, forks, tmp_path / f"alone-{run.id}")
+        ours = read_checkpoint(tmp_path / "runs" / run.id)
+        assert difference(ours.tensors("model"), alone.tensors("model")) < 1e-3
 
 
 # Without a network
@@ -251,7 +250,7 @@ def rows_of(folder: Path, trial: str) -> list[int]:
 
 
 @pytest.mark.usefixtures("quiet")
-def test_bayes_with_hyperband_is_whole_whatever_the_cluster_does(slurm: Cluster, tmp_path: Path) -> None:
+def test_bayes_with_hyperband_is_whole_whatever_the_cluster_does(slurm: Cluster, tmp_path: Path, forks: Forks) -> None:
     early = {"type": "hyperband", "min_iter": 4, "eta": 2}
     lr = {"min": 0.0001, "max": 0.01}
     fixed = {"train.steps": STEPS, "eval.every": 20}
@@ -274,18 +273,17 @@ def test_bayes_with_hyperband_is_whole_whatever_the_cluster_does(slurm: Cluster,
     assert {trial.state for trial in last.state.trials} <= {"finished", "stopped"}
     assert {trial.id: trial.failures for trial in last.state.trials if trial.failures} == {cancelled: 1}
     assert [read_note(folder / "trials" / at[node]).restarts for node in ("n2", "n3")] == [1, 1]  # type: ignore[union-attr]
-    with Forks() as forks:
-        for trial in last.state.trials:
-            rows = rows_of(folder, trial.id)
-            assert rows == list(range(EVERY, (STEPS if trial.state == "finished" else rows[-1]) + 1, EVERY))
-            if trial.state == "finished":
-                knobs = fixed | trial.parameters
-                assert_as_undisturbed(folder / "trials" / trial.id, knobs, forks, tmp_path / trial.id)
+    for trial in last.state.trials:
+        rows = rows_of(folder, trial.id)
+        assert rows == list(range(EVERY, (STEPS if trial.state == "finished" else rows[-1]) + 1, EVERY))
+        if trial.state == "finished":
+            knobs = fixed | trial.parameters
+            assert_as_undisturbed(folder / "trials" / trial.id, knobs, forks, tmp_path / trial.id)
 
 
 @pytest.mark.usefixtures("quiet")
 def test_a_trial_on_two_nodes_survives_a_warning_a_dead_process_and_a_lost_node_and_goes_on_with_one(
-    slurm: Cluster, tmp_path: Path
+    slurm: Cluster, tmp_path: Path, forks: Forks
 ) -> None:
     knobs = {
         "train.steps": STEPS,
@@ -328,8 +326,7 @@ def test_a_trial_on_two_nodes_survives_a_warning_a_dead_process_and_a_lost_node_
     assert rows_of(folder, trial()["id"]) == list(range(EVERY, STEPS + 1, EVERY))
     config = json.loads((folder / "results.json").read_text())[0]["config"]
     assert config["train.batch_size"] == 8
-    with Forks() as forks:
-        alone = undisturbed(knobs | {"seed": 0}, forks, tmp_path / "alone")
+    alone = undisturbed(knobs | {"seed": 0}, forks, tmp_path / "alone")
     ours = read_checkpoint(folder / "trials" / trial()["id"])
     for part in ("model", "ema"):  # Two processes add up gradients in another order than one.
         assert difference(ours.tensors(part), alone.tensors(part)) < 1e-3

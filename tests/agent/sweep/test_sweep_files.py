@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from forks import Forks
 
 from agent.config import build_config
 from agent.sweep import __main__ as sweep
@@ -684,11 +684,11 @@ def test_words_that_do_not_go_together(
     assert len(err.splitlines()) == 1
 
 
-def test_the_real_command_prints_all_problems(tmp_path: Path) -> None:
+def test_the_real_command_prints_all_problems(tmp_path: Path, forks: Forks) -> None:
     content, expected = WRONG["everything at once"]
     path = write(tmp_path, content)
     done = subprocess.run(
-        [sys.executable, "-m", "agent.sweep", path.name],
+        [forks.interpreter, "-m", "agent.sweep", path.name],
         cwd=tmp_path,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
         capture_output=True,

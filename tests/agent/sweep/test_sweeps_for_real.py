@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from forks import Forks
 from server import Run, WandbServer
 from wandb_client import ROOT, TIMEOUT, Client, finish
 
@@ -139,7 +139,7 @@ def test_one_command_online_where_hyperband_stops_the_bad_and_lets_the_good_fini
     )
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / ".env").write_text(f"WANDB_API_KEY={client.env.pop('WANDB_API_KEY')}\nWANDB_MODE=\n")
-    command = [sys.executable, "-m", "agent.sweep"]
+    command = [client.interpreter, "-m", "agent.sweep"]
     output = client.command(*command, "mine.yaml", "--agents", "2")
 
     (sweep,) = server.sweeps.values()
@@ -195,7 +195,7 @@ def test_one_command_online_where_hyperband_stops_the_bad_and_lets_the_good_fini
 
 @pytest.mark.slow
 def test_an_offline_sweep_killed_and_gone_on_with_is_synced_as_one_whole_group(
-    server: WandbServer, tmp_path: Path
+    server: WandbServer, tmp_path: Path, forks: Forks
 ) -> None:
     steps = 48
     parameters = {
@@ -205,7 +205,7 @@ def test_an_offline_sweep_killed_and_gone_on_with_is_synced_as_one_whole_group(
         "diffusion.schedule": {"values": ["linear", "cosine"]},
     }
     (tmp_path / "later.yaml").write_text(yaml.safe_dump(content("bayes", parameters, run_cap=3)))
-    command = [sys.executable, "-m", "agent.sweep", "later.yaml", "--offline", "--jobs", "2"]
+    command = [str(forks.interpreter), "-m", "agent.sweep", "later.yaml", "--offline", "--jobs", "2"]
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     environment = clean | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     folder = tmp_path / "runs/sweeps/later"

@@ -86,7 +86,7 @@ def test_an_offline_coordinator_is_small(tmp_path: Path, method: str) -> None:
 @pytest.mark.slow
 def test_the_process_that_waits_for_agents_is_small(tmp_path: Path) -> None:
     with WandbServer() as server:
-        client = Client(server, tmp_path)
+        client = Client(server, tmp_path, forked=False)
         client.write("trial.py", WAITING_TRIAL)
         (tmp_path / "mine.yaml").write_text(
             json.dumps(CONTENT | {"command": ["${interpreter}", "trial.py", "${args}"]})
@@ -106,7 +106,7 @@ def test_the_process_that_waits_for_agents_is_small(tmp_path: Path) -> None:
 def test_agents_and_trials_end_when_their_process_is_killed(tmp_path: Path) -> None:
     """Also behind a shell that W&B's agent starts in a group of its own."""
     with WandbServer() as server:
-        client = Client(server, tmp_path)
+        client = Client(server, tmp_path, forked=False)
         client.write("trial.py", WAITING_TRIAL)
         command = ["/bin/sh", "-c", '"$0" trial.py "$@"; true', "${interpreter}", "${args}"]
         (tmp_path / "mine.yaml").write_text(json.dumps(CONTENT | {"command": command}))

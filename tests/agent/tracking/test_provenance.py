@@ -7,7 +7,6 @@ scripts/prune.py on an artifact; all read back through wandb's public API.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     with WandbServer() as server:
         client = Client(server, tmp_path_factory.mktemp("client"))
         client.env |= {"WANDB_PROJECT": "test", "WANDB_ENTITY": "tester"}
-        client.command(sys.executable, "-m", "agent", *words(train__steps=2), WANDB_RUN_ID="dense")
+        client.python("-m", "agent", *words(train__steps=2), WANDB_RUN_ID="dense")
         sweep = {
             "method": "random",
             "run_cap": 2,
@@ -85,8 +84,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         client.wandb("sweep", "sweep.yaml")
         (created,) = server.sweeps.values()
         finish(client.agent(created))
-        client.command(
-            sys.executable,
+        client.python(
             str(ROOT / "scripts" / "prune.py"),
             *("--artifact", DENSE, "--target", "macs=0.5", "--out", "smaller", "--upload", "--json"),
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,7 +73,7 @@ def made(server: WandbServer, tmp_path_factory: pytest.TempPathFactory) -> dict[
     sweep: Sweep = client.sweep(TRIAL, method="grid", metric=metric, parameters=parameters, name="two/<b>rates</b>")
     finish(client.agent(sweep))
     path = f"tester/test/{sweep.id}"
-    printed = client.command(sys.executable, "-m", "agent.report", path, "--wandb", "--out", "page.html")
+    printed = client.python("-m", "agent.report", path, "--wandb", "--out", "page.html")
     (url,) = [line.removeprefix("report on W&B: ") for line in printed.splitlines() if line.startswith("report on W&B")]
     read = client.script(READ.format(url=url))
     return {"sweep": sweep, "printed": printed, "read": read, "page": client.directory / "page.html"}

@@ -14,9 +14,9 @@ from image_files import write
 from tiny import cpu, digits, tiny_batches, tiny_config, tiny_state
 
 from diffusion_core.config import CoreConfig, DataConfig
-from diffusion_core.data.announcement import advise, announce_data
+from diffusion_core.data.announcement import advise, announce_data, look_at_data
 from diffusion_core.data.classes import shown_classes
-from diffusion_core.data.datasets import load_data
+from diffusion_core.data.datasets import DataError, load_data
 from diffusion_core.training.callbacks import SayDuration
 from diffusion_core.training.trainer import Callback, train
 
@@ -48,6 +48,17 @@ def test_images_classes_and_what_is_not_read_are_said(tmp_path: Path, capsys: py
         f"data: folder {str(tmp_path)!r}: 9 images for training, 3 held out (0.25 of each class); 2 classes: cat, dog",
         "data: passed over: 1 .txt, 1 hidden",
     ]
+
+
+def test_nothing_is_downloaded_to_look_at_the_data(tmp_path: Path) -> None:
+    place = tmp_path / "downloads"
+    config = DataConfig.model_validate({"name": "cifar10", "path": str(place)})
+    line = f"data: cifar10: 10 classes; a run reads or downloads it below {str(place)!r}"
+    assert look_at_data(config) == ([line], 10)
+    assert list(tmp_path.iterdir()) == []
+    place.touch()
+    with pytest.raises(DataError, match=r"data\.path = '.*downloads': is no folder; expected one to keep downloads in"):
+        look_at_data(config)
 
 
 def test_the_split_that_is_held_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ import pytest
 import sample_images
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from forks import Forks
 from pipelines import (
     TINY,
     WEIGHTS,
@@ -337,11 +338,11 @@ def test_export_of_a_single_class(word: str, label: int, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_as_a_process(tmp_path: Path) -> None:
+def test_as_a_process(tmp_path: Path, forks: Forks) -> None:
     """Import as a user calls it, and images of what was imported."""
     original = theirs()
     source = save(tmp_path / "theirs", original)
-    command = [sys.executable, str(SCRIPT), "import", str(source), "ours"]
+    command = [str(forks.interpreter), str(SCRIPT), "import", str(source), "ours"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -10,9 +10,6 @@ import atexit
 import functools
 import json
 import os
-import resource
-import runpy
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,9 +17,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
-ROOT = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 WAIT_S = 300
 
 STEPS = 300
@@ -58,18 +56,30 @@ class Forks:
     """The process that forks."""
 
     def __enter__(self) -> Self:
-        env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+        env = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "SLURM_"))}
         self.env = env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_ERROR_REPORTING": "false"}
         self.outputs = tempfile.TemporaryDirectory()
         self.started = 0
+        self.interpreter = self._interpreter()
         self.process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, str(HERE / "server.py"), str(self.interpreter.parent)],
             env=self.env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
+        assert self.ask(ready=True)
         return self
+
+    def _interpreter(self) -> Path:
+        """Make a program ``python`` that starts commands as forks."""
+        folder = Path(self.outputs.name, "bin")
+        folder.mkdir()
+        (folder / "real").write_text(sys.executable)
+        program = folder / "python"
+        program.write_text(f"#!{sys.executable} -ISE\n{(HERE / 'python.py').read_text()}")
+        program.chmod(0o755)
+        return program
 
     def __exit__(self, *_: object) -> None:
         assert self.process.stdin is not None
@@ -173,92 +183,8 @@ class Fork:
         return self.out.read_text()
 
 
-def serve() -> None:
-    """Fork whenever asked to, in the process that has imported everything."""
-    import gc
-
-    import sklearn.datasets  # noqa: F401
-    import torch._dynamo  # noqa: F401
-    import wandb  # noqa: F401
-
-    import agent.session  # noqa: F401
-
-    # A collection in a fork looks at, and thereby copies, whatever was made before: half a second for each.
-    gc.collect()
-    gc.freeze()
-
-    ended: dict[int, int | None] = {}
-    for line in sys.stdin:
-        request = json.loads(line)
-        answer: Any = None
-        if "poll" in request:
-            pid = request["poll"]
-            if ended[pid] is None:
-                found, status = os.waitpid(pid, os.WNOHANG)
-                if found:
-                    ended[pid] = os.waitstatus_to_exitcode(status)
-            answer = ended[pid]
-        else:
-            answer = os.fork()
-            if answer == 0:
-                run_and_leave(request)
-            ended[answer] = None
-        print(json.dumps(answer), flush=True)
-    for pid, exit_code in ended.items():  # Of a test that failed.
-        if exit_code is None:
-            os.kill(pid, signal.SIGKILL)
-    os._exit(0)  # To free, object by object, what was imported takes a second.
-
-
-def run_and_leave(request: dict[str, Any]) -> NoReturn:
-    """Run a command in a process that was just forked; do not tear down the interpreter, which takes a second."""
-    status: int | None = None
-
-    def leave() -> None:  # Handlers run in reverse order: this one after all of the command's.
-        if status is not None:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-
-    atexit.register(leave)
-    try:
-        become(**request)
-        status = 0
-    except SystemExit as leaving:
-        if not isinstance(leaving.code, int | None):
-            raise
-        status = leaving.code or 0
-    sys.exit(status)
-
-
-def become(words: list[str], folder: str, out: str, env: dict[str, str], file_limit: int | None) -> None:
-    """Make of a process that was just forked what ``python WORDS`` would be in a folder, and run it."""
-    os.setsid()
-    output = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for number, descriptor in enumerate((nothing, output, output)):
-        os.dup2(descriptor, number)
-    if file_limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit,) * 2)
-    os.environ.clear()
-    os.environ.update(env)
-    os.chdir(folder)
-    own = folder if words[0] == "-m" else str(Path(words[0]).parent)
-    sys.path[:] = [own, *env.get("PYTHONPATH", "").split(os.pathsep), *sys.path[1:]]
-    if words[0] == "-m":
-        sys.argv = words[1:]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = words
-        runpy.run_path(words[0], run_name="__main__")
-
-
 def until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
-
-
-if __name__ == "__main__":
-    serve()
