@@ -31,6 +31,7 @@ from diffusion_core.model.unet import build_network
 from diffusion_core.sampling.generation import Generator
 from diffusion_core.search.results import JSON_FILE
 from diffusion_core.tracking import MemoryTracker
+from diffusion_core.training import evaluation
 from diffusion_core.training.evaluation import Evaluate
 from diffusion_core.training.trainer import TrainState
 
@@ -96,9 +97,13 @@ def test_without_inception_weights_training_goes_on_and_says_so_once(
     assert all(0.0 <= row["eval/class_agreement"] <= 1.0 for row in tracker.rows if "val/loss" in row)
 
 
+@pytest.mark.parametrize(
+    ("timed_from", "said"), [(0.0, "evaluation: 4 images, about "), (1e12, "evaluation: 4 images (eval.num_images)\n")]
+)
 def test_an_estimate_comes_before_the_first_evaluation_and_nothing_is_built_before_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    timed_from: float, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(evaluation, "WORTH_TIMING_MACS", timed_from)
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
     config = build_config(TINY, {"eval.every": 4, "eval.num_images": 4, "eval.val_images": 8})
     evaluate = Evaluate(config, digits(), Accelerator(cpu=True), MemoryTracker(), tmp_path / "run")
@@ -113,7 +118,7 @@ def test_an_estimate_comes_before_the_first_evaluation_and_nothing_is_built_befo
     assert (tmp_path / "cache" / "classifiers").is_dir()
     assert set(row) == {"val/loss", "eval/class_agreement"}
     told = capsys.readouterr().err
-    assert told.count("evaluation: 4 images, about") == 1
+    assert told.count(said) == 1
 
 
 def test_images_that_are_no_numbers_are_refused_in_one_line() -> None:
