@@ -197,23 +197,26 @@ def forward_passes(config: CoreConfig, prune: PruneConfig) -> float:
     sample, evaluation, steps = config.sample, config.eval, config.train.steps
     guided = 2 if sample.guidance != 1.0 else 1
     image = evaluations(sample, build_schedule(config.diffusion)) * guided
-    judgements = math.ceil(steps / evaluation.every) if evaluation.every else 1
-    drawings = math.ceil(steps / sample.every) if sample.every else 1
+    judgements, drawings = _due(steps, evaluation.every), _due(steps, sample.every)
     judged = evaluation.num_images * image if config.judges_images else 0
-    # The first evaluation times one batch with one step, at most twice.
-    tried = 2 * guided * min(evaluation.num_images, sample.batch_size) if config.judges_images else 0
     compared = 2 * evaluation.consistency_images * image if prune.method != "none" else 0
     classes = classes_of(config)
     drawn = classes * sample.per_class
+    if config.judges_images and drawn <= evaluation.num_images:  # Pictures show images that are judged.
+        drawings = drawings - judgements
     if drawn > sample.batch_size:  # Otherwise the GIF's images are among them.
         drawn += min(classes, GIF_ROWS) * min(GIF_COLUMNS, sample.per_class)
     return (
         steps * config.train.images_per_step * (1 + BACKWARD_COST)
-        + judgements * (evaluation.val_images + judged)
-        + tried
+        + len(judgements) * (evaluation.val_images + judged)
         + compared
-        + drawings * drawn * image
+        + len(drawings) * drawn * image
     )
+
+
+def _due(steps: int, every: int) -> set[int]:
+    """Return the steps at which something is due: the last one, and each ``every``-th unless that is 0."""
+    return {*range(every, steps, every), steps} if every else {steps}
 
 
 def measure_speed(config: CoreConfig, threads: int, params: int) -> Speed | None:
