@@ -543,7 +543,7 @@ def test_the_strategies_reach_every_knob() -> None:
     """The property tests above mean nothing for a knob that never leaves its default."""
     seen: dict[str, set[str]] = {key: set() for key in KNOBS}
 
-    @settings(max_examples=60, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=200, deadline=None, database=None, derandomize=True)
     @given(config=configurations())
     def collect(config: TrialConfig) -> None:
         for key, entry in flatten(config).items():
