@@ -243,7 +243,7 @@ TOO_SLOW = {
     "matplotlib": "is for reports",
     "sklearn": "has the digits, which are read without it",
     "scipy": "is for distances",
-    "pandas": "is for nothing",
+    "pandas": "comes along with scikit-learn and others; no trial uses it",
 }
 """What a trial on digits does without, and why it would come along."""
 

@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
     leave_at_once()  # Until main handles signals: the imports take seconds.
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,15 +28,17 @@ from agent.config import TrialConfig, build_config
 from agent.trial import run_trial
 from diffusion_core.checkpoint import Checkpoint
 from diffusion_core.choice import choose
-from diffusion_core.config import EvalConfig, build, split_argv
+from diffusion_core.config import ConfigError, EvalConfig, build, split_argv
 from diffusion_core.data.datasets import Dataset, load_data
 from diffusion_core.evaluation.generated import generated
 from diffusion_core.evaluation.protocol import sampling_protocol
 from diffusion_core.evaluation.suite import Suite
+from diffusion_core.files import write_json
 from diffusion_core.hardware import pick_device, pick_precision
 from diffusion_core.run_folder import RESULT_FILE
 from diffusion_core.sampling.cost import MACS, image_costs
 from diffusion_core.sampling.generation import Generator
+from diffusion_core.sampling.lows import held_out
 from diffusion_core.tables import markdown_table, mean_and_range
 from diffusion_core.tracking import NullTracker
 from studies.command import at_least, numbers, parser_of, seeds_of, status_of
@@ -46,9 +49,9 @@ FIGURES = {
     "FD": ("fd_", ".2f"),
     "diversity": ("diversity", ".3f"),
     "train-on-synthetic": ("synthetic_accuracy", ".3f"),
-    "the same, SVC": ("svc_synthetic_accuracy", ".3f"),
+    "train-on-synthetic, SVC": ("svc_synthetic_accuracy", ".3f"),
     "class agreement": ("class_agreement", ".1%"),
-    "the same, SVC ": ("svc_agreement", ".1%"),
+    "class agreement, SVC": ("svc_agreement", ".1%"),
 }
 """Columns of the table: how the figures' names begin after ``eval/``, and how they are written."""
 
@@ -169,7 +172,8 @@ class FewSteps:
             update={key.removeprefix("sample."): value for key, value in row.sample.items()}
         )
         network = checkpoint.network().to(self.suite.device)
-        generator = Generator(network, trained, pick_precision(trained.train, self.suite.device))
+        precision, lows = pick_precision(trained.train, self.suite.device), held_out(self.dataset, trained.upsample)
+        generator = Generator(network, trained, precision, lows=lows)
         batches = generated(generator, self.images, sample, SAMPLING_SEED)
         figures = self.suite.judge(batches, self.images, sampling_protocol(sample, SAMPLING_SEED)).figures
         found = {
@@ -179,7 +183,18 @@ class FewSteps:
         return found | {MACS: image_costs(network, sample, trained.diffusion, trained.model)[MACS]}
 
     def compare(self) -> int:
-        """Measure all rows, seed by seed. Write the table of the seeds so far."""
+        """Measure all rows, seed by seed. Write the table of the seeds so far.
+
+        Raises:
+            ConfigError: if the folder holds results of other settings. More seeds and lengths may be added.
+        """
+        settings = {"teacher_steps": self.teacher_steps, "tune_steps": self.tune_steps, "lr": self.lr,
+                    "images": self.images, "knobs": dict(self.knobs)}  # fmt: skip
+        file = self.folder / "settings.json"
+        if file.is_file() and (before := json.loads(file.read_text(encoding="utf-8"))) != settings:
+            raise ConfigError(f"--out = {str(self.folder)!r}: holds results of {before}; choose another folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, settings)
         results = Results(self.folder / "few-steps.json", [*FIGURES, MACS])
         for done, seed in enumerate(self.seeds, 1):
             for row in self.rows():
@@ -208,7 +223,7 @@ class FewSteps:
             f"pruning, {self.images} images a model, seeds {', '.join(map(str, seeds))} (mean, and range in brackets). "
             f"Cost is that of pruning and distillation in trainings of the teacher, by forward passes and MACs."
         )
-        columns = ["model", "steps an image", "MACs an image", *map(str.strip, FIGURES), "cost"]
+        columns = ["model", "steps an image", "MACs an image", *FIGURES, "cost"]
         write_table(results.file.with_suffix(".md"), [heading, "", *markdown_table(columns, cells)])
 
 

@@ -2,7 +2,7 @@
 
 This process is what the program sees: it has the words, variables and output, passes signals on, ends as the fork does,
 and the fork ends when it is killed. The fork is no child of it, though: programs that look for processes above or below
-need a real one. Whatever is not a command of ours or of W&B runs in a real Python.
+need a real one. Commands other than ours and W&B's start Python itself.
 
 The folder of this file holds the name of the real one in ``real``; the file next to it is the server's socket.
 """

@@ -257,7 +257,7 @@ def test_a_report_that_cannot_be_written_fails_no_sweep(stub: OfflineSweep, caps
 
 def test_a_run_on_wandb_has_the_figures_of_its_best_model() -> None:
     summary = {"val/loss": 0.1, "eval/fid50k": 3.0, "model/macs": 5, "_runtime": 12, "protocol/eval/fid50k": "n=50000",
-               "system/device": "cpu"}  # fmt: skip
+               "system/device": "cpu", "best/val/loss": 0.3, "best/step": 1}  # fmt: skip
     rows = [{"_step": 1, "step": 1, "val/loss": 0.3, "samples": {"_type": "images"}}, {"_step": 2, "val/loss": 0.1}]
     known: dict[str, Any] = {"project": "us/them", "url": "https://wandb.ai/x", "config": {"seed": 4, "train.lr": 0.1},
                              "summary": summary, "rows": rows}  # fmt: skip

@@ -113,6 +113,8 @@ def test_the_run_is_whole_on_the_server(outage: Outage, name: str) -> None:
     assert [row["_step"] for row in run.history] == list(range(1, STEPS + 1))
     assert run.config["train.steps"] == STEPS
     assert run.summary["model/params"] > 0
+    (best,) = [row for row in run.history if row["step"] == run.summary["best/step"]]
+    assert run.summary["best/val/loss"] == pytest.approx(best["val/loss"])
     last = run.history[-1]
     assert {"val/loss", "samples", "diffusion"} <= last.keys()
     assert run.files[last["samples"]["path"]].startswith(b"\x89PNG")

@@ -42,6 +42,9 @@ def test_each_model_is_trained_once_and_judged_in_its_steps(tmp_path: Path, caps
     again = json.loads((tmp_path / "few-steps.json").read_text())
     assert {key: again[key] for key in measured} == measured
 
+    assert few_steps.main([*more, *words, "--train.batch_size=8"]) == 2
+    assert "holds results of {'teacher_steps': 4, " in capsys.readouterr().err
+
 
 def test_wrong_lengths_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert few_steps.main(["--lengths", "2,x", "--out", str(tmp_path / "new")]) == 2
