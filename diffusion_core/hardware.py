@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from diffusion_core.config import ConfigError, TrainConfig
 
@@ -117,3 +118,10 @@ def fastest_convolutions(config: TrainConfig) -> Iterator[None]:
         yield
     finally:
         cudnn.benchmark = before
+
+
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return a tensor of the CPU on a device. Unlike ``torch.tensor(..., device=)``, this does not wait for a GPU."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

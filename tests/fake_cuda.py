@@ -22,12 +22,14 @@ TRANSFERS = ("aten._to_copy", "aten.copy_")
 class OneDevice(TorchDispatchMode):
     """Inside this context operations that mix devices fail, and copies from the GPU, which wait for it.
 
-    Copies to it are allowed, and single numbers of the processor, as on a GPU.
+    Copies to it are allowed, and single numbers of the processor, as on a GPU. Attribute ``waits`` names the copies to
+    it for which a GPU's queue is waited for: all but those that say ``non_blocking``.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[str] = []
+        self.waits: list[str] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(function)
@@ -38,6 +40,10 @@ class OneDevice(TorchDispatchMode):
         if name.startswith(TRANSFERS):
             if CUDA in devices and any(leaf.device.type == "cpu" for leaf in tree_leaves(result)):
                 raise RuntimeError(f"{name} waits for the GPU")
+            arrived = any(isinstance(leaf, Tensor) and leaf.device == CUDA for leaf in tree_leaves(result))
+            sent = any(tensor.ndim and tensor.device.type == "cpu" for tensor in given)
+            if arrived and sent and not (kwargs or {}).get("non_blocking"):
+                self.waits.append(name)
         elif len(devices) > 1:
             raise RuntimeError(f"{name} mixes {sorted(map(str, devices))}")
         return result

@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffusion_core.data.datasets import Images, sent, to_unit
-from diffusion_core.randomness import Purpose, streams
+from diffusion_core.data.datasets import Images, to_unit
+from diffusion_core.hardware import sent
+from diffusion_core.randomness import Purpose, Streams, streams
+from diffusion_core.randomness.ahead import Ahead
 
 DEVICE_SHARE = 0.25
 """Share of a GPU's free memory that a data set may take up; a larger one stays in main memory."""
@@ -53,6 +55,19 @@ class Batches:
         local = batch_size // world_size
         self.share = slice(rank * local, (rank + 1) * local)
         self._orders: dict[int, Tensor] = {}
+        numbers = batch_size * images.images_NCHW[0].numel()
+        self._ahead = {
+            purpose: Ahead(draws, (seed, purpose), count, place)
+            for purpose, count, place in (
+                (Purpose.NOISE, numbers, device),
+                (Purpose.LOW_NOISE, numbers, device),
+                (Purpose.AUGMENT, batch_size, torch.device("cpu")),  # Its numbers decide how many images to mirror.
+            )
+        }
+
+    def stream(self, purpose: Purpose, step: int) -> Streams:
+        """Return the random stream of a step, one of NOISE, LOW_NOISE (on the batches' device) and AUGMENT (CPU)."""
+        return self._ahead[purpose].at(step)
 
     def indices(self, step: int) -> Tensor:
         """Which images form the batch of a step, for all processes, ``(batch_size,)``."""
@@ -77,8 +92,8 @@ class Batches:
         batch = self.images.select(self.indices(step)[self.share]).to(self.device)
         images_BCHW = batch.images_NCHW
         if self.horizontal_flip:
-            (draws_B,) = streams(self.draws, [(self.seed, Purpose.AUGMENT, step)]).uniform(self.batch_size)
-            mirrored = sent((draws_B[self.share] < 0.5).nonzero().flatten(), self.device)  # Counted on the CPU.
+            (draws_B,) = self.stream(Purpose.AUGMENT, step).uniform(self.batch_size)
+            mirrored = sent((draws_B[self.share] < 0.5).nonzero().flatten(), self.device)
             images_BCHW.index_copy_(0, mirrored, images_BCHW.index_select(0, mirrored).flip(3))
         return to_unit(images_BCHW), batch.labels_N
 

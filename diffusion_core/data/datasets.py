@@ -250,13 +250,6 @@ def stratified_split(images: Images, val_fraction: float, class_names: Sequence[
     return images.select(torch.cat(train).sort().values), images.select(torch.cat(val).sort().values)
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device; nothing waits for the copy to a GPU."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
 DATASETS["digits"] = DatasetRecord(
     _load_digits,
     "built in, 1,797 real digits of 8x8",

@@ -14,7 +14,7 @@ from diffusion_core.data.batches import Batches
 from diffusion_core.diffusion.schedule import NoiseSchedule
 from diffusion_core.diffusion.upsampling import given, lowered
 from diffusion_core.model.unet import NO_LABEL
-from diffusion_core.randomness import Purpose, streams
+from diffusion_core.randomness import Purpose
 
 SELF_CONDITIONING_SHARE = 0.5
 """Share of training images for which the network gets an estimate of the clean image (Chen et al. 2022)."""
@@ -60,8 +60,8 @@ def draw(step: int, batches: Batches, config: CoreConfig, schedule: NoiseSchedul
     Every process draws for the whole batch and takes its share, so that the number of processes does not matter.
     """
     x0_BCHW, labels_B = batches.at(step)
-    device, size, share = x0_BCHW.device, batches.batch_size, batches.share
-    source = streams(config.draws, [(config.seed, Purpose.NOISE, step)], device)
+    size, share = batches.batch_size, batches.share
+    source = batches.stream(Purpose.NOISE, step)
     (noise_BCHW,) = source.normal(size, *x0_BCHW.shape[1:])
     if config.diffusion.timestep_sampling == "uniform":
         (t_B,) = source.integers(schedule.timesteps, size)
@@ -88,7 +88,7 @@ def draw(step: int, batches: Batches, config: CoreConfig, schedule: NoiseSchedul
 def _given(step: int, x0_BCHW: Tensor, batches: Batches, config: CoreConfig, factor: int) -> Tensor:
     """Return the small images of a process's share of a step, with noise of levels from 0 to ``upsample.noise``."""
     low_BChw = lowered(x0_BCHW, factor)
-    source = streams(config.draws, [(config.seed, Purpose.LOW_NOISE, step)], x0_BCHW.device)
+    source = batches.stream(Purpose.LOW_NOISE, step)
     (noise_BChw,) = source.normal(batches.batch_size, *low_BChw.shape[1:])
     level_B = config.upsample.noise * source.uniform(batches.batch_size)[0]
     return given(low_BChw, level_B[batches.share], noise_BChw[batches.share], x0_BCHW.shape[-1])

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diffusion_core.hardware import sent
+
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -22,7 +24,7 @@ WORDS = 4
 
 def round_keys(key_2N: Tensor) -> list[Tensor]:
     """Return the key of each round for :func:`philox`: ``(2, N)`` each, int64 with values of 32 bits."""
-    weyl = torch.tensor(WEYL, device=key_2N.device).view(2, *(1,) * (key_2N.dim() - 1))
+    weyl = sent(torch.tensor(WEYL), key_2N.device).view(2, *(1,) * (key_2N.dim() - 1))
     keys = [(key_2N + number * weyl) & MASK for number in range(ROUNDS)]
     return [key if number % 2 else key.flip(0) for number, key in enumerate(keys)]
 
@@ -34,7 +36,7 @@ def philox(counter_4N: Tensor, keys: Sequence[Tensor]) -> Tensor:
         counter_4N: the counters' words, least significant first, int64 with values of 32 bits; N may be several axes.
         keys: from :func:`round_keys`; each can be broadcast to the shape of two words of the counters.
     """
-    multipliers = torch.tensor(MULTIPLIERS, device=counter_4N.device).view(2, *(1,) * (counter_4N.dim() - 1))
+    multipliers = sent(torch.tensor(MULTIPLIERS), counter_4N.device).view(2, *(1,) * (counter_4N.dim() - 1))
     even, odd = counter_4N[0::2], counter_4N[1::2]
     for key in keys:
         product = even * multipliers  # 64 bits: they overflow into the sign, and all are there.
@@ -55,7 +57,7 @@ class Philox:
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
         words = [[seed & MASK for seed in seeds], [seed >> 32 & MASK for seed in seeds]]
-        self.keys = round_keys(torch.tensor(words, device=device).unsqueeze(-1))
+        self.keys = round_keys(sent(torch.tensor(words), device).unsqueeze(-1))
         self.calls = 0
 
     def words(self, count: int) -> Tensor:

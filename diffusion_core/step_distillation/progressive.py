@@ -15,6 +15,7 @@ from diffusion_core.diffusion.denoiser import Denoiser
 from diffusion_core.diffusion.draws import Draws
 from diffusion_core.diffusion.sampling_steps import Spacing
 from diffusion_core.diffusion.schedule import NoiseSchedule
+from diffusion_core.hardware import sent
 from diffusion_core.step_distillation.teaching import CLEAN, Lesson, amplitudes, clean_image, follow, truncated_snr
 
 SPACING: Spacing = "trailing"
@@ -31,18 +32,17 @@ class ProgressiveDistillation:
     def __init__(self, lesson: Lesson) -> None:
         assert lesson.teacher is not None
         self.lesson = lesson
+        steps, level = lesson.schedule.steps, lesson.start_level
+        self.visited = torch.tensor([*steps(lesson.count, SPACING, level).timesteps, CLEAN])
+        self.between = torch.tensor(steps(2 * lesson.count, SPACING, level).timesteps[1::2])
 
     def draw(self, step: int, batches: Batches, schedule: NoiseSchedule) -> Draws:
         """Return a step's draws: a timestep of the student, and in ``later_BS`` the next two of the teacher."""
-        lesson = self.lesson
-        draws = lesson.draw(step, batches, schedule)
-        known, count = schedule.timesteps_to(lesson.start_level), lesson.count
-        visited = [*schedule.steps(count, SPACING, lesson.start_level).timesteps, CLEAN]
-        between = schedule.steps(2 * count, SPACING, lesson.start_level).timesteps[1::2]
+        draws, count = self.lesson.draw(step, batches, schedule), self.lesson.count
         # The noisiest of the student's steps comes first.
-        index_B = (count - 1 - (draws.t_B.double() * count / known).floor().long()).clamp(0, count - 1)
+        index_B = (count - 1 - (draws.t_B.double() * count / self.lesson.known).floor().long()).clamp(0, count - 1)
         device = draws.t_B.device
-        grid, middle = torch.tensor(visited, device=device), torch.tensor(between, device=device)
+        grid, middle = sent(self.visited, device), sent(self.between, device)
         later_BS = torch.stack([middle[index_B], grid[index_B + 1]], dim=1)
         return replace(draws, t_B=grid[index_B].float(), later_BS=later_BS.float())
 

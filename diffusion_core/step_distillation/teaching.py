@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from diffusion_core.data.batches import Batches
 from diffusion_core.diffusion.denoiser import Denoiser, DenoiserFunction, clipped
 from diffusion_core.diffusion.draws import Draws, draw
 from diffusion_core.diffusion.losses import shown_estimate
-from diffusion_core.diffusion.schedule import NoiseSchedule
+from diffusion_core.diffusion.schedule import NoiseSchedule, build_schedule
 from diffusion_core.model.unet import UNet
 from diffusion_core.sampling.guidance import between_levels, guided
 
@@ -52,6 +53,16 @@ class Lesson:
     start_level: float | None
     teacher: UNet | None = None
 
+    @cached_property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule, on the processor: reading timesteps off a GPU would wait for it in every step."""
+        return build_schedule(self.config.diffusion)
+
+    @cached_property
+    def known(self) -> int:
+        """Number of timesteps up to the noise level at which the student starts."""
+        return self.schedule.timesteps_to(self.start_level)
+
     def teach(self, denoiser: Denoiser) -> Denoiser:
         """Return the teacher as a denoiser like the student, without memory of earlier calls."""
         assert self.teacher is not None
@@ -77,7 +88,7 @@ class Lesson:
     def draw(self, step: int, batches: Batches, schedule: NoiseSchedule) -> Draws:
         """Return a training step's draws, with timesteps up to the noise level at which the student starts."""
         draws = draw(step, batches, self.config, schedule)
-        known, t_B = schedule.timesteps_to(self.start_level), draws.t_B
+        known, t_B = self.known, draws.t_B
         if known < schedule.timesteps:
             t_B = t_B.clamp(max=known - 1) if t_B.is_floating_point() else t_B * known // schedule.timesteps
         return replace(draws, t_B=t_B.float())  # One type for all calls, so that a network is compiled once.

@@ -18,7 +18,16 @@ from benchmarks.measurement.options import Options
 from benchmarks.measurement.rows import Row
 
 SUBJECT = "gpu"
-PARTS = ("floors", "training", "peer", "sampling", "digits", "training-pruned", "sampling-pruned")
+PARTS = (
+    "floors",
+    "training",
+    "peer",
+    "sampling",
+    "digits",
+    "training-pruned",
+    "training-pruned-64",
+    "sampling-pruned",
+)
 TRAIN_TARGET, TRAIN_SHARE_TARGET, PEER_TARGET = 9000.0, 0.40, 2.5
 SAMPLE_SHARE_TARGET, SAMPLES_TARGET_MIN, SAMPLES = 0.50, 5.0, 50_000
 DIGITS_TARGET, PRUNED_TARGET, START_TARGET_S = 1000.0, 1.6, 15.0
@@ -111,6 +120,13 @@ def rows(found: Mapping[str, Mapping[str, Any]]) -> list[Row]:
             ours=images("training-pruned"),
             peer=images("training"),
             details=dict(found["training-pruned"]),
+        ),
+        Row(
+            SUBJECT,
+            f"{train}, pruned to half the MACs in multiples of 64 channels, against dense",
+            ratio(value("training-pruned-64", "images"), value("training", "images")),
+            ours=images("training-pruned-64"),
+            peer=images("training"),
         ),
         Row(
             SUBJECT,

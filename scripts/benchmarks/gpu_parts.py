@@ -42,6 +42,8 @@ from pruning.config import PruneConfig
 KEEP = 0.5
 FID_DIM = 2048
 ROUNDS = 5
+FIRST_STEPS = 8
+"""Steps of each call of the training loop that are not timed: the step is warmed up and recorded as a graph."""
 
 
 @dataclass
@@ -83,6 +85,34 @@ class Part:
         """Return the amount of work per second, from the median time of several calls."""
         return amount / statistics.median(timed(work) for _ in range(1 if self.short else ROUNDS))
 
+    def steady_rate(self, timer: Steady, run: Callable[[], object], amount: int) -> float:
+        """Return the amount of work per second, from the median time of the timed steps of several calls."""
+        return amount / statistics.median(timer.seconds(run) for _ in range(1 if self.short else 3))
+
+
+class Steady:
+    """A callback of the training loop that times its steps but for the first ones."""
+
+    def __init__(self, device: torch.device, first: int) -> None:
+        self.device, self.first = device, first
+        self.steps, self.started = 0, 0.0
+
+    def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
+        self.steps += 1
+        if self.steps == self.first:
+            self.started = self.now()
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """Call the loop and return the seconds of its timed steps."""
+        self.steps = 0
+        run()
+        return self.now() - self.started
+
 
 def floors(part: Part) -> None:
     """Measure operations per second of a bf16 matrix product, and bytes per second, read and written, of a copy."""
@@ -96,27 +126,33 @@ def floors(part: Part) -> None:
         part.found["bytes"] = max(part.rate(lambda: target.copy_(source), 2 * source.nbytes) for _ in range(4))
 
 
-def pruned_to_half(network: UNet, config: CoreConfig) -> UNet:
+def pruned_to_half(network: UNet, config: CoreConfig, round_to: int | None = None) -> UNet:
     """Return the network with channels removed until half of its multiply-accumulates are left."""
-    prune = PruneConfig(method="structured", importance="l2", target="macs", keep=KEEP)
+    prune = PruneConfig(method="structured", importance="l2", target="macs", keep=KEEP, round_to=round_to)
     return prune_channels(network, prune, config.seed)[0]
+
+
+def pruned_to_64(network: UNet, config: CoreConfig) -> UNet:
+    """Return the same with widths that are multiples of 64."""
+    return pruned_to_half(network, config, 64)
 
 
 def training(part: Part, change: Callable[[UNet, CoreConfig], UNet] | None = None) -> None:
     """Measure images per second of the whole loop, and GPU time by kind of kernel."""
-    batch, steps = part.size(512, 4), part.size(20, 1)
-    config = part.config(train__batch_size=batch)
-    run = our_step(config, part.accelerator, batch, steps, lambda net: change(net, config) if change else net)
+    batch, steps, first = part.size(512, 4), part.size(40, 1), part.size(FIRST_STEPS, 1)
+    config, timer = part.config(train__batch_size=batch), Steady(part.device, first)
+    run = our_step(
+        config, part.accelerator, batch, first + steps, lambda net: change(net, config) if change else net, [timer]
+    )
     run()
     with part.turn():
-        run()
         if part.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        part.found["images"] = part.rate(run, steps * batch)
+        part.found["images"] = part.steady_rate(timer, run, steps * batch)
         part.found["flops_an_image"] = 3.0 * forward_flops(lively_network(config, part.device))
         if part.device.type == "cuda":
             part.found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            part.found["kernels_ms_a_step"] = by_kind(run, steps)
+            part.found["kernels_ms_a_step"] = by_kind(run, first + steps)
 
 
 def peer(part: Part) -> None:
@@ -137,7 +173,7 @@ def sampling(part: Part, change: Callable[[UNet, CoreConfig], UNet] | None = Non
     if change:
         network = change(network, config)
     generator = Generator(network.eval().requires_grad_(False), config, "bf16")
-    wanted = requests([NO_LABEL], 2 * batch)  # Two batches: one recording serves both.
+    wanted = requests([NO_LABEL], batch)
 
     def draw() -> torch.Tensor:
         return generator.images(wanted, config.sample, 0)
@@ -149,7 +185,7 @@ def sampling(part: Part, change: Callable[[UNet, CoreConfig], UNet] | None = Non
         if change:
             return
         if part.device.type == "cuda":
-            part.found["kernels_ms_a_batch"] = by_kind(draw, 2)
+            part.found["kernels_ms_a_batch"] = by_kind(draw, 1)
         with tempfile.TemporaryDirectory() as folder:
             random_weights(Path(folder) / "weights.pth")
             inception = read_inception(Path(folder) / "weights.pth", part.device)
@@ -166,29 +202,32 @@ def sampling(part: Part, change: Callable[[UNet, CoreConfig], UNet] | None = Non
 
 def digits(part: Part) -> None:
     """Measure steps per second of the whole loop on digits, batch 256."""
-    steps, how = part.size(200, 2), "network" if part.device.type == "cuda" else "none"
+    how = "network" if part.device.type == "cuda" else "none"
+    steps, first = part.size(500, 2), part.size(FIRST_STEPS, 1)
     knobs = {"log.progress": False, "train.precision": "bf16", "train.batch_size": 256, "train.compile": how}
     config = build(CoreConfig, PRESETS["digits"], knobs)
     data = load_data(config.data)
     state = TrainState.start(build_network(config, data.num_classes).to(part.device), config.train, config.ema)
     batches = Batches(data.train, batch_size=256, seed=0, horizontal_flip=False, device=part.device)
-    accelerator = part.accelerator
+    accelerator, timer = part.accelerator, Steady(part.device, first)
 
     def run() -> None:
-        train(state, batches, config, accelerator=accelerator, until=state.step + steps)
+        train(state, batches, config, [timer], accelerator=accelerator, until=state.step + first + steps)
 
     run()
     with part.turn():
-        run()
-        part.found["steps"] = part.rate(run, steps)
+        part.found["steps"] = part.steady_rate(timer, run, steps)
         if part.device.type == "cuda":
-            part.found["kernels_ms_a_step"] = by_kind(run, steps)
+            part.found["kernels_ms_a_step"] = by_kind(run, first + steps)
 
 
 def start(part: Part) -> None:
     """Measure the seconds from the start of the process to the end of the first step."""
+    part.found["imported_s"] = round(time.time() - STARTED, 1)
     batch = part.size(512, 4)
-    our_step(part.config(train__batch_size=batch), part.accelerator, batch, 1)()
+    take_step = our_step(part.config(train__batch_size=batch), part.accelerator, batch, 1)
+    part.found["built_s"] = round(time.time() - STARTED, 1)
+    take_step()
     if part.device.type == "cuda":
         torch.cuda.synchronize()
     part.found["first_step_s"] = round(time.time() - STARTED, 1)
@@ -201,6 +240,7 @@ PARTS: dict[str, Callable[[Part], None]] = {
     "sampling": sampling,
     "digits": digits,
     "training-pruned": lambda part: training(part, pruned_to_half),
+    "training-pruned-64": lambda part: training(part, pruned_to_half if part.short else pruned_to_64),
     "sampling-pruned": lambda part: sampling(part, pruned_to_half),
 }
 

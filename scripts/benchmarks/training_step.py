@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from diffusion_core.data.batches import Batches
 from diffusion_core.data.datasets import Images
 from diffusion_core.hardware import pick_precision
 from diffusion_core.model.unet import UNet
-from diffusion_core.training.trainer import TrainState, train
+from diffusion_core.training.trainer import Callback, TrainState, train
 
 SUBJECT = "training-step"
 BATCH = 16
@@ -30,10 +30,11 @@ def our_step(
     batch: int,
     steps: int = 1,
     change: Callable[[UNet], UNet] = lambda network: network,
+    callbacks: Sequence[Callback] = (),
 ) -> Callable[[], object]:
     """Return steps of our own loop: batch, draws, loss, gradients, clipping, AdamW, average.
 
-    ``change`` may replace the network before training.
+    ``change`` may replace the network before training; ``callbacks`` are called after every step.
     """
     state = TrainState.start(change(lively_network(config, accelerator.device)), config.train, config.ema)
     source = torch.Generator().manual_seed(0)
@@ -45,7 +46,7 @@ def our_step(
         horizontal_flip=True,
         device=accelerator.device,
     )
-    return lambda: train(state, batches, config, accelerator=accelerator, until=state.step + steps)
+    return lambda: train(state, batches, config, callbacks, accelerator=accelerator, until=state.step + steps)
 
 
 def peer_step(

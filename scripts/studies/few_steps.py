@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
     leave_at_once()  # Until main handles signals: the imports take seconds.
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,12 +27,11 @@ from agent.config import TrialConfig, build_config
 from agent.trial import run_trial
 from diffusion_core.checkpoint import Checkpoint
 from diffusion_core.choice import choose
-from diffusion_core.config import ConfigError, EvalConfig, build, split_argv
+from diffusion_core.config import EvalConfig, build, split_argv
 from diffusion_core.data.datasets import Dataset, load_data
 from diffusion_core.evaluation.generated import generated
 from diffusion_core.evaluation.protocol import sampling_protocol
 from diffusion_core.evaluation.suite import Suite
-from diffusion_core.files import write_json
 from diffusion_core.hardware import pick_device, pick_precision
 from diffusion_core.run_folder import RESULT_FILE
 from diffusion_core.sampling.cost import MACS, image_costs
@@ -42,7 +40,7 @@ from diffusion_core.sampling.lows import held_out
 from diffusion_core.tables import markdown_table, mean_and_range
 from diffusion_core.tracking import NullTracker
 from studies.command import at_least, numbers, parser_of, seeds_of, status_of
-from studies.study import QUIET, SAMPLING_SEED, Results
+from studies.study import QUIET, SAMPLING_SEED, Results, check_settings
 from studies.table import write_table
 
 FIGURES = {
@@ -190,11 +188,7 @@ class FewSteps:
         """
         settings = {"teacher_steps": self.teacher_steps, "tune_steps": self.tune_steps, "lr": self.lr,
                     "images": self.images, "knobs": dict(self.knobs)}  # fmt: skip
-        file = self.folder / "settings.json"
-        if file.is_file() and (before := json.loads(file.read_text(encoding="utf-8"))) != settings:
-            raise ConfigError(f"--out = {str(self.folder)!r}: holds results of {before}; choose another folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, settings)
+        check_settings(self.folder, settings)
         results = Results(self.folder / "few-steps.json", [*FIGURES, MACS])
         for done, seed in enumerate(self.seeds, 1):
             for row in self.rows():

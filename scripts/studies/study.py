@@ -15,6 +15,7 @@ from torch import Tensor
 from agent.config import TrialConfig, build_config
 from agent.trial import run_trial
 from diffusion_core.checkpoint import Checkpoint, read_checkpoint
+from diffusion_core.config import ConfigError
 from diffusion_core.data.datasets import Dataset, load_data
 from diffusion_core.evaluation.classifier.classifier import Classifier, classifier_for
 from diffusion_core.evaluation.consistency import consistency_of_images
@@ -118,6 +119,19 @@ class Study:
             "params": cost.nonzero_params,
             "macs": cost.nonzero_macs,
         }
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Record the settings of a folder's results.
+
+    Raises:
+        ConfigError: if the folder holds results of other settings.
+    """
+    file = folder / "settings.json"
+    if file.is_file() and (before := json.loads(file.read_text(encoding="utf-8"))) != settings:
+        raise ConfigError(f"--out = {str(folder)!r}: holds results of {before}; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, dict(settings))
 
 
 class Results:

@@ -24,6 +24,7 @@ from diffusion_core.config import CoreConfig, StepsConfig, build
 from diffusion_core.diffusion.denoiser import Denoiser
 from diffusion_core.diffusion.objective import Objective
 from diffusion_core.diffusion.schedule import NoiseSchedule, build_schedule
+from diffusion_core.randomness import Purpose, Streams, streams
 from diffusion_core.sampling.samplers import build_sampler, steps_of
 from diffusion_core.step_distillation.consistency import ConsistencyDistillation, ConsistencyTuning
 from diffusion_core.step_distillation.methods import halved
@@ -49,6 +50,9 @@ class Source:
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         drawn = self.sample(np.random.default_rng(step), self.batch_size)
         return torch.tensor(drawn, dtype=torch.float32).view(-1, 1, 1, 1), torch.zeros(self.batch_size).long()
+
+    def stream(self, purpose: Purpose, step: int) -> Streams:
+        return streams(2, [(0, purpose, step)])
 
 
 def gaussian(source: np.random.Generator, count: int) -> np.ndarray:

@@ -8,21 +8,26 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import CUDA, OneDevice, cuda_autocast, fake_tensors
-from tiny import NUM_CLASSES, cpu, lively, tiny_batches, tiny_config, tiny_network, tiny_state
+from tiny import NUM_CLASSES, cpu, digits, lively, tiny_batches, tiny_config, tiny_network, tiny_state
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from diffusion_core.config import CoreConfig, SampleConfig
+from diffusion_core.config import CoreConfig, SampleConfig, StepsConfig
 from diffusion_core.diffusion.denoiser import Denoiser
-from diffusion_core.diffusion.draws import Draws
+from diffusion_core.diffusion.draws import Draws, draw
 from diffusion_core.diffusion.losses import diffusion_loss
+from diffusion_core.diffusion.objective import Denoising, Objective
+from diffusion_core.diffusion.schedule import build_schedule
 from diffusion_core.model import compilation
 from diffusion_core.model.structure import maskable
 from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.sampling.generation import Generator, requests
 from diffusion_core.sampling.guidance import between_levels, decided, guided
 from diffusion_core.sampling.samplers import steps_of
+from diffusion_core.step_distillation.consistency import ConsistencyTuning
+from diffusion_core.step_distillation.progressive import ProgressiveDistillation
+from diffusion_core.step_distillation.teaching import Lesson
 from diffusion_core.training.distillation import Distillation
 from diffusion_core.training.ema import Ema
 from diffusion_core.training.trainer import TrainState, build_optimizer, train
@@ -121,6 +126,35 @@ def test_a_training_step_stays_on_the_gpu(kind: str) -> None:
         loss = take_step(state, config)
         assert (loss.device, loss.dtype) == (CUDA, torch.float32)
         check_whole_step(noted)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "lognormal", "progressive", "consistency"])
+def test_the_draws_of_a_step_wait_for_no_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wait in each step leaves the GPU idle while the next step's kernels are launched."""
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)  # It asks for a GPU.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**40, 2**40))
+    lognormal = {"diffusion__timestep_sampling": "lognormal"}
+    config = tiny_config(**KINDS.get(kind, lognormal if kind == "lognormal" else {}))
+    lesson = Lesson(config, StepsConfig(), 0, 10, 4, 1.0, None, tiny_network(config))
+    objective: Objective = Denoising(
+        config.diffusion, lambda step, given, schedule: draw(step, given, config, schedule)
+    )
+    if kind == "progressive":
+        objective = ProgressiveDistillation(lesson)
+    elif kind == "consistency":
+        objective = ConsistencyTuning(lesson)
+    images, on_cpu = digits().train, build_schedule(config.diffusion)
+    with fake_tensors() as noted:
+        schedule = on_cpu.to(CUDA)
+        # Without mirroring: how many images are mirrored is counted on the processor, whose numbers are fake here too.
+        batches = tiny_batches(config, images, horizontal_flip=False, device=CUDA)
+        assert noted.waits, "data are copied once, and tests see it"
+        batches.indices(0)
+        noted.waits.clear()
+        for step in range(3):
+            drawn = objective.draw(step, batches, schedule)
+            assert {tensor.device for tensor in drawn.tensors() if tensor is not None} == {CUDA}
+        assert not noted.waits
 
 
 def check_whole_step(noted: OneDevice) -> None:
