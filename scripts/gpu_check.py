@@ -209,9 +209,16 @@ def distillation(machine: Machine) -> list[tuple[str, bool, Any]]:
     state, batches = machine.fresh(config)
     train(state, batches, config, accelerator=machine.accelerator, until=2)
     teaching = Distillation(copy.deepcopy(state.ema.network), state.network, 1.0, 1.0)
+    seen, loss = 0, teaching.loss
+
+    def noted() -> Tensor:
+        nonlocal seen
+        assert state.network.watch is not None
+        seen = len(state.network.watch.features)
+        return loss()
+
+    teaching.loss = noted  # type: ignore[method-assign]
     train(state, batches, config, accelerator=machine.accelerator, until=8, distillation=teaching)
-    assert state.network.watch is not None
-    seen = len(state.network.watch.features)
     teaching.close()
     expected = 2 * len(config.model.channel_multipliers) + 1
     return [("feature maps seen", seen == expected, seen)]

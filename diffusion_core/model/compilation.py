@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
@@ -91,13 +92,19 @@ def compile_network(network: UNet, how: str) -> None:
     """
     if how == "none":
         return
-    keep_compiled()
+    prepare_compiler()
     raise_limit(torch._dynamo.config)
     kinds = (UNet,) if how == "network" else (ResidualBlock, AttentionBlock)
     for module in network.modules():
         if isinstance(module, kinds) and module not in _compiled:
             module.compile(backend=BACKEND, dynamic=False)
             _compiled.add(module)
+
+
+def prepare_compiler() -> None:
+    """Keep compiled code, and silence the compiler's advice to use TF32: ``train.precision`` decides about it."""
+    keep_compiled()
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
 
 
 def keep_compiled() -> None:
@@ -125,5 +132,5 @@ def raise_limit(settings: Any) -> None:
 
 def compiled(network: UNet) -> Callable[..., Tensor]:
     """Return a network compiled as a whole, for static shapes. The network itself does not change."""
-    keep_compiled()
+    prepare_compiler()
     return torch.compile(network, backend=BACKEND, dynamic=False)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from diffusion_core.config import CoreConfig, ModelConfig
 from diffusion_core.model.norm import group_norm, normalised
 from diffusion_core.model.timesteps import sinusoidal_embedding
+from diffusion_core.model.watch import Watch
 from diffusion_core.randomness import Purpose, stream_seed
 
 NO_LABEL = -1
@@ -122,28 +123,6 @@ def expanded(x_BCHW: Tensor) -> Tensor:
     batch, channels, height, width = x_BCHW.shape
     x_BHWC = x_BCHW.permute(0, 2, 3, 1)[:, :, None, :, None].expand(batch, height, 2, width, 2, channels)
     return x_BHWC.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
-
-
-class Watch:
-    """A record of the last call of a network: inputs, output, and feature maps.
-
-    A network fills the record that it holds (:attr:`UNet.watch`), also if it is compiled. Hooks would not work there: a
-    compiled network skips those registered after compilation.
-
-    Attributes:
-        asked: inputs of the call.
-        answer: output of the call.
-        features: outputs of the last residual block of each level on the way down, of the middle, and of each level on
-            the way up.
-    """
-
-    def __init__(self) -> None:
-        self.asked: tuple[Tensor | None, ...] = ()
-        self.answer: Tensor | None = None
-        self.features: list[Tensor] = []
-
-    def __deepcopy__(self, _memo: object) -> None:
-        """Return None: a copy of a network is not watched."""
 
 
 class Level(nn.Module):

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion_core.model.unet import UNet, Watch
+from diffusion_core.model.unet import UNet
+from diffusion_core.model.watch import Watch
 
 
 class Distillation:
@@ -39,22 +40,21 @@ class Distillation:
 
     def loss(self) -> Tensor:
         """Return the unreduced loss, ``(B,)``, float32, of the batch that the student was called with last."""
-        ours, theirs = self._watch, Watch()
-        before, self.teacher.watch = self.teacher.watch, theirs
+        asked, ours_BCHW, our_maps = self._watch.taken()
+        before, self.teacher.watch = self.teacher.watch, Watch()
         try:
             with torch.no_grad():
-                self.teacher(*ours.asked)
+                self.teacher(*asked)
+            _, theirs_BCHW, their_maps = self.teacher.watch.taken()
         finally:
             self.teacher.watch = before
-        assert ours.answer is not None
-        assert theirs.answer is not None
-        loss_B = torch.zeros(len(ours.answer), device=ours.answer.device)
+        loss_B = torch.zeros(len(ours_BCHW), device=ours_BCHW.device)
         if self.output:
-            loss_B = loss_B + self.output * (ours.answer.float() - theirs.answer.float()).square().mean(dim=(1, 2, 3))
+            loss_B = loss_B + self.output * (ours_BCHW.float() - theirs_BCHW.float()).square().mean(dim=(1, 2, 3))
         if self.features:
-            for our_BCHW, their_BCHW in zip(ours.features, theirs.features, strict=True):
+            for our_BCHW, their_BCHW in zip(our_maps, their_maps, strict=True):
                 distance = (activation_map(our_BCHW) - activation_map(their_BCHW)).square().mean(dim=1)
-                loss_B = loss_B + self.features / len(ours.features) * distance
+                loss_B = loss_B + self.features / len(our_maps) * distance
         return loss_B
 
     def close(self) -> None:

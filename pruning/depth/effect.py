@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from diffusion_core.model.depth import without_block
-from diffusion_core.model.unet import UNet, Watch
+from diffusion_core.model.unet import UNet
+from diffusion_core.model.watch import Watch
 from pruning.calibration import Calibration
 
 
@@ -31,9 +32,9 @@ def output_losses(network: UNet, calibration: Calibration, batches: int, blocks:
         watch = measured.watch = Watch()
         calibration.noise_error(measured, calibration.draws(index, measured))
         measured.watch = None
-        assert watch.answer is not None
+        asked, answer_BCHW, _ = watch.taken()
         for name in blocks:
             with without_block(measured, name):
-                change = measured(*watch.asked) - watch.answer
+                change = measured(*asked) - answer_BCHW
             total[name] += float(change.double().square().mean()) / batches
     return total

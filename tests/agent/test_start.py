@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -346,10 +348,25 @@ def test_a_copy_of_a_student_is_not_watched() -> None:
     x, t = torch.zeros(2, 1, 8, 8), torch.tensor([0, 5])
     student(x, t)
     expected = distillation.loss()
+    student(x, t)
     copied = copy.deepcopy(student)
     copied(x + 1.0, t)
     assert copied.watch is None
     assert torch.equal(distillation.loss(), expected)
+
+
+def test_a_step_of_distillation_leaves_no_graph_behind() -> None:
+    """Kept until the next step, it would take memory, and tie the next step to the stream of this one on a GPU."""
+    config = build_config(BASE)
+    student, teacher = (_lively(config, seed) for seed in (0, 1))
+    distillation = Distillation(teacher, student, 1.0, 1.0)
+    made: list[weakref.ref[Tensor]] = []
+    student.conv_out.register_forward_hook(lambda _module, _given, output: made.append(weakref.ref(output)))
+    student(torch.zeros(2, 1, 8, 8), torch.tensor([0, 5]))
+    distillation.loss().sum().backward()
+    assert len(made) == 1
+    gc.collect()
+    assert made[0]() is None
 
 
 def test_activation_maps_do_not_ask_how_wide_a_layer_is() -> None:
