@@ -27,17 +27,16 @@ from pathlib import Path
 from typing import Any
 
 from studies.command import parser_of, some_of, status_of
+from studies.study import run_once
 from studies.table import write_table
 
 from agent.command import run_and_leave
 from agent.config import TrialConfig, build_config
-from agent.trial import run_trial
 from diffusion_core.config import FORMULATIONS, ConfigError, split_argv
 from diffusion_core.data.datasets import Dataset, load_data
 from diffusion_core.files import write_json
 from diffusion_core.run_folder import read_history
 from diffusion_core.tables import markdown_table
-from diffusion_core.tracking import NullTracker
 from diffusion_core.training.trainer import TrainingDiverged
 
 PRECISIONS = ("fp32", "bf16")
@@ -133,7 +132,7 @@ def measure(config: TrialConfig, dataset: Dataset, folder: Path) -> Measured:
     """Train one formulation in one precision."""
     started, diverged = time.perf_counter(), ""
     try:
-        run_trial(config, NullTracker(), dataset=dataset, folder=folder, run_id=folder.name)
+        run_once(config, dataset, folder)
     except TrainingDiverged as error:
         diverged = str(error)
     losses = [row["train/loss"] for row in read_history(folder) if "train/loss" in row]

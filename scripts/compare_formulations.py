@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from studies.command import at_least, parser_of, seeds_of, some_of, status_of
-from studies.study import Results
+from studies.study import Results, run_once
 from studies.table import write_table
 
 from agent.command import run_and_leave
 from agent.config import build_config
-from agent.trial import TrialResult, run_trial
+from agent.trial import TrialResult
 from diffusion_core.checkpoint import read_checkpoint
 from diffusion_core.config import FORMULATIONS, PRESETS, CoreConfig, build, flatten
 from diffusion_core.data.datasets import Dataset, load_data
@@ -36,7 +36,6 @@ from diffusion_core.hardware import pick_device, pick_precision
 from diffusion_core.sampling.generation import Generator, round_robin
 from diffusion_core.sampling.samplers import evaluations
 from diffusion_core.tables import markdown_table, mean_and_range
-from diffusion_core.tracking import NullTracker
 
 COMPARED = ("eps", "v", "x0", "EDM", "learned variance")
 SAMPLERS: dict[str, dict[str, Any]] = {
@@ -103,7 +102,7 @@ def train(name: str, seed: int, steps: int, folder: Path, dataset: Dataset) -> T
     fixed = {"preset": "digits", "seed": seed, "train.steps": steps, "train.device": "cpu", "log.progress": False}
     run = folder / f"{name.replace(' ', '-')}-{steps}-{seed}"
     config = build_config(fixed | quiet | FORMULATIONS[name])
-    return run_trial(config, NullTracker(), dataset=dataset, folder=run, run_id=run.name)
+    return run_once(config, dataset, run)
 
 
 def agreement(path: Path, sampler: str, classifier: Classifier) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from agent.command import fail
 from diffusion_core.config import ConfigError
 from diffusion_core.data.datasets import DataError
 from diffusion_core.messages import Parser
+from diffusion_core.training.stopping import Stopped
 
 T = TypeVar("T", int, float)
 
@@ -73,6 +75,9 @@ def status_of(work: Callable[[], int], out: Path) -> int:
         return work()
     except (ConfigError, DataError) as error:
         return fail(str(error))
+    except Stopped as stopped:
+        code = stopped.signal_code
     except KeyboardInterrupt:
-        print(f"stopped; run the same command again to continue ({out})", file=sys.stderr)
-        return 130
+        code = 128 + signal.SIGINT
+    print(f"stopped; run the same command again to continue ({out})", file=sys.stderr)
+    return code

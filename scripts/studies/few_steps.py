@@ -24,7 +24,6 @@ from typing import Any
 
 from agent.command import run_and_leave
 from agent.config import TrialConfig, build_config
-from agent.trial import run_trial
 from diffusion_core.checkpoint import Checkpoint
 from diffusion_core.choice import choose
 from diffusion_core.config import EvalConfig, build, split_argv
@@ -38,9 +37,8 @@ from diffusion_core.sampling.cost import MACS, image_costs
 from diffusion_core.sampling.generation import Generator
 from diffusion_core.sampling.lows import held_out
 from diffusion_core.tables import markdown_table, mean_and_range
-from diffusion_core.tracking import NullTracker
 from studies.command import at_least, numbers, parser_of, seeds_of, status_of
-from studies.study import QUIET, SAMPLING_SEED, Results, check_settings
+from studies.study import QUIET, SAMPLING_SEED, Results, check_settings, run_once
 from studies.table import write_table
 
 FIGURES = {
@@ -158,8 +156,7 @@ class FewSteps:
         if not (folder / RESULT_FILE).is_file():
             if run != "teacher":
                 self.trained("half" if run.startswith("student-half") else "teacher", seed)
-            print(f"run {folder.name}", flush=True)
-            run_trial(self.config(run, seed), NullTracker(), dataset=self.dataset, folder=folder, run_id=folder.name)
+            run_once(self.config(run, seed), self.dataset, folder)
         return choose(folder)
 
     def measure(self, row: Row, seed: int) -> dict[str, float]:

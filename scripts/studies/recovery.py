@@ -17,7 +17,6 @@ if __name__ == "__main__":
     leave_at_once()  # Until main handles signals: the imports take seconds.
 
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +28,6 @@ from torch import Tensor
 
 from agent.command import run_and_leave
 from agent.config import TrialConfig, build_config
-from agent.trial import run_trial
 from diffusion_core.checkpoint import Checkpoint
 from diffusion_core.choice import choose
 from diffusion_core.config import EvalConfig, build, split_argv
@@ -42,14 +40,14 @@ from diffusion_core.hardware import pick_device, pick_precision
 from diffusion_core.model.cost import count_cost
 from diffusion_core.randomness import Purpose, streams
 from diffusion_core.run_folder import RESULT_FILE
+from diffusion_core.runs.result import read_result
 from diffusion_core.sampling.generation import Generator
 from diffusion_core.sampling.lows import held_out
 from diffusion_core.sampling.media import grid
 from diffusion_core.tables import markdown_table
-from diffusion_core.tracking import NullTracker
 from pruning.registries import IMPORTANCES
 from studies.command import at_least, numbers, parser_of, some_of, status_of
-from studies.study import QUIET, SAMPLING_SEED, check_settings
+from studies.study import QUIET, SAMPLING_SEED, check_settings, run_once
 from studies.table import write_table
 
 REAL, DENSE = "training images", "dense"
@@ -59,8 +57,6 @@ KEEP = 0.56
 SHARE = 10
 """Fine-tuning takes this part of the training steps."""
 GRID_ROWS = 8
-TIME_FILE = "minutes.json"
-"""File of a run's folder with the minutes that it took, if it was not stopped; the compiler's time counts."""
 
 
 @dataclass(frozen=True)
@@ -116,11 +112,9 @@ class Recovery:
 
     def trained(self, row: str) -> Checkpoint:
         """Return the best checkpoint of a row's run, which is trained unless it has a result."""
-        folder, config = self.place(row), self.config(row)
+        folder = self.place(row)
         if not (folder / RESULT_FILE).is_file():
-            dataset, started = self.dataset, time.monotonic()
-            run_trial(config, NullTracker(), dataset=dataset, folder=folder, run_id=row)
-            write_json(folder / TIME_FILE, (time.monotonic() - started) / 60.0)
+            run_once(self.config(row), self.dataset, folder)
         return choose(folder)
 
     def real_images(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -143,8 +137,9 @@ class Recovery:
             return
         checkpoint = self.trained(row)
         trained, network = checkpoint.config(), checkpoint.network().to(self.suite.device)
-        minutes = json.loads((self.place(row) / TIME_FILE).read_text("utf-8"))
-        more = {"macs": count_cost(network).macs, "minutes": minutes}
+        result = read_result(self.place(row))
+        assert result is not None
+        more = {"macs": count_cost(network).macs, "minutes": result[0].seconds / 60.0}
         lows = held_out(self.dataset, trained.upsample)
         generator = Generator(network, trained, pick_precision(trained.train, self.suite.device), lows=lows)
         for guidance, name in zip(guidances, names, strict=True):

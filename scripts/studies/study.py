@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from agent.config import TrialConfig, build_config
-from agent.trial import run_trial
+from agent.trial import TrialResult, run_trial
 from diffusion_core.checkpoint import Checkpoint, read_checkpoint
 from diffusion_core.config import ConfigError
 from diffusion_core.data.datasets import Dataset, load_data
@@ -27,6 +28,7 @@ from diffusion_core.model.unet import UNet
 from diffusion_core.run_folder import RESULT_FILE
 from diffusion_core.sampling.generation import Generator, Request, round_robin
 from diffusion_core.tracking import NullTracker
+from diffusion_core.training.stopping import StopRequest
 
 SAMPLING_SEED = 1
 FIGURES = frozenset({"agreement", "loss", "ssim", "mse", "params", "macs"})
@@ -78,9 +80,7 @@ class Study:
     def run(self, name: str, config: TrialConfig) -> Checkpoint:
         """Return the last checkpoint of a run; start or continue the run unless it has a result."""
         folder = self.folder / "runs" / name
-        if not (folder / RESULT_FILE).is_file():
-            print(f"run {name}", flush=True)
-            run_trial(config, NullTracker(), dataset=self.dataset, folder=folder, run_id=name)
+        run_once(config, self.dataset, folder)
         return read_checkpoint(folder)
 
     def dense(self, seed: int) -> Checkpoint:
@@ -119,6 +119,20 @@ class Study:
             "params": cost.nonzero_params,
             "macs": cost.nonzero_macs,
         }
+
+
+def run_once(config: TrialConfig, dataset: Dataset, folder: Path) -> TrialResult:
+    """Start or continue a run, or return its result. A signal while it trains writes a checkpoint.
+
+    Raises:
+        Stopped: after a signal.
+    """
+    if not (folder / RESULT_FILE).is_file():
+        print(f"run {folder.name}", file=sys.stderr)
+    with StopRequest().listening() as stop:
+        result = run_trial(config, NullTracker(), dataset=dataset, folder=folder, run_id=folder.name, stop=stop)
+        stop.check_now()
+    return result
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ def test_each_model_is_trained_once_and_judged_in_its_steps(tmp_path: Path, caps
     words = ["--teacher-steps", "4", "--tune-steps", "2", "--images", "100", "--out", str(tmp_path), "--", *TINY]
     few = ["--seeds", "0", "--lengths", "2"]
     assert few_steps.main([*few, *words]) == 0
-    assert capsys.readouterr().out.count("run ") == 4
+    assert capsys.readouterr().err.count("run ") == 4
     measured = json.loads((tmp_path / "few-steps.json").read_text())
     macs = {key: figures[MACS] for key, figures in measured.items()}
     whole = macs["teacher, all steps, seed 0"]
@@ -38,7 +38,7 @@ def test_each_model_is_trained_once_and_judged_in_its_steps(tmp_path: Path, caps
 
     more = ["--seeds", "0", "--lengths", "2,3"]
     assert few_steps.main([*more, *words]) == 0
-    assert capsys.readouterr().out.count("run ") == 2, "only the longer students"
+    assert capsys.readouterr().err.count("run ") == 2, "only the longer students"
     again = json.loads((tmp_path / "few-steps.json").read_text())
     assert {key: again[key] for key in measured} == measured
 

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from commands import ROOT
 from studies import recovery
+
+from diffusion_core.checkpoint import read_checkpoint
+from diffusion_core.run_folder import CHECKPOINTS, HISTORY_FILE, read_history
 
 TINY = [
     "--preset=digits",
@@ -51,3 +60,37 @@ def test_rows_may_come_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_an_unknown_row_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert recovery.main(["--rows", "l2,tailor", "--out", str(tmp_path / "new")]) == 2
     assert capsys.readouterr().err.startswith("error: --rows = 'tailor': expected some of dense, random, l1, l2, ")
+
+
+@pytest.mark.slow
+def test_a_study_that_is_stopped_goes_on_inside_its_run(tmp_path: Path) -> None:
+    """Real processes: one is sent SIGTERM while a run trains; the next command continues that run."""
+    words = ["--rows", "dense", "--images", "100", "--guidances", "1"]
+
+    def command(out: str, *more: str) -> subprocess.Popen[str]:
+        words_of_it = [*words, "--steps", "400", "--out", str(tmp_path / out), "--", *TINY, "--log.every=1", *more]
+        return subprocess.Popen(
+            [sys.executable, "-m", "studies.recovery", *words_of_it],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")])},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    stopped = command("out")
+    run = tmp_path / "out" / "runs" / "dense"
+    deadline = time.monotonic() + 120.0
+    while not (run / HISTORY_FILE).is_file() and stopped.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    stopped.send_signal(signal.SIGTERM)
+    _, said = stopped.communicate(timeout=120)
+    assert stopped.returncode == 128 + signal.SIGTERM
+    assert said.splitlines()[-1] == f"stopped; run the same command again to continue ({tmp_path / 'out'})"
+    (kept,) = (run / CHECKPOINTS).iterdir()
+    step = read_checkpoint(kept).step
+    assert 0 < step < 400
+
+    again = command("out")
+    _, said = again.communicate(timeout=300)
+    assert again.returncode == 0, said
+    steps = [row["step"] for row in read_history(run)]
+    assert steps == list(range(1, 401)), "no step is lost, and none is repeated"
