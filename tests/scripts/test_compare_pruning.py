@@ -39,7 +39,7 @@ def test_it_measures_once_and_writes_table_and_plot(
     monkeypatch.setattr(structured, "IMPORTANCES", ("random",))
     words = ["--seeds", "0", "--steps", "2", "--tune-steps", "1", "--images", "10", "--out", str(tmp_path)]
     assert compare_pruning.main(words) == 0
-    trained = {line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("run ")}
+    trained = {line.split()[1] for line in capsys.readouterr().err.splitlines() if line.startswith("run ")}
     assert trained == {"dense-2-seed0", "dense-2-1-seed0", "random-0.5-2-1-seed0"}
     measured = json.loads((tmp_path / "structured-2-1.json").read_text())
     assert set(measured) == {
@@ -56,7 +56,7 @@ def test_it_measures_once_and_writes_table_and_plot(
     assert (tmp_path / "structured-2-1-ssim.png").read_bytes()[:4] == b"\x89PNG"
 
     assert compare_pruning.main(words) == 0
-    assert "run " not in capsys.readouterr().out.replace("\n| ", "")
+    assert not [line for line in capsys.readouterr().err.splitlines() if line.startswith("run ")]
     assert json.loads((tmp_path / "structured-2-1.json").read_text()) == measured
 
     # Images of the dense model are compared with themselves; of the others, with those of the same dense model.
@@ -89,7 +89,7 @@ def test_a_folder_of_before_gets_the_figures_that_it_lacks_without_training(
     file.write_text(json.dumps(old))
     capsys.readouterr()
     assert compare_pruning.main(words) == 0
-    assert "run " not in capsys.readouterr().out.replace("\n| ", "")
+    assert not [line for line in capsys.readouterr().err.splitlines() if line.startswith("run ")]
     assert json.loads(file.read_text()) == {key: whole[key] | figures for key, figures in old.items()}
 
 
