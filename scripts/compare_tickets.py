@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from studies.command import numbers, parser_of, seeds_of, status_of
+from studies.study import stoppable
 from studies.table import write_table
 
 from agent.command import run_and_leave
@@ -97,7 +98,8 @@ def train(settings: Mapping[str, Any], rounds: Sequence[int], run: Path) -> None
     ]
     dataset = load_data(configs[0].data)
     for config in configs:
-        run_chain(config, NullTracker(), dataset=dataset, folder=run, run_id=run.name)
+        with stoppable() as stop:
+            run_chain(config, NullTracker(), dataset=dataset, folder=run, run_id=run.name, stop=stop)
 
 
 def table_lines(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -129,10 +130,20 @@ def run_once(config: TrialConfig, dataset: Dataset, folder: Path) -> TrialResult
     """
     if not (folder / RESULT_FILE).is_file():
         print(f"run {folder.name}", file=sys.stderr)
+    with stoppable() as stop:
+        return run_trial(config, NullTracker(), dataset=dataset, folder=folder, run_id=folder.name, stop=stop)
+
+
+@contextmanager
+def stoppable() -> Iterator[StopRequest]:
+    """Let signals stop the run inside this context after a step, with a checkpoint, or at its end.
+
+    Raises:
+        Stopped: after a signal.
+    """
     with StopRequest().listening() as stop:
-        result = run_trial(config, NullTracker(), dataset=dataset, folder=folder, run_id=folder.name, stop=stop)
+        yield stop
         stop.check_now()
-    return result
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
