@@ -17,6 +17,7 @@ import torch
 from diffusion_core.config import DataConfig
 from diffusion_core.data.classes import normal
 from diffusion_core.data.datasets import DataError, Dataset, DatasetRecord, Images, share_held_out, stratified_split
+from diffusion_core.data.decoded import decoded_once
 from diffusion_core.data.folders import FolderError, arrange, check_trainable, list_images, nesting, notes
 from diffusion_core.data.image_files import ImageFileError, read_rgb, square
 from diffusion_core.files import sha256
@@ -71,17 +72,22 @@ def _read_classes(
     root: Path, class_names: Sequence[str], size: int, progress: bool, files: Mapping[str, Sequence[str]]
 ) -> Images:
     groups = [files[normal(name)] for name in class_names]
-    paths = [root / name for group in groups for name in group]
+    names = [name for group in groups for name in group]
     labels = [label for label, group in enumerate(groups) for _ in group]
-    images_NHWC = np.empty((len(paths), size, size, 3), dtype=np.uint8)
 
-    def read(index: int) -> None:
-        images_NHWC[index] = read_image(paths[index], size)
+    def decode() -> np.ndarray:
+        images_NHWC = np.empty((len(names), size, size, 3), dtype=np.uint8)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        done: Iterable[None] = pool.map(read, range(len(paths)), chunksize=64)
-        for _ in Shown(done, f"reading {root.name}", len(paths), "image", shown=progress):
-            pass
+        def read(index: int) -> None:
+            images_NHWC[index] = read_image(root / names[index], size)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            done: Iterable[None] = pool.map(read, range(len(names)), chunksize=64)
+            for _ in Shown(done, f"reading {root.name}", len(names), "image", shown=progress):
+                pass
+        return images_NHWC
+
+    images_NHWC = decoded_once(root, names, size, decode)
     return Images(torch.from_numpy(images_NHWC).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels))
 
 
