@@ -54,8 +54,8 @@ class PruneConfig(Section):
     """Rounds of structured removal. Each round ranks the channels again."""
     round_to: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Make widths multiples of this. None: of model.norm_groups, so that group norms keep all their groups, or of its
-    largest divisor that meets prune.target within 2%. On an H100, widths that were no multiples of 64 saved
-    multiply-accumulates but no time in training."""
+    largest divisor that meets prune.target within 2%. On an H100, convolutions whose widths are no
+    multiples of 64 save multiply-accumulates but hardly any time in training."""
     widths: Literal["free", "diffusers"] = "free"
     """Widths that remain: each group of channels its own (free), or those of a UNet2DModel (diffusers), so that
     scripts/convert_diffusers.py exports the pruned model as a plain pipeline: one width for each resolution, for the

@@ -203,25 +203,26 @@ def waits(machine: Machine) -> list[tuple[str, bool, Any]]:
     return [("places that wait in 10 steps: schedule, epoch and row at most", len(places) <= 3, places)]
 
 
+class Noting(Distillation):
+    """A distillation that notes how many feature maps of the student it sees."""
+
+    seen = 0
+
+    def loss(self) -> Tensor:
+        self.seen = len(self._watch.features)
+        return super().loss()
+
+
 def distillation(machine: Machine) -> list[tuple[str, bool, Any]]:
     """A compiled student shows its feature maps to a distillation that began after it was compiled."""
     config = machine.config(train__compile="blocks" if machine.device.type == "cuda" else "none")
     state, batches = machine.fresh(config)
     train(state, batches, config, accelerator=machine.accelerator, until=2)
-    teaching = Distillation(copy.deepcopy(state.ema.network), state.network, 1.0, 1.0)
-    seen, loss = 0, teaching.loss
-
-    def noted() -> Tensor:
-        nonlocal seen
-        assert state.network.watch is not None
-        seen = len(state.network.watch.features)
-        return loss()
-
-    teaching.loss = noted  # type: ignore[method-assign]
+    teaching = Noting(copy.deepcopy(state.ema.network), state.network, 1.0, 1.0)
     train(state, batches, config, accelerator=machine.accelerator, until=8, distillation=teaching)
     teaching.close()
     expected = 2 * len(config.model.channel_multipliers) + 1
-    return [("feature maps seen", seen == expected, seen)]
+    return [("feature maps seen", teaching.seen == expected, teaching.seen)]
 
 
 CHECKS: dict[str, Callable[[Machine], list[tuple[str, bool, Any]]]] = {

@@ -52,7 +52,7 @@ class OneDevice(TorchDispatchMode):
 
 
 @cache
-def they_work() -> bool:
+def are_possible() -> bool:
     """Whether a fake tensor can be filled. PyTorch 2.6 asks for a real GPU."""
     try:
         with FakeTensorMode():
@@ -65,7 +65,7 @@ def they_work() -> bool:
 @contextmanager
 def fake_tensors() -> Iterator[OneDevice]:
     """Inside this context new tensors are fake; yields what notes operations."""
-    if not they_work():
+    if not are_possible():
         pytest.skip("fake tensors on a GPU need a driver with this PyTorch")
     with FakeTensorMode(allow_non_fake_inputs=True), OneDevice() as mode:
         yield mode

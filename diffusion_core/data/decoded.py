@@ -48,7 +48,7 @@ def decoded_once(root: Path, names: Sequence[str], size: int, decode: Callable[[
 
 
 def _identity(root: Path, names: Sequence[str], size: int) -> str:
-    """Return a hash of what the decoded images depend on: the files, the size, and the decoder."""
+    """Hash the sizes and times of the files, the size of the images, and the versions of the decoders."""
 
     def parts() -> Iterator[str]:
         yield f"{VERSION} {PIL.__version__} {size}"

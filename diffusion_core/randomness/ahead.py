@@ -15,7 +15,7 @@ from diffusion_core.randomness.streams import Streams, streams
 
 MOST_STEPS = 64
 MOST_NUMBERS = {"cpu": 2**15, "cuda": 2**21}
-"""Random numbers that are drawn together, by kind of device. Each needs about 64 bytes while it is computed."""
+"""Random numbers that are drawn together, by kind of device. Each takes 32 bytes while it is computed."""
 
 
 class Ahead:
@@ -57,7 +57,7 @@ class Ahead:
 
 
 class _OfOneStep:
-    """The stream of one step, as :class:`~diffusion_core.randomness.streams.Streams`: one row of what was drawn."""
+    """The numbers of one step, out of those of all steps that were drawn together."""
 
     def __init__(self, ahead: Ahead, row: int) -> None:
         self._ahead, self._row, self._calls = ahead, row, 0

@@ -240,6 +240,7 @@ PARTS: dict[str, Callable[[Part], None]] = {
     "sampling": sampling,
     "digits": digits,
     "training-pruned": lambda part: training(part, pruned_to_half),
+    # The network of a short run is too narrow for multiples of 64.
     "training-pruned-64": lambda part: training(part, pruned_to_half if part.short else pruned_to_64),
     "sampling-pruned": lambda part: sampling(part, pruned_to_half),
 }

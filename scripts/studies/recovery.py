@@ -39,8 +39,7 @@ from diffusion_core.files import write_json
 from diffusion_core.hardware import pick_device, pick_precision
 from diffusion_core.model.cost import count_cost
 from diffusion_core.randomness import Purpose, streams
-from diffusion_core.run_folder import RESULT_FILE
-from diffusion_core.runs.result import read_result
+from diffusion_core.run_folder import read_history
 from diffusion_core.sampling.generation import Generator
 from diffusion_core.sampling.lows import held_out
 from diffusion_core.sampling.media import grid
@@ -112,10 +111,17 @@ class Recovery:
 
     def trained(self, row: str) -> Checkpoint:
         """Return the best checkpoint of a row's run, which is trained unless it has a result."""
-        folder = self.place(row)
-        if not (folder / RESULT_FILE).is_file():
-            run_once(self.config(row), self.dataset, folder)
-        return choose(folder)
+        run_once(self.config(row), self.dataset, self.place(row))
+        return choose(self.place(row))
+
+    def minutes(self, row: str) -> float:
+        """Return the minutes that the steps of a row's run took, also if it was stopped in between."""
+        images, seconds, before = self.config(row).train.images_per_step, 0.0, 0
+        for line in read_history(self.place(row)):
+            if "train/images_per_second" in line:
+                seconds += (line["step"] - before) * images / line["train/images_per_second"]
+                before = line["step"]
+        return seconds / 60.0
 
     def real_images(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield random training images and their labels."""
@@ -137,9 +143,7 @@ class Recovery:
             return
         checkpoint = self.trained(row)
         trained, network = checkpoint.config(), checkpoint.network().to(self.suite.device)
-        result = read_result(self.place(row))
-        assert result is not None
-        more = {"macs": count_cost(network).macs, "minutes": result[0].seconds / 60.0}
+        more = {"macs": count_cost(network).macs, "minutes": self.minutes(row)}
         lows = held_out(self.dataset, trained.upsample)
         generator = Generator(network, trained, pick_precision(trained.train, self.suite.device), lows=lows)
         for guidance, name in zip(guidances, names, strict=True):
@@ -198,7 +202,7 @@ class Recovery:
             f"importance, and {max(1, self.steps // SHARE)} steps of fine-tuning. {self.images} images a row against "
             f"the held-out images, seed {self.seed}; the classifier is right on {self._accuracy():.2%} of them."
         )
-        columns = ["images", "MACs", "FD", "of the training images'", "diversity", "class agreement", "minutes"]
+        columns = ["images", "MACs", "FD", "of the training images'", "diversity", "class agreement", "training, min"]
         write_table(self.folder / "recovery.md", [heading, "", *markdown_table(columns, cells)])
 
     def _accuracy(self) -> float:

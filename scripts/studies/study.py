@@ -26,7 +26,7 @@ from diffusion_core.files import write_json
 from diffusion_core.hardware import Precision, pick_precision
 from diffusion_core.model.cost import count_cost
 from diffusion_core.model.unet import UNet
-from diffusion_core.run_folder import RESULT_FILE
+from diffusion_core.runs.result import read_result
 from diffusion_core.sampling.generation import Generator, Request, round_robin
 from diffusion_core.tracking import NullTracker
 from diffusion_core.training.stopping import StopRequest
@@ -123,13 +123,14 @@ class Study:
 
 
 def run_once(config: TrialConfig, dataset: Dataset, folder: Path) -> TrialResult:
-    """Start or continue a run, or return its result. A signal while it trains writes a checkpoint.
+    """Return the result of a run, which is started or continued if it has none. A signal writes a checkpoint.
 
     Raises:
         Stopped: after a signal.
     """
-    if not (folder / RESULT_FILE).is_file():
-        print(f"run {folder.name}", file=sys.stderr)
+    if (found := read_result(folder)) is not None:
+        return found[0]
+    print(f"run {folder.name}", file=sys.stderr)
     with stoppable() as stop:
         return run_trial(config, NullTracker(), dataset=dataset, folder=folder, run_id=folder.name, stop=stop)
 

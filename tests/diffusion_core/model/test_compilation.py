@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -171,3 +172,13 @@ def test_the_compiler_proper_draws_the_same_images(monkeypatch: pytest.MonkeyPat
     counters.clear()
     assert torch.equal(draw(network, "network", 8), images)
     assert (counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"]) == (1, 0)
+
+
+def test_the_compilers_advice_to_use_tf32_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(compilation.CACHE_VARIABLE, "anywhere")
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        compilation.prepare_compiler()
+        warnings.warn("TensorFloat32 tensor cores for float32 matrix multiplication available", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert [str(one.message) for one in shown] == ["something else"]

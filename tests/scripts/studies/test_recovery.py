@@ -67,16 +67,16 @@ def test_a_study_that_is_stopped_goes_on_inside_its_run(tmp_path: Path) -> None:
     """Real processes: one is sent SIGTERM while a run trains; the next command continues that run."""
     words = ["--rows", "dense", "--images", "100", "--guidances", "1"]
 
-    def command(out: str, *more: str) -> subprocess.Popen[str]:
-        words_of_it = [*words, "--steps", "400", "--out", str(tmp_path / out), "--", *TINY, "--log.every=1", *more]
+    def command() -> subprocess.Popen[str]:
+        more = ["--steps", "400", "--out", str(tmp_path / "out"), "--", *TINY, "--log.every=1"]
         return subprocess.Popen(
-            [sys.executable, "-m", "studies.recovery", *words_of_it],
+            [sys.executable, "-m", "studies.recovery", *words, *more],
             env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")])},
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    stopped = command("out")
+    stopped = command()
     run = tmp_path / "out" / "runs" / "dense"
     deadline = time.monotonic() + 120.0
     while not (run / HISTORY_FILE).is_file() and stopped.poll() is None and time.monotonic() < deadline:
@@ -89,7 +89,7 @@ def test_a_study_that_is_stopped_goes_on_inside_its_run(tmp_path: Path) -> None:
     step = read_checkpoint(kept).step
     assert 0 < step < 400
 
-    again = command("out")
+    again = command()
     _, said = again.communicate(timeout=300)
     assert again.returncode == 0, said
     steps = [row["step"] for row in read_history(run)]
