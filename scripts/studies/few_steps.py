@@ -85,6 +85,7 @@ class FewSteps:
         teacher_steps: optimizer steps of a teacher.
         tune_steps: optimizer steps of fine-tuning after pruning.
         lengths: optimizer steps of the students.
+        counts: steps an image of the students and of the undistilled models beside them.
         lr: learning rate of the students.
         images: generated images a model.
         knobs: knobs of all runs.
@@ -95,6 +96,7 @@ class FewSteps:
     teacher_steps: int
     tune_steps: int
     lengths: tuple[int, ...]
+    counts: tuple[int, ...]
     lr: float
     images: int
     knobs: Mapping[str, Any]
@@ -113,11 +115,12 @@ class FewSteps:
 
     def rows(self) -> list[Row]:
         """Return the rows: both models as they are, undistilled in few steps, and their students."""
-        rows = [Row("teacher", "teacher", {})]
+        rows = []
         training = FORWARD_PASSES["training"] * self.teacher_steps
         for size, source, share in (("dense", "teacher", 1.0), ("half the MACs", "half", 0.5)):
+            rows.append(Row("teacher" if source == "teacher" else size, source, {}))
             few = {"sample.sampler": "ddim", "sample.spacing": "trailing"}
-            rows += [Row(f"{size}, undistilled", source, few | {"sample.steps": steps}) for steps in (2, 1)]
+            rows += [Row(f"{size}, undistilled", source, few | {"sample.steps": steps}) for steps in self.counts]
             tuning = FORWARD_PASSES["training"] * self.tune_steps if source == "half" else 0.0
             for length in self.lengths:
                 cost = share * (tuning + FORWARD_PASSES["distillation"] * length) / training
@@ -128,7 +131,7 @@ class FewSteps:
                         {"sample.steps": steps},
                         cost,
                     )
-                    for steps in (2, 1)
+                    for steps in self.counts
                 ]
         return rows
 
@@ -181,7 +184,7 @@ class FewSteps:
         """Measure all rows, seed by seed. Write the table of the seeds so far.
 
         Raises:
-            ConfigError: if the folder holds results of other settings. More seeds and lengths may be added.
+            ConfigError: if the folder holds results of other settings. Seeds, lengths and counts may be added.
         """
         settings = {"teacher_steps": self.teacher_steps, "tune_steps": self.tune_steps, "lr": self.lr,
                     "images": self.images, "knobs": dict(self.knobs)}  # fmt: skip
@@ -225,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--teacher-steps", type=int, default=2000, metavar="N", help="of a teacher (2000)")
     parser.add_argument("--tune-steps", type=int, default=300, metavar="N", help="of fine-tuning (300)")
     parser.add_argument("--lengths", default="1300", metavar="A,B,...", help="optimizer steps of the students (1300)")
+    parser.add_argument("--counts", default="2,1", metavar="A,B,...", help="steps an image of the students (2,1)")
     parser.add_argument("--lr", type=float, default=2e-3, metavar="X", help="learning rate of the students (0.002)")
     parser.add_argument("--images", type=int, default=2000, metavar="N", help="generated images a model (2000)")
     parser.add_argument("knobs", nargs="*", metavar="--KNOB=VALUE", help="after --: knobs of all runs")
@@ -232,12 +236,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         lengths = numbers("--lengths", given.lengths, int, lambda length: length > 0, "integers > 0, such as 1300,2600")
+        counts = numbers("--counts", given.counts, int, lambda count: count > 0, "integers > 0, such as 4,2,1")
         return FewSteps(
             given.out,
             tuple(seeds_of(given.seeds)),
             at_least("--teacher-steps", given.teacher_steps, 2),
             at_least("--tune-steps", given.tune_steps, 1),
             tuple(lengths),
+            tuple(counts),
             given.lr,
             at_least("--images", given.images, 100),
             split_argv(given.knobs),
