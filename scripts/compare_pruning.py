@@ -4,6 +4,7 @@
   python scripts/compare_pruning.py --tables structured --steps 50 --tune-steps 20 --out runs/try     # a quick look
   python scripts/compare_pruning.py --tables depth,shares                     # blocks, channels; shares by sensitivity
   python scripts/compare_pruning.py --tables sparse --keep 0.1,0.05           # RigL, gradual pruning, random masks
+  python scripts/compare_pruning.py --tables depth --out runs/mnist -- --preset=mnist      # knobs: other images
 
 Writes for each table NAME.json and NAME.md; structured also NAME.png and NAME-ssim.png (quality against cost).
 Stop it and run it again:
@@ -23,9 +24,10 @@ from collections.abc import Callable, Sequence
 
 from studies import runs, structured
 from studies.command import at_least, numbers, parser_of, seeds_of, some_of, status_of
-from studies.study import Study
+from studies.study import Study, check_settings
 
 from agent.command import run_and_leave
+from diffusion_core.config import split_argv
 
 TABLES: dict[str, Callable[[Study], None]] = {
     "structured": structured.compare,
@@ -47,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=500, metavar="N", help="optimizer steps of a dense model (500)")
     parser.add_argument("--tune-steps", type=int, default=150, metavar="N", help="of fine-tuning (150)")
     parser.add_argument("--images", type=int, default=500, metavar="N", help="generated images per model (500)")
+    parser.add_argument("knobs", nargs="*", metavar="--KNOB=VALUE", help="after --: knobs of all runs")
     arguments = parser.parse_args(argv)
     return status_of(lambda: compare(arguments), arguments.out)
 
@@ -61,7 +64,9 @@ def compare(arguments: argparse.Namespace) -> int:
         at_least("--steps", arguments.steps, 2),
         at_least("--tune-steps", arguments.tune_steps, 1),
         at_least("--images", arguments.images, 10),
+        split_argv(arguments.knobs),
     )
+    check_settings(study.folder, {"knobs": dict(study.knobs)})
     for name in names:
         TABLES[name](study)
     return 0

@@ -28,7 +28,7 @@ JUDGED = {
     "sample__guidance": 1.0,
     "sample__steps": 10,
 }
-"""How runs of a table are judged, in the features of the classifier of digits, in ten steps without guidance."""
+"""How runs of a table are judged, in the features of the data set's classifier, in ten steps without guidance."""
 COLUMNS = {
     "FD": ("eval/fd_", ".2f"),
     "diversity": ("eval/diversity", ".3f"),
@@ -77,8 +77,8 @@ def depth(study: Study) -> None:
         return pruning | {"distill__output": 1.0, "distill__features": 1.0} if row.knobs else {}
 
     heading = (
-        f"Blocks against channels on digits: dense models of {study.steps} steps, fine-tuning of {study.tune_steps} "
-        f"steps with output and feature distillation (dense: without), {study.images} images a model in ten steps "
+        f"Blocks against channels on {study.config().data.name}: dense models of {study.steps} steps, fine-tuning of "
+        f"{study.tune_steps} steps with output and feature distillation (dense: without), {study.images} images a model in ten steps "
         f"without guidance, seeds {', '.join(map(str, study.seeds))} (mean, and range in brackets); times are relative "
         f"to those of the dense model."
     )
@@ -101,8 +101,8 @@ def sparse(study: Study) -> None:
         return pruning
 
     heading = (
-        f"Sparse training on digits: {study.steps} steps, {study.images} images a model in ten steps without guidance, "
-        f"seeds {', '.join(map(str, study.seeds))} (mean, and range in brackets). Random masks and "
+        f"Sparse training on {study.config().data.name}: {study.steps} steps, {study.images} images a model in ten "
+        f"steps without guidance, seeds {', '.join(map(str, study.seeds))} (mean, and range in brackets). Random masks and "
         f"RigL share weights by ERK."
     )
     compare(study, "sparse", heading, rows, config)
@@ -120,9 +120,8 @@ def compare(
             key = f"{row.name}, seed {seed}"
             if key in results:
                 continue
-            start = {"init__checkpoint": str(dense.path), "train__steps": study.tune_steps, "train__lr": 1e-3}
-            start |= {"train__warmup_steps": min(20, study.tune_steps // 2)}
-            knobs = JUDGED | {"eval__num_images": study.images} | (start if row.tuned else {}) | config(row, seed)
+            start = study.fine_tuning(dense) if row.tuned else {}
+            knobs = JUDGED | {"eval__num_images": study.images} | start | config(row, seed)
             folder = f"{name}-{row.name}-{study.steps}-{study.tune_steps}-seed{seed}".replace(", ", "-").replace(
                 " ", ""
             )

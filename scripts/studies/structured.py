@@ -68,8 +68,8 @@ def compare(study: Study) -> None:
                 cells.append(mean_and_range(results.over_seeds(f"{variant.name} {stage}", study.seeds, figure), form))
         rows.append(cells)
     heading = (
-        f"Structured pruning on digits, to {', '.join(f'{keep:.0%}' for keep in study.keeps)} of the "
-        f"multiply-accumulates: dense models of {study.steps} steps, fine-tuning of {study.tune_steps} steps from "
+        f"Structured pruning on {study.config().data.name}, to {', '.join(f'{keep:.0%}' for keep in study.keeps)} of "
+        f"the multiply-accumulates: dense models of {study.steps} steps, fine-tuning of {study.tune_steps} steps from "
         f"averaged weights (the dense ones likewise), gradients from {BATCHES} batches, seeds "
         f"{', '.join(map(str, study.seeds))} (mean, and range in brackets), {study.images} images a model; the "
         f"classifier is right on {study.classifier.accuracy:.2%} of the real held-out digits. SSIM and mean squared "
@@ -111,12 +111,8 @@ def measure_seed(study: Study, results: Results, seed: int) -> None:
         if f"{variant.name} after, seed {seed}" not in results:
             pruning = {f"prune__{key}": value for key, value in prune.model_dump().items()} if prune else {}
             config = study.config(
-                **pruning | ({"prune__step": 0} if prune else {}),
+                **pruning | ({"prune__step": 0} if prune else {}) | study.fine_tuning(dense),
                 seed=seed,
-                train__steps=study.tune_steps,
-                train__warmup_steps=min(20, study.tune_steps // 2),
-                train__lr=1e-3,
-                init__checkpoint=str(dense.path),
             )
             tuned = study.run(f"{variant.name}-{study.steps}-{study.tune_steps}-seed{seed}", config)
             results.add(f"{variant.name} after, seed {seed}", study.measure(tuned.network(), config, dense_images()))

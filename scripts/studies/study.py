@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ QUIET = {
 
 @dataclass(frozen=True)
 class Study:
-    """A comparison on digits.
+    """A comparison on one data set.
 
     Attributes:
         folder: folder of all results.
@@ -56,6 +56,7 @@ class Study:
         steps: optimizer steps of a dense model.
         tune_steps: optimizer steps of fine-tuning.
         images: number of generated images per model.
+        knobs: knobs of all runs, over those of the digits preset.
     """
 
     folder: Path
@@ -64,19 +65,27 @@ class Study:
     steps: int
     tune_steps: int
     images: int
+    knobs: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def dataset(self) -> Dataset:
-        return load_data(build_config({"preset": "digits"}).data)
+        return load_data(self.config().data)
 
     @cached_property
     def classifier(self) -> Classifier:
-        return classifier_for(self.dataset, "digits", mirrored=False, device=torch.device("cpu"))
+        data = self.config().data
+        return classifier_for(self.dataset, data.name, mirrored=data.flips, device=torch.device("cpu"))
 
     def config(self, **changes: Any) -> TrialConfig:
-        """Return the digits preset with the settings of this study; write a dot of a key as two underscores."""
-        fixed = {"preset": "digits", "train.steps": self.steps, "train.device": "cpu"}
-        return build_config(fixed | QUIET | {key.replace("__", "."): value for key, value in changes.items()})
+        """Return the knobs and settings of this study with changes; write a dot of a key as two underscores."""
+        fixed = {"preset": "digits", "train.steps": self.steps, "train.device": "cpu"} | QUIET
+        return build_config(fixed | dict(self.knobs), {key.replace("__", "."): value for key, value in changes.items()})
+
+    def fine_tuning(self, dense: Checkpoint) -> dict[str, Any]:
+        """Return the changes of a configuration that fine-tunes a dense model, at half its learning rate."""
+        warmup, lr = min(20, self.tune_steps // 2), self.config().train.lr / 2
+        steps = {"train__steps": self.tune_steps, "train__warmup_steps": warmup, "train__lr": lr}
+        return {"init__checkpoint": str(dense.path)} | steps
 
     def run(self, name: str, config: TrialConfig) -> Checkpoint:
         """Return the last checkpoint of a run; start or continue the run unless it has a result."""

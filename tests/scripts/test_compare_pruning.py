@@ -59,6 +59,9 @@ def test_it_measures_once_and_writes_table_and_plot(
     assert not [line for line in capsys.readouterr().err.splitlines() if line.startswith("run ")]
     assert json.loads((tmp_path / "structured-2-1.json").read_text()) == measured
 
+    assert compare_pruning.main([*words, "--", "--train.lr=0.1"]) == 2
+    assert "holds results of {'knobs': {}}" in capsys.readouterr().err
+
     # Images of the dense model are compared with themselves; of the others, with those of the same dense model.
     itself = measured["dense before, seed 0"]
     assert (itself["ssim"], itself["mse"]) == (pytest.approx(1.0), 0.0)
@@ -99,7 +102,9 @@ def test_tables_of_runs_hold_what_the_runs_measured(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(runs, "depth_rows", lambda: rows)
     monkeypatch.setattr(runs, "TIMED_S", 0.01)
     words = ["--seeds", "0", "--steps", "4", "--tune-steps", "2", "--images", "20", "--out", str(tmp_path)]
-    assert compare_pruning.main(["--tables", "depth,sparse,shares", *words]) == 0
+    assert compare_pruning.main(["--tables", "depth,sparse,shares", *words, "--", "--train.lr=0.004"]) == 0
+    rates = {run.name.split("-")[0]: read_checkpoint(run).config().train.lr for run in (tmp_path / "runs").iterdir()}
+    assert rates == {"dense": 0.004, "depth": 0.002, "sparse": 0.004}, "fine-tuning has half the learning rate"
     for name, found in (("depth", {"dense", "both, macs 0.5"}), ("sparse", {"dense", "gradual, 50%", "random, 50%"})):
         measured = json.loads((tmp_path / f"{name}-4-2.json").read_text())
         assert {f"{row}, seed 0" for row in found} <= set(measured)
