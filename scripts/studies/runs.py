@@ -78,9 +78,9 @@ def depth(study: Study) -> None:
 
     heading = (
         f"Blocks against channels on {study.config().data.name}: dense models of {study.steps} steps, fine-tuning of "
-        f"{study.tune_steps} steps with output and feature distillation (dense: without), {study.images} images a model in ten steps "
-        f"without guidance, seeds {', '.join(map(str, study.seeds))} (mean, and range in brackets); times are relative "
-        f"to those of the dense model."
+        f"{study.tune_steps} steps with output and feature distillation (dense: without), {study.images} images a "
+        f"model in ten steps without guidance, seeds {', '.join(map(str, study.seeds))} (mean, and range in brackets); "
+        f"times are relative to those of the dense model."
     )
     compare(study, "depth", heading, depth_rows(), config)
 
@@ -102,8 +102,8 @@ def sparse(study: Study) -> None:
 
     heading = (
         f"Sparse training on {study.config().data.name}: {study.steps} steps, {study.images} images a model in ten "
-        f"steps without guidance, seeds {', '.join(map(str, study.seeds))} (mean, and range in brackets). Random masks and "
-        f"RigL share weights by ERK."
+        f"steps without guidance, seeds {', '.join(map(str, study.seeds))} (mean, and range in brackets). "
+        f"Random masks and RigL share weights by ERK."
     )
     compare(study, "sparse", heading, rows, config)
 
