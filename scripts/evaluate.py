@@ -43,7 +43,7 @@ from diffusion_core.data.datasets import DataError, Dataset, load_data
 from diffusion_core.distributed import first_process_first, own_positions
 from diffusion_core.evaluation.baseline import bilinear_judgement
 from diffusion_core.evaluation.consistency import consistency_of_models
-from diffusion_core.evaluation.extractors import download_inception, read_extractor, read_inception
+from diffusion_core.evaluation.extractors.find import find_extractor
 from diffusion_core.evaluation.features import Extractor, ExtractorError, with_channels
 from diffusion_core.evaluation.folders import ImageFolder, as_reference, image_folder, is_statistics, see
 from diffusion_core.evaluation.generated import costs_of_images, estimate_seconds, generated
@@ -93,7 +93,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--figures", default=default, metavar="A,B,...",
                         help=f"figures to measure, some of: {', '.join(metrics_of_images())}")  # fmt: skip
     parser.add_argument("--extractor", action="append", metavar="WHAT", help="feature network: inception, classifier, "
-                        "or a file (TorchScript, or a classifier); may be repeated")  # fmt: skip
+                        "efficientnet-lite0, or a file (TorchScript, or a classifier); may be repeated")  # fmt: skip
     parser.add_argument("--inception-weights", metavar="FILE", help="Inception-v3 weights in pytorch-fid's format")
     parser.add_argument(
         "--reference", choices=("train", "val"), default="train", help="real images to compare with (train)"
@@ -231,11 +231,7 @@ def extractors_of(arguments: argparse.Namespace, device: torch.device) -> list[E
     for wanted in arguments.extractor or [INCEPTION]:
         if wanted == "classifier":
             raise ExtractorError("--extractor = 'classifier': no data set to train it on; name a classifier's file")
-        if wanted == INCEPTION:
-            file = arguments.inception_weights
-            found.append(read_inception(Path(file) if file else download_inception(), device))
-        else:
-            found.append(read_extractor(Path(wanted), device))
+        found.append(find_extractor(wanted, arguments.inception_weights, device))
     return found
 
 

@@ -298,8 +298,9 @@ class EvalConfig(Section):
     figures: list[Annotated[str, Choice(METRICS)]] = []
     """Further figures; distances, shares and scores are measured in the features of eval.extractors."""
     extractors: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = ["inception"]
-    """Feature networks of eval.figures: inception (pytorch-fid's), classifier (the data set's), or files: TorchScript
-    (.pt), which the user trusts, or a classifier (.safetensors)."""
+    """Feature networks of eval.figures: inception (pytorch-fid's), classifier (the data set's), efficientnet-lite0
+    (ImageNet's, which comes with an extra), or files: TorchScript (.pt), which the user trusts, or a classifier
+    (.safetensors)."""
     reference: Literal["train", "val"] = "train"
     """Real images that generated ones are compared to: the training images, or those held out."""
     inception_weights: Annotated[str, Field(min_length=1)] | None = None

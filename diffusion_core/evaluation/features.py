@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from diffusion_core.data.datasets import Images
 from diffusion_core.files import first_not_finite, sha256, sha256_of_file
@@ -96,6 +97,16 @@ def check_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
     """
     if bad := first_not_finite(tensors):
         raise ExtractorError(f"{str(path)!r}: {bad!r} holds values that are not finite; take another file")
+
+
+def fold_norms(module: nn.Module) -> None:
+    """Fold the batch norm of every block below a module into its convolution."""
+    for child in module.children():
+        convolution, norm = getattr(child, "conv", None), getattr(child, "bn", None)
+        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            child.conv, child.bn = fuse_conv_bn_eval(convolution, norm), nn.Identity()
+        else:
+            fold_norms(child)
 
 
 class Judged(NamedTuple):

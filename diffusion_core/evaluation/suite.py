@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from diffusion_core.config import DataConfig, EvalConfig
-from diffusion_core.config.metrics import INCEPTION, Part, count_name
+from diffusion_core.config.metrics import Part, count_name
 from diffusion_core.data.datasets import Dataset, Images
 from diffusion_core.distributed import broadcast_weights, gather_in_order
 from diffusion_core.evaluation.classifier.classifier import Classifier, classifier_for
-from diffusion_core.evaluation.extractors import download_inception, read_extractor, read_inception
+from diffusion_core.evaluation.extractors.find import find_extractor
 from diffusion_core.evaluation.features import Extractor, ExtractorError
 from diffusion_core.evaluation.measure import Reference, Seen, class_agreement, compare, look, needs_every_image
 from diffusion_core.evaluation.metrics import ImageMetric, Real
@@ -129,10 +128,7 @@ class Suite:
     def _extractor(self, wanted: str) -> Extractor:
         if wanted == "classifier":
             return self.classifier or self._train_classifier()
-        if wanted == INCEPTION:
-            path = Path(self.config.inception_weights) if self.config.inception_weights else download_inception()
-            return read_inception(path, self.device)
-        return read_extractor(Path(wanted), self.device)
+        return find_extractor(wanted, self.config.inception_weights, self.device)
 
     def _train_classifier(self) -> Classifier:
         classifier = classifier_for(self.dataset, self.data.name, mirrored=self.data.flips, device=self.device)

@@ -14,7 +14,7 @@ from benchmarks.measurement.options import Options
 from benchmarks.measurement.rows import Row, seconds
 from benchmarks.measurement.timing import alternating
 from diffusion_core.evaluation.distances import Moments, Statistics, frechet_distance
-from diffusion_core.evaluation.extractors import build_inception, read_inception
+from diffusion_core.evaluation.extractors.inception import build_inception, read_inception
 
 SUBJECT = "fid"
 DIM, SHORT_DIM = 2048, 128

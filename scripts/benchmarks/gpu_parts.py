@@ -29,7 +29,7 @@ from diffusion_core.config import PRESETS, CoreConfig, build
 from diffusion_core.data.batches import Batches
 from diffusion_core.data.datasets import load_data
 from diffusion_core.evaluation.distances import Moments
-from diffusion_core.evaluation.extractors import read_inception
+from diffusion_core.evaluation.extractors.inception import read_inception
 from diffusion_core.files import write_json
 from diffusion_core.messages import Parser
 from diffusion_core.model.compilation import forward_flops

@@ -29,7 +29,8 @@ from diffusion_core.data.datasets import DataError
 from diffusion_core.evaluation import reference
 from diffusion_core.evaluation.classifier.classifier import make_classifier, read_classifier
 from diffusion_core.evaluation.classifier.training import Recipe
-from diffusion_core.evaluation.extractors import build_inception, read_extractor, read_inception
+from diffusion_core.evaluation.extractors.find import read_extractor
+from diffusion_core.evaluation.extractors.inception import build_inception, read_inception
 from diffusion_core.evaluation.features import ExtractorError
 from diffusion_core.files import first_not_finite, sha256_of_file
 from diffusion_core.model.unet import build_network

@@ -17,11 +17,11 @@ from torch import nn
 
 from diffusion_core import cache
 from diffusion_core.evaluation.distances import Moments
-from diffusion_core.evaluation.extractors import (
+from diffusion_core.evaluation.extractors.find import read_extractor
+from diffusion_core.evaluation.extractors.inception import (
     InceptionExtractor,
     build_inception,
     download_inception,
-    read_extractor,
     read_inception,
 )
 from diffusion_core.evaluation.features import ExtractorError
@@ -156,7 +156,7 @@ def test_weights_that_are_missing_damaged_or_of_another_network_are_refused_in_o
 def test_the_download_is_kept_if_its_hash_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pytorch_fid import inception as peer
 
-    from diffusion_core.evaluation import extractors
+    from diffusion_core.evaluation.extractors import inception as ours
     from diffusion_core.evaluation.features import weights_file_hash
 
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
@@ -169,7 +169,7 @@ def test_the_download_is_kept_if_its_hash_is_right(tmp_path: Path, monkeypatch: 
             download_inception()
         assert "--inception-weights" in one_line(refusal.value)
     assert not list((tmp_path / "cache").rglob("*.pth"))
-    monkeypatch.setattr(extractors, "PUBLISHED_HASH", weights_file_hash(source)[:8])
+    monkeypatch.setattr(ours, "PUBLISHED_HASH", weights_file_hash(source)[:8])
     kept = download_inception()
     source.unlink()
     assert download_inception() == kept

@@ -1,4 +1,4 @@
-"""Feature networks: pytorch-fid's Inception-v3, and networks in files of the user.
+"""pytorch-fid's Inception-v3.
 
 Inception is named ``inception`` only with the published weights. Its figures are then called FID and KID. With other
 weights, its name contains their hash.
@@ -6,30 +6,26 @@ weights, its name contains their hash.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from diffusion_core.cache import cache_path, keep
-from diffusion_core.config.metrics import INCEPTION, space_name
-from diffusion_core.evaluation.classifier.classifier import read_classifier
+from diffusion_core.config.metrics import INCEPTION
 from diffusion_core.evaluation.features import (
     HASH_DIGITS,
-    Extractor,
     ExtractorError,
     Judged,
     check_finite,
     check_weights,
+    fold_norms,
     weights_file_hash,
     with_channels,
 )
 from diffusion_core.messages import one_line
-from diffusion_core.redact import redact
 
 if TYPE_CHECKING:
     from torchvision.models import Inception3
@@ -40,8 +36,6 @@ PUBLISHED_HASH = "6726825d"
 FILE_NAME = f"pt_inception-2015-12-05-{PUBLISHED_HASH}.pth"
 CLASSES = 1008
 SIZE = 299
-
-TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
 
 
 class InceptionExtractor:
@@ -60,7 +54,7 @@ class InceptionExtractor:
         self.weights = digest[:HASH_DIGITS]
         self.classes_KD = network.fc.weight
         self.layers = nn.Sequential(*(layer for name, layer in network.named_children() if name not in SKIPPED))
-        _fold(self.layers)
+        fold_norms(self.layers)
         self.layers.to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
@@ -93,16 +87,6 @@ def build_inception() -> Inception3:
     network.Mixed_7b = parts.FIDInceptionE_1(1280)
     network.Mixed_7c = parts.FIDInceptionE_2(2048)
     return network
-
-
-def _fold(module: nn.Module) -> None:
-    """Fold the batch norm of every block below a module into its convolution."""
-    for child in module.children():
-        convolution, norm = getattr(child, "conv", None), getattr(child, "bn", None)
-        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-            child.conv, child.bn = fuse_conv_bn_eval(convolution, norm), nn.Identity()
-        else:
-            _fold(child)
 
 
 def read_inception(path: Path, device: torch.device) -> InceptionExtractor:
@@ -155,50 +139,3 @@ def download_inception() -> Path:
             f"and set --inception-weights FILE, or the knob eval.inception_weights"
         )
     return path
-
-
-@dataclass(frozen=True)
-class ScriptedExtractor:
-    """A TorchScript network ``(B, C, H, W) uint8 -> (B, D) float``. Outputs with more axes are flattened."""
-
-    network: torch.jit.ScriptModule
-    name: str
-    weights: str
-    device: torch.device
-
-    @torch.no_grad()
-    def __call__(self, images_BCHW: Tensor) -> Judged:
-        """Map uint8 images, ``(B, C, H, W)``, to features, ``(B, D)`` float32.
-
-        Raises:
-            ExtractorError: if the network fails on these images or returns no features.
-        """
-        try:
-            output = self.network(images_BCHW.to(self.device))
-        except Exception as error:  # A network of the user may raise any error.
-            reason = one_line(str(error)[-200:])  # TorchScript puts the cause last.
-            raise ExtractorError(f"{self.name}: cannot take images of {tuple(images_BCHW.shape)} ({reason})") from None
-        if not isinstance(output, Tensor) or output.ndim < 2 or len(output) != len(images_BCHW):
-            raise ExtractorError(f"{self.name}: expected features of shape (images, features), a tensor")
-        return Judged(output.flatten(1).float(), None)
-
-
-def read_extractor(path: Path, device: torch.device) -> Extractor:
-    """Return the feature network in a file: TorchScript (``.pt``), or a classifier (``.safetensors``).
-
-    Raises:
-        ExtractorError: if the file is missing, damaged or of another format, or a weight is not finite.
-    """
-    digest = weights_file_hash(path)[:HASH_DIGITS]
-    if path.suffix == ".safetensors":
-        return read_classifier(path, device)
-    if path.suffix not in TORCHSCRIPT_SUFFIXES:
-        scripts = ", ".join(TORCHSCRIPT_SUFFIXES)
-        raise ExtractorError(f"{str(path)!r}: expected .safetensors, or TorchScript as {scripts}")
-    try:
-        network = torch.jit.load(str(path), map_location=device).eval()
-    except (RuntimeError, ValueError) as error:
-        reason = one_line(error)
-        raise ExtractorError(f"{str(path)!r}: not TorchScript ({reason})") from None
-    check_weights(network.state_dict(), path)
-    return ScriptedExtractor(network, space_name(redact(path.stem)), digest, device)

@@ -1,0 +1,1 @@
+"""Feature networks: Inception-v3, EfficientNet-Lite0, and networks in files of the user."""

@@ -1,0 +1,91 @@
+"""Find a feature network by its name, or read the one in a file of the user."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffusion_core.config.metrics import INCEPTION, space_name
+from diffusion_core.evaluation.classifier.classifier import read_classifier
+from diffusion_core.evaluation.extractors.efficientnet import EFFICIENTNET, read_efficientnet
+from diffusion_core.evaluation.extractors.inception import download_inception, read_inception
+from diffusion_core.evaluation.features import (
+    HASH_DIGITS,
+    Extractor,
+    ExtractorError,
+    Judged,
+    check_weights,
+    weights_file_hash,
+)
+from diffusion_core.messages import one_line
+from diffusion_core.redact import redact
+
+TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
+
+
+@dataclass(frozen=True)
+class ScriptedExtractor:
+    """A TorchScript network ``(B, C, H, W) uint8 -> (B, D) float``. Outputs with more axes are flattened."""
+
+    network: torch.jit.ScriptModule
+    name: str
+    weights: str
+    device: torch.device
+
+    @torch.no_grad()
+    def __call__(self, images_BCHW: Tensor) -> Judged:
+        """Map uint8 images, ``(B, C, H, W)``, to features, ``(B, D)`` float32.
+
+        Raises:
+            ExtractorError: if the network fails on these images or returns no features.
+        """
+        try:
+            output = self.network(images_BCHW.to(self.device))
+        except Exception as error:  # A network of the user may raise any error.
+            reason = one_line(str(error)[-200:])  # TorchScript puts the cause last.
+            raise ExtractorError(f"{self.name}: cannot take images of {tuple(images_BCHW.shape)} ({reason})") from None
+        if not isinstance(output, Tensor) or output.ndim < 2 or len(output) != len(images_BCHW):
+            raise ExtractorError(f"{self.name}: expected features of shape (images, features), a tensor")
+        return Judged(output.flatten(1).float(), None)
+
+
+def find_extractor(wanted: str, inception_weights: str | None, device: torch.device) -> Extractor:
+    """Return a feature network that needs no data set, by its name or file.
+
+    Args:
+        wanted: ``inception``, ``efficientnet-lite0``, or a file (:func:`read_extractor`).
+        inception_weights: file of Inception's weights; None: the published ones.
+        device: device of the network.
+
+    Raises:
+        ExtractorError: if it cannot be had.
+    """
+    if wanted == INCEPTION:
+        return read_inception(Path(inception_weights) if inception_weights else download_inception(), device)
+    if wanted == EFFICIENTNET:
+        return read_efficientnet(device)
+    return read_extractor(Path(wanted), device)
+
+
+def read_extractor(path: Path, device: torch.device) -> Extractor:
+    """Return the feature network in a file: TorchScript (``.pt``), or a classifier (``.safetensors``).
+
+    Raises:
+        ExtractorError: if the file is missing, damaged or of another format, or a weight is not finite.
+    """
+    digest = weights_file_hash(path)[:HASH_DIGITS]
+    if path.suffix == ".safetensors":
+        return read_classifier(path, device)
+    if path.suffix not in TORCHSCRIPT_SUFFIXES:
+        scripts = ", ".join(TORCHSCRIPT_SUFFIXES)
+        raise ExtractorError(f"{str(path)!r}: expected .safetensors, or TorchScript as {scripts}")
+    try:
+        network = torch.jit.load(str(path), map_location=device).eval()
+    except (RuntimeError, ValueError) as error:
+        reason = one_line(error)
+        raise ExtractorError(f"{str(path)!r}: not TorchScript ({reason})") from None
+    check_weights(network.state_dict(), path)
+    return ScriptedExtractor(network, space_name(redact(path.stem)), digest, device)
