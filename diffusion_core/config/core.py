@@ -69,7 +69,8 @@ class CoreConfig(Section):
                 "eval.classifier=network, and model.class_conditional=true"
             )
         elif not self.logs(metric):
-            yield f"checkpoint.best_metric = {metric!r}: expected one of {', '.join(self.logged_figures())}"
+            default = "" if "best_metric" in self.checkpoint.model_fields_set else ", the default, is not measured here"
+            yield f"checkpoint.best_metric = {metric!r}{default}: expected one of {', '.join(self.logged_figures())}"
 
     @property
     def has_classifier(self) -> bool:

@@ -237,6 +237,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+def test_a_default_that_a_student_lacks_is_called_the_default() -> None:
+    unset = {key: value for key, value in QUIET.items() if key != "checkpoint.best_metric"} | {"preset": "mnist"}
+    with pytest.raises(ConfigError, match="best_metric = 'val/loss', the default, is not measured here: expected one"):
+        build_config(unset, CONSISTENCY)
+
+
 @pytest.mark.parametrize(("knobs", "problem"), WRONG)
 def test_combinations_that_cannot_work_are_refused_at_once(knobs: dict[str, Any], problem: str) -> None:
     with pytest.raises(ConfigError) as error:
