@@ -88,7 +88,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
     source.add_argument("--checkpoint", metavar="PATH", help="a checkpoint, or a run's folder")
     add_which_flag(parser, "a run's folder, or version of an artifact without alias")
     source.add_argument("--artifact", metavar="NAME:ALIAS", help="a `model` artifact on W&B, such as model-abc123:best")
-    source.add_argument("--preset", metavar="NAME", help="an untrained model: cifar10, cifar100, mnist, digits")
+    source.add_argument("--preset", metavar="NAME", help="an untrained model: cifar10, mnist, ...")
     parser.add_argument(
         "--importance",
         metavar="NAME",
