@@ -72,7 +72,7 @@ def compare(study: Study) -> None:
         f"the multiply-accumulates: dense models of {study.steps} steps, fine-tuning of {study.tune_steps} steps from "
         f"averaged weights (the dense ones likewise), gradients from {BATCHES} batches, seeds "
         f"{', '.join(map(str, study.seeds))} (mean, and range in brackets), {study.images} images a model; the "
-        f"classifier is right on {study.classifier.accuracy:.2%} of the real held-out digits. SSIM and mean squared "
+        f"classifier is right on {study.classifier.accuracy:.2%} of the real held-out images. SSIM and mean squared "
         f"difference (MSE) compare each image with that of the dense model for the same seed and label."
     )
     columns = ["importance", "MACs"]

@@ -67,6 +67,8 @@ def find_extractor(wanted: str, inception_weights: str | None, device: torch.dev
         return read_inception(Path(inception_weights) if inception_weights else download_inception(), device)
     if wanted == EFFICIENTNET:
         return read_efficientnet(device)
+    if not Path(wanted).suffix:
+        raise ExtractorError(f"{wanted!r}: expected {INCEPTION}, classifier, {EFFICIENTNET} or a file")
     return read_extractor(Path(wanted), device)
 
 

@@ -10,6 +10,7 @@ import torch
 from tiny import digits
 
 from diffusion_core.config import DataConfig, EvalConfig
+from diffusion_core.config.metrics import space_figure
 from diffusion_core.evaluation.extractors import efficientnet
 from diffusion_core.evaluation.extractors.efficientnet import (
     EFFICIENTNET,
@@ -19,6 +20,7 @@ from diffusion_core.evaluation.extractors.efficientnet import (
 )
 from diffusion_core.evaluation.extractors.find import find_extractor
 from diffusion_core.evaluation.features import ExtractorError
+from diffusion_core.evaluation.metrics import FD
 from diffusion_core.evaluation.suite import Suite
 
 CPU = torch.device("cpu")
@@ -57,6 +59,7 @@ def test_grey_images_of_any_size() -> None:
 def test_its_figures_are_never_called_fid() -> None:
     config = EvalConfig(extractors=[EFFICIENTNET], figures=["frechet", "kernel"], num_images=4000)
     assert config.space_names("digits") == [EFFICIENTNET]
+    assert space_figure(FD, EFFICIENTNET, 50_000, "train", 50_000) == "eval/fd_efficientnet-lite0_50k_train"
     dataset = digits()
     dataset = replace(dataset, train=dataset.train.select(torch.arange(60)))
     data = DataConfig(name="digits")
@@ -68,6 +71,11 @@ def test_its_figures_are_never_called_fid() -> None:
     (name,) = [name for name in found[0] if name.startswith("eval/fd")]
     assert name == "eval/fd_efficientnet-lite0_40_train"
     assert found[0][name] < found[1][name]
+
+
+def test_another_name_is_answered_with_the_names() -> None:
+    with pytest.raises(ExtractorError, match=r"^'efficientnet': expected inception, .*, efficientnet-lite0 or a file$"):
+        find_extractor("efficientnet", None, CPU)
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
