@@ -16,9 +16,9 @@ from pathlib import Path
 from agent.command import fail, run_and_leave
 from agent.tracking.api import api_errors
 from agent.tracking.arrival import send_lost_pictures
-from agent.tracking.environment import has_key, load_environment
+from agent.tracking.environment import has_key, load_environment, own_environment
 from agent.tracking.repair import unsent_checkpoints
-from agent.tracking.run import forget_environment, start_wandb
+from agent.tracking.run import start_wandb
 from agent.tracking.tracker import WandbTracker
 from diffusion_core.checkpoint import CheckpointError, read_checkpoint
 from diffusion_core.choice import best_of
@@ -64,10 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         folders |= dict.fromkeys(found)
     status = 0
     for number, folder in enumerate(folders, start=1):
-        # A trial that calls this has locked its folder.
-        lock = nullcontext() if arguments.ended is not None else locked(folder)
+        lock = nullcontext() if arguments.ended is not None else locked(folder)  # A trial that calls has locked it.
         try:
-            with lock:
+            with lock, own_environment():
                 print(f"[{number}/{len(folders)}] {sync(folder, arguments.ended, preempted=arguments.preempted)}")
         except (ConfigError, CheckpointError) as error:
             status = fail(str(error))
@@ -99,7 +98,6 @@ def sync(folder: Path, ended: int | None = None, *, preempted: bool = False) -> 
         return f"{run.id}: handed back before it had begun"
     # Upload to the run's own project and sweep, not to those of this process's environment.
     os.environ.update(run_file.get(ENVIRONMENT, {}) | {"WANDB_RUN_ID": run_file["id"]})
-    forget_environment()
     config = read_yaml(folder / CONFIG_FILE)
     rows = read_history(folder)
     run = start_wandb(run_file["id"], folder, config, "online", or_offline=False)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import netrc
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from dotenv import find_dotenv, load_dotenv
 
@@ -34,6 +34,17 @@ def load_environment() -> None:
     clean_environment()
     for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
         del os.environ[name]
+
+
+@contextmanager
+def own_environment() -> Iterator[None]:
+    """Undo in the end what is done to the environment meanwhile, such as naming one run's place on W&B."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def in_sweep() -> bool:
@@ -70,17 +81,17 @@ def wandb_mode() -> str:
 
 
 def has_key() -> bool:
-    """Return whether there is an API key for the W&B server: WANDB_API_KEY, or one that ``wandb login`` stored."""
-    if os.environ.get("WANDB_API_KEY"):
+    """Return whether W&B's client finds credentials for its server: in the environment, its settings, or ``.netrc``."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    import wandb  # Knows the server that `wandb login --host` stored.
+    import wandb
+    from wandb.sdk.lib import wbauth  # Knows by which names of a server, and where, `wandb login` has stored keys.
 
-    host = urlsplit(wandb.setup().settings.base_url).hostname
-    path = os.environ.get("NETRC") or str(Path.home() / ".netrc")
+    settings = wandb.setup().settings
     try:
-        return host is not None and netrc.netrc(path).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+        return bool(settings.api_key or wbauth.read_netrc_auth(host=settings.base_url))
+    except wandb.errors.AuthenticationError:
+        return True  # The client refuses it in a line.
 
 
 def find_run(configured: str | None) -> tuple[str, Path]:

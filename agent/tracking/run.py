@@ -81,6 +81,8 @@ def start_wandb(
         settings.finish_timeout = PATIENCE_S
 
     def start(mode: str) -> Run:
+        if not beside:  # Forget retries, and the environment, which was read once, perhaps to find the server.
+            wandb.teardown()
         with redacted_arguments(), uncollected("wandb.sdk.launch"):  # It imports more of itself.
             return wandb.init(
                 config=redacted(dict(config)),
@@ -108,8 +110,6 @@ def start_wandb(
                 f"WANDB_MODE=offline"
             ) from None
         if status == 200:  # It answers: a passing fault, or it refuses the run.
-            if not beside:
-                wandb.teardown()
             try:
                 return start(mode)
             except (wandb.errors.Error, TimeoutError) as again:
@@ -121,8 +121,6 @@ def start_wandb(
         if not or_offline:
             raise ConfigError(f"W&B: the server does not answer ({reason})") from None
         say(f"W&B: the server does not answer, so this run is recorded offline ({reason})")
-        if not beside:
-            wandb.teardown()  # Stop the client's retries.
         return start("offline")
 
 
@@ -167,10 +165,3 @@ def wandb_tracker(run: Run, folder: Path, config: CheckpointConfig, mode: str) -
         after_upload=Retention(config.keep, config.ttl_days),
         online=mode == "online",
     )
-
-
-def forget_environment() -> None:
-    """Make W&B's client read the environment again. It reads it once per process."""
-    import wandb
-
-    wandb.teardown()

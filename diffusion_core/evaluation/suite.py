@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusion_core.config import DataConfig, EvalConfig
-from diffusion_core.config.metrics import Part, count_name
+from diffusion_core.config.metrics import INCEPTION, Part, count_name
 from diffusion_core.data.datasets import Dataset, Images
 from diffusion_core.distributed import broadcast_weights, gather_in_order
 from diffusion_core.evaluation.classifier.classifier import Classifier, classifier_for
@@ -113,8 +113,8 @@ class Suite:
                 if must_have:
                     raise
                 say(f"no figures in features of {wanted}: {error}")
-        for part in self._parts():
-            if self.extractors and part.inception and config.num_images < part.inception_from:
+        for part in self._parts() if any(extractor.name == INCEPTION for extractor in self.extractors) else ():
+            if part.inception and config.num_images < part.inception_from:
                 say(
                     f"eval.num_images = {config.num_images}: figures named {part.name} depend on the number of images; "
                     f"they are called {part.inception} from {part.inception_from:,}"

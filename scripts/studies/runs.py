@@ -22,7 +22,7 @@ from studies.table import write_table
 BATCHES = 20
 TIMED_S = 4.0
 JUDGED = {
-    "eval__classifier": "auto",
+    "eval__classifier": "network",
     "eval__figures": ["frechet", "diversity"],
     "eval__extractors": ["classifier"],
     "sample__guidance": 1.0,

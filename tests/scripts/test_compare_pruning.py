@@ -11,6 +11,7 @@ import torch
 from studies import runs, structured, study
 from studies.study import FIGURES, SAMPLING_SEED, Results
 
+from agent.config import build_config
 from diffusion_core.checkpoint import read_checkpoint
 from diffusion_core.evaluation.consistency import consistency_of_models
 from diffusion_core.hardware import pick_precision
@@ -136,3 +137,11 @@ def test_results_are_kept_as_they_come(tmp_path: Path) -> None:
     assert again.over_seeds("l2 after", (0, 1), "loss") == [0.5, 0.7]
     assert mean_and_range([0.5, 0.7], ".2f") == "0.60 (0.50 to 0.70)"
     assert mean_and_range([0.5], ".0%") == "50%"
+
+
+@pytest.mark.parametrize("preset", ["digits", "mnist", "cifar10"])
+def test_runs_of_tables_have_every_figure_of_the_columns_on_any_data_set(preset: str) -> None:
+    judged = {key.replace("__", "."): value for key, value in runs.JUDGED.items()}
+    figures = build_config({"preset": preset}, judged).logged_figures()
+    for start, _ in runs.COLUMNS.values():
+        assert any(figure.startswith(start) for figure in figures), start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.svm import SVC
 from tiny import digits, tiny_config, tiny_network
 
-from diffusion_core.config import DataConfig
+from diffusion_core.config import DataConfig, EvalConfig, build
 from diffusion_core.config.metrics import Part, count_name, goal_of, goals, is_better, space_figure, space_name
 from diffusion_core.data.datasets import Images
-from diffusion_core.evaluation import metrics, validation
+from diffusion_core.evaluation import metrics, suite, validation
 from diffusion_core.evaluation.metrics import Real, class_variance
 from diffusion_core.evaluation.validation import by_timestep, validation_loss, validation_losses
 from diffusion_core.model.unet import build_network
@@ -180,3 +181,22 @@ def test_of_very_many_images_support_vectors_see_evenly_spaced_ones(monkeypatch:
     monkeypatch.undo()
     assert seen == METRICS["svc_synthetic_accuracy"].compute(part, real)
     assert seen < METRICS["svc_synthetic_accuracy"].compute(dataset.train, real)
+
+
+@pytest.mark.parametrize(
+    ("space", "images", "told"),
+    [
+        ("inception", 100, True),
+        ("inception", 2048, False),
+        ("inception-1234abcd", 100, False),
+        ("classifier-digits", 100, False),
+    ],
+)
+def test_a_warning_about_the_name_fid_comes_where_it_could_be_used(
+    space: str, images: int, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite, "find_extractor", lambda *_: SimpleNamespace(name=space))
+    config = build(EvalConfig, {"figures": ["frechet"], "extractors": ["inception"], "num_images": images})
+    said: list[str] = []
+    suite.Suite(DataConfig(), config, digits(), with_classifier=False, device=torch.device("cpu"), say=said.append)
+    assert [line.split(":")[0] for line in said] == [f"eval.num_images = {images}"] * told
