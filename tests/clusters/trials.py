@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from forks import Forks
 from tiny import assert_same_tensors
 from torch import Tensor
 
+from clusters.slurm import wait_for
 from diffusion_core.checkpoint import Checkpoint, read_checkpoint
 
 EVERY = 4
@@ -79,3 +83,56 @@ def processes_of(*variables: str) -> list[int]:
             if {variable.encode() for variable in variables} <= set(file.read_bytes().split(b"\0")):
                 found.append(int(file.parent.name))
     return found
+
+
+def rows_in(folder: Path) -> list[int]:
+    """The steps of the rows in a run's folder so far."""
+    file = folder / "history.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [row["step"] for row in rows if "train/loss" in row]
+
+
+def hold(folders: Path, node: str) -> list[int]:
+    """Stop the trial that runs on a node once it has two rows, so that it cannot end. Return its processes.
+
+    Args:
+        folders: the folder of the runs' folders.
+        node: the node's name.
+    """
+    held: list[int] = []
+
+    def stopped() -> bool:
+        for folder in folders.glob("*"):
+            if len(rows_in(folder)) > 1:
+                held.extend(processes_of(f"WANDB_RUN_ID={folder.name}", f"SLURMD_NODENAME={node}"))
+        signal_all(held, signal.SIGSTOP)
+        return bool(held)
+
+    wait_for(stopped, f"the first rows on {node}", 120)
+    return held
+
+
+@contextlib.contextmanager
+def released(processes: Iterable[int], when: Callable[[], bool]) -> Iterator[None]:
+    """Inside this context stopped processes go on once a condition holds; after it in any case."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.2) and not when():
+            pass
+        signal_all(processes, signal.SIGCONT)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def signal_all(processes: Iterable[int], number: int) -> None:
+    """Send a signal to the processes that are still there."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)

@@ -130,10 +130,10 @@ class SlurmJob:
         if self.queue.asked_at < self._since:  # Nothing was learnt since it was submitted.
             return None
         state = self.queue.find(self.id, self.name)
-        if state is not None and not self.id:
-            self.id = state.id
-            self.submitted(state.id)
         if state is not None and not state.is_over:
+            if not self.id:
+                self.id = state.id
+                self.submitted(state.id)
             self._follow(state)
             return None
         if self._over_at is None:
@@ -156,6 +156,10 @@ class SlurmJob:
 
     def _outcome(self, state: commands.JobState | None) -> Outcome:
         """Return how it ended. ``state`` is None if Slurm has forgotten it."""
+        if (
+            not self.id
+        ):  # Nobody knows whether it was submitted. A job of that name may be an earlier one, which failed.
+            return Outcome(0, True, "lost", lost=True)
         word = "" if state is None else state.state
         note = self._note()
         if note is None or note.code is None:

@@ -25,7 +25,7 @@ from agent.sweep.file import SweepFile, check_sweep
 from agent.sweep.offline import offline_sweep, run_offline
 from diffusion_core.config import ConfigError
 from diffusion_core.machine.job import read_note
-from diffusion_core.machine.slurm import launcher
+from diffusion_core.machine.slurm import commands, launcher
 from diffusion_core.machine.slurm.queue import POLL
 from diffusion_core.registries import LAUNCHERS
 from diffusion_core.search.offline import OfflineSweep
@@ -262,3 +262,32 @@ def test_a_job_that_failed_since_the_last_look_is_not_taken_for_one_under_way(
     threading.Thread(target=once_seen, daemon=True).start()
     assert [record.state for record in last.run()] == ["finished"]
     assert last.state.trials[0].failures == 1
+
+
+def test_a_sweep_process_that_is_killed_while_it_submits_again_costs_no_attempt(
+    slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has noted that it submits; the job that Slurm knows by the trial's name is the one that failed before."""
+    monkeypatch.setenv("STUB_FAILURES", json.dumps({"0": 1}))
+    (tmp_path / "gate").unlink()
+    sweep = stub_sweep("grid", {"train.lr": {"values": [0.3]}, "seed": {"value": 0}})
+    submit, calls = commands.submit, []
+
+    def submit_once(*words: Any) -> str:
+        calls.append(words)
+        if len(calls) == 2:
+            os._exit(9)
+        return submit(*words)
+
+    process = fork.Process(target=lambda: coordinator(sweep, tmp_path / "sweep", 1).run())
+    with monkeypatch.context() as dying:
+        dying.setattr(commands, "submit", submit_once)
+        process.start()
+    process.join(60)
+    assert process.exitcode == 9
+    (trial,) = trials_of(tmp_path / "sweep")
+    assert (trial["state"], trial["job"], trial["failures"]) == ("submitted", "", 1)
+    last = coordinator(sweep, tmp_path / "sweep", 1)
+    assert [record.state for record in last.run()] == ["finished"]
+    assert last.state.trials[0].failures == 1
+    assert_each_step_once(tmp_path)

@@ -16,7 +16,17 @@ from typing import Any
 
 import pytest
 from clusters.slurm import Cluster, cluster, missing, wait_for
-from clusters.trials import EVERY, assert_as_undisturbed, difference, processes_of, sweep_of, undisturbed
+from clusters.trials import (
+    EVERY,
+    assert_as_undisturbed,
+    difference,
+    hold,
+    processes_of,
+    released,
+    rows_in,
+    sweep_of,
+    undisturbed,
+)
 from forks import Forks
 from server import Run, WandbServer
 from wandb_client import Client, finish
@@ -76,6 +86,7 @@ def test_an_array_of_agents_runs_a_grid_whole_whatever_the_cluster_does(
     wait_for(lambda: [len(steps(run)) > 1 for run in sweep.runs].count(True) >= 3, "the first rows", 120)
     at = dict(row.split("|") for row in slurm.ask("squeue", "--array", "-h", "-o", "%N|%i").splitlines())
     assert at.keys() == {"n1", "n2", "n3"}
+    held = hold(tmp_path / "runs", "n3")
     left = processes_of("SLURMD_NODENAME=n3")
     slurm.lose("n3")
     slurm.ask("scontrol", "update", f"jobid={at['n2']}", "TimeLimit=1")
@@ -83,7 +94,12 @@ def test_an_array_of_agents_runs_a_grid_whole_whatever_the_cluster_does(
     log = tmp_path / f"runs/agents/{sweep.id}-{at['n2'].split('_')[1]}.log"
     wait_for(lambda: "DUE TO TIME LIMIT" in log.read_text() or "JOB REQUEUE" in log.read_text(), "the warning", 120)
     slurm.ask("scontrol", "update", f"jobid={at['n2']}", "TimeLimit=60")
-    with slurm.hurrying():
+
+    def elsewhere() -> bool:
+        rows = slurm.ask("squeue", "--array", "--states=RUNNING", "-h", "-o", "%i|%N").splitlines()
+        return any(row.split("|")[0] == at["n3"] and not row.endswith("|n3") for row in rows)
+
+    with slurm.hurrying(), released(held, elsewhere):
         output = finish(attached, within_s=900)
 
     assert sorted(run.config["seed"] for run in sweep.runs) == list(SEEDS), "one run each"
@@ -244,9 +260,7 @@ def trials_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 def rows_of(folder: Path, trial: str) -> list[int]:
     """The steps of a trial's rows so far."""
-    file = folder / "trials" / trial / "history.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return [row["step"] for row in rows if "train/loss" in row]
+    return rows_in(folder / "trials" / trial)
 
 
 @pytest.mark.usefixtures("quiet")
@@ -257,7 +271,7 @@ def test_bayes_with_hyperband_is_whole_whatever_the_cluster_does(slurm: Cluster,
     content = sweep_of("bayes", {"train.lr": lr}, fixed, run_cap=5, early_terminate=early)
     folder, words = tmp_path / "sweep", "--partition=wide --cpus-per-task=2"
     with coordinator_process(content, folder, 3, words):
-        wait_for(lambda: [len(rows_of(folder, name)) > 1 for name in trials_of(folder)].count(True) == 3, "rows", 120)
+        held = [process for node in ("n1", "n2", "n3") for process in hold(folder / "trials", node)]
     at = {note.node: name for name in trials_of(folder) if (note := read_note(folder / "trials" / name))}
     assert at.keys() == {"n1", "n2", "n3"}
     cancelled = at["n1"]
@@ -266,7 +280,7 @@ def test_bayes_with_hyperband_is_whole_whatever_the_cluster_does(slurm: Cluster,
         slurm.ask("scancel", str(trials_of(folder)[cancelled]["job"]))
         slurm.preempt("n2")
         wait_for(lambda: trials_of(folder)[cancelled]["failures"] == 1, "the failure", 60)
-    with slurm.hurrying():
+    with slurm.hurrying(), released(held, lambda: read_note(folder / "trials" / at["n3"]).node != "n3"):  # type: ignore[union-attr]
         last = coordinator(content, folder, 3, words)
         last.run()
     assert len(last.state.trials) == 5
