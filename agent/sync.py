@@ -16,7 +16,7 @@ from pathlib import Path
 from agent.command import fail, run_and_leave
 from agent.tracking.api import api_errors
 from agent.tracking.arrival import send_lost_pictures
-from agent.tracking.environment import has_key, load_environment, own_environment
+from agent.tracking.environment import has_key, load_environment
 from agent.tracking.repair import unsent_checkpoints
 from agent.tracking.run import start_wandb
 from agent.tracking.tracker import WandbTracker
@@ -28,9 +28,9 @@ from diffusion_core.messages import Parser
 from diffusion_core.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
-    ENVIRONMENT,
     HISTORY_FILE,
     RUN_FILE,
+    environment_of,
     locked,
     mark_synced,
     note_unsent,
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number, folder in enumerate(folders, start=1):
         lock = nullcontext() if arguments.ended is not None else locked(folder)  # A trial that calls has locked it.
         try:
-            with lock, own_environment():
+            with lock, environment_of(folder):
                 print(f"[{number}/{len(folders)}] {sync(folder, arguments.ended, preempted=arguments.preempted)}")
         except (ConfigError, CheckpointError) as error:
             status = fail(str(error))
@@ -96,8 +96,6 @@ def sync(folder: Path, ended: int | None = None, *, preempted: bool = False) -> 
         run.mark_preempting()
         WandbTracker(run, first_step=run.starting_step, keep=sys.maxsize).close(1 if ended is None else ended)
         return f"{run.id}: handed back before it had begun"
-    # Upload to the run's own project and sweep, not to those of this process's environment.
-    os.environ.update(run_file.get(ENVIRONMENT, {}) | {"WANDB_RUN_ID": run_file["id"]})
     config = read_yaml(folder / CONFIG_FILE)
     rows = read_history(folder)
     run = start_wandb(run_file["id"], folder, config, "online", or_offline=False)

@@ -243,6 +243,22 @@ def belongs_here() -> dict[str, str]:
     return {name: os.environ[name] for name in BELONGS_BY if name in os.environ}
 
 
+@contextmanager
+def environment_of(folder: Path) -> Iterator[None]:
+    """Inside this context the environment says where on W&B the run of a folder belongs. It is undone afterwards.
+
+    Raises:
+        ConfigError: if the folder's ``run.json`` is damaged.
+    """
+    run_file, before = read_run_file(folder), dict(os.environ)
+    os.environ.update(run_file.get(ENVIRONMENT, {}) | ({"WANDB_RUN_ID": run_file["id"]} if run_file else {}))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def write_run_files(config: BaseModel, folder: Path, run_id: str) -> None:
     """Write the run's id and its configuration to its folder."""
     folder.mkdir(parents=True, exist_ok=True)

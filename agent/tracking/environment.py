@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,17 +34,6 @@ def load_environment() -> None:
         del os.environ[name]
 
 
-@contextmanager
-def own_environment() -> Iterator[None]:
-    """Undo in the end what is done to the environment meanwhile, such as naming one run's place on W&B."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
 def in_sweep() -> bool:
     """Return whether a sweep chose this process's trial: a W&B agent or an offline sweep."""
     return "WANDB_SWEEP_ID" in os.environ or OFFLINE_SWEEP in os.environ
@@ -66,16 +53,21 @@ def agent_parameters() -> dict[str, Any]:
 
 
 def wandb_mode() -> str:
-    """Return ``online``, ``offline`` or ``disabled``: WANDB_MODE, or online if there is an API key. Never prompt.
+    """Return ``online``, ``offline`` or ``disabled``: WANDB_MODE, what ``wandb offline`` has set, or online with a key.
+
+    Never prompt.
 
     Raises:
         ConfigError: if WANDB_MODE is unknown.
     """
     wanted = os.environ.get("WANDB_MODE", "")
-    if wanted:
-        if wanted not in MODES:
-            raise ConfigError(f"WANDB_MODE = {wanted!r}: expected one of online, offline, disabled")
-        return MODES[wanted]
+    if wanted and wanted not in MODES:
+        raise ConfigError(f"WANDB_MODE = {wanted!r}: expected one of online, offline, disabled")
+    import wandb
+
+    mode = MODES[wanted or wandb.setup().settings.mode]
+    if wanted or mode != "online":
+        return mode
     # An agent has a key, and its sweep cannot see offline runs.
     return "online" if "WANDB_SWEEP_ID" in os.environ or has_key() else "offline"
 

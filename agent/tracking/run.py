@@ -10,7 +10,7 @@ from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 from agent.tracking.api import DEFAULT_PROJECT, server_status
-from agent.tracking.environment import is_offline
+from agent.tracking.environment import has_key, is_offline
 from agent.tracking.retention import Retention
 from agent.tracking.tracker import PATIENCE_S, WandbTracker
 from diffusion_core.config import CheckpointConfig, ConfigError
@@ -63,7 +63,7 @@ def start_wandb(
 
     check_paths(folder)
     threading.excepthook = tell_thread_error
-    if mode == "offline" and "WANDB_MODE" not in os.environ and not beside:
+    if mode == "offline" and "WANDB_MODE" not in os.environ and not beside and not has_key():
         say("W&B: no API key, so this run is recorded offline (wandb login or WANDB_API_KEY to go online)")
     under_agent = "WANDB_SWEEP_ID" in os.environ
     # Keep all W&B files in the run's folder: staged artifact files of offline runs stay there until `wandb sync`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -33,7 +34,7 @@ def bare(client: Client) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("known_by", ["nothing", "mode", "login", "key"])
+@pytest.mark.parametrize("known_by", ["nothing", "mode", "login", "key", "key, told by wandb offline"])
 def test_files_of_wandb_lie_in_the_folder_of_the_run(
     known_by: str, server: WandbServer, tmp_path: Path, forks: Forks
 ) -> None:
@@ -45,14 +46,17 @@ def test_files_of_wandb_lie_in_the_folder_of_the_run(
         netrc = Path(env["HOME"], ".netrc")
         netrc.write_text(f"machine {urlsplit(server.url).netloc} login user password {server.api_key}\n")
         netrc.chmod(0o600)
-    elif known_by == "key":
+    elif known_by.startswith("key"):
         env["WANDB_API_KEY"] = server.api_key
+    if "offline" in known_by:
+        subprocess.run([client.interpreter, "-m", "wandb", "offline"], cwd=client.directory, env=env, check=True)
     trial = forks.start(TRIAL, client.directory, env)
     assert trial.wait() == 0, trial.output
     assert "WARNING" not in trial.output
     (files,) = client.directory.glob("run/wandb/*run-*")
     assert files.name.startswith("run-" if known_by in ("login", "key") else "offline-run-")
-    assert sorted(path.name for path in client.directory.iterdir() if path.is_dir()) == ["home", "run"]
+    assert not list(client.directory.glob("wandb/*run*"))
+    assert ("no API key" in trial.output) == (known_by == "nothing")
     assert len(server.runs) == (known_by in ("login", "key"))
 
 
