@@ -41,6 +41,10 @@ UNSENT = "unsent"
 
 BELONGS_BY = ("WANDB_ENTITY", "WANDB_PROJECT", "WANDB_SWEEP_ID", "WANDB_RUN_GROUP")
 """Variables that name a run's place on W&B, kept in `run.json`. The server's address is not: it gets the API key."""
+DESCRIBED_BY = ("WANDB_NAME", "WANDB_TAGS", "WANDB_NOTES", "WANDB_JOB_TYPE")
+"""Variables that describe a run on W&B, kept too. Once it is there, people may change what they said."""
+PLACE = "place"
+"""Key of `run.json`: ENTITY/PROJECT, once the run is on W&B."""
 
 CONFIG_FILE = "config.yaml"
 HISTORY_FILE = "history.jsonl"
@@ -152,10 +156,12 @@ def read_run_file(folder: Path) -> dict[str, Any]:
         if not (folder / RUN_FILE).is_file():
             return {}
         content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        belongs = {name: str(value) for name, value in content.get(ENVIRONMENT, {}).items() if name in BELONGS_BY}
+        environment = content.get(ENVIRONMENT, {})
+        belongs = {name: str(environment[name]) for name in BELONGS_BY + DESCRIBED_BY if name in environment}
         preemptions = int(content.get("preemptions", 0))
         unsent = [str(name) for name in content.get(UNSENT, [])]
-        return {"id": str(content["id"]), "preemptions": preemptions, ENVIRONMENT: belongs, UNSENT: unsent}
+        known = {"id": str(content["id"]), "preemptions": preemptions, ENVIRONMENT: belongs, UNSENT: unsent}
+        return known | ({PLACE: str(content[PLACE])} if PLACE in content else {})
     except OSError as error:
         raise ConfigError(f"log.dir = {str(folder)!r}: {error.strerror}; choose another folder") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -239,19 +245,64 @@ def held(file: Path) -> Iterator[None]:
 
 
 def belongs_here() -> dict[str, str]:
-    """Return the environment variables that say where on W&B this process's run belongs."""
-    return {name: os.environ[name] for name in BELONGS_BY if name in os.environ}
+    """Return the environment variables that say where on W&B this process's run belongs, and describe it."""
+    return {name: os.environ[name] for name in BELONGS_BY + DESCRIBED_BY if name in os.environ}
+
+
+def place_of(folder: Path, run_id: str) -> tuple[str | None, str | None]:
+    """Return the entity and the project in which W&B has the run of a folder; None for both if it has not."""
+    run_file = read_run_file(folder)
+    entity, _, project = run_file.get(PLACE, "").partition("/") if run_file.get("id") == run_id else ("", "", "")
+    return (entity, project) if entity and project else (None, None)
+
+
+def note_place(folder: Path, run_id: str, place: str | None, group: str | None = None) -> None:
+    """Note in ``run.json`` where on W&B the run of a folder is.
+
+    Args:
+        folder: the run's folder.
+        run_id: the run's id.
+        place: ``ENTITY/PROJECT``; None: it is recorded offline.
+        group: its group, if the environment does not name it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    known = read_run_file(folder)
+    environment = known.get(ENVIRONMENT, {}) | ({"WANDB_RUN_GROUP": group} if group else {})
+    added = {PLACE: place} if place else {}
+    write_json(folder / RUN_FILE, known | {"id": run_id, ENVIRONMENT: environment} | added)
+
+
+def folder_of(variable: str, folder: Path) -> Path:
+    """Return the folder that an environment variable names, or else another one; make it.
+
+    Raises:
+        ConfigError: if it cannot be made.
+    """
+    path = Path(os.environ.get(variable) or folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{variable} = {str(path)!r}: {error.strerror}; name a folder that can be made") from None
+    return path
 
 
 @contextmanager
 def environment_of(folder: Path) -> Iterator[None]:
     """Inside this context the environment says where on W&B the run of a folder belongs. It is undone afterwards.
 
+    For a run that W&B has not seen, this process's environment decides what the run's own left open.
+
     Raises:
         ConfigError: if the folder's ``run.json`` is damaged.
     """
     run_file, before = read_run_file(folder), dict(os.environ)
-    os.environ.update(run_file.get(ENVIRONMENT, {}) | ({"WANDB_RUN_ID": run_file["id"]} if run_file else {}))
+    own, forgotten = run_file.get(ENVIRONMENT, {}), {"WANDB_SWEEP_ID"}
+    if PLACE in run_file:
+        own = {name: value for name, value in own.items() if name in BELONGS_BY}
+        forgotten = {*BELONGS_BY, *DESCRIBED_BY}
+    for name in forgotten - own.keys():
+        os.environ.pop(name, None)
+    os.environ.update(own | ({"WANDB_RUN_ID": run_file["id"]} if run_file else {}))
     try:
         yield
     finally:
@@ -269,5 +320,5 @@ def write_run_files(config: BaseModel, folder: Path, run_id: str) -> None:
 
 def mark_synced(folder: Path) -> None:
     """Make `wandb sync` skip the files of a run that is complete on W&B."""
-    for file in (folder / "wandb").glob("*run-*/*.wandb"):
+    for file in (folder / "wandb").glob(f"*run-*-{read_run_file(folder).get('id')}/*.wandb"):
         file.with_name(file.name + SYNCED).touch()

@@ -296,14 +296,15 @@ def run(job: PruningTask, batch: int) -> dict[str, Any]:
         run_id = secrets.token_hex(4)
         folder = Path("runs") / run_id
         make_folder(folder)
-        tracker = WandbTracker(start_wandb(run_id, folder, flatten(config), "online"))
+        tracker = WandbTracker(start_wandb(run_id, folder, flatten(config), "online", or_offline=False))
         if job.source and job.source.artifact:
             tracker.use(job.source.artifact)
         tracker.summary({f"model/{name}": value for name, value in after.items()} | same_seeds)
         described = {key: result[key] for key in ("importance", "target", "keep", "kept", "parent")}
         described |= {"step": written.step, "figures": figures}
         tracker.artifact(Upload(f"model-{run_id}", MODEL, model_files(written), ["latest", "pruned"], described))
-        tracker.close(0)
+        if left := tracker.close(0):
+            raise ConfigError(f"--upload: {', '.join(left)}: not arrived; the checkpoint is in {str(job.out)!r}")
         result["artifact"] = f"model-{run_id}:pruned"
     return result
 

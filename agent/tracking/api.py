@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from agent.tracking.environment import api_key, has_key
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.choice import wanted_step
 from diffusion_core.config import ConfigError
@@ -14,7 +15,7 @@ from diffusion_core.messages import one_line
 from diffusion_core.tracking import BEST
 
 if TYPE_CHECKING:
-    from wandb import Artifact
+    from wandb import Api, Artifact
     from wandb.sdk.wandb_run import Run
 
 DEFAULT_PROJECT = "diffusion-sweeps"
@@ -23,15 +24,29 @@ STEP_ALIAS = "step-"
 
 
 def project_name() -> str:
-    """Return the project of this environment: WANDB_PROJECT, or :data:`DEFAULT_PROJECT`."""
-    return os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT
+    """Return the project of this environment: WANDB_PROJECT, that of ``wandb init``, or :data:`DEFAULT_PROJECT`."""
+    import wandb
+
+    return os.environ.get("WANDB_PROJECT") or wandb.setup().settings.project or DEFAULT_PROJECT
 
 
 def entity_name() -> str | None:
-    """Return the entity of this environment: WANDB_ENTITY, or the default of the API key's owner."""
+    """Return the entity of this environment: WANDB_ENTITY, that of ``wandb init``, or that of the key's owner."""
+    api = client()
+    return os.environ.get("WANDB_ENTITY") or api.settings["entity"] or api.default_entity
+
+
+def client() -> Api:
+    """Return W&B's public API.
+
+    Raises:
+        ValueError: if there is no API key; W&B would ask for one.
+    """
     import wandb
 
-    return os.environ.get("WANDB_ENTITY") or wandb.Api().default_entity
+    if not has_key():
+        raise ValueError("no W&B API key; set WANDB_API_KEY (see .env.example), or run `wandb login`")
+    return wandb.Api()
 
 
 def find_artifact(name: str, which: str = BEST) -> Artifact:
@@ -40,9 +55,7 @@ def find_artifact(name: str, which: str = BEST) -> Artifact:
     Without an alias, ``which`` chooses the version as :mod:`diffusion_core.choice` chooses a checkpoint: the best one,
     or the newest if none is the best; the newest; or that of a step.
     """
-    import wandb
-
-    api, step = wandb.Api(), wanted_step(which)
+    api, step = client(), wanted_step(which)
     if name.count("/") == 0:
         name = f"{project_name()}/{name}"
     if name.count("/") == 1 and (entity := entity_name()):
@@ -70,12 +83,13 @@ def server_status(within_s: float = 5.0) -> int | None:
     import requests
     import wandb
 
-    key = os.environ.get("WANDB_API_KEY")
+    settings, key = wandb.setup().settings, api_key()
     try:
         return requests.post(
-            f"{wandb.setup().settings.base_url}/graphql",
+            f"{settings.base_url}/graphql",
             json={"query": "query Viewer { viewer { id } }"},
-            auth=("api", key) if key else None,  # requests reads the netrc file itself.
+            auth=("api", key) if key else None,
+            headers=settings.x_extra_http_headers,
             timeout=within_s,
         ).status_code
     except requests.RequestException:
@@ -109,23 +123,3 @@ def api_errors(request: str, kind: type[ConfigError] | type[CheckpointError] = C
         raise
     except failures() as error:
         raise kind(f"{request}: {one_line(error)}") from None
-
-
-def flat_summary(summary: Any) -> dict[str, Any]:
-    """Return a run's summary with plain values.
-
-    W&B nests the best value of a figure with a goal: ``{"val/loss": {"min": 0.1}}``.
-    """
-    flat: dict[str, Any] = {}
-    for key, value in dict(summary).items():
-        items = getattr(value, "items", None)
-        if items is not None:
-            value = next((best for kind, best in items() if kind in ("min", "max")), None)
-        if value is not None:
-            flat[key] = value
-    return flat
-
-
-def summary_figures(summary: Any) -> dict[str, float]:
-    """Return the numbers of a run's summary, as :func:`flat_summary` does."""
-    return {key: value for key, value in flat_summary(summary).items() if isinstance(value, int | float)}

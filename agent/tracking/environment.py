@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,17 +74,22 @@ def wandb_mode() -> str:
 
 
 def has_key() -> bool:
-    """Return whether W&B's client finds credentials for its server: in the environment, its settings, or ``.netrc``."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
+    """Return whether W&B's client finds credentials for its server."""
+    return bool(os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or api_key())
+
+
+def api_key() -> str | None:
+    """Return the API key that W&B's client finds for its server: in the environment, its settings, or ``.netrc``."""
+    if key := os.environ.get("WANDB_API_KEY"):
+        return key
     import wandb
     from wandb.sdk.lib import wbauth  # Knows by which names of a server, and where, `wandb login` has stored keys.
 
     settings = wandb.setup().settings
     try:
-        return bool(settings.api_key or wbauth.read_netrc_auth(host=settings.base_url))
+        return settings.api_key or wbauth.read_netrc_auth(host=settings.base_url)
     except wandb.errors.AuthenticationError:
-        return True  # The client refuses it in a line.
+        return "malformed"  # The client refuses it in a line.
 
 
 def find_run(configured: str | None) -> tuple[str, Path]:
@@ -93,10 +99,12 @@ def find_run(configured: str | None) -> tuple[str, Path]:
     ``configured``, or ``runs/<id>``.
 
     Raises:
-        ConfigError: if the folder's ``run.json`` is damaged, or its path holds a secret.
+        ConfigError: if the folder's ``run.json`` is damaged, its path holds a secret, or the id cannot name artifacts.
     """
     check_paths(configured)
     run_id = os.environ.get("WANDB_RUN_ID")
+    if run_id and not re.fullmatch(r"[A-Za-z0-9_.-]+", run_id):
+        raise ConfigError(f"WANDB_RUN_ID = {run_id!r}: expected letters, digits, -, _ and ., as in W&B's artifacts")
     if configured is None:
         run_id = run_id or secrets.token_hex(4)
         return run_id, Path("runs") / run_id

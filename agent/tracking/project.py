@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from agent.tracking.api import api_errors, flat_summary
+from agent.tracking.api import api_errors, client
 from agent.tracking.environment import load_environment
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.choice import wanted_step
 from diffusion_core.redact import redacted_arguments
+from diffusion_core.runs.recorded import flat_summary
 from diffusion_core.tracking import BEST, MODEL, STATE
 
 if TYPE_CHECKING:
@@ -29,11 +30,9 @@ def finished_runs(name: str, which: str) -> Iterator[tuple[str, dict[str, Any], 
         CheckpointError: if ``which`` is something else.
     """
     load_environment()
-    import wandb  # Slow to import.
-
     step = wanted_step(which)
     with api_errors(f"--project = {name!r}"):
-        for run in wandb.Api().runs(name, filters={"state": "finished"}):
+        for run in client().runs(name, filters={"state": "finished"}):
             described = best_model(run, which)
             if described or step is None:
                 yield run.id, flat_summary(run.summary), described
@@ -53,7 +52,8 @@ def log_table(project: str, name: str, columns: Sequence[str], rows: Sequence[Se
     import wandb
 
     entity, _, project = project.rpartition("/")
-    with redacted_arguments(), wandb.init(entity=entity or None, project=project, job_type=name, name=name) as run:
+    with redacted_arguments(), wandb.init(entity=entity or None, project=project, job_type=name, name=name,
+                                          mode="online") as run:  # fmt: skip
         run.log({name: wandb.Table(columns=list[str | int](columns), data=[list(row) for row in rows])})
 
 
@@ -63,10 +63,8 @@ def versions_without_alias(project: str) -> Iterator[Artifact]:
     Raises:
         CheckpointError: if W&B has no such project, or does not answer.
     """
-    import wandb
-
     with api_errors(f"--project = {project!r}", CheckpointError):
-        api = wandb.Api()
+        api = client()
         kinds = {known.name for known in api.artifact_types(project)} & {MODEL, STATE}
         for kind in sorted(kinds):
             for collection in api.artifact_type(kind, project).collections():

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from agent.tracking.api import api_errors, find_artifact, summary_figures
+from agent.tracking.api import api_errors, client, find_artifact
 from agent.tracking.environment import load_environment
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config.metrics import goal_of, goals, is_better
 from diffusion_core.evaluation.protocol import PREFIX
+from diffusion_core.runs.recorded import summary_figures
 from diffusion_core.tracking import BEST, MODEL
 
 
@@ -22,11 +23,9 @@ def best_model(sweep: str) -> str:
     Raises:
         CheckpointError: if the sweep does not exist, or none of its runs has its metric.
     """
-    import wandb
-
     option = f"--sweep = {sweep!r}"
     with api_errors(option, CheckpointError):
-        found = wandb.Api().sweep(sweep)
+        found = client().sweep(sweep)
         metric = found.config.get("metric", {}).get("name")
         runs = list(found.runs)
     if metric is None or goal_of(metric) is None:

@@ -77,7 +77,7 @@ def _log(entity: str, project: str, run_id: str, step: int | None, artifact_name
 
     settings = wandb.Settings(console="off", silent=True)
     with redacted_arguments(), wandb.init(entity=entity, project=project, id=run_id, resume="must",
-                                          settings=settings) as run:  # fmt: skip
+                                          mode="online", settings=settings) as run:  # fmt: skip
         at = {} if step is None else {STEP: step}
         run.log({PAGE: wandb.Html(page.read_text(encoding="utf-8"), inject=False), **at})
         artifact = wandb.Artifact(artifact_name, type=PAGE)

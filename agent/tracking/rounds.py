@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent.config import TrialConfig
-from agent.tracking.api import failures, summary_figures
+from agent.tracking.api import failures
 from agent.tracking.artifacts import download_files, fetch_checkpoint, uploaded_versions
 from agent.tracking.run import may_fetch, start_wandb, wandb_tracker
 from diffusion_core.checkpoint import list_checkpoints, step_folder
 from diffusion_core.config import ConfigError, flatten
 from diffusion_core.messages import one_line
 from diffusion_core.run_folder import CHECKPOINTS, HISTORY_FILE, best_figures, read_history
+from diffusion_core.runs.recorded import summary_figures
 from diffusion_core.runs.result import TrialResult, write_result
 from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import NullTracker, Tracker

@@ -9,7 +9,7 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
-from agent.tracking.api import DEFAULT_PROJECT, server_status
+from agent.tracking.api import project_name, server_status
 from agent.tracking.environment import has_key, is_offline
 from agent.tracking.retention import Retention
 from agent.tracking.tracker import PATIENCE_S, WandbTracker
@@ -17,7 +17,7 @@ from diffusion_core.config import CheckpointConfig, ConfigError
 from diffusion_core.machine.threads import uncollected
 from diffusion_core.messages import one_line
 from diffusion_core.redact import redacted, redacted_arguments
-from diffusion_core.run_folder import check_paths, read_history
+from diffusion_core.run_folder import check_paths, folder_of, note_place, place_of, read_history
 from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import STEP
 
@@ -67,8 +67,9 @@ def start_wandb(
         say("W&B: no API key, so this run is recorded offline (wandb login or WANDB_API_KEY to go online)")
     under_agent = "WANDB_SWEEP_ID" in os.environ
     # Keep all W&B files in the run's folder: staged artifact files of offline runs stay there until `wandb sync`.
-    for variable, path in (("WANDB_DIR", folder), ("WANDB_DATA_DIR", folder / "wandb" / "data")):
-        Path(os.environ.setdefault(variable, str(path))).mkdir(parents=True, exist_ok=True)
+    root = folder_of("WANDB_DIR", folder)
+    os.environ["WANDB_DATA_DIR"] = str(folder_of("WANDB_DATA_DIR", folder / "wandb" / "data"))
+    entity, project = (None, None) if under_agent else place_of(folder, run_id)
     # diffusion_core/redact.py records the console, without keys.
     settings = wandb.Settings(console="off", finish_timeout_raises=True)
     if sweep_id is not None:
@@ -84,16 +85,20 @@ def start_wandb(
         if not beside:  # Forget retries, and the environment, which was read once, perhaps to find the server.
             wandb.teardown()
         with redacted_arguments(), uncollected("wandb.sdk.launch"):  # It imports more of itself.
-            return wandb.init(
+            run = wandb.init(
                 config=redacted(dict(config)),
                 mode=mode,  # type: ignore[arg-type]
                 resume="allow",
                 id=None if under_agent and mode == "online" else run_id,
-                project=None if under_agent or "WANDB_PROJECT" in os.environ else DEFAULT_PROJECT,
+                entity=entity,
+                project=None if under_agent else project or project_name(),
                 group=group,
+                dir=str(root),
                 reinit="create_new" if beside else None,
                 settings=settings,
             )
+        note_place(folder, run.id, None if is_offline(run) else f"{run.entity}/{run.project}", group)
+        return run
 
     try:
         return start(mode)

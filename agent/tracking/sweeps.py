@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from agent.tracking.api import api_errors, entity_name, failures, flat_summary, project_name, summary_figures
+from agent.tracking.api import api_errors, client, entity_name, failures, project_name
 from agent.tracking.project import best_model
 from diffusion_core.config import ConfigError
 from diffusion_core.report.study import Study, Trial
 from diffusion_core.report.uploaded import LINK, uploaded_sweep, uploaded_trial
+from diffusion_core.runs.recorded import flat_summary, summary_figures
 
 HISTORY_ROWS = 200
 """Rows of a run's history that are asked for, evenly spaced."""
@@ -45,10 +45,10 @@ def create(config: Mapping[str, Any]) -> str:
     import wandb
 
     project = config.get("project") or project_name()
-    entity = config.get("entity") or os.environ.get("WANDB_ENTITY")
     with api_errors(f"cannot create sweep {config['name']!r}"):
+        entity = config.get("entity") or entity_name()
         sweep_id = wandb.sweep(dict(config), entity=entity, project=project)
-        return f"{entity or wandb.Api().default_entity}/{project}/{sweep_id}"
+        return f"{entity}/{project}/{sweep_id}"
 
 
 def find(name: str) -> tuple[str, dict[str, Any]]:
@@ -60,8 +60,6 @@ def find(name: str) -> tuple[str, dict[str, Any]]:
     Raises:
         ConfigError: if the sweep does not exist, or W&B cannot be reached.
     """
-    import wandb
-
     option, parts = f"--attach = {name!r}", name.split("/")
     if not all(parts) or len(parts) > 3:
         raise ConfigError(f"{option}: expected ENTITY/PROJECT/ID, PROJECT/ID or ID")
@@ -71,7 +69,7 @@ def find(name: str) -> tuple[str, dict[str, Any]]:
         if len(parts) == 2:
             parts.insert(0, str(entity_name()))
         path = "/".join(parts)
-        return path, dict(wandb.Api().sweep(path).config)
+        return path, dict(client().sweep(path).config)
 
 
 def address(path: str) -> str:
@@ -80,10 +78,8 @@ def address(path: str) -> str:
     Raises:
         ConfigError: if the sweep does not exist, or W&B cannot be reached.
     """
-    import wandb
-
     with api_errors(path):
-        return str(wandb.Api().sweep(path).url)
+        return str(client().sweep(path).url)
 
 
 def runs(path: str) -> list[SweepRun]:
@@ -92,12 +88,10 @@ def runs(path: str) -> list[SweepRun]:
     Raises:
         ConfigError: if the sweep does not exist, or W&B cannot be reached.
     """
-    import wandb
-
     with api_errors(path):
         return [
             SweepRun(run.id, run.state, run.config, summary_figures(run.summary), run.summary.get("_runtime"))
-            for run in wandb.Api().sweep(path).runs
+            for run in client().sweep(path).runs
         ]
 
 
@@ -107,10 +101,8 @@ def study(path: str) -> Study:
     Raises:
         ConfigError: if there is neither, or W&B cannot be reached.
     """
-    import wandb
-
     with api_errors(f"{path!r}: no such folder, and no sweep or run on W&B"):
-        api = wandb.Api()
+        api = client()
         try:
             sweep = api.sweep(path)
         except failures():
@@ -123,7 +115,7 @@ def _trial(run: Any) -> Trial:
     return uploaded_trial(
         run.id,
         run.state,
-        project="/".join(run.path[:2]),
+        project=f"{run.entity}/{run.project}",  # run.path is quoted for web addresses.
         url=run.url,
         config=run.config,
         summary=flat_summary(run.summary),

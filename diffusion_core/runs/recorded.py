@@ -95,3 +95,23 @@ def log_checkpoint(
         files = [checkpoint.path / METADATA_FILE, *training, rows]
         uploads.append(Upload(f"{STATE}-{run_id}", STATE, files, aliases, described, ttl_days))
     tracker.artifact(*uploads)
+
+
+def flat_summary(summary: Any) -> dict[str, Any]:
+    """Return a run's summary with plain values.
+
+    W&B nests the best value of a figure with a goal: ``{"val/loss": {"min": 0.1}}``.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in dict(summary).items():
+        items = getattr(value, "items", None)
+        if items is not None:
+            value = next((best for kind, best in items() if kind in ("min", "max")), None)
+        if value is not None:
+            flat[key] = value
+    return flat
+
+
+def summary_figures(summary: Any) -> dict[str, float]:
+    """Return the numbers of a run's summary, as :func:`flat_summary` does."""
+    return {key: value for key, value in flat_summary(summary).items() if isinstance(value, int | float)}

@@ -74,6 +74,9 @@ class RunOperations:
                 run.display_name = f"run-{len(store.runs) + 1}"
                 store.runs[name] = run
             run = store.runs[name]
+            asked = store.project(given.get("entityName"), given.get("modelName"))
+            if asked is not run.project:  # W&B would make another run of the same id.
+                raise ValueError(f"run {name} is in project {run.project.name}, and asked for in {asked.name}")
         for key, attribute in _ATTRIBUTES.items():
             if key in given:
                 setattr(run, attribute, given[key])

@@ -21,8 +21,8 @@ from server import Run, WandbServer
 from wandb_client import ROOT, TIMEOUT, Client, finish
 
 from agent.sweep.file import check_sweep
-from agent.tracking.api import summary_figures
 from diffusion_core.config import flatten
+from diffusion_core.runs.recorded import summary_figures
 from diffusion_core.search import engine
 
 FIXED: dict[str, Any] = {
