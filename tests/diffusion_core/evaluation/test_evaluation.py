@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -171,16 +172,36 @@ def test_support_vectors_judge_images_and_are_trained_on_them() -> None:
     assert accuracy.goals("svc_synthetic_accuracy") == {"eval/svc_synthetic_accuracy_*": "maximize"}
 
 
-def test_of_very_many_images_support_vectors_see_evenly_spaced_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_very_many_images_support_vectors_see_some_of_each_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels of generated images alternate: evenly spaced images would be of every second class, or of every fifth."""
     dataset = digits()
     real = Real(dataset, DataConfig(name="digits"), torch.device("cpu"))
-    monkeypatch.setattr(metrics, "MOST_FOR_SVC", 400)
-    every = math.ceil(len(dataset.train.labels_N) / 400)
-    part = Images(dataset.train.images_NCHW[::every], dataset.train.labels_N[::every])
-    seen = METRICS["svc_synthetic_accuracy"].compute(dataset.train, real)
-    monkeypatch.undo()
-    assert seen == METRICS["svc_synthetic_accuracy"].compute(part, real)
-    assert seen < METRICS["svc_synthetic_accuracy"].compute(dataset.train, real)
+    train, accuracy = dataset.train, METRICS["svc_synthetic_accuracy"]
+    of_class = [torch.nonzero(train.labels_N == label).flatten()[:100] for label in range(10)]
+    alternating = train.select(torch.stack(of_class, dim=1).flatten())
+    assert alternating.labels_N[:11].tolist() == [*range(10), 0]
+    whole = accuracy.compute(alternating, real)
+    for most in (500, 200):
+        monkeypatch.setattr(metrics, "MOST_FOR_SVC", most)
+        seen = accuracy.compute(alternating, real)
+        assert 0.85 < seen < whole
+        part = metrics._of_each_class(alternating, most)
+        assert part.labels_N.bincount().tolist() == [most // 10] * 10
+        assert seen == accuracy.compute(part, real)
+        assert (
+            METRICS["svc_agreement"].compute(dataset.val, replace(real, dataset=replace(dataset, train=part))) == seen
+        )
+    for most in (1000, 5000):
+        monkeypatch.setattr(metrics, "MOST_FOR_SVC", most)
+        assert metrics._of_each_class(alternating, most) is alternating
+
+
+def test_a_part_of_the_images_has_each_class_in_its_proportion() -> None:
+    images = Images(torch.arange(300).reshape(300, 1, 1, 1), torch.arange(300) % 6 // 2 * (torch.arange(300) < 240))
+    part = metrics._of_each_class(images, 90)
+    assert len(part) == 90
+    assert part.images_NCHW.flatten().diff().min() > 0
+    assert part.labels_N.bincount().tolist() == pytest.approx([42, 24, 24], abs=1)
 
 
 @pytest.mark.parametrize(
