@@ -35,11 +35,11 @@ from diffusion_core.runs.recorded import best_summary
 from diffusion_core.runs.result import TrialResult, write_result
 from diffusion_core.sampling.generation import Generator
 from diffusion_core.sampling.lows import held_out
-from diffusion_core.step_distillation.phase import is_student
+from diffusion_core.step_distillation.phase import figures_prefix
 from diffusion_core.tracking import Tracker
 from diffusion_core.training.callbacks import DrawSamples, LogHistory, SayDuration, WatchQuality
 from diffusion_core.training.checkpoints import SaveCheckpoints
-from diffusion_core.training.evaluation import DENSE, TEACHER, Evaluate
+from diffusion_core.training.evaluation import DENSE, Evaluate
 from diffusion_core.training.resume import (
     check_same_labels,
     describe_longer,
@@ -162,7 +162,7 @@ def run_trial(
     def prefix(state: TrainState) -> str:
         if config.prune.method != "none" and not is_pruned(state):
             return DENSE
-        return TEACHER if config.steps.wanted and not is_student(state) else ""
+        return figures_prefix(state, config.steps)
 
     saver = SaveCheckpoints(config, dataset, tracker, folder / CHECKPOINTS, run_id, resumed)
     pictures = DrawSamples(config, dataset, accelerator, folder / SAMPLES)
@@ -184,7 +184,7 @@ def run_trial(
         after_step += [
             SayDuration(config.train, accelerator.device),
             pictures,
-            WatchQuality(metric, best_figures(read_history(folder)).get(metric), tracker),
+            WatchQuality(metric, read_history(folder), tracker),
             history,
             saver,
         ]

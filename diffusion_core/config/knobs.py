@@ -393,7 +393,8 @@ class StepsConfig(Section):
     target: Positive = 2
     """Steps an image that the student is made for. Its checkpoints are sampled so unless flags say otherwise."""
     start: Positive = 16
-    """progressive: steps of the first teacher, steps.target times a power of two. Each stage halves them."""
+    """progressive: steps of the first teacher, steps.target times a power of two. Each stage halves them. Figures of
+    stages before the last are logged as stage-8/eval/... and so on, by the steps of their students."""
     step: Annotated[int, Field(ge=0)] | None = None
     """Optimizer steps before it starts. None: half of those that remain after pruning, or 0 for a run with init.* that
     does not prune. Figures before it are logged as teacher/eval/... and so on."""

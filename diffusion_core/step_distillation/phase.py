@@ -24,6 +24,7 @@ from diffusion_core.registries import PREDICTIONS, STEP_METHODS
 from diffusion_core.step_distillation.methods import StepMethod
 from diffusion_core.step_distillation.progressive import SPACING
 from diffusion_core.step_distillation.teaching import Lesson
+from diffusion_core.training.evaluation import STAGE, TEACHER
 from diffusion_core.training.learning_rate import Phase
 from diffusion_core.training.trainer import Callback, TrainState, train
 
@@ -70,6 +71,19 @@ def start_level(config: CoreConfig, steps: StepsConfig) -> float | None:
 def is_student(state: TrainState) -> bool:
     """Return whether step distillation has begun."""
     return STUDENT in state.extra_metadata
+
+
+def figures_prefix(state: TrainState, steps: StepsConfig) -> str:
+    """Return what is put before the names of a state's figures, so that only those of the last student are plain.
+
+    ``TEACHER`` before step distillation, ``STAGE`` with the steps of the student in all stages but the last.
+    """
+    if not steps.wanted:
+        return ""
+    if not is_student(state):
+        return TEACHER
+    count = state.extra_metadata[STUDENT]["sampling"]["steps"]
+    return "" if count == steps.target else STAGE.format(count)
 
 
 def distil_steps(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from diffusion_core.checkpoint import Checkpoint
+from diffusion_core.checkpoint import STUDENT, Checkpoint
 from diffusion_core.config import CoreConfig, TrainConfig
 from diffusion_core.config.metrics import goal_of
 from diffusion_core.data.datasets import Dataset
@@ -20,7 +20,7 @@ from diffusion_core.files import write_json_lines
 from diffusion_core.hardware import pick_precision
 from diffusion_core.messages import duration
 from diffusion_core.model.compilation import pick_sampling_compilation
-from diffusion_core.run_folder import HISTORY_FILE, read_history
+from diffusion_core.run_folder import HISTORY_FILE, best_figures, read_history
 from diffusion_core.runs.recorded import log_rows
 from diffusion_core.sampling import media
 from diffusion_core.sampling.frames import Frames
@@ -209,20 +209,28 @@ class SayDuration:
 class WatchQuality:
     """Alert once when the metric that chooses the best checkpoint has become much worse.
 
+    Each stage of step distillation is compared with itself.
+
     Args:
         metric: name of the metric. Figures before pruning have other names.
-        best: its best value so far, or None.
+        history: the rows so far, of a run that resumes.
         tracker: receives the alert.
     """
 
-    def __init__(self, metric: str, best: float | None, tracker: Tracker) -> None:
+    def __init__(self, metric: str, history: Sequence[Mapping[str, float]], tracker: Tracker) -> None:
         self.metric = metric
-        self.best = best
+        self.history = history
+        self.best: float | None = None
+        self.since: int | None = None
         self.tracker = tracker
         self.told = False
 
     def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
         """Compare the metric in the row, if it is there, with the best value, and update that."""
+        since = state.extra_metadata.get(STUDENT, {}).get("start", 0)
+        if since != self.since:
+            self.since = since
+            self.best = best_figures([past for past in self.history if past[STEP] > since]).get(self.metric)
         value = row.get(self.metric)
         if value is None:
             return

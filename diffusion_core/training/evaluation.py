@@ -39,6 +39,9 @@ DENSE = "dense/"
 TEACHER = "teacher/"
 """Prefix of the figures of a network before step distillation, likewise."""
 
+STAGE = "stage-{}/"
+"""Prefix of the figures of students of all stages but the last, likewise, with the steps of the student."""
+
 WORTH_TIMING_MACS = 1e12
 """Multiply-accumulates of an evaluation from which it is timed: 10 to 30 s on a core of a server."""
 
@@ -49,10 +52,10 @@ STATISTICS = "reference-statistics"
 class Evaluate:
     """Every ``eval.every`` steps, compute ``val/loss`` and the figures of generated images that ``eval.*`` asks for.
 
-    Before pruning they are named ``dense/val/loss`` and so on, before step distillation ``teacher/val/loss``. How each
-    figure was measured is recorded in the run's summary and in ``protocols.json``. At the end, some images are listed
-    with their labels and what the classifier takes them for. Of a model that upsamples, the figures of bilinear
-    interpolation are named ``bilinear/eval/...``.
+    Before pruning they are named ``dense/val/loss`` and so on, before step distillation ``teacher/val/loss``, in its
+    stages before the last ``stage-4/eval/...``. How each figure was measured is recorded in the run's summary and in
+    ``protocols.json``. At the end, some images are listed with their labels and what the classifier takes them for. Of
+    a model that upsamples, the figures of bilinear interpolation are named ``bilinear/eval/...``.
 
     Args:
         config: every knob of the core.
@@ -60,7 +63,7 @@ class Evaluate:
         accelerator: processes and devices.
         tracker: receives protocols and reference statistics.
         folder: the run's folder.
-        prefix: returns what is put before the names of a state's figures: ``DENSE``, ``TEACHER`` or nothing.
+        prefix: returns what is put before the names of a state's figures: ``DENSE``, ``TEACHER``, ``STAGE`` or nothing.
         pictures: takes what it shows from the images that are judged, where it can.
     """
 

@@ -42,7 +42,7 @@ def test_what_counts_as_a_regression(metric: str, value: float, best: float, wor
 
 def test_a_regression_is_told_once() -> None:
     tracker = MemoryTracker()
-    watch = WatchQuality("val/loss", None, tracker)
+    watch = WatchQuality("val/loss", [], tracker)
     state = tiny_state(tiny_config())
     for step, row in enumerate([{"val/loss": 0.9}, {}, {"val/loss": 0.5}, {"val/loss": 0.6}, {"dense/val/loss": 9.0}]):
         state.step = step
@@ -52,6 +52,21 @@ def test_a_regression_is_told_once() -> None:
         state.step = step
         watch(state, {"val/loss": 0.9})
     assert tracker.alerts == [(REGRESSION, "val/loss = 0.9 at step 8; it was 0.5")]
+
+
+def test_quality_is_compared_within_a_stage_of_step_distillation() -> None:
+    """A student of fewer steps is worse than the one before, and that is no regression."""
+    tracker = MemoryTracker()
+    past = [{"step": 1, "train/loss": 0.1}, {"step": 2, "train/loss": 0.1}, {"step": 3, "train/loss": 0.5}]
+    watch = WatchQuality("train/loss", past, tracker)
+    state = tiny_state(tiny_config())
+    for step, start, loss in ((4, 2, 0.6), (5, 2, 0.7), (6, 5, 2.0), (7, 5, 1.9), (8, 5, 2.8)):
+        state.step, state.extra_metadata["steps"] = step, {"start": start}
+        watch(state, {"train/loss": loss})
+    assert tracker.alerts == []
+    state.step = 9
+    watch(state, {"train/loss": 2.9})
+    assert tracker.alerts == [(REGRESSION, "train/loss = 2.9 at step 9; it was 1.9")]
 
 
 def test_equal_data_have_equal_fingerprints() -> None:

@@ -96,6 +96,23 @@ def test_a_run_trains_prunes_and_distils(tmp_path: Path) -> None:
     assert tracker.figures["sample/seconds"] > 0.0
 
 
+def test_only_figures_of_the_last_student_rank_a_run(teacher: Path, tmp_path: Path) -> None:
+    """Students of earlier stages take more steps, so their figures do not belong to the costs of the run."""
+    figure = "eval/diversity_20"
+    knobs: dict[str, Any] = {"eval.every": 1, "eval.figures": ["diversity"], "eval.num_images": 20}
+    knobs |= {"checkpoint.best_metric": figure, "init.checkpoint": str(teacher), "train.steps": 6}
+    tracker = trial(tmp_path / "run", PROGRESSIVE | {"steps.target": 1, "checkpoint.every": 1}, knobs)
+    names = {row["step"]: {key for key in row if key.endswith(figure)} for row in tracker.rows}
+    prefixes = ["stage-4/", "stage-4/", "stage-2/", "stage-2/", "", ""]
+    assert names == {step: {f"{prefix}{figure}"} for step, prefix in enumerate(prefixes, start=1)}
+    result = json.loads((tmp_path / "run" / "result.json").read_text())["figures"]
+    assert result[figure] == max(row[figure] for row in tracker.rows[-2:])
+    assert result["sample/evaluations"] == 1
+    bests = [read_checkpoint(path).metadata["best"] for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert bests[:4] == [None] * 4
+    assert bests[4]["step"] == 5
+
+
 @pytest.mark.parametrize(
     ("method", "cut"),
     [
