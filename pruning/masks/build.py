@@ -90,7 +90,7 @@ def _by_pattern(request: MaskRequest) -> WeightMasks:
 
 def _by_snip(request: MaskRequest) -> WeightMasks:
     assert request.calibration is not None  # It needs images.
-    ready = stand_in(request.network, request.seed)
+    ready = stand_in(request.network, request.seed).eval()
     gradients = request.calibration.gradients(ready, request.prune.calibration_batches)
     return rank_together(snip_scores(maskable(ready), gradients), request.masks, 1.0 - request.prune.keep)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny import NUM_CLASSES, digits, lively, tiny_config, tiny_network
@@ -124,6 +126,21 @@ def test_networks_at_initialisation_are_ranked_by_stand_ins_for_layers_that_star
         assert "conv_out" not in empty_layers(masks)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_snip_does_not_depend_on_dropout() -> None:
+    """Whatever the process drew before, the masks are the same, and the network stays in training mode."""
+    network = build_network(tiny_config(model__dropout=0.5), NUM_CLASSES).train()
+    prune, sample = PruneConfig(method="snip", keep=0.2, calibration_batches=1), calibration(tiny_config())
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        found.append(choose_masks(network, None, 0, prune, sample))
+    without = choose_masks(copy.deepcopy(network).eval(), None, 0, prune, sample)
+    for name, mask in without.items():
+        assert torch.equal(found[0][name], mask)
+        assert torch.equal(found[1][name], mask)
+    assert network.training
 
 
 def test_time_and_label_do_not_change_the_flow_of_the_image() -> None:
