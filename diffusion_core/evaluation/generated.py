@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,9 +16,9 @@ from diffusion_core.data.datasets import DataError, to_uint8
 from diffusion_core.distributed import own_positions, sum_over_processes
 from diffusion_core.evaluation.features import Extractor
 from diffusion_core.model.cost import LATENCY_BATCH
-from diffusion_core.sampling.cost import SECONDS, image_costs
+from diffusion_core.sampling.cost import SECONDS, image_costs, network_evaluations
 from diffusion_core.sampling.generation import Generator, Request, all_labels, round_robin
-from diffusion_core.sampling.samplers import StepCallback, evaluations
+from diffusion_core.sampling.samplers import StepCallback
 from diffusion_core.terminal.progress import progress_of
 
 T = TypeVar("T")
@@ -65,7 +65,8 @@ def generated_requests(generator: Generator, total: int) -> list[Request]:
 def estimate_seconds(generator: Generator, total: int, config: SampleConfig, extractors: Sequence[Extractor]) -> float:
     """Return about how many seconds it takes to sample and evaluate this process's share of ``total`` images.
 
-    Times one step and the feature networks on one batch; twice if the estimate is long, because a first call is slow.
+    Times a step with guidance, a step without it, and the feature networks on one batch; twice if the estimate is long,
+    because a first call is slow.
     """
     share = len(own_positions(total))
     batch = min(share, config.batch_size)
@@ -81,7 +82,7 @@ def estimate_seconds(generator: Generator, total: int, config: SampleConfig, ext
 def costs_of_images(generator: Generator, config: SampleConfig) -> dict[str, float]:
     """Return what sampling an image costs: ``sample/evaluations``, ``sample/macs`` and ``sample/seconds``.
 
-    Seconds are measured in a batch of ``LATENCY_BATCH`` images on this machine, by one step if there are many.
+    Seconds are measured in a batch of ``LATENCY_BATCH`` images on this machine, by one step with guidance, one without.
     """
     batch = config.model_copy(update={"batch_size": LATENCY_BATCH})
     wanted = [Request(label, 0) for label in (all_labels(generator.network) * LATENCY_BATCH)[:LATENCY_BATCH]]
@@ -93,14 +94,40 @@ def costs_of_images(generator: Generator, config: SampleConfig) -> dict[str, flo
 def _sampling_seconds(
     generator: Generator, wanted: Sequence[Request], config: SampleConfig, batches: float
 ) -> tuple[Tensor, float]:
-    """Return a batch of images after one step, and about how many seconds some batches take with all steps."""
-    schedule = generator.denoiser().schedule
-    once = config.model_copy(update={"steps": 1})
+    """Return a batch of images after one step, and about how many seconds some batches take with all steps.
 
-    def sample() -> Tensor:
-        return to_uint8(generator.batch(wanted, once, 0).nan_to_num()).cpu()
+    Steps inside and outside ``sample.guidance_interval`` are timed one by one, because they cost different amounts.
+    """
+    total = 0.0
+    for way, share in _ways_of_steps(generator, config):
+        once = way.model_copy(update={"steps": 1})
+        images, seconds = _timed(partial(_images_of, generator, wanted, once), share * batches)
+        total += seconds
+    return images, total
 
-    return _timed(sample, evaluations(config, schedule) / evaluations(once, schedule) * batches)
+
+def _ways_of_steps(generator: Generator, config: SampleConfig) -> list[tuple[SampleConfig, float]]:
+    """Return configurations all of whose steps cost the same, each with how many samplings in one step it stands for.
+
+    Without an interval that is the configuration itself, else one that guides every step, and one that guides none.
+    """
+
+    def calls(**changes: Any) -> int:
+        sample = config.model_copy(update=changes)
+        return network_evaluations(sample, generator.config.diffusion, generator.config.model)
+
+    plain: dict[str, Any] = {"guidance": 1.0, "guidance_interval": None}
+    total, of_one = calls(**plain), calls(**plain, steps=1)
+    if config.guidance == 1.0 or not config.guidance_interval:
+        return [(config, total / of_one)]
+    guided = calls(guidance=2.0) - total  # A guided evaluation counts twice.
+    inside = config.model_copy(update={"guidance_interval": (0.0, math.inf)})
+    ways = [(inside, guided / of_one), (config.model_copy(update=plain), (total - guided) / of_one)]
+    return [(way, share) for way, share in ways if share]
+
+
+def _images_of(generator: Generator, wanted: Sequence[Request], config: SampleConfig) -> Tensor:
+    return to_uint8(generator.batch(wanted, config, 0).nan_to_num()).cpu()
 
 
 def _features_of(extractor: Extractor, images_BCHW: Tensor) -> float:

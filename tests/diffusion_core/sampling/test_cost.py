@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tiny import tiny_config, tiny_network
 
-from diffusion_core.evaluation.generated import costs_of_images
+from diffusion_core.evaluation import generated
+from diffusion_core.evaluation.generated import costs_of_images, estimate_seconds
 from diffusion_core.model.cost import count_cost
 from diffusion_core.registries import SAMPLERS
 from diffusion_core.sampling.cost import network_evaluations
@@ -56,3 +58,41 @@ def test_the_costs_of_an_image() -> None:
     assert found["sample/macs"] == found["sample/evaluations"] * count_cost(network).macs
     assert 0.0 < found["sample/seconds"] < 10.0
     assert torch.is_grad_enabled()
+
+
+INTERVAL = {"sample__guidance_interval": [0.1, 1.0]}
+TIMED: list[dict[str, Any]] = [
+    *SETTINGS,
+    {"sample__guidance": 0.0, **INTERVAL},
+    {"sample__guidance": 3.0, **INTERVAL, "sample__sampler": "heun"},
+    {"sample__guidance": 3.0, "sample__guidance_interval": [1e-6, 1e-5]},
+    {"sample__sampler": "consistency", "sample__steps": 2, "sample__start_level": 10.0},
+]
+
+
+@pytest.mark.parametrize("autoguidance", [False, True])
+@pytest.mark.parametrize("settings", TIMED)
+def test_seconds_count_what_sampling_evaluates(
+    settings: dict[str, Any], autoguidance: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that only networks move: by a second an image, and a quarter in the weaker model of autoguidance."""
+    now = 0.0
+
+    def moved(seconds: float) -> Any:
+        def move(_module: Any, inputs: Any) -> None:
+            nonlocal now
+            now += seconds * len(inputs[0])
+
+        return move
+
+    config = tiny_config(**{"sample__sampler": "ddim", "sample__steps": 5, "sample__spacing": "trailing"} | settings)
+    network, weaker = tiny_network(config), tiny_network(config)
+    network.register_forward_pre_hook(moved(1.0))
+    weaker.register_forward_pre_hook(moved(0.25))
+    reference = Generator(weaker, config, "fp32") if autoguidance else None
+    generator = Generator(network, config, "fp32", reference)
+    generator.batch([Request(3, 0), Request(5, 0)], config.sample, 0)
+    an_image, now = now / 2, 0.0
+    monkeypatch.setattr(generated, "time", SimpleNamespace(perf_counter=lambda: now))
+    assert costs_of_images(generator, config.sample)["sample/seconds"] == pytest.approx(an_image)
+    assert estimate_seconds(generator, 20, config.sample, []) == pytest.approx(20 * an_image)
