@@ -16,6 +16,7 @@ from diffusion_core.config import (
     build,
     read_yaml,
 )
+from diffusion_core.config.checks import leaking_problems
 from diffusion_core.config.plugins import import_plugins
 from diffusion_core.registry import Choice
 from pruning.checks import combination_problems, costly_problems
@@ -34,6 +35,7 @@ class TrialConfig(CoreConfig):
 
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
+        yield from leaking_problems(self.upsample, self.eval)
         yield from combination_problems(self.prune, self.init, self.distill, self.model, self.train, self.ema)
         yield from costly_problems(self, self.steps, self.prune, self.init, self.distill)
 

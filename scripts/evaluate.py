@@ -36,6 +36,7 @@ from agent.tracking.registry import publish
 from diffusion_core.checkpoint import Checkpoint, CheckpointError
 from diffusion_core.choice import add_which_flag, announce, best_of_sweep, choose
 from diffusion_core.config import ConfigError, CoreConfig, DataConfig, EvalConfig, build, flatten
+from diffusion_core.config.checks import leaking_problems
 from diffusion_core.config.metrics import INCEPTION
 from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.data.announcement import announce_data
@@ -297,6 +298,9 @@ def of_model(arguments: argparse.Namespace, checkpoint: Checkpoint, processes: P
     generator = Generator(network, config, precision, reference, lows)
     if arguments.against:
         return of_two_models(arguments, checkpoint, generator, choose(arguments.against), processes)
+    measured = build(EvalConfig, {"figures": wanted_figures(arguments), "reference": arguments.reference})
+    for problem in leaking_problems(config.upsample, measured, "--figures", "--reference"):
+        raise ConfigError(problem)
     total, sample = arguments.num_images, config.sample
     conditional = bool(checkpoint.metadata["num_classes"])
     dataset = dataset or load_data(config.data, progress=processes.is_main_process, recorded=checkpoint.class_names)

@@ -119,6 +119,27 @@ def upsampling_problems(upsample: UpsampleConfig, size: int) -> Iterator[str]:
         )
 
 
+def leaking_problems(
+    upsample: UpsampleConfig, evaluation: EvalConfig, figures: str = "eval.figures", reference: str = "eval.reference"
+) -> Iterator[str]:
+    """What compares a model's images with the held-out images that it enlarged: each with its own original.
+
+    Args:
+        upsample: the knobs of the model.
+        evaluation: what is measured.
+        figures: what the figures are chosen with, for messages.
+        reference: what the reference is chosen with, for messages.
+    """
+    if upsample.factor is None:
+        return
+    why = f"with held-out images, and upsample.factor={upsample.factor} is judged by enlarging those"
+    for figure in evaluation.figures:
+        if getattr(METRICS[figure], "split", "train") == "val":
+            yield f"{figures} = {evaluation.figures}: {figure} compares {why}; leave it out"
+    if evaluation.reference == "val" and any(getattr(METRICS[name], "compares", False) for name in evaluation.figures):
+        yield f"{reference} = 'val': compares {why}; use {reference}=train"
+
+
 def formulation_problems(
     model: ModelConfig, diffusion: DiffusionConfig, train: TrainConfig, ema: EmaConfig, sample: SampleConfig
 ) -> Iterator[str]:

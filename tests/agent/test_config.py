@@ -446,6 +446,10 @@ def configurations(draw: st.DrawFn) -> TrialConfig:
     noise = sorted(values[f"upsample.{name}"] for name in ("sample_noise", "noise"))
     without = UpsampleConfig().sample_noise, UpsampleConfig().noise
     values["upsample.sample_noise"], values["upsample.noise"] = noise if values["upsample.factor"] else without
+    if values["upsample.factor"]:  # Held-out images are enlarged, so nothing compares with them.
+        values["eval.reference"] = "train"
+        chosen = values["eval.figures"]
+        values["eval.figures"] = [name for name in chosen if getattr(METRICS[name], "split", "train") == "train"]
     values["model.channel_multipliers"] = draw(st.lists(st.integers(1, 9), min_size=levels, max_size=levels))
     resolutions = [pixels // 2**depth for depth in range(levels)]
     values["model.attention_resolutions"] = draw(st.lists(st.sampled_from(resolutions), unique=True))

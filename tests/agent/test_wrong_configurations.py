@@ -233,6 +233,21 @@ COMBINATIONS: list[Case] = [
         "upsample.sample_noise = 0.2",
         "expected at most upsample.noise = 0.1",
     ),
+    (
+        "--upsample.factor=2 --eval.figures=diversity,synthetic_accuracy",
+        "eval.figures = ['diversity', 'synthetic_accuracy']: synthetic_accuracy compares with held-out images",
+        "upsample.factor=2 is judged by enlarging those; leave it out",
+    ),
+    (
+        "--upsample.factor=2 --eval.figures=svc_synthetic_accuracy",
+        "eval.figures = ['svc_synthetic_accuracy']: svc_synthetic_accuracy compares with held-out images",
+        "leave it out",
+    ),
+    (
+        "--upsample.factor=4 --eval.figures=kernel --eval.reference=val",
+        "eval.reference = 'val': compares with held-out images, and upsample.factor=4",
+        "use eval.reference=train",
+    ),
     ("--diffusion.beta_start=0.5", "diffusion.beta_start = 0.5", "at most diffusion.beta_end = 0.02"),
     ("--diffusion.beta_end=0.00001", "diffusion.beta_start = 0.0001", "at most diffusion.beta_end = 1e-05"),
     ("--sample.steps=1001", "sample.steps = 1001", "at most diffusion.timesteps = 1000"),

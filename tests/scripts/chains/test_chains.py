@@ -231,6 +231,29 @@ def test_a_data_set_that_is_gone_is_one_line_that_names_the_folder_flag(
     assert sample(tmp_path / "run", "--data-path", "moved", "--num-images", "2", out="out") == 0
 
 
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--figures", "synthetic_accuracy"], "--figures = ['synthetic_accuracy']: synthetic_accuracy compares with"),
+        (["--figures", "frechet,svc_synthetic_accuracy"], "svc_synthetic_accuracy compares with held-out images"),
+        (["--reference", "val"], "--reference = 'val': compares with held-out images, and upsample.factor=2"),
+    ],
+)
+def test_it_is_not_judged_by_the_images_that_it_enlarged(
+    flags: list[str], problem: str, runs: dict[str, Path], capsys: Any
+) -> None:
+    words = ["--num-images", "20", "--device", "cpu", *flags]
+    assert evaluate.main(["--checkpoint", str(runs["up8"]), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert problem in line
+
+
+def test_it_may_be_judged_by_held_out_images_where_nothing_compares(runs: dict[str, Path], capsys: Any) -> None:
+    words = ["--num-images", "20", "--device", "cpu", "--figures", "svc_agreement", "--reference", "val"]
+    assert evaluate.main(["--checkpoint", str(runs["up8"]), *words]) == 0
+    assert "eval/svc_agreement_20" in capsys.readouterr().out
+
+
 def test_it_is_evaluated_beside_bilinear_interpolation(runs: dict[str, Path], capsys: Any) -> None:
     words = ["--checkpoint", str(runs["up8"]), "--num-images", "20", "--figures", "frechet", "--device", "cpu"]
     assert evaluate.main([*words, "--json", "a.json", "--low-noise", "0.1"]) == 0
