@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from diffusion_core.machine.job import command_of_job, is_active, read_note
+from diffusion_core.machine.job import command_of_job, is_active
 from diffusion_core.machine.jobs import AgentTasks, Job, LauncherRecord, Task
 from diffusion_core.machine.leases import Leased, leased
 from diffusion_core.machine.local import LOG_FILE
@@ -76,8 +76,8 @@ class SlurmLauncher:
     def start(self, task: Task, submitted: Callable[[str | None], object]) -> Job:
         """Submit a job, unless one of that name is under way."""
         self._names.add(task.name)
-        known = self.queue.find("", task.name)
-        if known is not None and not known.is_over and not self._has_ended(known.id, task.folder):
+        known = self.queue.under_way(task.name, task.folder)
+        if known is not None:
             submitted(known.id)
             return SlurmJob(self.queue, task.name, task.folder, known.id, submitted)
         submitted("")
@@ -93,12 +93,6 @@ class SlurmLauncher:
                 print(f"sbatch: {error}; trying again", file=sys.stderr, flush=True)
             self._refused = str(error)
         return SlurmJob(self.queue, task.name, task.folder, job, submitted)
-
-    @staticmethod
-    def _has_ended(job: str, folder: Path) -> bool:
-        """Return whether a job noted that its command ended by itself. The last look at the queue may be older."""
-        note = read_note(folder)
-        return note is not None and note.job == job and note.code is not None and not note.signal
 
     def adopt(self, name: str, folder: Path, job: str, submitted: Callable[[str | None], object]) -> Job:
         """Return a job that an earlier process submitted."""

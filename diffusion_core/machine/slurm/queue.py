@@ -45,7 +45,6 @@ class Queue:
         self.asked_at = -1.0
         self._next = 0.0
         self._jobs: dict[str, commands.JobState] = {}
-        self._names: dict[str, commands.JobState] = {}
         self._since: dict[str, tuple[str, float]] = {}
         self._silent = False
         self.heard: Callable[[], object] = lambda: None
@@ -62,7 +61,6 @@ class Queue:
                 print(f"Slurm does not answer ({error}); asking again", file=sys.stderr)
             self._silent = True
         else:
-            self._names = {job.name: job for job in sorted(self._jobs.values(), key=lambda job: not job.is_over)}
             self._silent, self.asked_at, self.looks = False, now, self.looks + 1
             known = self._since
             self._since = {
@@ -72,9 +70,19 @@ class Queue:
             self.heard()
         self._next = time.monotonic() + self.every
 
-    def find(self, job: str, name: str) -> commands.JobState | None:
-        """Return a job by its id, or if that is unknown by its name; one that is under way comes first."""
-        return self._jobs.get(job) if job else self._names.get(name)
+    def find(self, job: str) -> commands.JobState | None:
+        """Return a job by its id; None if Slurm does not know it."""
+        return self._jobs.get(job)
+
+    def under_way(self, name: str, folder: Path) -> commands.JobState | None:
+        """Return the job of a name that is under way; None if there is none.
+
+        One that noted in its folder that its command ended by itself is not: its end was counted, and Slurm only shows
+        it for some seconds more.
+        """
+        note = read_note(folder)
+        ended = note.job if note is not None and note.code is not None and not note.signal else None
+        return next((job for job in self.named(name) if not job.is_over and job.id != ended), None)
 
     def named(self, name: str) -> list[commands.JobState]:
         """Return all jobs of a name."""
@@ -129,7 +137,7 @@ class SlurmJob:
         self.queue.look()
         if self.queue.asked_at < self._since:  # Nothing was learnt since it was submitted.
             return None
-        state = self.queue.find(self.id, self.name)
+        state = self.queue.find(self.id) if self.id else self.queue.under_way(self.name, self.folder)
         if state is not None and not state.is_over:
             if not self.id:
                 self.id = state.id
@@ -156,9 +164,7 @@ class SlurmJob:
 
     def _outcome(self, state: commands.JobState | None) -> Outcome:
         """Return how it ended. ``state`` is None if Slurm has forgotten it."""
-        if (
-            not self.id
-        ):  # Nobody knows whether it was submitted. A job of that name may be an earlier one, which failed.
+        if not self.id:  # It was not submitted, or has ended since. A job of that name may be an earlier one.
             return Outcome(0, True, "lost", lost=True)
         word = "" if state is None else state.state
         note = self._note()

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -264,10 +265,11 @@ def test_a_job_that_failed_since_the_last_look_is_not_taken_for_one_under_way(
     assert last.state.trials[0].failures == 1
 
 
+@pytest.mark.parametrize("killed", ["before sbatch", "before sbatch, shown", "after sbatch, shown"])
 def test_a_sweep_process_that_is_killed_while_it_submits_again_costs_no_attempt(
-    slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    killed: str, slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has noted that it submits; the job that Slurm knows by the trial's name is the one that failed before."""
+    """It has noted that it submits. Slurm knows an earlier job of that name, which failed, or shows its end late."""
     monkeypatch.setenv("STUB_FAILURES", json.dumps({"0": 1}))
     (tmp_path / "gate").unlink()
     sweep = stub_sweep("grid", {"train.lr": {"values": [0.3]}, "seed": {"value": 0}})
@@ -276,6 +278,9 @@ def test_a_sweep_process_that_is_killed_while_it_submits_again_costs_no_attempt(
     def submit_once(*words: Any) -> str:
         calls.append(words)
         if len(calls) == 2:
+            if killed.startswith("after"):
+                (tmp_path / "gate").touch()
+                submit(*words)
             os._exit(9)
         return submit(*words)
 
@@ -287,7 +292,20 @@ def test_a_sweep_process_that_is_killed_while_it_submits_again_costs_no_attempt(
     assert process.exitcode == 9
     (trial,) = trials_of(tmp_path / "sweep")
     assert (trial["state"], trial["job"], trial["failures"]) == ("submitted", "", 1)
+    jobs, failed, start = commands.jobs, read_note(tmp_path / "sweep/trials" / trial["id"]), time.monotonic()
+    assert failed is not None
+
+    def jobs_late() -> dict[str, commands.JobState]:
+        """Slurm shows for 5 s more that the first job completes, and lists it last."""
+        known = jobs()
+        first = known.pop(failed.job)
+        return known | {first.id: replace(first, state="COMPLETING" if time.monotonic() < start + 5 else first.state)}
+
+    if killed.endswith("shown"):
+        monkeypatch.setattr(commands, "jobs", jobs_late)
+        threading.Timer(8, (tmp_path / "gate").unlink, (True,)).start()
     last = coordinator(sweep, tmp_path / "sweep", 1)
     assert [record.state for record in last.run()] == ["finished"]
     assert last.state.trials[0].failures == 1
+    assert len([job for job in jobs().values() if job.name == trial["id"]]) == 2
     assert_each_step_once(tmp_path)
