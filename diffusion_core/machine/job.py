@@ -43,6 +43,12 @@ QUEUE_SECONDS = "DIFFUSION_SWEEPS_QUEUE_S"
 """Environment variable of a job's command: seconds in the queue so far, over all its jobs."""
 
 HAND_BACK_WITHIN_S = 300.0
+PAUSES_S = (10.0, 30.0, 90.0, 270.0)
+"""Seconds between two attempts to hand a trial back."""
+
+HANDED_BACK = (0, 1)
+"""Exit statuses of what hands a trial back: done; done, but W&B lacks files."""
+
 MODULE = "diffusion_core.machine.job"
 TEXTS = {"partition": "SLURM_JOB_PARTITION", "node": "SLURMD_NODENAME", "nodes": "SLURM_JOB_NODELIST"}
 NUMBERS = {
@@ -145,7 +151,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 note = _begin(folder, job)
                 added = {}
                 if arguments.agent:
-                    _hand_back(folder, shlex.split(arguments.agent), arguments.command[-1].split("/")[:2])
+                    place = arguments.command[-1].split("/")[:2]
+                    if not _hand_back(folder, shlex.split(arguments.agent), place, received):
+                        if received[:1] == [signal.SIGUSR1]:
+                            _requeue(job, received)
+                        return UNUSABLE
                     agent_folder(folder).mkdir(parents=True, exist_ok=True)
                     added = {"WANDB_DIR": str(agent_folder(folder))}
                 spread = arguments.agent is None and node_count() > 1
@@ -160,27 +170,64 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError as error:
             print(f"error: {str(folder)!r}: {reason_of(error)}; free some space on the shared disk", file=sys.stderr)
             return UNUSABLE
-        if note.signal == WARNED and (arguments.agent is not None or (note.code != 0 and note.advanced)):
-            try:
-                commands.requeue(job)
-            except (commands.NoAnswer, commands.SlurmError) as error:
-                if signal.SIGTERM in received:  # It is being requeued: Slurm ends scontrol as well.
-                    return UNUSABLE
-                print(f"job {job} cannot be requeued ({error}); start the sweep's command again", file=sys.stderr)
+        goes_on = note.signal == WARNED and (arguments.agent is not None or (note.code != 0 and note.advanced))
+        if goes_on and not _requeue(job, received):
+            return UNUSABLE
     code = note.code or 0
     return 128 - code if code < 0 else code
 
 
-def _hand_back(folder: Path, command: Sequence[str], place: Sequence[str]) -> None:
-    """Hand back the trial that the last job of this agent was killed in."""
+def _requeue(job: str, received: Sequence[int]) -> bool:
+    """Put this job back into the queue. Return False if Slurm does so already, and ends this process."""
+    try:
+        commands.requeue(job)
+    except (commands.NoAnswer, commands.SlurmError) as error:
+        if signal.SIGTERM in received:  # Slurm ends scontrol as well.
+            return False
+        print(f"job {job} cannot be requeued ({error}); start the sweep's command again", file=sys.stderr)
+    return True
+
+
+def _hand_back(folder: Path, command: Sequence[str], place: Sequence[str], received: Sequence[int]) -> bool:
+    """Hand back the trial that the last job of this agent was killed in, and forget it.
+
+    Returns:
+        False if W&B did not take it, after several attempts or until a signal came. The trial is then still noted, and
+        no other one may begin, whose note would replace that.
+    """
     trial = assigned(folder, place)
     if trial is not None:
         named = trial.folder or str(folder / trial.run)
         print(f"{named}: its job was killed; handing it back", flush=True)
-        environment = os.environ | trial.environment
-        with suppress(subprocess.TimeoutExpired):
-            subprocess.run([*command, named], env=environment, timeout=HAND_BACK_WITHIN_S, check=False)
+        words, environment = [*command, named], os.environ | trial.environment
+        for pause in (*PAUSES_S, None):
+            if _status(words, environment) in HANDED_BACK:
+                break
+            if pause is None:
+                print(f"{named}: not handed back; when W&B answers, start the sweep's command again", file=sys.stderr)
+                return False
+            if not received:
+                print(f"{named}: not handed back; trying again in {pause:.0f} s", flush=True)
+            if _wait(pause, received):
+                return False
     forget(folder)
+    return True
+
+
+def _status(words: Sequence[str], environment: Mapping[str, str]) -> int | None:
+    """Run a command. Return its exit status; None if it takes too long."""
+    try:
+        return subprocess.run(words, env=environment, timeout=HAND_BACK_WITHIN_S, check=False).returncode
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _wait(seconds: float, received: Sequence[int]) -> bool:
+    """Wait some seconds, or until a signal comes. Return whether one came."""
+    deadline = time.monotonic() + seconds
+    while not received and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    return bool(received)
 
 
 def is_active(job: str) -> bool | None:
