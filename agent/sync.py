@@ -30,6 +30,7 @@ from diffusion_core.run_folder import (
     CONFIG_FILE,
     HISTORY_FILE,
     RUN_FILE,
+    RunLocked,
     environment_of,
     locked,
     mark_synced,
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A trial whose client has broken calls this, with the exit status that W&B is to be told.
     parser.add_argument("--ended", type=int, metavar="STATUS", help=argparse.SUPPRESS)
     parser.add_argument("--preempted", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--locked", action="store_true", help=argparse.SUPPRESS)  # By the trial that calls.
     add_plugins_flag(parser)
     arguments = parser.parse_args(argv)
     load_environment()
@@ -64,12 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         folders |= dict.fromkeys(found)
     status = 0
     for number, folder in enumerate(folders, start=1):
-        lock = nullcontext() if arguments.ended is not None else locked(folder)  # A trial that calls has locked it.
+        lock = locked(folder) if folder.is_dir() and not arguments.locked else nullcontext()
         try:
             with lock, environment_of(folder):
                 print(f"[{number}/{len(folders)}] {sync(folder, arguments.ended, preempted=arguments.preempted)}")
         except (ConfigError, CheckpointError) as error:
-            status = fail(str(error))
+            if arguments.preempted and isinstance(error, RunLocked):  # Its sweep has given it to another agent.
+                print(f"{folder}: goes on elsewhere ({error})")
+            else:
+                status = fail(str(error))
         except Unsent as error:
             print(f"error: {str(folder)!r}: did not arrive: {error}; try again", file=sys.stderr)
             status = 1

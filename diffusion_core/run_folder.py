@@ -129,18 +129,22 @@ def run_folders(folder: Path) -> list[Path]:
     return sorted(found.parent for found in folder.rglob(RUN_FILE) if (found.parent / HISTORY_FILE).is_file())
 
 
+class RunLocked(ConfigError):
+    """Another process works on a run."""
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a run's folder inside this context.
 
     Raises:
-        ConfigError: if another process holds it.
+        RunLocked: if another process holds it.
     """
     with ExitStack() as stack:
         try:
             stack.enter_context(held(folder / LOCK_FILE))
         except Held as other:
-            raise ConfigError(
+            raise RunLocked(
                 f"log.dir = {str(folder)!r}: process {other} works on this run; wait for it, or choose another folder"
             ) from None
         yield

@@ -79,14 +79,8 @@ def unsent_checkpoints(run: Run, folder: Path) -> list[Path]:
 
 def sent_again(folder: Path, told: int, preempted: bool) -> bool:
     """Send what W&B lacks of a run, in another process. Return whether all of it arrived."""
-    words = [
-        sys.executable,
-        "-m",
-        "agent.sync",
-        str(folder),
-        f"--ended={told}",
-        *(["--preempted"] if preempted else []),
-    ]
+    words = [sys.executable, "-m", "agent.sync", str(folder), f"--ended={told}", "--locked"]
+    words += ["--preempted"] if preempted else []
     patience = PREEMPTED_WITHIN_S if preempted else 2 * PATIENCE_S
     try:
         # In a session of its own: a signal to all processes of the trial ended the first client.

@@ -272,3 +272,17 @@ def test_a_trial_that_was_preempted_is_sent_as_such(story: Story) -> None:
     sync = story.start("run", "--ended=143", "--preempted", module="agent.sync")
     assert sync.wait() == 0, sync.output
     assert (story.run.state, story.run.exit_code, len(story.run.history)) == ("preempted", 143, STEPS)
+
+
+def test_a_run_that_goes_on_elsewhere_is_not_handed_back(story: Story) -> None:
+    trial = story.start(*TRIAL, "--train.steps=100000")
+    until(lambda: steps_done(story.folder / "one/run") > 2, trial)
+    sync = story.start("run", "--ended=143", "--preempted", module="agent.sync")
+    assert sync.wait() == 0, sync.output
+    assert re.fullmatch(
+        r"run: goes on elsewhere \(log\.dir = 'run': process \d+ works on this run; .*\)\n", sync.output
+    )
+    assert story.run.state == "running"
+    psutil.Process(trial.pid).terminate()
+    assert trial.wait() == 143, trial.output
+    assert (story.run.state, story.run.exit_code) == ("preempted", 143)
