@@ -1,7 +1,8 @@
 """Locks on a file system that several nodes share, where the locks of the system (flock) may not reach other nodes.
 
 A lease is a file that names its holder: job id, host, process id. The holder touches it every few seconds. Whoever
-wants a lease that exists asks Slurm about the holder's job. Where that is unknown, it watches whether the file changes.
+wants a lease that exists asks Slurm about the holder's job. Where that is unknown, it watches whether the file changes,
+unless the holder was a process of this host and is gone. A number may be that of another process by now.
 Times are never compared: the clocks of nodes may differ by minutes.
 
 A job that Slurm has given up may still run, for example if only the daemon of its node died. So the holder also reads
@@ -148,8 +149,8 @@ def _is_held(
             return False
         if (active := is_active(job)) is not None:
             return active
-    elif holder.get("host") == mine["host"]:  # A process of this machine has a number that means something here.
-        return _is_alive(holder.get("pid"))
+    elif holder.get("host") == mine["host"] and not _is_alive(holder.get("pid")):
+        return False
     notice(f"{file}: held by {describe(holder)}; watching for {SILENT_S:.0f} s whether that lives")
     first, deadline = _touched(file), time.monotonic() + SILENT_S
     while time.monotonic() < deadline:

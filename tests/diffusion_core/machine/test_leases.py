@@ -101,6 +101,13 @@ def test_a_silent_holder_is_replaced_whatever_its_clock_said(file: Path, age_s: 
     assert time.monotonic() - start >= 0.3
 
 
+def test_a_lease_of_a_process_whose_number_another_one_has_now_is_replaced(file: Path) -> None:
+    """As after a restart of the machine, or of a container, in which numbers begin again."""
+    for pid in (os.getpid(), os.getppid()):
+        write(file, host=socket.gethostname(), pid=pid)
+        assert take(file) == ""
+
+
 def test_what_is_known_of_a_holder_decides_without_watching(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "SILENT_S", 60.0)
     write(file, job="7")
@@ -112,8 +119,6 @@ def test_what_is_known_of_a_holder_decides_without_watching(file: Path, monkeypa
     monkeypatch.setattr(leases, "FENCE_S", 0.1)
     write(file, host=socket.gethostname(), pid=DEAD)
     assert take(file) == ""
-    write(file, host=socket.gethostname(), pid=os.getpid())
-    assert take(file) == f"process {os.getpid()} on {socket.gethostname()}"
     write(file, job="8_2")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "8")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
