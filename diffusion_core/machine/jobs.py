@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Protocol
 
 
@@ -104,8 +105,10 @@ class Launcher(Protocol):
     def listening(self) -> AbstractContextManager[list[int]]:
         """Handle SIGINT, SIGTERM and SIGHUP inside a context. Yield the numbers of those that arrived."""
 
-    def locked(self, folder: Path) -> AbstractContextManager[None]:
+    def locked(self, folder: Path) -> AbstractContextManager[Event | None]:
         """Hold what keeps other processes, also of other nodes, from running the sweep in a folder.
+
+        It yields what is set once another process has taken the sweep over; None: none can.
 
         Raises:
             ConfigError: if one does.

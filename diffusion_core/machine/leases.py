@@ -5,8 +5,9 @@ wants a lease that exists asks Slurm about the holder's job. Where that is unkno
 unless the holder was a process of this host and is gone. A number may be that of another process by now.
 Times are never compared: the clocks of nodes may differ by minutes.
 
-A job that Slurm has given up may still run, for example if only the daemon of its node died. So the holder also reads
-its lease each time, and ends if another one took it. Whoever takes it waits until the holder must have seen that.
+A job that Slurm has given up may still run, for example if only the daemon of its node died, and a process may only
+have been cut off from the file system. So the holder also reads its lease each time, and ends if another one took it.
+Whoever takes it waits until the holder must have seen that.
 """
 
 from __future__ import annotations
@@ -115,8 +116,8 @@ def _take(file: Path, holder: dict[str, Any] | None, mine: dict[str, Any], notic
         return
     with replaced_file(file, concurrent=True) as temporary, temporary.open("w", encoding="utf-8") as new:
         json.dump(mine, new)
-    if holder.get("job") is not None and (holder.get("host") != mine["host"] or _is_alive(holder.get("pid"))):
-        notice(f"{file}: was held by {describe(holder)}, which Slurm has given up; waiting {FENCE_S:.0f} s for its end")
+    if holder.get("host") != mine["host"] or _is_alive(holder.get("pid")):
+        notice(f"{file}: was held by {describe(holder)}; waiting {FENCE_S:.0f} s for its end")
         time.sleep(FENCE_S)
     else:
         time.sleep(SETTLE_S)

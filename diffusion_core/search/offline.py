@@ -130,7 +130,8 @@ class OfflineSweep:
         """
         begun: set[str] = set()
         ended: list[str] = []
-        with self.state.locked(), self.launcher.locked(self.folder):
+        with self.state.locked(), self.launcher.locked(self.folder) as self.state.lost:
+            self.state.read()  # The last holder wrote until this one had the lease.
             with self.launcher.listening() as received:
                 begun |= self._take_over()
                 while True:
@@ -147,6 +148,7 @@ class OfflineSweep:
                     time.sleep(POLL_SECONDS)
                     ended += self._end_trials(interrupted=bool(received))
                     self._stop_bad_trials()
+            self.state.write()
             write_results(self.folder, self.reader.ranked(), self.sweep.objectives)
         if received:
             raise KeyboardInterrupt

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from diffusion_core.files import write_text
@@ -56,6 +57,10 @@ class SweepState:
         sweep: a checked sweep file.
         folder: the sweep's folder. A sweep in it is resumed.
 
+    Attributes:
+        trials: the trials.
+        lost: set once another process has taken the sweep over: then nothing more is written. None: none can.
+
     Raises:
         SweepError: if the folder holds a sweep with another content, or a damaged one.
     """
@@ -64,6 +69,7 @@ class SweepState:
         self.content = engine.plain(sweep.config)
         self.folder = folder
         self.trials: list[Trial] = []
+        self.lost: Event | None = None
         self._stored_content = json.dumps(self.content)
         self._stored_trials: dict[str, str] = {}
         self.read()
@@ -94,7 +100,10 @@ class SweepState:
 
         Raises:
             SweepError: if the file system refuses, for example because it is full.
+            KeyboardInterrupt: if another process has taken the sweep over.
         """
+        if self.lost is not None and self.lost.is_set():
+            raise KeyboardInterrupt
         stored = self._stored_trials
         # One line a trial, and no indentation: Python writes that ten times as slowly.
         for trial in (*self.trials[len(stored) :], *(changed or self.trials)):

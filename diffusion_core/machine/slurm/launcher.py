@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -51,6 +52,7 @@ class SlurmLauncher:
         self._names: set[str] = set()
         self._refused = ""
         self._cancelled = False
+        self._lost = threading.Event()
 
     @contextmanager
     def listening(self) -> Iterator[list[int]]:
@@ -60,16 +62,17 @@ class SlurmLauncher:
             yield received
 
     @contextmanager
-    def locked(self, folder: Path) -> Iterator[None]:
+    def locked(self, folder: Path) -> Iterator[threading.Event]:
         """Hold the lease of a sweep's folder, which other nodes see. If it is lost, this process ends as on SIGTERM."""
 
         def lost() -> None:
+            self._lost.set()
             print(f"{str(folder)!r}: another process took the sweep over; this one ends", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGTERM)
 
         try:
             with leased(folder / LEASE_FILE, is_active, lambda text: print(text, file=sys.stderr, flush=True), lost):
-                yield
+                yield self._lost
         except Leased as other:
             raise commands.SlurmError(f"{str(folder)!r} is being run by {other}; wait until that has ended") from None
 
@@ -109,7 +112,7 @@ class SlurmLauncher:
             deadline = time.monotonic() + ASK_S
             while len(received) < 2 and time.monotonic() < deadline:
                 time.sleep(WAIT_S)
-        if len(received) < 2:
+        if len(received) < 2 or self._lost.is_set():
             print(f"{len(ids)} jobs go on; the same command finds them again", file=sys.stderr)
             return True
         try:

@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from agent.sweep.file import SweepFile, check_sweep
 from agent.sweep.offline import offline_sweep
 from diffusion_core.machine import leases
 from diffusion_core.machine.child import in_child
+from diffusion_core.machine.slurm import launcher
 from diffusion_core.machine.slurm.queue import POLL
 from diffusion_core.registries import LAUNCHERS
 from diffusion_core.search import engine, offline
@@ -220,6 +223,26 @@ def test_a_sweep_that_another_process_took_over_ends_and_its_jobs_go_on(
     assert f"{str(tmp_path / 'sweep')!r}: another process took the sweep over; this one ends" in said
     assert json.loads(lease.read_text())["token"] == "theirs"
     assert "cancelled" not in [event["event"] for event in events(fake)]
+    assert not (tmp_path / "sweep/results.csv").exists(), "the other process writes from now on"
+
+
+def test_a_sweep_process_reads_what_another_one_wrote_until_it_had_the_lease(
+    fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked, trials = launcher.SlurmLauncher.locked, 3
+
+    @contextmanager
+    def locked_after_another(self: launcher.SlurmLauncher, folder: Path) -> Iterator[Any]:
+        monkeypatch.setattr(launcher.SlurmLauncher, "locked", locked)
+        (folder / ".lock").unlink()  # Another node does not see the system's lock.
+        run_sweep(tmp_path, trials, at_once=1)
+        with locked(self, folder) as lost:
+            yield lost
+
+    monkeypatch.setattr(launcher.SlurmLauncher, "locked", locked_after_another)
+    last = run_sweep(tmp_path, trials, at_once=1)
+    assert [trial.state for trial in last.state.trials] == ["finished"] * trials
+    assert [event["event"] for event in events(fake)].count("finished") == trials
 
 
 @pytest.mark.slow

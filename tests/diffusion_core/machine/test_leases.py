@@ -101,6 +101,16 @@ def test_a_silent_holder_is_replaced_whatever_its_clock_said(file: Path, age_s: 
     assert time.monotonic() - start >= 0.3
 
 
+def test_a_silent_process_of_another_node_has_time_to_see_that_it_is_replaced(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "FENCE_S", 1.0)
+    write(file)
+    start = time.monotonic()
+    assert take(file) == ""
+    assert time.monotonic() - start >= 1.3
+
+
 def test_a_lease_of_a_process_whose_number_another_one_has_now_is_replaced(file: Path) -> None:
     """As after a restart of the machine, or of a container, in which numbers begin again."""
     for pid in (os.getpid(), os.getppid()):
