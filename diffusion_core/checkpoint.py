@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 
 from diffusion_core.config import ConfigError, CoreConfig, build, list_knobs
 from diffusion_core.config.plugins import missing_plugins
-from diffusion_core.files import first_not_finite, replaced_folder, sha256, sha256_of_file
+from diffusion_core.files import first_not_finite, replaced_folder, restore_replaced, sha256, sha256_of_file
 from diffusion_core.messages import UserError, one_line, reason_of
 from diffusion_core.randomness import drawn_as
 from diffusion_core.redact import redact
@@ -192,7 +192,8 @@ def write_checkpoint(
             raise CheckpointError(f"step {step}: {part} {bad!r} holds values that are not finite; not saved")
     final = folder / step_folder(step)
     try:
-        for unfinished in folder.glob(".step-*.partial"):  # A process was killed while it wrote them.
+        restore_replaced(folder)
+        for unfinished in folder.glob(".step-*.*"):  # A process was killed while it wrote or deleted them.
             shutil.rmtree(unfinished, ignore_errors=True)
         with replaced_folder(final, overwrite=True) as temporary:
             files = {}
@@ -293,10 +294,18 @@ def _metadata_problem(metadata: Any) -> str | None:
     return None
 
 
+def delete_checkpoint(path: Path) -> None:
+    """Delete a checkpoint. It does not count from the first moment on; the next write deletes what a kill left."""
+    doomed = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(path.rename(doomed))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints below a folder, oldest first; half-written ones do not count."""
     if not os.path.isdir(folder):
         return []
+    restore_replaced(folder)
     return sorted(path for path in folder.glob("step-*") if (path / METADATA_FILE).is_file())
 
 

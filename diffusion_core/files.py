@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import json
 import math
@@ -11,7 +12,7 @@ import secrets
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ from diffusion_core.messages import UserError, reason_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+REPLACED = ".replaced"
+"""End of the name of a folder while another one takes its place."""
 
 
 @contextmanager
@@ -50,7 +54,8 @@ def replaced_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
     Args:
         path: the folder to make.
-        overwrite: delete what is at ``path`` before the rename; else ``path`` must be missing or an empty folder.
+        overwrite: replace the folder at ``path``, which a kill in this moment leaves for :func:`restore_replaced`; else
+            ``path`` must be missing or an empty folder.
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
@@ -61,11 +66,38 @@ def replaced_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
             flush_to_disk(file)
         flush_to_disk(temporary)
         if overwrite:
-            shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
+            _replace_folder(path, temporary)
+        else:
+            temporary.rename(path)
         flush_to_disk(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_folder(path: Path, new: Path) -> None:
+    """Rename a folder to ``path``. What is there is renamed before, and deleted afterwards."""
+    old = path.with_name(f".{path.name}{REPLACED}")
+    while True:
+        if path.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        try:
+            new.rename(path)
+        except OSError as error:
+            restore_replaced(path.parent)
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:  # If not, another process has restored it meanwhile.
+            break
+    flush_to_disk(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_replaced(parent: Path) -> None:
+    """Put folders back that a killed process had renamed in order to replace them, if nothing is in their places."""
+    for old in parent.glob(f".*{REPLACED}"):
+        with suppress(OSError):  # A new one is there, or this file system is read only.
+            old.rename(old.with_name(old.name.removesuffix(REPLACED)[1:]))
 
 
 @contextmanager

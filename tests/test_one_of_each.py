@@ -38,7 +38,6 @@ ONE_TEXT = {
 ALLOWED = {
     ("git's description of the code: summary.commit", "diffusion_core/redact.py"): "asks for the remote",
     ("write text: files.write_text", "diffusion_core/diffusers_io/exporter.py"): "inside files.replaced_folder",
-    ("temporary names: files.replaced_file", "diffusion_core/runs/leftovers.py"): "lists unfinished checkpoints",
     ("temporary names: files.replaced_file", "diffusion_core/checkpoint.py"): "deletes unfinished checkpoints",
     ("temporary names: files.replaced_file", "diffusion_core/data/preparation/target.py"): "ignores unfinished files",
 }

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusion_core.checkpoint import list_checkpoints, read_checkpoint, step_folder
+from diffusion_core.checkpoint import delete_checkpoint, list_checkpoints, read_checkpoint, step_folder
 from diffusion_core.run_folder import CHECKPOINTS, SYNCED
 
 
@@ -34,17 +34,17 @@ def on_disk(folder: Path) -> Iterator[Leftover]:
         newest = read_checkpoint(paths[-1], verify=False).metadata
         best = newest.get("best") or {}
         kept = kept_checkpoints(checkpoints, int(newest["config"].get("checkpoint.keep", 2)), best.get("step"))
-        yield from (_folder(path) for path in paths if path not in kept)
-    yield from (_folder(path) for path in checkpoints.glob(".step-*.partial"))
+        yield from (_folder(path, delete_checkpoint) for path in paths if path not in kept)
+    yield from (_folder(path) for path in checkpoints.glob(".step-*.*"))
     for run in (folder / "wandb").glob("*run-*"):
         arrived = not run.name.startswith("offline-") or any(run.glob(f"*{SYNCED}"))
         if arrived and (run / "staged").is_dir() and not run.is_symlink():
             yield from (_folder(path) for path in (run / "staged").iterdir())
 
 
-def _folder(path: Path) -> Leftover:
+def _folder(path: Path, delete: Callable[[Path], object] = shutil.rmtree) -> Leftover:
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return Leftover(str(path), size, lambda: shutil.rmtree(path))
+    return Leftover(str(path), size, lambda: delete(path))
 
 
 def kept_checkpoints(folder: Path, keep: int, best_step: int | None) -> list[Path]:

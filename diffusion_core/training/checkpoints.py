@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffusion_core.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, step_folder, write_checkpoint
+from diffusion_core.checkpoint import (
+    Checkpoint,
+    delete_checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+    step_folder,
+    write_checkpoint,
+)
 from diffusion_core.config import CoreConfig, flatten
 from diffusion_core.config.metrics import is_better
 from diffusion_core.data.datasets import Dataset
@@ -150,7 +156,7 @@ class SaveCheckpoints:
 
     def _delete_old(self) -> None:
         for path in set(list_checkpoints(self.folder)) - set(self._kept()):
-            shutil.rmtree(path)
+            delete_checkpoint(path)
 
     def forget_best(self) -> None:
         """Reset :attr:`best`, because pruning changed the network."""

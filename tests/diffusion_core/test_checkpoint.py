@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import resource
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tiny import (
     NUM_CLASSES,
     assert_same_tensors,
     cpu,
+    digits,
     metadata,
     one_line,
     tiny_batches,
@@ -39,8 +41,11 @@ from diffusion_core.checkpoint import (
     write_checkpoint,
 )
 from diffusion_core.files import sha256_of_file
+from diffusion_core.machine.child import ChildDied, in_child
 from diffusion_core.model.structure import structure
 from diffusion_core.model.unet import UNet
+from diffusion_core.tracking import MemoryTracker
+from diffusion_core.training.checkpoints import SaveCheckpoints
 from diffusion_core.training.trainer import TrainState, train
 from pruning.channels.removal import prune_channels
 from pruning.config import PruneConfig
@@ -253,6 +258,68 @@ def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path, 5, tiny_network(seed=1))
     save(tmp_path, 5, tiny_network(seed=2))
     assert_same_tensors(read_checkpoint(tmp_path).tensors("ema"), dict(tiny_network(seed=2).state_dict()))
+
+
+def killed_at(call: int, work: Callable[[], object]) -> bool:
+    """Work in a process that dies at its n-th rename or deletion. Return whether it did."""
+    left = [call]
+    rename, delete = os.rename, shutil.rmtree
+
+    def counted(path: Path, *words: Any, **more: Any) -> None:
+        left[0] -= path.exists()  # A deletion of nothing does not count.
+        if left[0] < 0 and path.is_dir():
+            (path / METADATA_FILE).unlink(missing_ok=True)
+        if left[0] < 0:
+            os._exit(9)
+        delete(path, *words, **more)
+
+    def counted_rename(*words: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            os._exit(9)
+        rename(*words)
+
+    def die() -> None:
+        shutil.rmtree, os.rename = counted, counted_rename  # type: ignore[assignment]
+        work()
+
+    try:
+        in_child(die)
+    except ChildDied:
+        return True
+    return False
+
+
+def test_a_kill_while_a_step_is_written_again_leaves_one_of_the_two(tmp_path: Path) -> None:
+    networks = [dict(tiny_network(seed=seed).state_dict()) for seed in (1, 2)]
+    calls = 0
+    while True:
+        folder = tmp_path / str(calls)
+        save(folder, 5, tiny_network(seed=1))
+        if not killed_at(calls, lambda folder=folder: save(folder, 5, tiny_network(seed=2))):  # type: ignore[misc]
+            break
+        weights = read_checkpoint(folder).tensors("ema")
+        assert any(torch.equal(weights["conv_out.bias"], one["conv_out.bias"]) for one in networks)
+        save(folder, 10)
+        assert sorted(path.name for path in folder.iterdir()) == ["step-00000005", "step-00000010"]
+        calls += 1
+    assert calls >= 3, "renamed, renamed, deleted"
+
+
+def test_a_kill_while_a_checkpoint_is_deleted_leaves_nothing_for_ever(tmp_path: Path) -> None:
+    calls = 0
+    while True:
+        folder = tmp_path / str(calls)
+        paths = [save(folder, step).path for step in (5, 10)]
+        saver = SaveCheckpoints(tiny_config(checkpoint__keep=1), digits(), MemoryTracker(), folder, "r", None)
+        if not killed_at(calls, saver._delete_old):
+            break
+        assert read_checkpoint(paths[0] if list_checkpoints(folder) == paths else folder).step in (5, 10)
+        save(folder, 15)
+        saver._delete_old()
+        assert [path.name for path in folder.iterdir()] == ["step-00000015"]
+        calls += 1
+    assert calls >= 1
 
 
 # Damage.
