@@ -33,9 +33,10 @@ class CoreConfig(Section):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of every random draw: weights, batches, noise, dropout, samples. (What is held out never changes.)"""
-    draws: Annotated[int, Field(ge=1, le=2)] = 2
-    """Version of the random draws of training and sampling: 2 are the same on every device; 1 are those of earlier
-    versions, whose runs and models keep them."""
+    draws: Annotated[int, Field(ge=1, le=3)] = 3
+    """Version of the random draws of training and sampling: 3 are the same on every device, with other noise for each
+    model of a chain; 2 share noise between the models of a chain; 1 are those of PyTorch. Runs and models of earlier
+    versions keep theirs."""
     plugins: list[Annotated[str, Field(pattern=PLUGIN_NAME)]] = Field(default=[])
     """Your own Python modules that add samplers, schedules, data sets and so on (docs/extending.md); imported before
     the configuration is checked."""

@@ -34,6 +34,7 @@ class Purpose(IntEnum):
     CLASSIFIER = 12
     LOW_NOISE = 13
     LOW_SAMPLE = 14
+    UPSAMPLE = 15
 
 
 class Streams(Protocol):
@@ -71,8 +72,8 @@ def streams(version: int, keys: Sequence[Sequence[int]], device: torch.device | 
     """Return the streams that some keys name, each at its start.
 
     Args:
-        version: 2: counter-based, the same numbers on every device. 1: PyTorch's generators, as in runs of earlier
-            versions. They draw differently on each kind of device, and the processor's uses 32 bits of a seed.
+        version: from 2 on: counter-based, the same numbers on every device. 1: PyTorch's generators, as in runs of
+            earlier versions. They draw differently on each kind of device, and the processor's uses 32 bits of a seed.
         keys: the integers that name each stream.
         device: device of the numbers.
     """

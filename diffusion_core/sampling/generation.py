@@ -102,11 +102,14 @@ class Generator:
         self.schedule = build_schedule(config.diffusion)  # On the processor: samplers know their steps there.
         self.precision = precision
         self.shape_CHW = (network.in_channels, network.image_size, network.image_size)
+        # Models of a chain sample the same images, each from noise of its own.
+        self._stage = (network.image_size,) if config.upsample.wanted and config.draws >= 3 else ()
         self._made: dict[tuple[str, bool], Callable[..., Tensor]] = {}
 
     def noise(self, wanted: Sequence[Request], seed: int) -> ImageNoise:
         """Return the noise of some images."""
-        return ImageNoise(wanted, seed, self.shape_CHW, self.device, self.config.draws)
+        purpose = Purpose.UPSAMPLE if self._stage else Purpose.SAMPLE
+        return ImageNoise(wanted, seed, self.shape_CHW, self.device, self.config.draws, purpose, self._stage)
 
     def given(self, wanted: Sequence[Request], seed: int) -> Tensor | None:
         """Return what a network that upsamples is given of the small images; None for another network."""
@@ -118,7 +121,7 @@ class Generator:
         if tuple(low_BChw.shape[1:]) != shape:
             raise ValueError(f"small images of {tuple(low_BChw.shape[1:])}; expected {shape}")
         level_B = torch.full((len(wanted),), upsample.sample_noise, device=self.device)
-        noise = ImageNoise(wanted, seed, shape, self.device, self.config.draws, Purpose.LOW_SAMPLE)
+        noise = ImageNoise(wanted, seed, shape, self.device, self.config.draws, Purpose.LOW_SAMPLE, self._stage)
         return given(low_BChw, level_B, noise(), size)
 
     def denoiser(self, network: Callable[..., Tensor] | None = None, given_BCHW: Tensor | None = None) -> Denoiser:

@@ -33,6 +33,7 @@ class ImageNoise:
         device: device of the result.
         draws: version of the random draws. The processor draws version 1 for every device, so that it is the same.
         purpose: what the noise is for.
+        stage: further integers that name the streams; none: those of a model that does not upsample.
     """
 
     def __init__(
@@ -43,8 +44,9 @@ class ImageNoise:
         device: torch.device,
         draws: int = 2,
         purpose: Purpose = Purpose.SAMPLE,
+        stage: Sequence[int] = (),
     ) -> None:
-        keys = [(seed, purpose, image.label, image.index) for image in wanted]
+        keys = [(seed, purpose, image.label, image.index, *stage) for image in wanted]
         self.streams = streams(draws, keys, device if draws > 1 else "cpu")
         self.shape_CHW = shape_CHW
         self.device = device

@@ -63,13 +63,14 @@ def find_checkpoint(config: CoreConfig, folder: Path, *, longer: bool = False) -
 
 
 def drawing_as(config: Config, then: Mapping[str, Any]) -> Config:
-    """Return a configuration with the random draws of a run of an earlier version, if the run is one.
+    """Return a configuration with the random draws of a run, unless it chooses them and the run knew versions of them.
 
     Args:
         config: configuration to resume with.
         then: configuration that the run was started with, by dotted key.
     """
-    return config if "draws" in then else config.model_copy(update={"draws": drawn_as(then)})
+    chosen = "draws" in then and "draws" in config.model_fields_set
+    return config if chosen else config.model_copy(update={"draws": drawn_as(then)})
 
 
 def check_same_run(config: CoreConfig, then: Mapping[str, Any], folder: Path, *, longer: bool = False) -> None:
@@ -85,7 +86,7 @@ def check_same_run(config: CoreConfig, then: Mapping[str, Any], folder: Path, *,
         ConfigError: if a knob that decides what is trained differs.
     """
     grown = longer and is_longer(config, then)
-    for key, value in redacted(flatten(config)).items():
+    for key, value in redacted(flatten(drawing_as(config, then))).items():
         if key in then and then[key] != value and not key.startswith(FREE_TO_CHANGE) and not (grown and key == LENGTH):
             hint = "; it may only grow" if longer and key == LENGTH else ""
             raise ConfigError(

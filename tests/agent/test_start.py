@@ -163,7 +163,7 @@ def test_masks_stay_whether_they_are_at_hand_or_not(masked: Path, tmp_path: Path
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"train__lr": 0.5}, "train.lr = 0.5: the run in .* was started with 0.001"),
-    ({"draws": 1}, "draws = 1: the run in .* was started with 2"),
+    ({"draws": 1}, "draws = 1: the run in .* was started with 3"),
     ({"checkpoint__resume": False}, "checkpoint.resume = False: .* holds checkpoints already"),
 ])  # fmt: skip
 def test_a_run_of_another_configuration_does_not_go_on(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -213,10 +213,29 @@ def test_a_teacher_has_the_labels_of_the_network_to_start_from(dense: Path) -> N
     check_same_labels(ours, replace(ours, metadata={**ours.metadata, "class_names": ["others"]}))
 
 
-@pytest.mark.parametrize(("then", "draws"), [({}, 1), ({"draws": 1}, 2), ({"draws": 2}, 2)])
-def test_a_run_of_before_there_were_versions_of_draws_keeps_the_first(then: dict[str, Any], draws: int) -> None:
-    """Of others, the check of knobs tells when another version is wanted."""
-    assert drawing_as(build_config(BASE), then | {"seed": 4}).draws == draws
+@pytest.mark.parametrize(
+    ("now", "then", "draws"),
+    [
+        ({}, {}, 1),
+        ({"draws": 3}, {}, 1),  # There were no versions to choose.
+        ({}, {"draws": 1}, 1),
+        ({}, {"draws": 2}, 2),
+        ({}, {"draws": 3}, 3),
+        ({"draws": 2}, {"draws": 1}, 2),  # The check of knobs refuses it.
+    ],
+)
+def test_a_run_keeps_its_version_of_draws(now: dict[str, Any], then: dict[str, Any], draws: int) -> None:
+    assert drawing_as(build_config(BASE, now), then | {"seed": 4}).draws == draws
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_run_of_earlier_draws_goes_on_with_them(version: int, tmp_path: Path) -> None:
+    longer = {"train__steps": BASE["train.steps"] + 1}
+    _, unbroken, _ = trial(tmp_path / "unbroken", draws=version, **longer)
+    trial(tmp_path / "run", draws=version)
+    _, resumed, _ = trial(tmp_path / "run", **longer)
+    assert resumed.config().draws == version
+    assert_same_tensors(unbroken.tensors("model"), resumed.tensors("model"))
 
 
 def test_a_run_that_started_from_a_checkpoint_resumes(dense: Path, tmp_path: Path) -> None:

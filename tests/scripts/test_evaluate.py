@@ -372,7 +372,7 @@ def test_a_model_of_an_earlier_version_is_compared_by_images_of_the_same_noise(
     earlier = shutil.copytree(run[0], tmp_path / "earlier")
     for file in earlier.glob("checkpoints/*/checkpoint.json"):
         stored = json.loads(file.read_text())
-        assert stored["config"].pop("draws") == 2
+        assert stored["config"].pop("draws") == 3
         file.write_text(json.dumps(stored))
     assert read_checkpoint(earlier).config().draws == 1
     words = ["--num-images", "6", "--json", str(tmp_path / "j")]

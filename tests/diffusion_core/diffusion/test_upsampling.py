@@ -24,6 +24,7 @@ from diffusion_core.diffusion.objective import Denoising
 from diffusion_core.diffusion.schedule import build_schedule
 from diffusion_core.diffusion.upsampling import given, lowered, raised
 from diffusion_core.evaluation.validation import validation_losses
+from diffusion_core.model.unet import build_network
 from diffusion_core.sampling.generation import Generator, Request, requests
 from diffusion_core.sampling.lows import HeldOut
 from diffusion_core.step_distillation.teaching import like
@@ -99,7 +100,7 @@ def test_small_images_are_those_of_the_batch_with_levels_from_zero_to_the_larges
     assert not exact.given_BCHW[:, 1].any()
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_an_ordinary_model_draws_as_before(version: int) -> None:
     """Small images take their numbers from a stream of their own."""
     plain, upsampling = (drawn(tiny_config(draws=version, diffusion__offset_noise=0.2, **more)) for more in ({}, TWICE))
@@ -107,6 +108,32 @@ def test_an_ordinary_model_draws_as_before(version: int) -> None:
         assert (one is None and other is None) or torch.equal(one, other)
     assert plain.given_BCHW is None
     assert upsampling.given_BCHW is not None
+
+
+def noises(version: int, size: int, factor: int | None) -> tuple[Tensor, Tensor | None]:
+    """The noise of an image of a model, and the first channel of what it is given of a grey small image with noise."""
+    knobs = {"upsample__factor": factor, "upsample__noise": 0.5, "upsample__sample_noise": 0.5}
+    more: dict[str, Any] = knobs if factor else {}
+    flat: dict[str, Any] = {"model__channel_multipliers": [1], "model__attention_resolutions": []}
+    config = tiny_config(draws=version, data__image_size=size, **flat, **more)
+    grey = torch.full((1, 1, 8, 8), 128, dtype=torch.uint8)
+    model = Generator(build_network(config, 10), config, "fp32", lows=lambda _: grey)
+    wanted = [Request(3, 1)]
+    given_BCHW = model.given(wanted, 5)
+    return model.noise(wanted, 5)().flatten(), None if given_BCHW is None else given_BCHW[0, 0]
+
+
+@pytest.mark.parametrize(("version", "shared"), [(1, True), (2, True), (3, False)])
+def test_models_of_a_chain_draw_noise_of_their_own(version: int, shared: bool) -> None:
+    """From version 3 on. Models of earlier versions keep what they shared."""
+    (base, _), (up, low), (large, low_of_large) = (noises(version, *of) for of in ((8, None), (16, 2), (32, 4)))
+    first = [numbers[:32].tolist() for numbers in (base, up, large)]
+    assert (first[0] == first[1]) == shared
+    assert (first[1] == first[2]) == shared
+    assert low is not None
+    assert low_of_large is not None
+    assert (low[0, 0].item() == low_of_large[0, 0].item()) == shared  # A corner is that of the small image.
+    assert torch.equal(noises(2, 8, None)[0], noises(3, 8, None)[0])
 
 
 class Recorder:
