@@ -185,7 +185,7 @@ def test_a_signal_before_the_run_has_started_hands_the_trial_back(story: Story, 
     if moment == "start":
         until(lambda: story.server.faults[0].happened, trial)
     else:
-        time.sleep(0.3)
+        until(lambda: (story.folder / "one" / "run" / "lock").exists(), trial)
     trial.send(signal.SIGTERM)
     began = time.monotonic()
     assert trial.wait() == 128 + signal.SIGTERM, trial.output
