@@ -104,9 +104,18 @@ class SlurmLauncher:
 
     def leave(self, jobs: Sequence[Job], received: Sequence[int]) -> bool:
         """Ask once after Ctrl-C: the jobs go on, or a second one cancels them. Other signals do not ask."""
+        submitted = [job for job in jobs if isinstance(job, SlurmJob) and job.id]
+
+        def note() -> None:
+            for job in submitted:
+                job.note_cancelled()
+
+        return self._leave([job.id for job in submitted], received, note)
+
+    def _leave(self, ids: Sequence[str], received: Sequence[int], before: Callable[[], object] = lambda: None) -> bool:
+        """Return whether jobs go on. If they are cancelled, do something before."""
         if self._cancelled:
             return False
-        ids = [job.id for job in jobs if job.id]
         if received[0] == signal.SIGINT and ids:
             print(f"Ctrl-C again within {ASK_S:.0f} s cancels {len(ids)} jobs; else they go on", file=sys.stderr)
             deadline = time.monotonic() + ASK_S
@@ -115,6 +124,7 @@ class SlurmLauncher:
         if len(received) < 2 or self._lost.is_set():
             print(f"{len(ids)} jobs go on; the same command finds them again", file=sys.stderr)
             return True
+        before()
         try:
             commands.cancel(ids)
         except commands.NoAnswer as error:
@@ -142,7 +152,7 @@ class SlurmLauncher:
                 self._submit_agents(agents)
             agents_jobs.since = time.monotonic()
             while agents.wait and not agents_jobs.follow():
-                if received and self.leave(agents_jobs.under_way(), received):
+                if received and self._leave(agents_jobs.under_way(), received):
                     break
                 time.sleep(WAIT_S)
         return agents_jobs.codes(), bool(received)

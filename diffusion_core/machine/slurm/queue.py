@@ -15,6 +15,7 @@ from collections.abc import Callable, Container
 from contextlib import suppress
 from pathlib import Path
 
+from diffusion_core.files import write_text
 from diffusion_core.machine.job import TOLD, WARNED, Note, read_note
 from diffusion_core.machine.jobs import Outcome
 from diffusion_core.machine.slurm import commands
@@ -24,6 +25,9 @@ POLL = "DIFFUSION_SWEEPS_SLURM_POLL_S"
 """Environment variable: seconds between two looks at the queue."""
 
 POLL_S = 10.0
+CANCELLED_FILE = ".cancelled"
+"""File in a trial's folder: the id of the job that the sweep cancelled when it was told to stop."""
+
 COLUMNS = ("name", "job", "state", "node", "for")
 ENDED_BY_CLUSTER = frozenset({"BOOT_FAIL", "DEADLINE", "NODE_FAIL", "PREEMPTED", "REVOKED", "TIMEOUT"})
 """States in which the cluster ended a job, which is then no failure of the trial."""
@@ -162,6 +166,18 @@ class SlurmJob:
         note = read_note(self.folder)
         return note if note is not None and note.job == self.id else None
 
+    def note_cancelled(self) -> None:
+        """Note that the sweep cancels this job, which is no failure of the trial. A later process may see its end."""
+        with suppress(OSError):  # The disk is full: then it counts as one.
+            write_text(self.folder / CANCELLED_FILE, self.id)
+
+    def _was_cancelled(self) -> bool:
+        """Return whether the sweep has cancelled this job."""
+        try:
+            return (self.folder / CANCELLED_FILE).read_text(encoding="utf-8") == self.id
+        except (OSError, ValueError):
+            return False
+
     def _outcome(self, state: commands.JobState | None) -> Outcome:
         """Return how it ended. ``state`` is None if Slurm has forgotten it."""
         if not self.id:  # It was not submitted, or has ended since. A job of that name may be an earlier one.
@@ -170,9 +186,10 @@ class SlurmJob:
         note = self._note()
         if note is None or note.code is None:
             failed = state is not None and word not in ENDED_BY_CLUSTER and word != "COMPLETED"
+            failed = failed and not (word == "CANCELLED" and self._was_cancelled())
             return Outcome(int(failed), not failed, word.lower() or "lost", lost=True)
         if note.code and word == "CANCELLED":
-            return Outcome(note.code, reason="cancelled")
+            return Outcome(note.code, self._was_cancelled(), "cancelled")
         if note.code and note.signal == WARNED and not note.advanced:
             return Outcome(note.code, reason="warned of its time limit before it had saved anything")
         return Outcome(note.code, note.code != 0 and note.signal in (WARNED, TOLD), word.lower())
@@ -210,10 +227,9 @@ class AgentJobs:
             print(f"jobs {self.name} are under way; no more are submitted", flush=True)
         return found
 
-    def under_way(self) -> list[SlurmJob]:
-        """Return those that have not ended."""
-        members = self.queue.named(self.name)
-        return [SlurmJob(self.queue, self.name, Path(), member.id) for member in members if not member.is_over]
+    def under_way(self) -> list[str]:
+        """Return the ids of those that have not ended."""
+        return [member.id for member in self.queue.named(self.name) if not member.is_over]
 
     def follow(self) -> bool:
         """Print what has changed, and run again what the cluster ended. Return whether all have ended."""

@@ -182,6 +182,36 @@ def test_ctrl_c_asks_once_and_then_cancels(
     assert_each_step_once(tmp_path)
 
 
+def test_a_sweep_process_that_is_killed_after_it_cancelled_its_jobs_costs_no_attempt(
+    slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the jobs runs, and two wait."""
+    space = {"train.lr": {"values": [0.3, 0.2, 0.1]}, "seed": {"value": 0}}
+    sweep, folder, words = stub_sweep("grid", space), tmp_path / "sweep", "--partition=low --nodelist=n1 -c 4"
+    cancel = commands.cancel
+
+    def cancel_and_die(ids: Any) -> None:
+        cancel(ids)
+        os._exit(9)
+
+    with monkeypatch.context() as dying:
+        dying.setattr(commands, "cancel", cancel_and_die)
+        with coordinator_process(sweep, folder, 3, words) as pid:
+            wait_for(lambda: bool(held(tmp_path)), "a job")
+            wait_for(lambda: all(trial["job"] for trial in trials_of(folder)), "two that wait")
+            for _ in range(2):
+                os.kill(pid, signal.SIGINT)
+                time.sleep(0.5)
+            names = {trial["id"] for trial in trials_of(folder)}
+            wait_for(lambda: {slurm.states()[name] for name in names} == {"CANCELLED"}, "their end")
+    assert [(trial["state"], trial["failures"]) for trial in trials_of(folder)] == [("submitted", 0)] * 3
+    (tmp_path / "gate").unlink()
+    last = coordinator(sweep, folder, 3, words)
+    assert {record.state for record in last.run()} == {"finished"}
+    assert [trial.failures for trial in last.state.trials] == [0] * 3
+    assert_each_step_once(tmp_path)
+
+
 def test_what_slurm_refuses_is_one_line_and_nothing_is_written(
     slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
