@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from agent.tracking.artifacts import NotDownloaded
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError
 from diffusion_core.data.datasets import DataError
+from diffusion_core.files import DISK_FULL
+from diffusion_core.machine.jobs import NO_SPACE
 from diffusion_core.redact import redact
 from diffusion_core.training.callbacks import DIVERGED
 from diffusion_core.training.stopping import Stopped
@@ -22,7 +23,6 @@ UNSENT = 75
 """Exit status when W&B has not received something, or not handed it out: try again (EX_TEMPFAIL of sysexits.h)."""
 
 INTERRUPTED = 130
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,11 @@ def ending_of(error: BaseException | None, folder: Path | None) -> Ending:
         return Ending(UNUSABLE, UNUSABLE, f"error: {error}", together=False)
     if isinstance(error, TrainingDiverged):
         return Ending(FAILED, FAILED, f"error: {error}", alert=DIVERGED, together=False)
+    if isinstance(error, OSError | CheckpointError) and error.errno in DISK_FULL:
+        text = f"{str(error.filename or folder)!r}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        text = f"error: {text}; free some space, and continue with --log.dir={folder}"
+        return Ending(NO_SPACE, NO_SPACE, text, together=False)
     if isinstance(error, CheckpointError):
         return Ending(FAILED, FAILED, f"error: {error}", together=False)
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
-        text = f"{str(error.filename or folder)!r}: {error.strerror}; free some space, and continue with"
-        return Ending(FAILED, FAILED, f"error: {text} --log.dir={folder}", together=False)
     text = redact("".join(traceback.format_exception(error)).rstrip())
     return Ending(FAILED, FAILED, text, together=False, known=False)

@@ -50,7 +50,13 @@ STUDENT = "steps"
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be written, read or used; the message is one line meant for the user."""
+    """A checkpoint that cannot be written, read or used; the message is one line meant for the user.
+
+    Attributes:
+        errno: code of the system's error, if that is the cause.
+    """
+
+    errno: int | None = None
 
 
 @dataclass(frozen=True)
@@ -205,7 +211,9 @@ def write_checkpoint(
             content = json.dumps(described, indent=1, allow_nan=False).encode()
             (temporary / METADATA_FILE).write_bytes(content)
     except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"cannot write checkpoint {str(final)!r}: {reason_of(error)}") from None
+        failed = CheckpointError(f"cannot write checkpoint {str(final)!r}: {reason_of(error)}")
+        failed.errno = getattr(error, "errno", None)
+        raise failed from None
     return Checkpoint(final, described)
 
 

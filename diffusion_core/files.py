@@ -21,6 +21,9 @@ from diffusion_core.messages import UserError, reason_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Codes of an ``OSError`` that says that a disk takes no more."""
+
 REPLACED = ".replaced"
 """End of the name of a folder while another one takes its place."""
 

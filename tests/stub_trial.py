@@ -7,7 +7,8 @@ STUB_NOTES names it notes every process and every step, so that a test can see w
 
 STUB_MEET=N waits at the start until N trials have started, STUB_HOLD=N waits before the third step in all trials from
 the N-th on, STUB_GATE=FILE in all trials while there is such a file, STUB_STUBBORN ignores signals, STUB_HANG never
-takes a step, STUB_FAILURES says which seeds fail how often.
+takes a step, STUB_FAILURES says which seeds fail how often, STUB_FULL=FILE ends with the status of a full disk while
+there is such a file.
 """
 
 import ast
@@ -49,6 +50,9 @@ starts = sum('"start"' in line for line in (notes / f"{run_id}.jsonl").read_text
 if starts <= json.loads(ask("FAILURES") or "{}").get(knobs["seed"], 0):
     note("fail")
     sys.exit("stub: this one fails")
+if ask("FULL") and Path(ask("FULL")).exists():
+    note("full")
+    sys.exit(74)
 saved = folder / "saved"
 done = int(saved.read_text()) if saved.exists() else 0
 for step in range(done + 1, steps + 1):

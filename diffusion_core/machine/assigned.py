@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -52,7 +53,9 @@ def note_trial(folder: Path | None) -> None:
         before = _noted(Path(named))
         run = os.environ.get("WANDB_RUN_ID") or ("" if before is None else before.run)  # A lottery hides the variable.
         trial = Assigned("" if folder is None else str(folder.absolute()), run, folder is None)
-        write_json(Path(named) / TRIAL_FILE, asdict(trial))
+        # A trial that ends because the disk is full must not fail of that again.
+        with suppress(OSError) if folder is None else nullcontext():
+            write_json(Path(named) / TRIAL_FILE, asdict(trial))
 
 
 def agent_folder(job_folder: Path) -> Path:

@@ -23,8 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diffusion_core.files import write_json
+from diffusion_core.files import DISK_FULL, write_json
 from diffusion_core.machine.assigned import FOLDER, agent_folder, assigned, forget
+from diffusion_core.machine.jobs import NO_SPACE
 from diffusion_core.machine.leases import Leased, leased
 from diffusion_core.machine.processes import end_with_parent, kill_tree
 from diffusion_core.machine.slurm import commands
@@ -98,6 +99,11 @@ def read_note(folder: Path) -> Note | None:
         return None
 
 
+def full_disk_file(folder: Path, job: str) -> Path:
+    """Return the empty file that a job leaves in its folder if the disk was too full for its note."""
+    return folder / f".full-{job}"
+
+
 def command_of_job(folder: Path, command: Sequence[str], hand_back: Sequence[str] | None = None) -> list[str]:
     """Return the command line of this module.
 
@@ -169,7 +175,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         except OSError as error:
             print(f"error: {str(folder)!r}: {reason_of(error)}; free some space on the shared disk", file=sys.stderr)
-            return UNUSABLE
+            if error.errno not in DISK_FULL:
+                return UNUSABLE
+            with suppress(OSError):
+                full_disk_file(folder, job).touch()
+            return NO_SPACE
         goes_on = note.signal == WARNED and (arguments.agent is not None or (note.code != 0 and note.advanced))
         if goes_on and not _requeue(job, received):
             return UNUSABLE
@@ -250,6 +260,7 @@ def _begin(folder: Path, job: str) -> Note:
         before.seconds,
     )
     write_json(folder / NOTE_FILE, asdict(note))
+    full_disk_file(folder, job).unlink(missing_ok=True)
     return note
 
 

@@ -12,6 +12,9 @@ from pathlib import Path
 from threading import Event
 from typing import Protocol
 
+NO_SPACE = 74
+"""Exit status of a task that ended because a disk is full (EX_IOERR of sysexits.h). It can go on once there is room."""
+
 
 @dataclass(frozen=True)
 class Task:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion_core.machine.jobs import Job, Launcher, Outcome, Task
+from diffusion_core.machine.jobs import NO_SPACE, Job, Launcher, Outcome, Task
 from diffusion_core.machine.processes import end_orphan
 from diffusion_core.machine.sharing import shares
 from diffusion_core.registries import LAUNCHERS
@@ -70,12 +70,14 @@ class Running:
     Attributes:
         trial: the trial.
         job: its process, or its job on a cluster.
+        adopted: whether an earlier process of the sweep started it.
         kill_at: when to kill it, if it was told to end.
         history_bytes: size of its history when early termination last checked it.
     """
 
     trial: Trial
     job: Job
+    adopted: bool = False
     kill_at: float | None = None
     history_bytes: int = 0
 
@@ -112,6 +114,7 @@ class OfflineSweep:
         self.progress = SweepProgress(sweep, self.state, self.reader, self.launcher.slots)
         self.running: list[Running] = []
         self.exhausted = False
+        self.full: Path | None = None
 
     def ended_trials(self) -> list[Trial]:
         """Return the trials that will not run again."""
@@ -124,7 +127,7 @@ class OfflineSweep:
             All trials of the sweep, best first.
 
         Raises:
-            SweepError: if another process runs this sweep, or its command cannot be started.
+            SweepError: if another process runs this sweep, its command cannot be started, or a disk is full.
             KeyboardInterrupt: if this process was told to stop. The trials have written their checkpoints.
             NothingWorks: if several trials failed, and none finished.
         """
@@ -135,7 +138,7 @@ class OfflineSweep:
             with self.launcher.listening() as received:
                 begun |= self._take_over()
                 while True:
-                    while not received and not hopeless(ended) and len(self.running) < self.launcher.slots:
+                    while not (received or hopeless(ended) or self.full) and len(self.running) < self.launcher.slots:
                         trial = self._next_trial(begun, may_begin=count is None or len(begun) < count)
                         if trial is None:
                             break
@@ -149,9 +152,12 @@ class OfflineSweep:
                     ended += self._end_trials(interrupted=bool(received))
                     self._stop_bad_trials()
             self.state.write()
-            write_results(self.folder, self.reader.ranked(), self.sweep.objectives)
+            if self.full is None:
+                write_results(self.folder, self.reader.ranked(), self.sweep.objectives)
         if received:
             raise KeyboardInterrupt
+        if self.full is not None:
+            raise SweepError(f"{str(self.full)!r}: the disk is full; free some space, then repeat the command")
         if hopeless(ended):
             raise NothingWorks(f"{len(ended)} trials failed and none came to its end; nothing more is started")
         return self.reader.ranked()
@@ -167,7 +173,7 @@ class OfflineSweep:
             folder = self.state.trial_folder(trial)
             if trial.job is not None:
                 job = self.launcher.adopt(trial.id, folder, trial.job, self._note_job(trial))
-                self.running.append(Running(trial, job))
+                self.running.append(Running(trial, job, adopted=True))
                 if trial.state == STOPPING:
                     self._stop(self.running[-1])
                 continue
@@ -262,7 +268,10 @@ class OfflineSweep:
             self._set_ended_state(trial, outcome, interrupted)
             trial.job = None
             self.state.write(trial)
-            self.reader.copy_pictures(trial)
+            if outcome.code != NO_SPACE:
+                self.reader.copy_pictures(trial)
+            elif trial.state == WAITING and not running.adopted:  # Since an adopted one ended, there may be room again.
+                self.full = self.state.trial_folder(trial)
             log = self.launcher.log(self.state.trial_folder(trial))
             self.progress.ended(trial, outcome, [other.job.seconds for other in self.running], log)
             if trial.state in DONE:
@@ -278,7 +287,7 @@ class OfflineSweep:
             trial.state = FINISHED
         elif trial.state == STOPPING:
             trial.state = STOPPED
-        elif interrupted or outcome.interrupted:
+        elif interrupted or outcome.interrupted or outcome.code == NO_SPACE:
             trial.state = WAITING
         else:
             trial.failures += 1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffusion_core.config.metrics import place
-from diffusion_core.machine.jobs import Outcome
+from diffusion_core.machine.jobs import NO_SPACE, Outcome
 from diffusion_core.messages import duration
 from diffusion_core.search.results import parameters_line
 from diffusion_core.search.state import DONE, FAILED, FINISHED, STOPPED, SweepState, Trial
@@ -80,6 +80,8 @@ class SweepProgress:
             return f"failed again{how}"
         if trial.state == FINISHED:
             return "finished"
+        if outcome.code == NO_SPACE:
+            return "ended, as the disk is full"
         if outcome.interrupted:
             return f"interrupted{how}, runs again"
         return f"failed{how} and runs once more" if trial.failures else "interrupted"

@@ -21,7 +21,14 @@ FOLDER = Path("runs/x")
 PREEMPTED = "stopped by SIGTERM; continue with the same command and --log.dir=runs/x"
 ENDED = "stopped by SIGTERM, as W&B asked; the run is over"
 FULL = "error: 'file': No space left on device; free some space, and continue with --log.dir=runs/x"
+QUOTA = "error: cannot write; free some space, and continue with --log.dir=runs/x"
 INTERRUPTED = "interrupted; continue from the last checkpoint with --log.dir=runs/x"
+
+
+def unwritten(code: int) -> CheckpointError:
+    error = CheckpointError("cannot write")
+    error.errno = code
+    return error
 
 
 @pytest.mark.parametrize(
@@ -34,7 +41,9 @@ INTERRUPTED = "interrupted; continue from the last checkpoint with --log.dir=run
         (DataError("no images"), 2, 2, "error: no images", {"together": False}),
         (TrainingDiverged("loss = nan"), 1, 1, "error: loss = nan", {"together": False, "alert": DIVERGED}),
         (CheckpointError("damaged"), 1, 1, "error: damaged", {"together": False}),
-        (OSError(errno.ENOSPC, "No space left on device", "file"), 1, 1, FULL, {"together": False}),
+        (OSError(errno.ENOSPC, "No space left on device", "file"), 74, 74, FULL, {"together": False}),
+        (unwritten(errno.EDQUOT), 74, 74, QUOTA, {"together": False}),
+        (unwritten(errno.EIO), 1, 1, "error: cannot write", {"together": False}),
         (KeyboardInterrupt(), 130, 130, INTERRUPTED, {"together": False, "hurry": True}),
     ],
 )

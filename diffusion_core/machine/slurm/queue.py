@@ -16,8 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from diffusion_core.files import write_text
-from diffusion_core.machine.job import TOLD, WARNED, Note, read_note
-from diffusion_core.machine.jobs import Outcome
+from diffusion_core.machine.job import TOLD, WARNED, Note, full_disk_file, read_note
+from diffusion_core.machine.jobs import NO_SPACE, Outcome
 from diffusion_core.machine.slurm import commands
 from diffusion_core.messages import duration
 
@@ -185,6 +185,8 @@ class SlurmJob:
         word = "" if state is None else state.state
         note = self._note()
         if note is None or note.code is None:
+            if full_disk_file(self.folder, self.id).exists():
+                return Outcome(NO_SPACE, reason="the disk is full", lost=True)
             failed = state is not None and word not in ENDED_BY_CLUSTER and word != "COMPLETED"
             failed = failed and not (word == "CANCELLED" and self._was_cancelled())
             return Outcome(int(failed), not failed, word.lower() or "lost", lost=True)

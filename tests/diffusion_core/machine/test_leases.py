@@ -20,7 +20,7 @@ import pytest
 
 from diffusion_core.machine import leases
 from diffusion_core.machine.assigned import FOLDER, TRIAL_FILE, Assigned, assigned, forget, note_trial
-from diffusion_core.machine.job import LEASE_FILE, cluster_facts, command_of_job, read_note
+from diffusion_core.machine.job import LEASE_FILE, cluster_facts, command_of_job, full_disk_file, read_note
 from diffusion_core.machine.jobs import JobSize
 from diffusion_core.machine.leases import Leased, leased
 from diffusion_core.machine.slurm.nodes import across_nodes
@@ -381,8 +381,11 @@ def test_a_job_on_a_full_disk_says_so_in_one_line_and_leaves_no_lease(commands: 
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))  # noqa: E731
     done = subprocess.run(words, capture_output=True, text=True, preexec_fn=limit, timeout=60)
     said = f"error: {str(folder)!r}: File too large; free some space on the shared disk\n"
-    assert (done.returncode, done.stderr) == (2, said)
-    assert list(folder.iterdir()) == []
+    assert (done.returncode, done.stderr) == (74, said)
+    assert list(folder.iterdir()) == [full_disk_file(folder, "12")]
+    assert full_disk_file(folder, "12").stat().st_size == 0
+    assert job(folder, "saves", "0").wait(60) == 0
+    assert not full_disk_file(folder, "12").exists()
 
 
 @pytest.mark.parametrize(
