@@ -14,6 +14,7 @@ import torch
 from diffusion_core.files import (
     replaced_file,
     replaced_folder,
+    restore_replaced,
     sha256,
     sha256_of_file,
     temporary_name,
@@ -57,6 +58,30 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         raise RuntimeError
     with replaced_folder(folder, overwrite=True) as temporary:
         (temporary / "new").touch()
+    assert [path.name for path in folder.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_reader_that_restores_a_folder_while_it_is_replaced_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "old").touch()
+    rename = os.rename
+    seen: list[Path] = []
+
+    def watched(source: Path, target: Path) -> None:
+        rename(source, target)
+        if target.name.endswith(".replaced") and not seen:
+            seen.append(source)
+            restore_replaced(tmp_path)
+            assert [path.name for path in folder.iterdir()] == ["old"]
+
+    monkeypatch.setattr(os, "rename", watched)
+    with replaced_folder(folder, overwrite=True) as temporary:
+        (temporary / "new").touch()
+    assert seen == [folder]
     assert [path.name for path in folder.iterdir()] == ["new"]
     assert list(tmp_path.iterdir()) == [folder]
 
