@@ -96,8 +96,9 @@ def test_an_array_of_agents_runs_a_grid_whole_whatever_the_cluster_does(
     slurm.ask("scontrol", "update", f"jobid={at['n2']}", "TimeLimit=60")
 
     def elsewhere() -> bool:
-        rows = slurm.ask("squeue", "--array", "--states=RUNNING", "-h", "-o", "%i|%N").splitlines()
-        return any(row.split("|")[0] == at["n3"] and not row.endswith("|n3") for row in rows)
+        """Whether the job has begun elsewhere, which it does after the first one has ended."""
+        note = read_note(tmp_path / f"runs/agents/{sweep.id}-{at['n3'].split('_')[1]}")
+        return note is not None and note.node != "n3"
 
     with slurm.hurrying(), released(held, elsewhere):
         output = finish(attached, within_s=900)
