@@ -116,13 +116,22 @@ def _take(file: Path, holder: dict[str, Any] | None, mine: dict[str, Any], notic
         return
     with replaced_file(file, concurrent=True) as temporary, temporary.open("w", encoding="utf-8") as new:
         json.dump(mine, new)
+    wait_s = SETTLE_S
     if holder.get("host") != mine["host"] or _is_alive(holder.get("pid")):
         notice(f"{file}: was held by {describe(holder)}; waiting {FENCE_S:.0f} s for its end")
-        time.sleep(FENCE_S)
-    else:
-        time.sleep(SETTLE_S)
-    if (now := _read(file)) != mine:
-        raise Leased(describe(now or {}))
+        wait_s = FENCE_S
+    _settle(file, mine, wait_s)
+
+
+def _settle(file: Path, mine: dict[str, Any], seconds: float) -> None:
+    """Wait some seconds, and touch the lease meanwhile. Raise Leased if another process wrote it as well."""
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        time.sleep(min(left, BEAT_S))
+        if (now := _read(file)) != mine:
+            raise Leased(describe(now or {}))
+        with suppress(OSError):  # The next one may succeed.
+            os.utime(file)
 
 
 def _read(file: Path) -> dict[str, Any] | None:

@@ -111,6 +111,19 @@ def test_a_silent_process_of_another_node_has_time_to_see_that_it_is_replaced(
     assert time.monotonic() - start >= 1.3
 
 
+def test_a_process_that_waits_for_the_end_of_the_last_holder_renews_its_lease(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "FENCE_S", 2.0)
+    write(file, job="7")
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(take, file, active=False)
+        while json.loads(file.read_text())["token"] == "theirs":
+            time.sleep(0.01)
+        assert take(file) == f"process {os.getpid()} on {socket.gethostname()}"
+        assert first.result() == ""
+
+
 def test_a_lease_of_a_process_whose_number_another_one_has_now_is_replaced(file: Path) -> None:
     """As after a restart of the machine, or of a container, in which numbers begin again."""
     for pid in (os.getpid(), os.getppid()):
