@@ -33,21 +33,14 @@ from diffusion_core.config import ConfigError, flatten, to_yaml
 from diffusion_core.data.announcement import advise, announce_data, look_at_data
 from diffusion_core.data.datasets import DataError, load_data
 from diffusion_core.distributed import WATCH_EVERY_S, Peers, first_process_first, make_accelerator
+from diffusion_core.evaluation.extractors.find import check_extractors
 from diffusion_core.files import write_json
 from diffusion_core.hardware import pick_device
 from diffusion_core.machine.assigned import note_trial
 from diffusion_core.machine.launchers import watch_launchers
 from diffusion_core.randomness import drawn_as
 from diffusion_core.redact import recorded_console
-from diffusion_core.run_folder import (
-    CHECKPOINTS,
-    RUN_FILE,
-    SAMPLES,
-    check_folder,
-    locked,
-    make_folder,
-    read_run_file,
-)
+from diffusion_core.run_folder import CHECKPOINTS, RUN_FILE, SAMPLES, check_folder, locked, make_folder, read_run_file
 from diffusion_core.runs.result import TrialResult
 from diffusion_core.signals import remembered
 from diffusion_core.terminal.progress import say
@@ -77,6 +70,7 @@ def run_session(config: TrialConfig, greeting: str = "") -> int:
     try:
         mode, accelerator = wandb_mode(), make_accelerator(config.train)
         check_processes(config.prune, accelerator.num_processes)
+        check_extractors(config.eval)
     except ConfigError as error:
         return fail(str(error))
     peers = Peers(accelerator)
@@ -96,6 +90,7 @@ def dry_run(config: TrialConfig, *, everything: bool = False) -> int:
     try:
         wandb_mode()
         pick_device(config.train)
+        check_extractors(config.eval)
         _, folder = find_run(config.log.dir)
         check_folder(folder)
         checkpoints = folder / CHECKPOINTS

@@ -161,15 +161,18 @@ def _out_of_reach(sweep: SweepFile) -> Iterator[str]:
 
 
 def check_places(sweep: SweepFile) -> None:
-    """Check that the folders of images and the checkpoints that trials name are on this machine.
+    """Check that the folders of images, checkpoints and feature networks that trials name are on this machine.
 
     Raises:
         SweepError: with all that are not, one per line.
     """
     from agent.tracking.artifacts import open_source  # Imports PyTorch.
+    from diffusion_core.evaluation.extractors.find import check_extractors
 
     problems: dict[str, None] = {}
-    for _, trial in sweep.trials("data.", "init.", "distill.", "preset"):
+    for _, trial in sweep.trials(
+        "data.", "init.", "distill.", "eval.extractors", "eval.figures", "eval.inception_weights", "preset"
+    ):
         data = trial.data
         if DATASETS[data.name].path == "required" and data.path is not None and not Path(data.path).is_dir():
             problems[f"data.path = {data.path!r}: no such folder"] = None
@@ -178,6 +181,10 @@ def check_places(sweep: SweepFile) -> None:
                 open_source(place, None, section)
             except CheckpointError as error:
                 problems[str(error)] = None
+        try:
+            check_extractors(trial.eval)
+        except ConfigError as error:
+            problems |= dict.fromkeys(error.problems)
     if problems:
         raise SweepError("\n".join(problems))
 

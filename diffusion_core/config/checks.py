@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import PurePath
 
 from diffusion_core.config.knobs import (
     DataConfig,
@@ -14,6 +15,8 @@ from diffusion_core.config.knobs import (
     TrainConfig,
     UpsampleConfig,
 )
+from diffusion_core.config.metrics import EXTRACTORS, TORCHSCRIPT_SUFFIXES
+from diffusion_core.messages import suggested
 from diffusion_core.registries import DATASETS, METRICS, PREDICTIONS, SCHEDULES
 
 
@@ -57,6 +60,18 @@ def combination_problems(
     for figure in evaluation.figures:
         if METRICS[figure].labels and not model.class_conditional:
             yield f"eval.figures = {evaluation.figures}: {figure} needs model.class_conditional=true"
+    yield from extractor_problems(evaluation)
+
+
+def extractor_problems(evaluation: EvalConfig) -> Iterator[str]:
+    """What is wrong with the names of the feature networks that figures need."""
+    for wanted in evaluation.extractors if evaluation.in_features else ():
+        if wanted not in EXTRACTORS and PurePath(wanted).suffix not in (*TORCHSCRIPT_SUFFIXES, ".safetensors"):
+            hint = suggested(wanted, EXTRACTORS)
+            yield (
+                f"eval.extractors = {wanted!r}: expected {', '.join(EXTRACTORS)}, or a file of TorchScript "
+                f"({', '.join(TORCHSCRIPT_SUFFIXES)}) or of a classifier (.safetensors){hint and f'; {hint}'}"
+            )
 
 
 def network_problems(model: ModelConfig, size: int) -> Iterator[str]:

@@ -50,6 +50,15 @@ LOSS_BUCKETS = 10
 INCEPTION = "inception"
 """Name of the feature space of pytorch-fid's network with the published weights."""
 
+EFFICIENTNET = "efficientnet-lite0"
+"""Name of the feature space of EfficientNet-Lite0, whose weights come with an extra."""
+
+EXTRACTORS = (INCEPTION, "classifier", EFFICIENTNET)
+"""Names of feature networks; all others are files."""
+
+TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
+"""Suffixes of files of feature networks in TorchScript."""
+
 
 @dataclass(frozen=True)
 class Part:

@@ -266,6 +266,8 @@ COMBINATIONS: list[Case] = [
     ("--checkpoint.best_metric=eval/fid50k_train", "best_metric = 'eval/fid50k_train'", "one of train/loss, val/loss"),
     ("--checkpoint.best_metric=model/params", "checkpoint.best_metric = 'model/params'", "one of train/loss, val/loss"),
     ("--eval.figures=fid", "eval.figures = 'fid'", "frechet"),
+    ("--eval.figures=kernel --eval.extractors=clasifier", "eval.extractors = 'clasifier'", "did you mean classifier?"),
+    ("--eval.figures=kernel --eval.extractors=net.onnx", "eval.extractors = 'net.onnx'", "or a file of TorchScript"),
     ("--eval.figures=per_class --model.class_conditional=0", "eval.figures", "needs model.class_conditional=true"),
     ("--checkpoint.best_metric=eval/class_agreement", "checkpoint.best_metric = 'eval/class_agreement'", "network"),
     ("--preset=digits --eval.classifier=none", "checkpoint.best_metric = 'eval/class_agreement'", "data.name=digits"),
@@ -559,6 +561,33 @@ def test_a_gpu_that_is_not_there_is_refused(
 def test_an_unknown_wandb_mode_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "onlin")
     expect_refusal(["--preset=digits"], "WANDB_MODE = 'onlin'", "one of online, offline, disabled", capsys)
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    ("words", "named", "allowed"),
+    [
+        (["--eval.extractors=net.pt"], "eval.extractors = 'net.pt'", "no such file"),
+        (["--eval.inception_weights=net.pth"], "eval.inception_weights = 'net.pth'", "no such file"),
+        (["--eval.extractors=efficientnet-lite0"], "eval.extractors = 'efficientnet-lite0'", "pip install"),
+    ],
+)
+@pytest.mark.usefixtures("nowhere")
+def test_feature_networks_that_are_not_there_are_refused(
+    words: list[str],
+    named: str,
+    allowed: str,
+    dry: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("diffusion_core.evaluation.extractors.efficientnet.PACKAGE", "no_such_package")
+    expect_refusal(["--preset=digits", "--eval.figures=kernel", *words, *dry], named, allowed, capsys)
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_feature_networks_that_no_figure_needs_may_be_missing() -> None:
+    assert main(["--preset=digits", "--eval.extractors=net.pt", "--dry-run"]) == 0
 
 
 @pytest.mark.usefixtures("nowhere")

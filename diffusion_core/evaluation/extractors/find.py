@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffusion_core.config.metrics import INCEPTION, space_name
+from diffusion_core.config import ConfigError, EvalConfig
+from diffusion_core.config.metrics import EFFICIENTNET, EXTRACTORS, INCEPTION, TORCHSCRIPT_SUFFIXES, space_name
 from diffusion_core.evaluation.classifier.classifier import read_classifier
-from diffusion_core.evaluation.extractors.efficientnet import EFFICIENTNET, read_efficientnet
+from diffusion_core.evaluation.extractors.efficientnet import read_efficientnet, weights_path
 from diffusion_core.evaluation.extractors.inception import download_inception, read_inception
 from diffusion_core.evaluation.features import (
     HASH_DIGITS,
@@ -22,8 +23,6 @@ from diffusion_core.evaluation.features import (
 )
 from diffusion_core.messages import one_line
 from diffusion_core.redact import redact
-
-TORCHSCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,31 @@ class ScriptedExtractor:
         if not isinstance(output, Tensor) or output.ndim < 2 or len(output) != len(images_BCHW):
             raise ExtractorError(f"{self.name}: expected features of shape (images, features), a tensor")
         return Judged(output.flatten(1).float(), None)
+
+
+def check_extractors(config: EvalConfig) -> None:
+    """Check that the files of the feature networks that figures need are on this machine.
+
+    Inception's published weights are downloaded only when they are needed.
+
+    Raises:
+        ConfigError: with all that are not.
+    """
+    problems = []
+    for wanted in config.extractors if config.in_features else ():
+        if wanted == EFFICIENTNET:
+            try:
+                weights_path()
+            except ExtractorError as error:
+                problems.append(str(error))
+        elif wanted == INCEPTION:
+            weights = config.inception_weights
+            if weights is not None and not Path(weights).is_file():
+                problems.append(f"eval.inception_weights = {weights!r}: no such file")
+        elif wanted not in EXTRACTORS and not Path(wanted).is_file():
+            problems.append(f"eval.extractors = {wanted!r}: no such file")
+    if problems:
+        raise ConfigError(*problems)
 
 
 def find_extractor(wanted: str, inception_weights: str | None, device: torch.device) -> Extractor:

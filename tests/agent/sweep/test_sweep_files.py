@@ -684,6 +684,27 @@ def test_words_that_do_not_go_together(
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("parameters", "reason"),
+    [
+        ({"eval.extractors": {"values": [["classifier"], ["net.pt"]]}}, "eval.extractors = 'net.pt': no such file"),
+        ({"eval.inception_weights": {"value": "net.pth"}}, "eval.inception_weights = 'net.pth': no such file"),
+    ],
+)
+def test_files_of_trials_that_are_not_there(
+    parameters: dict[str, Any],
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path, changed(add={"eval.figures": {"value": ["kernel"]}, **parameters}))
+    assert sweep.main([path.name, "--offline", "--dry-run"]) == 2
+    assert capsys.readouterr() == ("", f"error: {reason}\n")
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_the_real_command_prints_all_problems(tmp_path: Path, forks: Forks) -> None:
     content, expected = WRONG["everything at once"]
     path = write(tmp_path, content)

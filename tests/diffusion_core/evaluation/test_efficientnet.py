@@ -10,10 +10,9 @@ import torch
 from tiny import digits
 
 from diffusion_core.config import DataConfig, EvalConfig
-from diffusion_core.config.metrics import space_figure
+from diffusion_core.config.metrics import EFFICIENTNET, space_figure
 from diffusion_core.evaluation.extractors import efficientnet
 from diffusion_core.evaluation.extractors.efficientnet import (
-    EFFICIENTNET,
     read_efficientnet,
     read_network,
     weights_path,
