@@ -187,12 +187,8 @@ def prepare(arguments: argparse.Namespace, words: Sequence[str]) -> PruningTask:
         raise ConfigError(f"--out = {str(arguments.out)!r}: holds a checkpoint already; choose another folder")
     if arguments.upload and not has_key():
         raise ConfigError("--upload: no W&B API key; set WANDB_API_KEY (see .env.example), or run `wandb login`")
-    asked = {
-        "prune.method": "structured",
-        "prune.importance": arguments.importance,
-        "prune.target": what,
-        "prune.keep": share,
-    }
+    asked = {"prune.method": "structured", "prune.importance": arguments.importance}
+    asked |= {"prune.target": what, "prune.keep": share}
     source = open_source(arguments.checkpoint, arguments.artifact, "--", arguments.which)
     stored: dict[str, Any] = {"preset": arguments.preset} if arguments.preset else {}
     if source is not None:
@@ -203,6 +199,8 @@ def prepare(arguments: argparse.Namespace, words: Sequence[str]) -> PruningTask:
             if key in known and not key.startswith(NOT_TAKEN_OVER)
         }
     config = build_config(stored, asked, split_argv(list(words)))
+    if (method := config.prune.method) != "structured":
+        raise ConfigError(f"prune.method = {method!r}: expected structured; masks: python -m agent --prune.method=NAME")
     if arguments.sensitivity:
         if config.prune.block_keep or config.prune.depth != 0.0 or config.prune.widths != "free":
             raise ConfigError(

@@ -167,6 +167,14 @@ REFUSED = [
     (["--target", "macs=0.5", "--prune.block_keep=0.5,1"], "prune.block_keep = [0.5, 1.0]: expected 5 shares"),
     (["--target", "macs=0.5", "--model.channels=32"], "model.channels = 32: expected 16, as in"),
     (["--target", "macs=0.5", "--modle.channels=32"], "modle.channels = '32': unknown key"),
+    (
+        ["--target", "macs=0.5", "--prune.method=magnitude"],
+        "prune.method = 'magnitude': expected structured; masks: python",
+    ),
+    (
+        ["--target", "macs=0.5", "--prune.method=lottery"],
+        "prune.method = 'lottery': expected structured; masks: python",
+    ),
     (["--target", "macs=0.5", "--upload"], "--upload: no W&B API key"),
     (["--target", "macs=0.5", "--sensitivity", "--num-images", "4"], "--sensitivity: prunes nothing; leave out"),
     (
