@@ -6,6 +6,7 @@ weights, its name contains their hash.
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,9 @@ PUBLISHED_HASH = "6726825d"
 
 FILE_NAME = f"pt_inception-2015-12-05-{PUBLISHED_HASH}.pth"
 CLASSES = 1008
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+"""Errors of a download that are not the network's."""
+
 SIZE = 299
 
 
@@ -118,24 +122,21 @@ def download_inception() -> Path:
         ExtractorError: if the download fails.
     """
     path = cache_path("inception", FILE_NAME)
-    if path.is_file():
-        return path
+    if not path.is_file() and not keep(path, _download):
+        raise ExtractorError("Inception weights: the cache cannot hold the download; see above")
+    return path
+
+
+def _download(to: Path) -> None:
+    """Download the published weights. All errors but those of the disk are :class:`ExtractorError`."""
     from pytorch_fid.inception import FID_WEIGHTS_URL
 
     try:
-        kept = keep(
-            path,
-            lambda to: torch.hub.download_url_to_file(
-                FID_WEIGHTS_URL, str(to), hash_prefix=PUBLISHED_HASH, progress=False
-            ),
-        )
+        torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(to), hash_prefix=PUBLISHED_HASH, progress=False)
     except Exception as error:  # Downloads raise errors of many types; the remedy is the same.
-        kept, reason = False, one_line(error)
-    else:
-        reason = "see above"
-    if not kept:
+        if isinstance(error, OSError) and error.errno in DISK_FAULTS:
+            raise
         raise ExtractorError(
-            f"Inception weights: cannot download {FID_WEIGHTS_URL} ({reason}); copy the file from another machine "
-            f"and set --inception-weights FILE, or the knob eval.inception_weights"
-        )
-    return path
+            f"Inception weights: cannot download {FID_WEIGHTS_URL} ({one_line(error)}); copy the file from another "
+            f"machine and set --inception-weights FILE, or the knob eval.inception_weights"
+        ) from None

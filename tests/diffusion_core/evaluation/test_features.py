@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Callable
@@ -174,6 +175,31 @@ def test_the_download_is_kept_if_its_hash_is_right(tmp_path: Path, monkeypatch: 
     source.unlink()
     assert download_inception() == kept
     assert kept.read_bytes() == b"something else"
+
+
+def test_a_failed_download_is_not_called_a_fault_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pytorch_fid import inception as peer
+
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(peer, "FID_WEIGHTS_URL", (tmp_path / "nowhere.pth").as_uri())
+    with pytest.raises(ExtractorError, match=r"cannot download \S+nowhere\.pth \(<urlopen error .+\); copy the file"):
+        download_inception()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_download_that_the_disk_cannot_hold_is_not_called_a_fault_of_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr("torch.hub.download_url_to_file", full)
+    with pytest.raises(ExtractorError, match="the cache cannot hold the download"):
+        download_inception()
+    assert "(No space left on device); set DIFFUSION_SWEEPS_CACHE to another folder" in capsys.readouterr().err
 
 
 class Means(nn.Module):
