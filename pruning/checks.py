@@ -19,6 +19,9 @@ from diffusion_core.config import (
 from diffusion_core.registries import STEP_METHODS
 from pruning.config import PruneConfig, steps_start
 
+PARENTS = ("init.", "distill.")
+"""Knobs that name the models that a trial starts or learns from."""
+
 
 def combination_problems(
     prune: PruneConfig, init: InitConfig, distill: DistillConfig, model: ModelConfig, train: TrainConfig, ema: EmaConfig
@@ -116,6 +119,13 @@ def _lottery_problems(
         )
     if prune.rewind_step >= train.steps:
         yield f"prune.rewind_step = {prune.rewind_step}: expected less than train.steps = {train.steps}"
+
+
+def unnamed_parents(init: InitConfig, distill: DistillConfig) -> Iterator[str]:
+    """Yield the artifacts in whose names no run's id has been put, each as one line for the user."""
+    for key, name in (("init.artifact", init.artifact), ("distill.artifact", distill.artifact)):
+        if name is not None and "RUN_ID" in name:
+            yield f"{key} = {name!r}: put the id of a run there, in place of RUN_ID"
 
 
 def _source_problems(init: InitConfig, distill: DistillConfig) -> Iterator[str]:

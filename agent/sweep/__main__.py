@@ -23,6 +23,7 @@ from diffusion_core.registries import LAUNCHERS
 from diffusion_core.run_folder import check_recorded
 from diffusion_core.search.offline import OfflineSweep
 from diffusion_core.search.sweep import SweepError
+from pruning.checks import PARENTS, unnamed_parents
 
 DESCRIPTION = """\
 Check every parameter of a W&B sweep file, then run its trials: online (create the sweep on W&B, and run W&B's agents
@@ -127,6 +128,9 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     if sweep is not None:
         places = {"--name": sweep.name, "--out": str(arguments.out)}
         check_recorded({**sweep.config, **places}, "a sweep is recorded as it is")
+        parents = [line for _, trial in sweep.trials(*PARENTS) for line in unnamed_parents(trial.init, trial.distill)]
+        if parents:
+            raise SweepError("\n".join(dict.fromkeys(parents)))
     if arguments.offline or (wandb_mode() != "online" and not (arguments.agents or arguments.attach)):
         return plan_offline(sweep, arguments)
     return plan_online(sweep, arguments)

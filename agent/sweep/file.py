@@ -163,11 +163,14 @@ def _out_of_reach(sweep: SweepFile) -> Iterator[str]:
 def check_places(sweep: SweepFile) -> None:
     """Check that the folders of images, checkpoints and feature networks that trials name are on this machine.
 
+    Artifacts are only downloaded when a trial starts, but not without an API key.
+
     Raises:
         SweepError: with all that are not, one per line.
     """
     from agent.tracking.artifacts import open_source  # Imports PyTorch.
-    from diffusion_core.evaluation.extractors.find import check_extractors
+    from agent.tracking.environment import has_key
+    from diffusion_core.evaluation.extractors.find import missing_extractors
 
     problems: dict[str, None] = {}
     for _, trial in sweep.trials(
@@ -176,15 +179,12 @@ def check_places(sweep: SweepFile) -> None:
         data = trial.data
         if DATASETS[data.name].path == "required" and data.path is not None and not Path(data.path).is_dir():
             problems[f"data.path = {data.path!r}: no such folder"] = None
-        for section, place in (("init.", trial.init.checkpoint), ("distill.", trial.distill.checkpoint)):
+        for section, parent in (("init.", trial.init), ("distill.", trial.distill)):
             try:
-                open_source(place, None, section)
+                open_source(parent.checkpoint, None if has_key() else parent.artifact, section)
             except CheckpointError as error:
                 problems[str(error)] = None
-        try:
-            check_extractors(trial.eval)
-        except ConfigError as error:
-            problems |= dict.fromkeys(error.problems)
+        problems |= dict.fromkeys(missing_extractors(trial.eval))
     if problems:
         raise SweepError("\n".join(problems))
 

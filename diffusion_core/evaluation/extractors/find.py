@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,26 +55,30 @@ class ScriptedExtractor:
 def check_extractors(config: EvalConfig) -> None:
     """Check that the files of the feature networks that figures need are on this machine.
 
-    Inception's published weights are downloaded only when they are needed.
-
     Raises:
         ConfigError: with all that are not.
     """
-    problems = []
+    if problems := list(missing_extractors(config)):
+        raise ConfigError(*problems)
+
+
+def missing_extractors(config: EvalConfig) -> Iterator[str]:
+    """Yield the feature networks that figures need and that are not on this machine, each as one line for the user.
+
+    Inception's published weights are downloaded when they are needed.
+    """
     for wanted in config.extractors if config.in_features else ():
         if wanted == EFFICIENTNET:
             try:
                 weights_path()
             except ExtractorError as error:
-                problems.append(str(error))
+                yield str(error)
         elif wanted == INCEPTION:
             weights = config.inception_weights
             if weights is not None and not Path(weights).is_file():
-                problems.append(f"eval.inception_weights = {weights!r}: no such file")
+                yield f"eval.inception_weights = {weights!r}: no such file"
         elif wanted not in EXTRACTORS and not Path(wanted).is_file():
-            problems.append(f"eval.extractors = {wanted!r}: no such file")
-    if problems:
-        raise ConfigError(*problems)
+            yield f"eval.extractors = {wanted!r}: no such file"
 
 
 def find_extractor(wanted: str, inception_weights: str | None, device: torch.device) -> Extractor:

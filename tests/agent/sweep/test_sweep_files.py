@@ -684,10 +684,19 @@ def test_words_that_do_not_go_together(
     assert len(err.splitlines()) == 1
 
 
+NO_KEY = "no W&B API key; set WANDB_API_KEY (see .env.example), run `wandb login`, or use"
+
+
 @pytest.mark.parametrize(
     ("parameters", "reason"),
     [
         ({"eval.extractors": {"values": [["classifier"], ["net.pt"]]}}, "eval.extractors = 'net.pt': no such file"),
+        ({"init.artifact": {"value": "model-ab:best"}}, f"init.artifact = 'model-ab:best': {NO_KEY} init.checkpoint"),
+        (
+            {"distill.artifact": {"values": ["model-ab:best", "model-cd"]}, "distill.output": {"value": 1.0}},
+            f"distill.artifact = 'model-ab:best': {NO_KEY} distill.checkpoint\n"
+            f"error: distill.artifact = 'model-cd': {NO_KEY} distill.checkpoint",
+        ),
         ({"eval.inception_weights": {"value": "net.pth"}}, "eval.inception_weights = 'net.pth': no such file"),
     ],
 )
@@ -703,6 +712,18 @@ def test_files_of_trials_that_are_not_there(
     assert sweep.main([path.name, "--offline", "--dry-run"]) == 2
     assert capsys.readouterr() == ("", f"error: {reason}\n")
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("words", [["--offline"], ["--offline", "--dry-run"], ["--dry-run"]], ids=" ".join)
+def test_a_sweep_file_in_which_no_id_of_a_run_was_put(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert sweep.main([str(ROOT / "sweeps" / "pruning_recovery.yaml"), *words]) == 2
+    line = "error: init.artifact = 'model-RUN_ID:best': put the id of a run there, in place of RUN_ID\n"
+    assert capsys.readouterr() == ("", line)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_real_command_prints_all_problems(tmp_path: Path, forks: Forks) -> None:
