@@ -96,6 +96,19 @@ def test_paths_in_comments_and_messages_exist() -> None:
             assert (ROOT / path.rstrip(".")).exists(), f"{file.relative_to(ROOT)}: {path} does not exist"
 
 
+def test_the_example_of_an_environment_names_commands_that_exist() -> None:
+    text = (ROOT / ".env.example").read_text(encoding="utf-8")
+    modules = re.findall(r"python -m ([\w.]+)", text)
+    assert "agent.sync" in modules
+    assert all(source_of(module) for module in modules)
+    assert "wandb sync" not in text, "it finds no run in runs/"
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/sweeps.md", "docs/clusters.md", ".env.example"])
+def test_a_server_of_ones_own_is_named(file: str) -> None:
+    assert "WANDB_BASE_URL" in (ROOT / file).read_text(encoding="utf-8")
+
+
 @documents
 def test_links_lead_somewhere(document: Path) -> None:
     for path, anchor in LINK.findall(document.read_text(encoding="utf-8")):

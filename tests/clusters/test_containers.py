@@ -135,8 +135,9 @@ def test_a_pod_is_not_root_and_takes_its_key_from_a_secret() -> None:
     assert pod["securityContext"]["runAsNonRoot"]
     assert pod["securityContext"]["runAsUser"] == int(rest_of("USER")[-1])
     (container,) = pod["containers"]
-    (key,) = container["env"]
+    key, server = container["env"]
     assert key["name"] == "WANDB_API_KEY"
+    assert server == {"name": "WANDB_BASE_URL", "value": "https://api.wandb.ai"}, "the client's own default"
     assert key["valueFrom"].keys() == {"secretKeyRef"}
     volumes = {volume["name"] for volume in pod["volumes"]}
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
