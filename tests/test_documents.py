@@ -11,7 +11,10 @@ import pytest
 import yaml
 
 from agent.config import TrialConfig
-from diffusion_core.config import list_knobs
+from diffusion_core.cache import VARIABLE
+from diffusion_core.config import DataConfig, list_knobs
+from diffusion_core.data.datasets import downloads_of
+from diffusion_core.evaluation.extractors.inception import FILE_NAME
 from diffusion_core.sampling.flags import FLAGS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,6 +110,14 @@ def test_the_example_of_an_environment_names_commands_that_exist() -> None:
 @pytest.mark.parametrize("file", ["README.md", "docs/sweeps.md", "docs/clusters.md", ".env.example"])
 def test_a_server_of_ones_own_is_named(file: str) -> None:
     assert "WANDB_BASE_URL" in (ROOT / file).read_text(encoding="utf-8")
+
+
+def test_the_files_that_nodes_without_a_network_need_are_named_as_they_are() -> None:
+    text = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
+    section = text.split("## Slurm, without a network on compute nodes\n")[1].split("\n## ")[0]
+    place = downloads_of(DataConfig(name="cifar10"))
+    for words in (FILE_NAME, VARIABLE, "eval.inception_weights", f"~/{place.relative_to(Path.home())}"):
+        assert words in section
 
 
 @documents
