@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from diffusion_core import __version__
 from diffusion_core.redact import redact
-from diffusion_core.terminal.wrapping import width_of_terminal, wrapped
+from diffusion_core.terminal.wrapping import filled, width_of_terminal, wrapped
 
 MOST_CHARACTERS = 300
 
@@ -30,6 +30,15 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return wrapped(text, width)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """Wrap what an option does; a word in quotes stays in one line."""
+        whole = QUOTED.sub(lambda word: word[0].replace(" ", NO_BREAK), " ".join(text.split()))
+        return [line.replace(NO_BREAK, " ") for line in filled(whole, width, "")]
+
+
+QUOTED = re.compile(r"(?<!\w)'[^']*'(?!\w)")
+NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 class Parser(argparse.ArgumentParser):

@@ -10,14 +10,18 @@ channels stay removed, and pruned weights zero. The file is run and compared wit
 Sample from it with NumPy and ONNX Runtime alone:
 
   import json, numpy as np, onnxruntime
-  model, info = onnxruntime.InferenceSession("exported/model.onnx"), json.load(open("exported/model.json"))
-  alphas, sigmas, labels = info["alphas"], info["sigmas"], np.arange(8) % len(info["class_names"])
-  x = info["start"] * np.random.default_rng(0).standard_normal((8, *info["image_shape"]), np.float32)
+  model = onnxruntime.InferenceSession("exported/model.onnx")
+  info = json.load(open("exported/model.json"))
+  alphas, sigmas, shape = info["alphas"], info["sigmas"], info["image_shape"]
+  labels = np.arange(8) % len(info["class_names"])
+  noise = np.random.default_rng(0).standard_normal((8, *shape), np.float32)
+  x = info["start"] * noise
   for i, t in enumerate(info["timesteps"]):  # DDIM
-      x0, = model.run(None, {"x": x, "t": np.full(8, t), "labels": labels})
-      x = alphas[i + 1] * x0 + sigmas[i + 1] * (x - alphas[i] * x0) / sigmas[i]
-      x = x.astype(np.float32)
-  images = ((x + 1) * 127.5).round().clip(0, 255).astype(np.uint8)  # (8, C, H, W)
+      inputs = {"x": x, "t": np.full(8, t), "labels": labels}
+      x0, = model.run(None, inputs)
+      noise = (x - alphas[i] * x0) / sigmas[i]
+      x = (alphas[i + 1] * x0 + sigmas[i + 1] * noise).astype(np.float32)
+  images = ((x + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import export_model as script
 import numpy as np
 import pytest
 import torch
+from commands import run_command
 from tiny import lively_run
 
 from diffusion_core.checkpoint import read_checkpoint
@@ -25,9 +27,19 @@ EXAMPLE = script.__doc__[script.__doc__.index(START) : script.__doc__.index(END)
 TORCH = EXAMPLE.replace("onnxruntime", "torch").replace(
     'torch.InferenceSession("exported/model.onnx")', 'torch.export.load("exported/model.pt2").module()'
 ).replace(
-    'x0, = model.run(None, {"x": x, "t": np.full(8, t), "labels": labels})',
+    "x0, = model.run(None, inputs)",
     "x0 = model(*map(torch.from_numpy, (x, np.full(8, t, KIND), labels))).detach().numpy()",
 )  # fmt: skip
+
+
+def test_the_example_in_the_help_can_be_copied_at_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run_command("export_model", "--help") == 0
+    block = capsys.readouterr().out.split("alone:\n\n")[1].split("\n\n")[0]
+    assert textwrap.dedent(block) == EXAMPLE
+    compile(EXAMPLE, "example.py", "exec")
 
 
 def export(source: Path, folder: Path, *words: str) -> int:

@@ -47,6 +47,15 @@ def longest(text: str) -> int:
     return max(map(len, text.splitlines()))
 
 
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_help_does_not_split_a_quoted_word(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert run_command("agent.sweep", "--help") == 0
+    assert "'--partition=gpu --time=08:00:00'" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("words", HELPS, ids=" ".join)
 def test_help_fits_the_terminal(
