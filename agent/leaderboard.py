@@ -15,7 +15,7 @@ from diffusion_core.config.metrics import goal_of
 from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.evaluation.leaderboard import FILE, Entry, entry, from_folders, ordered, rows_of, show, write
 from diffusion_core.evaluation.protocol import PREFIX
-from diffusion_core.messages import Parser
+from diffusion_core.messages import Parser, out_folder
 
 
 def from_project(name: str, which: str) -> list[Entry]:
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--upload", action="store_true", help="with --project: log the table there")
     parser.add_argument("--by", metavar="FIGURE", help="sort by this figure, best first, such as eval/fid50k_train")
     add_which_flag(parser, "each run")
-    parser.add_argument("--out", type=Path, metavar="DIR", help=f"write {FILE}.csv and {FILE}.json into this folder")
+    parser.add_argument("--out", type=out_folder, metavar="DIR", help=f"write {FILE}.csv and {FILE}.json there")
     add_plugins_flag(parser)
     arguments = parser.parse_args(argv)
     if arguments.by and goal_of(arguments.by) is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from agent.command import fail, run_and_leave
 from diffusion_core.config import ConfigError
 from diffusion_core.machine.child import in_child
-from diffusion_core.messages import Parser, reason_of
+from diffusion_core.messages import Parser, out_file, reason_of
 from diffusion_core.report.folders import complete, read_study
 from diffusion_core.report.markdown import plot_front
 from diffusion_core.report.page import write_page
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("python -m agent.report", description=__doc__, allow_abbrev=False)
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="a folder of runs, a run, a sweep, a chain, or "
                         "several; or ENTITY/PROJECT/ID of a sweep or run on W&B")  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: report.html in the folder)")
+    parser.add_argument("--out", type=out_file, metavar="FILE", help="default: report.html in the folder")
     parser.add_argument("--format", choices=FORMATS, help="html, or md: Markdown and PNG (default: as FILE ends)")
     parser.add_argument("--metric", metavar="NAME", help="figure to rank by (default: that of the sweep)")
     parser.add_argument("--wandb", action="store_true", help="for a sweep on W&B: also make a report there (needs the "

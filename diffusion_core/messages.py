@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from diffusion_core import __version__
@@ -65,6 +67,52 @@ class Parser(argparse.ArgumentParser):
         for pattern, words in OUR_WORDS:
             message = re.sub(pattern, words, message)
         return message
+
+
+def positive(text: str) -> int:
+    """Parse an integer >= 1; raises argparse.ArgumentTypeError, which argparse reports."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer >= 1")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """Parse a number above 0 and below 1, as :func:`positive` does."""
+    try:
+        if 0.0 < float(text) < 1.0:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a number > 0 and < 1")
+
+
+def nonempty(text: str) -> str:
+    """Parse a word that is not empty, as :func:`positive` does."""
+    if not text:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a word that is not empty")
+    return text
+
+
+def out_folder(text: str) -> Path:
+    """Parse the path of a folder that exists or can be made, as :func:`positive` does."""
+    return _out_place(text, "folder")
+
+
+def out_file(text: str) -> Path:
+    """Parse the path of a file that exists or can be made, perhaps with its folder, as :func:`positive` does."""
+    if os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a file; a folder has this name")
+    return _out_place(text, "file")
+
+
+def _out_place(text: str, kind: str) -> Path:
+    path = Path(text)
+    folders = [path, *path.parents] if kind == "folder" else path.parents
+    nearest = next((folder for folder in folders if os.path.exists(folder)), path)
+    if not text or (os.path.exists(nearest) and not os.path.isdir(nearest)):
+        reason = f"; a file has the name {str(nearest)!r}" if text else ""
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a {kind}{reason}")
+    return path
 
 
 VERSION = f"diffusion-sweeps {__version__}"

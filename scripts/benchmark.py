@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from benchmarks.measurement.machine import machine
 from benchmarks.measurement.options import Options
@@ -20,7 +19,7 @@ from benchmarks.measurement.rows import HEADER, Row
 
 from agent.command import run_and_leave
 from diffusion_core.files import write_json
-from diffusion_core.messages import Parser
+from diffusion_core.messages import Parser, out_file
 from diffusion_core.tables import text_table
 
 DESCRIPTION = """\
@@ -68,7 +67,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="repetitions; the median counts (5)")
     parser.add_argument("--short", action="store_true", help="tiny work, to see that it runs; no figures to publish")
     parser.add_argument("--json", action="store_true", help="print JSON (machine, versions, commit, rows) on stdout")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write that JSON to a file too, and plots beside it")
+    parser.add_argument("--out", type=out_file, metavar="FILE", help="write that JSON there too, and plots beside it")
     arguments = parser.parse_args(argv)
     if arguments.rounds < 1:
         parser.error(f"--rounds = {arguments.rounds}: expected an integer >= 1")

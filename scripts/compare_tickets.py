@@ -32,6 +32,7 @@ from agent.config import TrialConfig, build_config
 from agent.lottery import run_chain
 from diffusion_core.data.datasets import load_data
 from diffusion_core.files import write_json
+from diffusion_core.messages import share
 from diffusion_core.tables import markdown_table, mean_and_range
 from diffusion_core.tracking import NullTracker
 from pruning.lottery.report import LABELS, Trained, plot_spread, read_stages
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", default="0", metavar="A,B,...", help="training seeds (0)")
     parser.add_argument("--steps", type=int, default=500, metavar="N", help="optimizer steps per round (500)")
     parser.add_argument("--sparsities", default="80,90,95", metavar="A,B,...", help="levels in %% (80,90,95)")
-    parser.add_argument("--per-round", type=float, default=PER_ROUND, metavar="P", help=f"pruned share ({PER_ROUND})")
+    parser.add_argument("--per-round", type=share, default=PER_ROUND, metavar="P", help=f"pruned share ({PER_ROUND})")
     arguments = parser.parse_args(argv)
     return status_of(lambda: compare(arguments), arguments.out)
 

@@ -56,7 +56,7 @@ from diffusion_core.evaluation.suite import Judgement, Suite
 from diffusion_core.files import write_json
 from diffusion_core.hardware import pick_precision
 from diffusion_core.machine.launch import launch_errors
-from diffusion_core.messages import Parser, counted, listed, reason_of
+from diffusion_core.messages import Parser, counted, listed, out_file, reason_of
 from diffusion_core.redact import redact
 from diffusion_core.registries import DATASETS, METRICS
 from diffusion_core.sampling.autoguidance import FREE_OF_LABELS, check_guide
@@ -103,7 +103,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--batch-size", type=int, default=50, metavar="N", help="batch size for images of a folder (50)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and protocols to it (default for a "
+    parser.add_argument("--json", type=out_file, metavar="FILE", help="where figures and protocols go (default for a "
                         "model: evaluation.json beside the checkpoint)")  # fmt: skip
     parser.add_argument("--wandb", action="store_true", help="write to the artifact's metadata and its run's summary")
     add_sampling_flags(parser)

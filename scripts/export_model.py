@@ -42,7 +42,7 @@ from diffusion_core.choice import add_which_flag, announce
 from diffusion_core.config import CoreConfig, build, flatten
 from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.files import new_folder
-from diffusion_core.messages import Parser, UserError, size_in_words
+from diffusion_core.messages import Parser, UserError, out_folder, size_in_words
 from diffusion_core.sampling.portable import FORMATS, write_model
 
 KNOBS = ("steps", "spacing", "guidance", "guidance_interval")
@@ -56,7 +56,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--checkpoint", type=Path, metavar="PATH", help="a checkpoint, or a run's folder")
     add_which_flag(parser, "a run's folder, or version of an artifact without alias")
     parser.add_argument("--format", choices=sorted(FORMATS), default="onnx", help="see above (onnx)")
-    parser.add_argument("--out", type=Path, default=Path("exported"), metavar="DIR", help="a new folder (exported)")
+    parser.add_argument(
+        "--out", type=out_folder, default=Path("exported"), metavar="DIR", help="a new folder (exported)"
+    )
     parser.add_argument("--weights", default="ema", help="ema: the average that was validated; model: as trained")
     own = parser.add_argument_group("sampling (default: the settings of the training run)")
     for knob in KNOBS:

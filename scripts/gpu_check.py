@@ -35,7 +35,7 @@ from diffusion_core.data.datasets import Dataset, load_data
 from diffusion_core.evaluation.classifier.training import RECIPES, train_classifier
 from diffusion_core.files import write_json
 from diffusion_core.hardware import algorithms
-from diffusion_core.messages import Parser, one_line
+from diffusion_core.messages import Parser, one_line, out_file
 from diffusion_core.model.cost import peak_memory
 from diffusion_core.model.structure import maskable
 from diffusion_core.model.unet import build_network
@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("gpu_check.py", description=__doc__)
     parser.add_argument("check", nargs="*", metavar="CHECK", help=f"one or more of {', '.join(CHECKS)} (all)")
     parser.add_argument("--steps", type=int, default=30, metavar="N", help="training steps of each check (30)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there as JSON")
+    parser.add_argument("--out", type=out_file, metavar="FILE", help="write the figures there as JSON")
     arguments = parser.parse_args(argv)
     unknown = [name for name in arguments.check if name not in CHECKS]
     if unknown:

@@ -17,7 +17,7 @@ from agent.__main__ import main as run_trial
 from agent.command import fail, run_and_leave
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.choice import announce, choose
-from diffusion_core.messages import Parser
+from diffusion_core.messages import Parser, out_folder
 from pruning.lottery.report import plot_overlap, ticket_masks
 from pruning.masks.mask import MASKS_PART
 
@@ -70,7 +70,7 @@ def compare(words: Sequence[str]) -> int:
     parser.add_argument(
         OVERLAP, type=Path, nargs=2, required=True, metavar="TICKET", help="a checkpoint, or a round's folder"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where overlap.png goes")
+    parser.add_argument("--out", type=out_folder, required=True, metavar="DIR", help="where overlap.png goes")
     arguments = parser.parse_args(words)
     first, second = arguments.overlap
     try:

@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from agent.command import fail, run_and_leave
 from agent.config import config_from_words
@@ -28,14 +27,14 @@ from diffusion_core.evaluation.classifier.classifier import classifier_for
 from diffusion_core.evaluation.classifier.training import RECIPES, recipe_for
 from diffusion_core.evaluation.features import ExtractorError
 from diffusion_core.hardware import pick_device
-from diffusion_core.messages import Parser
+from diffusion_core.messages import Parser, out_file
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 2 if something asked for cannot be had."""
     parser = Parser(description=__doc__)
     parser.add_argument("--recipe", choices=RECIPES, help="how it is trained (default: what suits images and device)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write it here as well (.safetensors)")
+    parser.add_argument("--out", type=out_file, metavar="FILE", help="write it here as well (.safetensors)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     arguments, words = parser.parse_known_args(argv)
     try:

@@ -18,7 +18,7 @@ from diffusion_core.config.metrics import Goal, given_goals, goals
 from diffusion_core.machine.child import in_child
 from diffusion_core.machine.jobs import LauncherRecord
 from diffusion_core.machine.sharing import shares, threads_each, visible_gpus
-from diffusion_core.messages import Parser
+from diffusion_core.messages import Parser, nonempty, out_folder, positive
 from diffusion_core.registries import LAUNCHERS
 from diffusion_core.run_folder import check_recorded
 from diffusion_core.search.offline import OfflineSweep
@@ -49,12 +49,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--slurm", metavar="OPTIONS", help=words)
     online = parser.add_argument_group("online")
     online.add_argument("--agents", type=positive, metavar="N", help="agents at once (one per GPU, or one)")
-    online.add_argument("--attach", metavar="[[ENTITY/]PROJECT/]ID", help="join a sweep that is on W&B already")
+    online.add_argument("--attach", type=nonempty, metavar="[[ENTITY/]PROJECT/]ID", help="join a sweep that is on W&B")
     online.add_argument("--detach", action="store_true", help="with Slurm: submit the agents, and do not wait")
     offline = parser.add_argument_group("offline")
     offline.add_argument("--offline", action="store_true", help="use no server; the default if there is no API key")
     offline.add_argument("--jobs", type=positive, metavar="N", help="trials at once (one per GPU, or one)")
-    offline.add_argument("--out", type=Path, metavar="DIR", help="parent of the sweep's folder (runs/sweeps)")
+    offline.add_argument("--out", type=out_folder, metavar="DIR", help="parent of the sweep's folder (runs/sweeps)")
     arguments = parser.parse_args(joined(sys.argv[1:] if argv is None else argv))
     if arguments.file is None and arguments.attach is None:
         parser.error("FILE: a sweep file is needed, such as sweeps/quickstart.yaml (or --attach ID)")
@@ -70,13 +70,6 @@ def joined(words: Sequence[str]) -> list[str]:
         else:
             found.append(word)
     return found
-
-
-def positive(text: str) -> int:
-    """Parse an integer >= 1; raises argparse.ArgumentTypeError, which argparse reports."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer >= 1")
-    return int(text)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TypeVar
 from agent.command import fail
 from diffusion_core.config import ConfigError
 from diffusion_core.data.datasets import DataError
-from diffusion_core.messages import Parser
+from diffusion_core.messages import Parser, out_folder
 from diffusion_core.training.stopping import Stopped
 
 T = TypeVar("T", int, float)
@@ -21,7 +21,8 @@ T = TypeVar("T", int, float)
 def parser_of(description: str | None, out: str, usage: str | None = None) -> argparse.ArgumentParser:
     """Return a parser with the option ``--out``, the folder of all results."""
     parser = Parser(description=description, usage=usage)
-    parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help=f"folder of all results ({out})")
+    where = f"folder of all results ({out})"
+    parser.add_argument("--out", type=out_folder, default=Path(out), metavar="DIR", help=where)
     return parser
 
 

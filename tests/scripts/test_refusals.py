@@ -122,6 +122,23 @@ REFUSED: dict[str, list[list[str]]] = {
 }  # fmt: skip
 """Words of each command that it refuses."""
 
+PLACES: dict[str, list[list[str]]] = {
+    "agent.leaderboard": [["nowhere", "--out=file"], ["nowhere", "--out="]],
+    "agent.report": [["empty", "--out="], ["empty", "--out=file/page.html"]],
+    "agent.sweep": [["--attach="], ["sweep.yaml", "--offline", "--out=file"], ["sweep.yaml", "--offline", "--out="]],
+    "benchmark": [["ema", "--short", "--out=empty"], ["ema", "--out="], ["ema", "--out=file/out.json"]],
+    "check_formulations": [["--out=file"], ["--out="]],
+    "compare_formulations": [["--out=file"], ["--out="]],
+    "compare_pruning": [["--out=file"], ["--out="]],
+    "compare_tickets": [["--out=file"], ["--out=file/out"], *([f"--per-round={share}"] for share in ("1", "1.5", "0"))],
+    "evaluate": [["--checkpoint=a", "--json="]],
+    "export_model": [[*NEEDS_MODEL, "--out="], [*NEEDS_MODEL, "--out=file"]],
+    "gpu_check": [["--out=empty"], ["--out="]],
+    "lottery_ticket": [["--overlap", "a", "b", "--out=file"]],
+    "train_classifier": [["--data.name=digits", "--out=empty"], ["--data.name=digits", "--out="]],
+}
+"""Words that name no place to write to: a file for a folder, a folder for a file, nothing; and shares out of range."""
+
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -146,7 +163,7 @@ def test_every_command_refuses_something() -> None:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [(name, words) for name, calls in REFUSED.items() for words in calls],
+    [(name, words) for name, calls in [*REFUSED.items(), *PLACES.items()] for words in calls],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
 def test_it_is_refused_in_one_form_and_leaves_nothing(
