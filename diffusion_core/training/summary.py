@@ -120,7 +120,7 @@ def commit() -> str | None:
 
     Outside a repository it is that of :data:`COMMIT`, or None.
     """
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         folder = Path(__file__).parent
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=False)
