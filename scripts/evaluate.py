@@ -178,6 +178,7 @@ def report(found: Judgement, file: Path | None) -> None:
         print(f"\n{listed(names, 3)}:\n  {line}")
     if file is not None:
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, {"figures": found.figures, "protocols": found.protocols})
         except OSError as error:
             raise DataError(f"--json = {str(file)!r}: {reason_of(error)}; choose another file") from None

@@ -44,7 +44,7 @@ from diffusion_core.data.announcement import announce_data
 from diffusion_core.data.datasets import DataError, load_data
 from diffusion_core.evaluation.consistency import consistency_of_models
 from diffusion_core.hardware import pick_device, pick_precision
-from diffusion_core.messages import Parser
+from diffusion_core.messages import Parser, out_folder
 from diffusion_core.model.cost import LATENCY_BATCH, Cost, latencies, peak_memory
 from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.registries import DATASETS
@@ -103,7 +103,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
         help=f"what is to stay: {', '.join(TARGETS)} (time of a forward pass of {LATENCY_BATCH} images), and how much "
         "of it, above 0 and below 1; hit within 2%% where the widths allow",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the new checkpoint")
+    parser.add_argument("--out", type=out_folder, required=True, metavar="DIR", help="folder of the new checkpoint")
     parser.add_argument(
         "--sensitivity",
         action="store_true",

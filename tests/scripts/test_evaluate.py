@@ -165,8 +165,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_folder_of_images_against_a_data_set(images: Path, tmp_path: Path) -> None:
     found = {}
     for name in ("real", "noise"):
-        call(str(images / name), "--data", "digits", "--json", str(tmp_path / name))
-        found[name] = json.loads((tmp_path / name).read_text())["figures"]
+        call(str(images / name), "--data", "digits", "--json", str(tmp_path / "new" / name))
+        found[name] = json.loads((tmp_path / "new" / name).read_text())["figures"]
     assert found["real"]["eval/class_agreement"] > 0.95 > 0.3 > found["noise"]["eval/class_agreement"]
     name = "eval/fd_classifier-digits_60_train"
     assert found["real"][name] < found["noise"][name]

@@ -131,10 +131,14 @@ PLACES: dict[str, list[list[str]]] = {
     "compare_formulations": [["--out=file"], ["--out="]],
     "compare_pruning": [["--out=file"], ["--out="]],
     "compare_tickets": [["--out=file"], ["--out=file/out"], *([f"--per-round={share}"] for share in ("1", "1.5", "0"))],
-    "evaluate": [["--checkpoint=a", "--json="]],
+    "evaluate": [["--checkpoint=a", "--json="], ["--checkpoint=a", "--json=empty"], ["empty", "--json=file/out.json"]],
     "export_model": [[*NEEDS_MODEL, "--out="], [*NEEDS_MODEL, "--out=file"]],
     "gpu_check": [["--out=empty"], ["--out="]],
     "lottery_ticket": [["--overlap", "a", "b", "--out=file"]],
+    "prune": [
+        ["--preset=digits", "--target=macs=0.5", "--out=file"],
+        ["--preset=digits", "--target=macs=0.5", "--out="],
+    ],
     "train_classifier": [["--data.name=digits", "--out=empty"], ["--data.name=digits", "--out="]],
 }
 """Words that name no place to write to: a file for a folder, a folder for a file, nothing; and shares out of range."""
