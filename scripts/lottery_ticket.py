@@ -17,6 +17,7 @@ from agent.__main__ import main as run_trial
 from agent.command import fail, run_and_leave
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.choice import announce, choose
+from diffusion_core.config import ConfigError, split_argv
 from diffusion_core.messages import Parser, out_folder
 from pruning.lottery.report import plot_overlap, ticket_masks
 from pruning.masks.mask import MASKS_PART
@@ -61,7 +62,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if OVERLAP in words:
         return compare(words)
     words = [re.sub(r"^--out(?==|$)", "--log.dir", word) for word in words]
+    if (method := method_of(words)) != "lottery":
+        return fail(f"prune.method = {method!r}: expected lottery; other methods: python -m agent --prune.method=NAME")
     return run_trial(words, usage=USAGE, defaults=["--prune.method=lottery"])
+
+
+def method_of(words: Sequence[str]) -> str:
+    """Return ``prune.method`` as the words set it."""
+    try:
+        return str(split_argv(list(words)).get("prune.method", "lottery"))
+    except ConfigError:  # The trial reports it.
+        return "lottery"
 
 
 def compare(words: Sequence[str]) -> int:

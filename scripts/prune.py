@@ -44,7 +44,7 @@ from diffusion_core.data.announcement import announce_data
 from diffusion_core.data.datasets import DataError, load_data
 from diffusion_core.evaluation.consistency import consistency_of_models
 from diffusion_core.hardware import pick_device, pick_precision
-from diffusion_core.messages import Parser, out_folder
+from diffusion_core.messages import Parser, nonempty, out_folder
 from diffusion_core.model.cost import LATENCY_BATCH, Cost, latencies, peak_memory
 from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.registries import DATASETS
@@ -88,7 +88,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
     source.add_argument("--checkpoint", metavar="PATH", help="a checkpoint, or a run's folder")
     add_which_flag(parser, "a run's folder, or version of an artifact without alias")
     source.add_argument("--artifact", metavar="NAME:ALIAS", help="a `model` artifact on W&B, such as model-abc123:best")
-    source.add_argument("--preset", metavar="NAME", help="an untrained model: cifar10, mnist, ...")
+    source.add_argument("--preset", type=nonempty, metavar="NAME", help="an untrained model: cifar10, mnist, ...")
     parser.add_argument(
         "--importance",
         metavar="NAME",

@@ -48,7 +48,7 @@ from diffusion_core.evaluation.features import ExtractorError
 from diffusion_core.evaluation.folders import FolderLows, small_images
 from diffusion_core.hardware import pick_device, pick_precision
 from diffusion_core.machine.launch import launch_errors
-from diffusion_core.messages import Parser
+from diffusion_core.messages import Parser, out_folder
 from diffusion_core.model.unet import NO_LABEL
 from diffusion_core.sampling import media
 from diffusion_core.sampling.autoguidance import FREE_OF_LABELS, check_guide
@@ -82,7 +82,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", default="0", help="seed of the images (0)")
     parser.add_argument("--seeds", metavar="A,B", help="interpolate between these two seeds")
-    parser.add_argument("--out", type=Path, default=Path("samples"), metavar="DIR", help="folder of the images")
+    parser.add_argument("--out", type=out_folder, default="samples", metavar="DIR", help="folder of images (samples)")
     parser.add_argument(
         "--gif",
         action="store_true",
@@ -175,6 +175,8 @@ def prepare(arguments: argparse.Namespace) -> SamplingTask:
         CheckpointError: if a model cannot be had.
         ConfigError: if something that was asked for cannot be done.
     """
+    if arguments.seeds is not None and arguments.mode != "interpolate":
+        raise ConfigError(f"--seeds = {arguments.seeds!r}: only for --mode interpolate; --seed is that of other modes")
     with launch_errors():
         processes = PartialState(cpu=arguments.device == "cpu")
     with first_process_first(processes):

@@ -200,6 +200,9 @@ def test_a_model_without_labels_can_be_guided_too(tmp_path: Path, run: Path, cap
         (["--weights", "sharp"], ["--weights = 'sharp'", "ema, model"]),
         (["--mode", "interpolate", "--labels", "1"], ["two labels"]),
         (["--mode", "interpolate", "--seeds", "1"], ["--seeds = '1'", "two integers"]),
+        (["--mode", "interpolate", "--seeds", "ü,x"], ["--seeds = 'ü,x'", "two integers"]),
+        (["--seeds", "0,1"], ["--seeds = '0,1'", "only for --mode interpolate"]),
+        (["--seeds", "ü,x", "--mode", "denoise"], ["--seeds = 'ü,x'", "only for --mode interpolate"]),
         (["--guide-checkpoint", "nowhere", "--guidance", "2"], ["'nowhere'", "no checkpoint"]),
     ],
 )

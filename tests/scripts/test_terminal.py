@@ -56,6 +56,11 @@ def test_help_does_not_split_a_quoted_word(
     assert "'--partition=gpu --time=08:00:00'" in capsys.readouterr().out
 
 
+def test_help_names_the_default_of_the_folder_of_images(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("sample_images", "--help") == 0
+    assert "folder of images (samples)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("words", HELPS, ids=" ".join)
 def test_help_fits_the_terminal(
