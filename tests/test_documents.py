@@ -15,7 +15,9 @@ from diffusion_core.cache import VARIABLE
 from diffusion_core.config import DataConfig, list_knobs
 from diffusion_core.data.datasets import downloads_of
 from diffusion_core.evaluation.extractors.inception import FILE_NAME
+from diffusion_core.registries import STEP_METHODS
 from diffusion_core.sampling.flags import FLAGS
+from diffusion_core.search.engine import bands
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -118,6 +120,30 @@ def test_the_files_that_nodes_without_a_network_need_are_named_as_they_are() -> 
     place = downloads_of(DataConfig(name="cifar10"))
     for words in (FILE_NAME, VARIABLE, "eval.inception_weights", f"~/{place.relative_to(Path.home())}"):
         assert words in section
+
+
+def test_all_sweep_files_are_in_the_table() -> None:
+    text = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(sweeps/\w+\.yaml)` \|", text, re.MULTILINE)
+    assert sorted(listed) == sorted(str(path.relative_to(ROOT)) for path in (ROOT / "sweeps").glob("*.yaml"))
+
+
+def test_all_methods_of_step_distillation_are_features() -> None:
+    text = (ROOT / "docs" / "features.md").read_text(encoding="utf-8").partition("- **Step distillation**")[2]
+    feature = text.partition("\n- **")[0]
+    for name in STEP_METHODS:
+        assert name.replace("_", " ") in feature
+
+
+def test_comments_say_at_which_values_hyperband_compares() -> None:
+    """At the value after each band: with min_iter 1 and eta 2, at the second and the third of four."""
+    file = ROOT / "sweeps" / "mnist_recipe.yaml"
+    sweep = yaml.safe_load(file.read_text(encoding="utf-8"))
+    parameters = sweep["parameters"]
+    every, steps = (parameters[key]["value"] for key in ("eval.every", "train.steps"))
+    compared = [(band + 1) * every for band in bands(sweep["early_terminate"]) if (band + 1) * every <= steps]
+    said = re.findall(r"at (\d+) steps", file.read_text(encoding="utf-8"))
+    assert list(map(int, said)) == compared == [400, 600]
 
 
 @documents
