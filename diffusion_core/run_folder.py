@@ -160,8 +160,8 @@ def read_run_file(folder: Path) -> dict[str, Any]:
         if not (folder / RUN_FILE).is_file():
             return {}
         content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        environment = content.get(ENVIRONMENT, {})
-        belongs = {name: str(environment[name]) for name in BELONGS_BY + DESCRIBED_BY if name in environment}
+        known_names = BELONGS_BY + DESCRIBED_BY
+        belongs = {name: str(value) for name, value in content.get(ENVIRONMENT, {}).items() if name in known_names}
         preemptions = int(content.get("preemptions", 0))
         unsent = [str(name) for name in content.get(UNSENT, [])]
         known = {"id": str(content["id"]), "preemptions": preemptions, ENVIRONMENT: belongs, UNSENT: unsent}

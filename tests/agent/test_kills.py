@@ -14,6 +14,7 @@ from forks import STEPS, WORDS, Fork, Forks
 from tiny import assert_same_tensors
 
 from diffusion_core.checkpoint import newest_checkpoint, read_checkpoint
+from diffusion_core.machine.jobs import NO_SPACE
 
 KILLS = 25
 
@@ -82,7 +83,7 @@ def test_a_trial_on_a_full_disk_ends_with_one_line_and_goes_on_when_there_is_roo
     forks.run([*words, "--log.dir=room"], tmp_path)
     limit = (tmp_path / "room" / file).stat().st_size - 1
     full = forks.start(words, tmp_path, {"WANDB_MODE": "disabled"}, file_limit=limit)
-    assert full.wait() == 1, full.output
+    assert full.wait() == NO_SPACE, full.output
     (line,) = [line for line in full.output.splitlines() if "error" in line]
     assert "File too large" in line
     assert "Traceback" not in full.output
