@@ -22,6 +22,7 @@ from server import Fault, Run, WandbServer
 from wandb_client import Client
 
 from agent.ending import UNSENT
+from diffusion_core.run_folder import locked
 
 STEPS = 60
 TRIAL = [*WORDS, f"--train.steps={STEPS}", "--checkpoint.every=30", "--checkpoint.keep=1"]
@@ -286,3 +287,14 @@ def test_a_run_that_goes_on_elsewhere_is_not_handed_back(story: Story) -> None:
     psutil.Process(trial.pid).terminate()
     assert trial.wait() == 143, trial.output
     assert (story.run.state, story.run.exit_code) == ("preempted", 143)
+
+
+def test_a_trial_has_its_run_sent_while_it_holds_its_lock(story: Story) -> None:
+    trial = story.start(WANDB_MODE="offline")
+    assert trial.wait() == 0, trial.output
+    with locked(story.folder / "one" / "run"):
+        refused = story.start("run", "--ended=0", module="agent.sync")
+        assert refused.wait() == 2, refused.output
+        sync = story.start("run", "--ended=0", "--locked", module="agent.sync")
+        assert sync.wait() == 0, sync.output
+    story.check_whole("one")
