@@ -48,7 +48,7 @@ PAUSES_S = (10.0, 30.0, 90.0, 270.0)
 """Seconds between two attempts to hand a trial back."""
 
 HANDED_BACK = (0, 1)
-"""Exit statuses of what hands a trial back: done; done, but W&B lacks files."""
+"""Exit statuses of the command that hands a trial back: 0 if all is done, 1 if only files are missing on W&B."""
 
 MODULE = "diffusion_core.machine.job"
 TEXTS = {"partition": "SLURM_JOB_PARTITION", "node": "SLURMD_NODENAME", "nodes": "SLURM_JOB_NODELIST"}

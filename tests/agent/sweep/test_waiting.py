@@ -13,25 +13,14 @@ from typing import Any
 import pytest
 from forks import until
 from server import WandbServer
+from stub_sweep import stub_content
 from wandb_client import ROOT, Client, finish
 
 from diffusion_core.config.metrics import OTHER_GOALS, given_goals, goal_of, goals
 from diffusion_core.machine.child import ChildDied, in_child
 
-STUB = ROOT / "tests" / "stub_trial.py"
 MOST_BYTES = 150e6
-CONTENT: dict[str, Any] = {
-    "method": "grid",
-    "metric": {"name": "val/loss", "goal": "minimize"},
-    "command": ["${interpreter}", "-S", str(STUB), "${args}"],
-    "parameters": {
-        "preset": {"value": "digits"},
-        "seed": {"value": 0},
-        "train.steps": {"value": 4},
-        "train.warmup_steps": {"value": 0},
-        "train.lr": {"values": [0.3, 0.1]},
-    },
-}
+CONTENT = stub_content(4, [0.3, 0.1])
 WAITING_TRIAL = """
 import os, sys, time
 with open("pids", "a") as file:

@@ -111,7 +111,7 @@ def test_an_ordinary_model_draws_as_before(version: int) -> None:
 
 
 def noises(version: int, size: int, factor: int | None) -> tuple[Tensor, Tensor | None]:
-    """The noise of an image of a model, and the first channel of what it is given of a grey small image with noise."""
+    """Return the noise of an image, and the first channel that the model is shown of a noisy small image (grey)."""
     knobs = {"upsample__factor": factor, "upsample__noise": 0.5, "upsample__sample_noise": 0.5}
     more: dict[str, Any] = knobs if factor else {}
     flat: dict[str, Any] = {"model__channel_multipliers": [1], "model__attention_resolutions": []}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from clusters import fake_slurm
 from clusters.trials import EVERY, sweep_of
+from stub_sweep import stub_content
 
 from agent.sweep.file import SweepFile, check_sweep
 from agent.sweep.offline import offline_sweep
@@ -19,19 +20,7 @@ from diffusion_core.search.offline import OfflineSweep
 from diffusion_core.search.state import Trial
 from diffusion_core.search.sweep import SweepError
 
-STUB = Path(__file__).parents[2] / "stub_trial.py"
-STUB_CONTENT: dict[str, Any] = {
-    "method": "grid",
-    "metric": {"name": "val/loss", "goal": "minimize"},
-    "command": ["${interpreter}", "-S", str(STUB), "${args}"],
-    "parameters": {
-        "preset": {"value": "digits"},
-        "seed": {"value": 0},
-        "train.steps": {"value": 3},
-        "train.warmup_steps": {"value": 0},
-        "train.lr": {"values": [0.3, 0.2, 0.1]},
-    },
-}
+STUB_CONTENT = stub_content(3, [0.3, 0.2, 0.1])
 
 
 def sweep(content: dict[str, Any]) -> SweepFile:
