@@ -29,6 +29,9 @@ CANCELLED_FILE = ".cancelled"
 """File in a trial's folder: the id of the job that the sweep cancelled when it was told to stop."""
 
 COLUMNS = ("name", "job", "state", "node", "for")
+HELD = ("Held", "held", "Hold")
+"""Words in a reason for which a job waits until somebody releases it, as JobHeldUser and JobHoldMaxRequeue do."""
+
 ENDED_BY_CLUSTER = frozenset({"BOOT_FAIL", "DEADLINE", "NODE_FAIL", "PREEMPTED", "REVOKED", "TIMEOUT"})
 """States in which the cluster ended a job, which is then no failure of the trial."""
 
@@ -121,6 +124,7 @@ class SlurmJob:
         self._running_since: float | None = None
         self._over_at: int | None = None
         self._stopping = self._told = False
+        self._held = ""
 
     @property
     def seconds(self) -> float:
@@ -154,6 +158,10 @@ class SlurmJob:
 
     def _follow(self, state: commands.JobState) -> None:
         self._over_at = None
+        if any(word in state.reason for word in HELD) and state.reason != self._held:
+            remedy = f"scontrol release {state.id} lets it start"
+            print(f"job {state.id} is held ({state.reason}); {remedy}", file=sys.stderr)
+        self._held = state.reason
         if state.state == "RUNNING" and self._running_since is None:
             self._running_since = time.monotonic()
         if self._stopping and not self._told:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -243,6 +244,26 @@ def test_warned_before_its_time_limit_a_job_goes_back_into_the_queue(slurm: Clus
     assert [record.state for record in last.run()] == ["finished"]
     assert_each_step_once(tmp_path)
     assert last.state.trials[0].failures == 0
+
+
+def test_a_job_that_is_held_is_named_once_and_goes_on_when_it_is_released(
+    slurm: Cluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gate").unlink()
+    sweep = stub_sweep("grid", {"train.lr": {"values": [0.3]}, "seed": {"value": 0}})
+    last = coordinator(sweep, tmp_path / "sweep", 1, "--partition=low --hold")
+
+    def release() -> None:
+        time.sleep(3)
+        (job,) = [job for job in commands.jobs().values() if job.name == last.state.trials[0].id]
+        slurm.ask("scontrol", "release", job.id)
+
+    thread = threading.Thread(target=release)
+    thread.start()
+    assert [record.state for record in last.run()] == ["finished"]
+    thread.join()
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "held" in line]
+    assert re.fullmatch(r"job (\d+) is held \(JobHeldUser\); scontrol release \1 lets it start", line)
 
 
 def test_hyperband_stops_jobs_for_good(slurm: Cluster, tmp_path: Path) -> None:
