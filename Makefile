@@ -18,12 +18,13 @@ PY := $(VENV)/bin/python
 # Import the packages of this checkout, even if the environment was installed from another one.
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: install demo test test-fast test-extras lint format docs help
+.PHONY: install demo test test-fast test-failed test-extras lint format docs help
 
 help:
 	@echo "make demo         install, then run a sweep on the built-in digits: no account, no download"
 	@echo "make test         install, then run all tests"
 	@echo "make test-fast    the tests that take seconds"
+	@echo "make test-failed  the tests that failed last time, one after the other"
 	@echo "make test-extras  install the optional extras too, then run the tests that need them"
 	@echo "make lint         ruff and mypy"
 	@echo "make docs         build the documents as a site in build/site"
@@ -56,6 +57,9 @@ test: install
 
 test-fast: install
 	$(PYTEST) -m "not slow"
+
+test-failed: install
+	$(PY) -m pytest --last-failed --last-failed-no-failures none
 
 test-extras: $(VENV)/.extras
 	$(PYTEST) -m extra --require-extras

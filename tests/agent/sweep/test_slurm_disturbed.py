@@ -66,6 +66,7 @@ def steps(run: Run) -> list[int]:
     return [row["step"] for row in run.history if "train/loss" in row]
 
 
+@pytest.mark.timeout(1200)
 def test_an_array_of_agents_runs_a_grid_whole_whatever_the_cluster_does(
     slurm: Cluster, server: WandbServer, tmp_path: Path, forks: Forks
 ) -> None:
