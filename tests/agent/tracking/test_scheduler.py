@@ -42,8 +42,12 @@ def test_optuna_searches_two_objectives_online(server: WandbServer, tmp_path: Pa
     scheduler = client.popen(sys.executable, "-m", "wandb", *words)
     agent = client.popen(sys.executable, "-m", "wandb", "agent", "--count", "2", path)
     finish(agent)
+    assert scheduler.stdout is not None
+    said = ""
+    while said.count("finished with value: [") < 2 and (line := scheduler.stdout.readline()):
+        said += line
     scheduler.send_signal(signal.SIGINT)
-    said = finish(scheduler)
+    said += finish(scheduler)
     done = [run for run in sweep.runs if run.state == "finished"]
     assert len(done) == 2
     for run in done:
