@@ -68,7 +68,7 @@ def train_and_prune(
     calibration = None
     if prune.needs_images and (prune.regrows or not is_pruned(state)):
         progress = config.log.progress and accelerator.is_main_process
-        calibration = Calibration.of(dataset.train, config, accelerator.device, progress)
+        calibration = Calibration.of(dataset.train, config, accelerator.device, progress, accelerator.num_processes)
     if prune.method != "none" and not is_pruned(state):
         before = _before_pruning(state, config, prune, accelerator, held_out(dataset, config.upsample))
         train_until([*before, *callbacks], prune.end(config.train.steps))

@@ -24,6 +24,9 @@ from pruning.registries import IMPORTANCES
 Saliency = dict[str, Tensor]
 """Maps names of parameters to the saliencies of their entries, in the parameter's shape."""
 
+HESSIAN_MEMORY = 3
+"""How much more memory the second derivatives of an image take than a training step."""
+
 
 @dataclass(frozen=True)
 class ImportanceRecord:
@@ -150,7 +153,6 @@ def timestep_gradients(
     states this for networks that predict the noise, with the loss of Ho et al. 2020. So the rule does not depend on
     what the network predicts, nor on how its loss is weighted.
     """
-    parameters = dict(network.named_parameters())
     count = min(prune.calibration_batches, calibration.config.diffusion.timesteps)
     largest = 0.0
     for index in calibration.indices(count):
@@ -160,8 +162,7 @@ def timestep_gradients(
         largest = max(largest, error)
         if error < prune.threshold * largest:
             return
-        loss = calibration.loss(network, drawn).mean()
-        yield t, dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+        yield t, calibration.gradient_of(network, drawn)
 
 
 def fisher(network: UNet, prune: PruneConfig, calibration: Calibration) -> Saliency:
@@ -188,12 +189,14 @@ def hessian(network: UNet, prune: PruneConfig, calibration: Calibration) -> Sali
     for index in calibration.indices(prune.calibration_batches):
         source = generator(calibration.config.seed, Purpose.PRUNE, index)
         signs = [torch.randint(2, p.shape, generator=source).to(p) * 2.0 - 1.0 for p in parameters.values()]
-        with sdpa_kernel(SDPBackend.MATH):  # The other backends have no second derivative.
-            loss = calibration.loss(network, calibration.draws(index, network)).mean()
-            gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
-            products = torch.autograd.grad(gradients, list(parameters.values()), signs, materialize_grads=True)
-        for name, sign, product in zip(parameters, signs, products, strict=True):
-            total[name] += sign * product / prune.calibration_batches
+        parts = calibration.parts(calibration.draws(index, network), HESSIAN_MEMORY)
+        for part in parts:
+            with sdpa_kernel(SDPBackend.MATH):  # The other backends have no second derivative.
+                loss = calibration.loss(network, part).mean() / len(parts)
+                gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
+                products = torch.autograd.grad(gradients, list(parameters.values()), signs, materialize_grads=True)
+            for name, sign, product in zip(parameters, signs, products, strict=True):
+                total[name] += sign * product / prune.calibration_batches
     return {name: weight.square() * total[name] / 2.0 for name, weight in _weights(network).items()}
 
 

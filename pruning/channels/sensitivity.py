@@ -101,7 +101,9 @@ def mean_losses(networks: Mapping[Hashable, UNet], batches: int, calibration: Ca
     total = dict.fromkeys(networks, 0.0)
     for index in calibration.indices(batches, "losses"):
         for key, one in networks.items():
-            total[key] += float(calibration.loss(one, calibration.draws(index, one)).mean()) / batches
+            parts = calibration.parts(calibration.draws(index, one))
+            for part in parts:
+                total[key] += float(calibration.loss(one, part).mean()) / (batches * len(parts))
     return total
 
 

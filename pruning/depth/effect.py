@@ -29,12 +29,14 @@ def output_losses(network: UNet, calibration: Calibration, batches: int, blocks:
     measured = copy.deepcopy(network).eval()
     total = dict.fromkeys(blocks, 0.0)
     for index in calibration.indices(batches, "blocks"):
-        watch = measured.watch = Watch()
-        calibration.noise_error(measured, calibration.draws(index, measured))
-        measured.watch = None
-        asked, answer_BCHW, _ = watch.taken()
-        for name in blocks:
-            with without_block(measured, name):
-                change = measured(*asked) - answer_BCHW
-            total[name] += float(change.double().square().mean()) / batches
+        parts = calibration.parts(calibration.draws(index, measured))
+        for part in parts:
+            watch = measured.watch = Watch()
+            calibration.noise_error(measured, part)
+            measured.watch = None
+            asked, answer_BCHW, _ = watch.taken()
+            for name in blocks:
+                with without_block(measured, name):
+                    change = measured(*asked) - answer_BCHW
+                total[name] += float(change.double().square().mean()) / (batches * len(parts))
     return total

@@ -21,6 +21,7 @@ from pruning.calibration import Calibration
 from pruning.channels.groups import ChannelGroup, channel_groups
 from pruning.channels.importance import channel_scores, hessian, timestep_gradients
 from pruning.config import PruneConfig
+from pruning.registries import IMPORTANCES
 
 FEW_TIMESTEPS: dict[str, Any] = {
     "model__channels": 4,
@@ -222,3 +223,33 @@ def test_calibration_draws_from_streams_of_its_own() -> None:
     assert torch.equal(first.x0_BCHW, same.draws(0, network(), 3).x0_BCHW)
     assert not torch.equal(first.noise_BCHW, calibration().draws(1, network()).noise_BCHW)
     assert calibration().config.seed != CONFIG.seed
+
+
+@pytest.mark.parametrize("importance", [name for name, record in IMPORTANCES.items() if record.gradients])
+def test_no_more_images_pass_through_the_network_at_once_than_in_training(
+    importance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores stay the same."""
+    sizes: list[int] = []
+    forward = UNet.forward
+
+    def watched(self: UNet, x_BCHW: Tensor, *more: Any, **others: Any) -> Any:
+        sizes.append(len(x_BCHW))
+        return forward(self, x_BCHW, *more, **others)
+
+    monkeypatch.setattr(UNet, "forward", watched)
+    found = []
+    for accumulation, processes in ((1, 1), (2, 1), (2, 4)):
+        config = tiny_config(**{**FEW_TIMESTEPS, "train__batch_size": 16, "train__accumulation": accumulation})
+        images = Calibration.of(digits().train, config, torch.device("cpu"), processes=processes)
+        sizes.clear()
+        found.append(channel_scores(network(), channel_groups(network()), knobs(importance), 0, images))
+        assert max(sizes) <= 16 // accumulation // processes
+    for name, score in found[0].items():
+        torch.testing.assert_close(found[1][name], score, rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(found[2][name], score, rtol=1e-4, atol=1e-9)
+
+
+def test_float32_takes_twice_the_memory_of_training_with_16_bits() -> None:
+    config = tiny_config(**{**FEW_TIMESTEPS, "train__batch_size": 16, "train__precision": "bf16"})
+    assert Calibration.of(digits().train, config, torch.device("cpu")).at_once == 8
