@@ -32,11 +32,11 @@ def combination_problems(
     if prune.method == "lottery":
         yield from _lottery_problems(prune, init, distill, train)
     yield from _source_problems(init, distill)
-    yield from _teacher_problems(prune, distill)
+    yield from _teacher_problems(prune, init, distill, train)
 
 
 def _step_problems(prune: PruneConfig, train: TrainConfig, ema: EmaConfig) -> Iterator[str]:
-    start, end = prune.start(train.steps), prune.end(train.steps)
+    start, end = prune.start(train.steps), prune.settled(train.steps)
     if prune.step is not None and prune.step >= train.steps:
         yield f"prune.step = {prune.step}: expected less than train.steps = {train.steps}"
     left = train.steps - start
@@ -45,9 +45,17 @@ def _step_problems(prune: PruneConfig, train: TrainConfig, ema: EmaConfig) -> It
             f"ema.average_from = {ema.average_from}: pruning restarts the averages {left} steps before the end; "
             f"expected less than {left}"
         )
-    end = prune.last_change(train.steps) if prune.regrows else end
-    if (prune.is_gradual or prune.regrows) and not start < end < train.steps:
-        yield f"prune.until = {end}: expected more than prune.step = {start} and less than train.steps = {train.steps}"
+    if prune.is_gradual or prune.regrows:
+        if not start < end < train.steps:
+            yield (
+                f"prune.until = {end}: expected more than prune.step = {start} and less than train.steps = "
+                f"{train.steps}"
+            )
+        elif start + prune.interval >= end:
+            yield (
+                f"prune.interval = {prune.interval}: masks would not change between prune.step = {start} and "
+                f"prune.until = {end}; expected less than {end - start}"
+            )
     if prune.method != "none" and prune.step is None and train.steps < 2:
         yield (
             f"train.steps = {train.steps}: prune.method={prune.method} needs steps before and after pruning; "
@@ -140,8 +148,16 @@ def _source_problems(init: InitConfig, distill: DistillConfig) -> Iterator[str]:
         yield f"init.weights = {init.weights!r}: has no effect without init.checkpoint; set that or leave it out"
 
 
-def _teacher_problems(prune: PruneConfig, distill: DistillConfig) -> Iterator[str]:
+def _teacher_problems(
+    prune: PruneConfig, init: InitConfig, distill: DistillConfig, train: TrainConfig
+) -> Iterator[str]:
     teacher = distill.checkpoint or distill.artifact
+    pruned_at_once = prune.method not in ("none", "lottery") and prune.start(train.steps) == 0
+    if distill.wanted and teacher is None and pruned_at_once and init.checkpoint is None and init.artifact is None:
+        yield (
+            "prune.step = 0: the teacher would be the untrained network; set prune.step above 0, init.checkpoint or "
+            "distill.checkpoint"
+        )
     if distill.wanted and teacher is None and prune.method == "none":
         yield (
             "distill.checkpoint = None: there is no teacher; set it or distill.artifact, or set prune.method, which "
@@ -172,8 +188,9 @@ def steps_problems(
         return
     if first == 0 and not from_parent:
         yield "steps.step = 0: there is no teacher yet; set init.checkpoint or init.artifact, or a later step"
-    if prune.method != "none" and prune.end(train.steps) > first:
-        yield f"steps.step = {first}: expected at least {prune.end(train.steps)}, where the network is pruned"
+    pruned = prune.settled(train.steps)
+    if prune.method != "none" and pruned > first:
+        yield f"steps.step = {first}: expected at least {pruned}, where the network is pruned"
     if distill.wanted and first == 0:
         yield f"distill.output = {distill.output}: has no effect with steps.step=0; leave it out"
     guidance = config.sample.guidance if steps.guidance is None else steps.guidance

@@ -138,6 +138,10 @@ class PruneConfig(Section):
         """Return ``prune.until`` in ``train_steps`` steps: where gradual pruning ends, and updates of masks do."""
         return self.until if self.until is not None else max(1, 3 * train_steps // 4)
 
+    def settled(self, train_steps: int) -> int:
+        """Return the optimizer steps before the network is pruned and its masks stay."""
+        return self.last_change(train_steps) if self.regrows else self.end(train_steps)
+
 
 def steps_start(steps: StepsConfig, prune: PruneConfig, train_steps: int, *, from_parent: bool) -> int:
     """Return the optimizer steps before step distillation.
@@ -152,8 +156,7 @@ def steps_start(steps: StepsConfig, prune: PruneConfig, train_steps: int, *, fro
         return steps.step
     if prune.method == "none":
         return 0 if from_parent else train_steps // 2
-    pruned = prune.last_change(train_steps) if prune.regrows else prune.end(train_steps)
-    return (pruned + train_steps) // 2
+    return (prune.settled(train_steps) + train_steps) // 2
 
 
 _CHAIN = frozenset({"rounds", "per_round", "rewind_step", "control"})
@@ -242,3 +245,8 @@ def unheard(prune: PruneConfig, tried: Collection[str] | None = None) -> Iterato
             now = " and ".join(f"prune.{need.key}={getattr(prune, need.key)}" for need in needed[name])
             remedy = " or ".join(f"prune.{need.key}={need.values}" for need in needed[name])
             yield f"prune.{name} = {value!r}: has no effect with {now}; drop it or use {remedy}"
+    if "block_keep" in needed and prune.depth == 1.0 and prune.block_keep and 1.0 not in prune.block_keep:
+        yield (
+            f"prune.block_keep = {prune.block_keep}: has no effect with prune.depth=1, but shares of 1, which spare "
+            f"a block; drop it or use prune.depth=auto, or less than 1"
+        )

@@ -71,7 +71,12 @@ def train_and_prune(
         calibration = Calibration.of(dataset.train, config, accelerator.device, progress, accelerator.num_processes)
     if prune.method != "none" and not is_pruned(state):
         before = _before_pruning(state, config, prune, accelerator, held_out(dataset, config.upsample))
-        train_until([*before, *callbacks], prune.end(config.train.steps))
+        start, end = prune.start(config.train.steps), prune.end(config.train.steps)
+        if distill.wanted:
+            train_until([*before, *callbacks], start)
+            if state.step == start:  # Else a run of an earlier version goes on within gradual pruning, not taught yet.
+                keep_dense_as_teacher(state, config.model, distill)
+        train_until([*before, *callbacks], end)
         keep_dense_as_teacher(state, config.model, distill)
         report = prune_state(state, config, prune, calibration)
         saver.forget_best()

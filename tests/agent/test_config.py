@@ -383,7 +383,8 @@ def starts_made_to_go_together(values: dict[str, Any]) -> None:
     named = values["distill.checkpoint"] is not None or values["distill.artifact"] is not None
     if named and not taught:
         values["distill.output"] = 1.0
-    if taught and not named and values["prune.method"] == "none":
+    at_once = values["prune.step"] in (0, None) and values["prune.method"] not in ("structured", "gradual")
+    if taught and not named and (at_once or values["prune.step"] == 0):
         values["distill.checkpoint"] = "runs/teacher"
 
 
@@ -392,7 +393,8 @@ def masks_made_to_go_together(values: dict[str, Any]) -> None:
     if values["prune.profile"] == "blocks" and (values["prune.method"] == "lottery" or not values["prune.block_keep"]):
         values["prune.profile"] = "erk"
     if values["prune.method"] in ("gradual", "rigl"):
-        values |= {"prune.step": None, "prune.until": None, "train.steps": values["train.steps"] + 4}
+        values |= {"prune.step": None, "prune.until": None, "prune.interval": 1}
+        values["train.steps"] += 8
     if values["prune.method"] == "lottery":
         values["prune.rewind_step"] = min(values["prune.rewind_step"], values["train.steps"] - 1)
         values |= dict.fromkeys(("init.checkpoint", "init.artifact", "distill.checkpoint", "distill.artifact"))

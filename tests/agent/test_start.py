@@ -15,7 +15,7 @@ import torch
 from tiny import TINY, assert_same_tensors, digits, lively, one_line
 from torch import Tensor
 
-from agent.config import build_config
+from agent.config import TrialConfig, build_config
 from agent.trial import TrialResult, run_trial
 from diffusion_core.checkpoint import Checkpoint, CheckpointError, list_checkpoints, read_checkpoint
 from diffusion_core.config import ConfigError
@@ -238,25 +238,30 @@ def test_a_run_of_earlier_draws_goes_on_with_them(version: int, tmp_path: Path) 
     assert_same_tensors(unbroken.tensors("model"), resumed.tensors("model"))
 
 
-def test_a_run_that_started_from_a_checkpoint_resumes(dense: Path, tmp_path: Path) -> None:
-    """Also with a teacher, from its own folder alone: the parent may be gone."""
-    settings = {"init__checkpoint": str(dense), "distill__output": 1.0, **_dotted(NARROW), "train__steps": 4}
-    _, unbroken, _ = trial(tmp_path / "unbroken", **settings)
-    folder = tmp_path / "stopped"
+def stopped_trial(folder: Path, step: int, settings: dict[str, Any]) -> TrialConfig:
+    """A run that ends after a step, with a checkpoint of each step. Return its configuration."""
 
     class Stop(Exception):
         pass
 
     class Stopping:
         def check(self, state: Any, _row: Any) -> None:
-            if state.step == 2:
+            if state.step == step:
                 raise Stop
 
-    config = build_config(
-        BASE, {key.replace("__", "."): value for key, value in settings.items()}, {"checkpoint.every": 1}
-    )
+    every = {"checkpoint.every": 1, "checkpoint.keep": 9}
+    config = build_config(BASE, {key.replace("__", "."): value for key, value in settings.items()}, every)
     with pytest.raises(Stop):
         run_trial(config, MemoryTracker(), dataset=digits(), folder=folder, run_id="r", stop=Stopping())  # type: ignore[arg-type]
+    return config
+
+
+def test_a_run_that_started_from_a_checkpoint_resumes(dense: Path, tmp_path: Path) -> None:
+    """Also with a teacher, from its own folder alone: the parent may be gone."""
+    settings = {"init__checkpoint": str(dense), "distill__output": 1.0, **_dotted(NARROW), "train__steps": 4}
+    _, unbroken, _ = trial(tmp_path / "unbroken", **settings)
+    folder = tmp_path / "stopped"
+    config = stopped_trial(folder, 2, settings)
     hidden = dense.rename(dense.with_name("hidden"))
     try:
         run_trial(config, MemoryTracker(), dataset=digits(), folder=folder, run_id="r")
@@ -265,6 +270,19 @@ def test_a_run_that_started_from_a_checkpoint_resumes(dense: Path, tmp_path: Pat
     for part in unbroken.parts:
         assert_same_tensors(read_checkpoint(folder).tensors(part), unbroken.tensors(part))
     assert "teacher" in unbroken.parts
+
+
+@pytest.mark.parametrize("stopped_at", [2, 3])
+def test_gradual_pruning_learns_from_the_network_before_it(stopped_at: int, tmp_path: Path) -> None:
+    gradual = {"prune.method": "gradual", "prune.step": 2, "prune.until": 5, "prune.interval": 1, "prune.keep": 0.2}
+    settings = gradual | {"train.steps": 7, "distill.output": 1.0, "train.lr": 0.02}
+    config = stopped_trial(tmp_path / "run", stopped_at, settings)
+    run_trial(config, MemoryTracker(), dataset=digits(), folder=tmp_path / "run", run_id="r")
+    dense, last = (read_checkpoint(tmp_path / f"run/checkpoints/step-{step:08d}") for step in (2, 7))
+    assert_same_tensors(last.tensors("teacher"), dense.tensors("ema"))
+    unbroken = build_config(BASE, settings, {"checkpoint.every": 1})
+    run_trial(unbroken, MemoryTracker(), dataset=digits(), folder=tmp_path / "unbroken", run_id="r")
+    assert_same_tensors(last.tensors("model"), read_checkpoint(tmp_path / "unbroken").tensors("model"))
 
 
 @pytest.mark.parametrize(

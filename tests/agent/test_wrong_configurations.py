@@ -338,10 +338,29 @@ COMBINATIONS: list[Case] = [
         "use prune.scope=auto, layer",
     ),
     ("--prune.method=structured --prune.block_keep=0.5", "prune.block_keep = [0.5]", "expected 9 shares: 4"),
+    (
+        "--prune.method=structured --prune.depth=1 --prune.block_keep=0.5,0.9,0.5,0.9,0.5,0.9,0.5,0.9,0.5",
+        "prune.block_keep = [0.5, 0.9",
+        "has no effect with prune.depth=1",
+    ),
+    (
+        "--train.steps=120 --prune.method=rigl",
+        "prune.interval = 100",
+        "masks would not change between prune.step = 0 and prune.until = 90; expected less than 90",
+    ),
+    ("--train.steps=120 --prune.method=gradual", "prune.interval = 100", "prune.step = 30 and prune.until = 90"),
+    (
+        "--train.steps=120 --prune.method=rigl --prune.interval=5 --steps.method=consistency --steps.step=40 "
+        "--checkpoint.best_metric=train/loss",
+        "steps.step = 40",
+        "expected at least 90, where the network is pruned",
+    ),
     ("--init.checkpoint=a --init.artifact=b", "init.artifact = 'b'", "init.checkpoint is set as well"),
     ("--init.artifact=b --init.weights=model", "init.weights = 'model'", "expected ema"),
     ("--init.weights=model", "init.weights = 'model'", "has no effect without init.checkpoint"),
     ("--distill.output=1", "distill.checkpoint = None", "no teacher"),
+    ("--prune.method=snip --distill.output=1", "prune.step = 0", "the teacher would be the untrained network"),
+    ("--prune.method=structured --prune.step=0 --distill.features=1", "prune.step = 0", "set prune.step above 0"),
     ("--distill.artifact=b", "distill.output = 0.0", "the teacher 'b' has no effect"),
     ("--steps.target=4", "steps.target = 4", "has no effect with steps.method=none; drop it or use consistency or"),
     (
