@@ -161,6 +161,20 @@ def check_step_teacher(source: Source, config: CoreConfig, steps: StepsConfig, p
         )
 
 
+def refuse_student(source: Source) -> None:
+    """Check that a network predicts what it was trained to predict at all noise levels, as methods of pruning assume.
+
+    Raises:
+        ConfigError: if it is a student of step distillation.
+    """
+    if STUDENT in source.checkpoint.metadata["extra"]:
+        sample = source.checkpoint.config().sample
+        raise ConfigError(
+            f"{source.option}checkpoint = {str(source.checkpoint.path)!r}: is a student of {sample.steps} steps with "
+            f"{sample.sampler}; prune its teacher, then distil the pruned model"
+        )
+
+
 MEANING = ("diffusion.prediction", "upsample.factor")
 """Knobs besides those of the model that decide what its inputs and outputs mean."""
 

@@ -25,7 +25,7 @@ import argparse
 import json
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -44,9 +44,9 @@ from diffusion_core.data.announcement import announce_data
 from diffusion_core.data.datasets import DataError, load_data
 from diffusion_core.evaluation.consistency import consistency_of_models
 from diffusion_core.hardware import pick_device, pick_precision
-from diffusion_core.messages import Parser, nonempty, out_folder
-from diffusion_core.model.cost import LATENCY_BATCH, Cost, latencies, peak_memory
-from diffusion_core.model.unet import UNet, build_network
+from diffusion_core.messages import Parser, nonempty, out_folder, positive
+from diffusion_core.model.cost import LATENCY_BATCH, measured_costs
+from diffusion_core.model.unet import build_network
 from diffusion_core.registries import DATASETS
 from diffusion_core.run_folder import make_folder
 from diffusion_core.runs.recorded import model_files
@@ -62,7 +62,7 @@ from pruning.config import PruneConfig, unheard
 from pruning.consistency import keep_dense_images
 from pruning.pruner import prune_state
 from pruning.registries import IMPORTANCES
-from pruning.start import Source, start_from
+from pruning.start import Source, refuse_student, start_from
 
 TARGETS = get_args(PruneConfig.model_fields["target"].annotation)
 NOT_TAKEN_OVER = ("prune.", "init.", "distill.", "log.", "train.device")
@@ -111,7 +111,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
         "and write sensitivity.json and sensitivity.png",
     )
     parser.add_argument(
-        "--batch", type=int, default=LATENCY_BATCH, metavar="N", help=f"batch to time ({LATENCY_BATCH})"
+        "--batch", type=positive, default=LATENCY_BATCH, metavar="N", help=f"batch to time ({LATENCY_BATCH})"
     )
     parser.add_argument(
         "--num-images",
@@ -163,8 +163,6 @@ def prepare(arguments: argparse.Namespace, words: Sequence[str]) -> PruningTask:
         ConfigError: if something that was asked for cannot be done.
         CheckpointError: if the model cannot be had.
     """
-    if arguments.batch < 1:
-        raise ConfigError(f"--batch = {arguments.batch}: expected an integer >= 1")
     num_images = arguments.num_images
     if num_images is not None and num_images < 0:
         raise ConfigError(f"--num-images = {num_images}: expected an integer >= 0")
@@ -176,6 +174,10 @@ def prepare(arguments: argparse.Namespace, words: Sequence[str]) -> PruningTask:
     if num_images is None:
         num_images = 0 if arguments.preset else NUM_IMAGES
     what, equals, share = arguments.target.partition("=")
+    if what == "latency" and arguments.batch != LATENCY_BATCH:
+        raise ConfigError(
+            f"--batch = {arguments.batch}: --target latency is that of {LATENCY_BATCH} images; leave it out"
+        )
     if what not in TARGETS or not equals:
         raise ConfigError(
             f"--target = {arguments.target!r}: expected one of {', '.join(TARGETS)}, and the share of it that is to "
@@ -192,6 +194,7 @@ def prepare(arguments: argparse.Namespace, words: Sequence[str]) -> PruningTask:
     source = open_source(arguments.checkpoint, arguments.artifact, "--", arguments.which)
     stored: dict[str, Any] = {"preset": arguments.preset} if arguments.preset else {}
     if source is not None:
+        refuse_student(source)
         known = {key for key, _ in list_knobs(TrialConfig)}
         stored = {
             key: value
@@ -271,7 +274,7 @@ def run(job: PruningTask, batch: int) -> dict[str, Any]:
         alike = consistency_of_models(
             one, two, job.num_images, config.sample, config.seed, progress=config.log.progress
         )
-    before, after = costs({dense: report.before, state.network: report.after}, batch)
+    before, after = measured_costs({dense: report.before, state.network: report.after}, batch)
     result = {
         "method": report.method,
         "importance": config.prune.importance,
@@ -305,22 +308,6 @@ def run(job: PruningTask, batch: int) -> dict[str, Any]:
             raise ConfigError(f"--upload: {', '.join(left)}: not arrived; the checkpoint is in {str(job.out)!r}")
         result["artifact"] = f"model-{run_id}:pruned"
     return result
-
-
-def costs(counted: Mapping[UNet, Cost], batch: int) -> list[dict[str, Any]]:
-    """What networks cost, by name: what was counted, times in milliseconds, memory in bytes."""
-    single, several = (latencies(list(counted), size, 1.0, least=3) for size in (1, batch))
-    return [
-        asdict(cost)
-        | {
-            "latency": 1000.0 * several[i],
-            "latency_batch": batch,
-            "latency_single": 1000.0 * single[i],
-            "peak_memory": peak_memory(network, batch),
-            "peak_memory_single": peak_memory(network, 1),
-        }
-        for i, (network, cost) in enumerate(counted.items())
-    ]
 
 
 def shown(result: dict[str, Any]) -> str:

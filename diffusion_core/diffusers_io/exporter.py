@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffusion_core.checkpoint import Checkpoint, CheckpointError
+from diffusion_core.checkpoint import STUDENT, Checkpoint, CheckpointError
 from diffusion_core.choice import announce, choose
 from diffusion_core.config import ConfigError
 from diffusion_core.diffusers_io.layout import unet_config
@@ -45,6 +45,11 @@ def export_model(
     if weights not in checkpoint.parts:
         raise CheckpointError(f"--weights = {weights!r}: {str(checkpoint.path)!r} does not hold them")
     config, network = checkpoint.config(), checkpoint.network(weights)
+    if STUDENT in checkpoint.metadata["extra"]:
+        raise CheckpointError(
+            f"{str(checkpoint.path)!r}: DDPMPipeline cannot sample a student of {config.sample.steps} steps with "
+            f"{config.sample.sampler}; export its teacher, or write a file that samples it with scripts/export_model.py"
+        )
     has_null_class = network.num_classes > 0 and config.train.label_dropout > 0
     only = pick_label(label, checkpoint, has_null_class)
 

@@ -133,13 +133,9 @@ def scheduler_config(config: CoreConfig) -> dict[str, Any]:
     sampling.
 
     Raises:
-        ConfigError: if Diffusers has no such prediction, or the model is a student that `DDPMScheduler` cannot sample.
+        ConfigError: if Diffusers has no such prediction.
     """
     diffusion, sample = config.diffusion, config.sample
-    if sample.sampler == "consistency":
-        raise ConfigError(
-            "sample.sampler = 'consistency': DDPMScheduler cannot sample a consistency student; export its teacher"
-        )
     predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     if diffusion.prediction not in predictions:
         raise ConfigError(

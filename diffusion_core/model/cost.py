@@ -6,7 +6,7 @@ import inspect
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -203,6 +203,27 @@ def peak_memory(network: UNet, batch: int) -> int:
     with _Allocations() as allocations:
         network(*given)
     return held + allocations.peak
+
+
+def measured_costs(counted: Mapping[UNet, Cost], batch: int) -> list[dict[str, Any]]:
+    """Return what networks cost, as plain values by name: counts, times in milliseconds, memory in bytes.
+
+    Args:
+        counted: the networks, with what was counted of them.
+        batch: number of images of ``latency`` and ``peak_memory``; ``..._single`` are those of one image.
+    """
+    single, several = (latencies(list(counted), size, 1.0, least=3) for size in (1, batch))
+    return [
+        asdict(cost)
+        | {
+            "latency": 1000.0 * several[i],
+            "latency_batch": batch,
+            "latency_single": 1000.0 * single[i],
+            "peak_memory": peak_memory(network, batch),
+            "peak_memory_single": peak_memory(network, 1),
+        }
+        for i, (network, cost) in enumerate(counted.items())
+    ]
 
 
 class _Allocations(TorchDispatchMode):

@@ -182,7 +182,7 @@ REFUSED = [
         "--sensitivity: proposes prune.block_keep for channels of free",
     ),
     (["--target", "macs=0.5", "--prune.blocks=conv_in"], "prune.blocks = ['conv_in']: 'conv_in' is no block"),
-    (["--target", "macs=0.5", "--batch", "0"], "--batch = 0: expected an integer >= 1"),
+    (["--target", "latency=0.5", "--batch", "4"], "--batch = 4: --target latency is that of 16 images; leave it out"),
     (["--target", "macs=0.5", "--num-images=-1"], "--num-images = -1: expected an integer >= 0"),
 ]
 
@@ -197,6 +197,13 @@ def test_wrong_input_is_refused_and_nothing_is_written(
     last = printed.err.splitlines()[-1].split("\r")[-1].strip()  # After bars, if there were any.
     assert last.startswith(f"error: {message}")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_has_images(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--checkpoint", str(dense), "--out", str(tmp_path / "out"), "--target", "macs=0.5", "--batch", "0"]
+    with pytest.raises(SystemExit, match="2"):
+        prune.main(words)
+    assert capsys.readouterr().err.splitlines()[-1].endswith("--batch = '0': expected an integer >= 1")
 
 
 def test_images_of_an_untrained_model_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import convert_diffusers
 import evaluate
+import prune
 import pytest
 import sample_images
 import torch
@@ -207,6 +209,27 @@ def test_a_student_is_sampled_as_it_was_made_for(
     figures = json.loads((checkpoint.path / "evaluation.json").read_text())["figures"]
     assert figures["sample/evaluations"] == 1
     assert figures["eval/diversity_20"] > 0.0
+
+
+@pytest.mark.parametrize("how", [CONSISTENCY, PROGRESSIVE], ids=["consistency", "progressive"])
+def test_a_student_is_not_taken_for_a_denoiser(
+    how: dict[str, Any], teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would lose its few steps without a word."""
+    trial(tmp_path / "run", how, {"init.checkpoint": str(teacher), "train.steps": 4})
+    student = last(tmp_path / "run")
+    capsys.readouterr()
+    words = ["--checkpoint", str(student.path), "--target", "macs=0.5", "--out", str(tmp_path / "pruned")]
+    for more in ([], ["--sensitivity"]):
+        assert prune.main([*words, *more]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        sampler = student.config().sample.sampler
+        assert f"is a student of 2 steps with {sampler}; prune its teacher, then distil the pruned model" in line
+    pytest.importorskip("diffusers")
+    assert convert_diffusers.main(["export", str(student.path), str(tmp_path / "pipeline")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"DDPMPipeline cannot sample a student of 2 steps with {sampler}; export its teacher" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
 def test_a_damaged_record_is_one_line(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
