@@ -215,12 +215,15 @@ def choose(network: UNet, group: ChannelGroup, scores: Tensor, count: int) -> Te
     """Return which channels of a group to keep, ``(width,)`` bool: the highest scores, ties broken by position.
 
     Attention heads keep equally many channels, and so do groups of a norm, so that each group keeps its own channels.
+    Where channels that are removed already (score minus infinity) leave a group too few, fewer and larger groups do.
     """
     parts = group.heads
     for member in group.members:
         module = network.get_submodule(member.layer)
         if isinstance(module, nn.GroupNorm) and member.places == tuple(range(module.num_channels)):
             parts = math.lcm(parts, math.gcd(count, module.num_groups))
+    enough = (n for n in _divisors(parts) if scores.view(n, -1).isfinite().sum(dim=1).min() >= count // n)
+    parts = next((n for n in enough if n % group.heads == 0), group.heads)
     order = scores.view(parts, -1).argsort(dim=1, descending=True, stable=True)
     keep = torch.zeros(parts, group.width // parts, dtype=torch.bool)
     keep.scatter_(1, order[:, : count // parts], True)

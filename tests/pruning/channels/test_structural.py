@@ -33,6 +33,7 @@ from diffusion_core.model.unet import AttentionBlock, UNet
 from diffusion_core.training.trainer import TrainState, train
 from pruning.blocks import shared_blocks
 from pruning.calibration import Calibration
+from pruning.channels import removal as removal_module
 from pruning.channels.groups import channel_groups
 from pruning.channels.removal import Removal, prune_channels, remove
 from pruning.config import PruneConfig
@@ -273,6 +274,27 @@ def test_iterations_come_to_the_same_size_by_other_choices() -> None:
     assert share(often[0], network, "macs") == pytest.approx(0.4, rel=0.02)
     assert once[1].kept != often[1].kept
     assert_same_tensors(dict(remove(network, often[1]).state_dict()), dict(often[0].state_dict()))
+
+
+@pytest.mark.parametrize("round_to", [None, 1, 2, 3])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_channels_that_are_removed_stay_removed(
+    scope: str, round_to: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[dict[str, Tensor]] = []
+    choose = removal_module.choose_all
+
+    def noted(*words: Any) -> dict[str, Tensor]:
+        chosen.append(choose(*words))
+        return chosen[-1]
+
+    monkeypatch.setattr(removal_module, "choose_all", noted)
+    network = tiny_network(config(heads=2))
+    prune_channels(network, knobs(0.2, importance="random", scope=scope, iterations=5, round_to=round_to))
+    assert len(chosen) == 5
+    for earlier, later in itertools.pairwise(chosen):
+        for name, stays in later.items():
+            assert not (stays & ~earlier[name]).any(), name
 
 
 # The record.
