@@ -49,11 +49,14 @@ class Sensitivity:
 
     Attributes:
         dense: loss of the network itself.
-        losses: by block of ``prune.block_keep``, the loss at each of :data:`SHARES`.
+        losses: by block of ``prune.block_keep``, losses of the network with fewer and fewer of its channels.
+        kept: by block, the share of its channels at each of these losses. They are close to :data:`SHARES`, as far as
+            widths are rounded; shares that are rounded to the same widths are one.
     """
 
     dense: float
     losses: dict[str, list[float]]
+    kept: dict[str, list[float]]
 
     def rise(self, block: str, share: float) -> float:
         """Return by how much the loss rises if a block keeps a share of its channels: linear between measured shares.
@@ -61,7 +64,7 @@ class Sensitivity:
         Never less than at a larger share. Below the smallest measured share, the last line goes on.
         """
         shares, rises = [1.0], [0.0]
-        for measured, loss in zip(SHARES, self.losses[block], strict=True):
+        for measured, loss in zip(self.kept[block], self.losses[block], strict=True):
             shares.append(measured)
             rises.append(max(rises[-1], loss - self.dense))
         low = next((i for i, known in enumerate(shares) if known <= share), len(shares) - 1)
@@ -85,14 +88,20 @@ def measure_sensitivity(network: UNet, prune: PruneConfig, seed: int, calibratio
     groups = channel_groups(network)
     scores = channel_scores(network, groups, prune, seed, calibration)
     blocks = shared_blocks(len(network.down))
-    narrow: dict[Hashable, UNet] = {}
+    kept: dict[str, list[float]] = {block: [] for block in blocks}
+    networks: dict[Hashable, UNet] = {None: copy.deepcopy(network).eval()}
     for index, block in enumerate(blocks):
+        only = [float(i == index) for i in range(len(blocks))]
+        own = [group for group in groups if block_share(network, group, only)]
         for share in SHARES:
-            counts = counts_at(network, groups, prune, [share if i == index else 1.0 for i in range(len(blocks))])
-            narrow[block, share] = shrink(network, groups, choose_all(network, groups, scores, counts), FREE).eval()
-    networks: dict[Hashable, UNet] = {None: copy.deepcopy(network).eval(), **narrow}
+            counts = counts_at(network, groups, prune, [1.0 - (1.0 - share) * part for part in only])
+            left = sum(counts[group.name] for group in own) / sum(group.width for group in own)
+            if left < min(kept[block], default=1.0):
+                kept[block].append(left)
+                chosen = choose_all(network, groups, scores, counts)
+                networks[block, left] = shrink(network, groups, chosen, FREE).eval()
     losses = mean_losses(networks, prune.calibration_batches, calibration)
-    return Sensitivity(losses[None], {block: [losses[block, share] for share in SHARES] for block in blocks})
+    return Sensitivity(losses[None], {block: [losses[block, left] for left in kept[block]] for block in blocks}, kept)
 
 
 @torch.no_grad()
@@ -132,12 +141,14 @@ def proposed_shares(network: UNet, prune: PruneConfig, measured: Sensitivity) ->
         return count_sizes(layers, _sizes_at(network, groups, now, list(shares.values())))[unit]
 
     shares = dict.fromkeys(measured.losses, 1.0)
+    least = {block: min([1.0, *kept]) for block, kept in measured.kept.items()}
+    least = {block: STEP if share <= SHARES[-1] else share for block, share in least.items()}  # Else: by rounding.
     whole = left = cost(shares)
     while left > prune.keep * whole:
         steps = []
         for block, share in shares.items():
-            if share > 1.5 * STEP:
-                less = round(share - STEP, 2)
+            less = round(share - STEP, 2)
+            if less > least[block] - STEP / 2:
                 saved = left - cost(shares | {block: less})
                 risen = measured.rise(block, less) - measured.rise(block, share)
                 if saved > 0:
@@ -163,7 +174,7 @@ def plot_sensitivity(measured: Sensitivity, file: Path) -> None:
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
     for block, losses in measured.losses.items():
-        axes.plot([1.0, *SHARES], [measured.dense, *losses], marker="o", markersize=4, label=block)
+        axes.plot([1.0, *measured.kept[block]], [measured.dense, *losses], marker="o", markersize=4, label=block)
     axes.set_xlabel("share of its channels that one block keeps")
     axes.set_ylabel("training loss")
     axes.invert_xaxis()
@@ -209,7 +220,6 @@ def study_sensitivity(
     proposed = blended_shares(alone, blend)
     result = {
         **{name: getattr(prune, name) for name in ("target", "keep", "importance", "calibration_batches")},
-        "shares": list(SHARES),
         **asdict(measured),
         "pruned": {f"{blend:g}": whole[blend] for blend in BLENDS if blend in whole},
         "blend": blend,
@@ -224,12 +234,12 @@ def study_sensitivity(
 
 def describe_sensitivity(result: Mapping[str, Any]) -> str:
     """Return a result of :func:`study_sensitivity` as a table and notes."""
-    rows = [
-        [block, *(f"{loss:.4f}" for loss in losses), f"{result['proposed'][block]:g}"]
-        for block, losses in result["losses"].items()
-    ]
-    columns = ["block", *(f"loss at {share:.0%}" for share in result["shares"]), "proposed share"]
-    table = text_table(columns, rows, right=True)
+    most = max(map(len, result["losses"].values()))
+    rows = []
+    for block, losses in result["losses"].items():
+        cells = [f"{share:.0%}: {loss:.4f}" for share, loss in zip(result["kept"][block], losses, strict=True)]
+        rows.append([block, *cells, *[""] * (most - len(cells)), f"{result['proposed'][block]:g}"])
+    table = text_table(["block", *["kept: loss"] * most, "proposed share"], rows, right=True)
     even, best = result["pruned"]["0"], min(result["pruned"].values())
     pruned = f"{even:.4f} with even shares, {best:.4f} with these"
     notes = f"loss: {result['dense']:.4f}; pruned to the target, without training: {pruned}"

@@ -12,7 +12,7 @@ from pruning.calibration import Calibration
 from pruning.channels.groups import channel_groups
 from pruning.channels.importance import channel_scores
 from pruning.channels.removal import Removal, prune_channels, remove
-from pruning.channels.sensitivity import SHARES, Sensitivity, measure_sensitivity, proposed_shares
+from pruning.channels.sensitivity import SHARES, STEP, Sensitivity, measure_sensitivity, proposed_shares
 from pruning.config import PruneConfig
 
 CONFIG = tiny_config(model__channels=16, train__batch_size=16)
@@ -47,15 +47,31 @@ def test_losses_are_those_of_networks_narrowed_by_hand() -> None:
             strong = score.view(parts, -1).argsort(dim=1, descending=True)[:, : group.width // parts // 2]
             marks = torch.zeros(parts, group.width // parts).scatter(1, strong, 1.0).flatten().tolist()
             kept[group.name] = "".join("01"[int(mark)] for mark in marks)
-    assert measured.losses["down.1"][SHARES.index(0.5)] == pytest.approx(loss(kept), rel=1e-4)
+    assert measured.losses["down.1"][measured.kept["down.1"].index(0.5)] == pytest.approx(loss(kept), rel=1e-4)
     assert len({loss for losses in measured.losses.values() for loss in losses}) > 10
 
 
 def test_between_shares_the_rise_is_linear_and_never_falls() -> None:
-    measured = Sensitivity(1.0, {"middle": [1.2, 1.1, 1.7, 1.7]})
+    measured = Sensitivity(1.0, {"middle": [1.2, 1.1, 1.7, 1.7]}, {"middle": [0.75, 0.5, 0.25, 0.1]})
     for share, rise in ((1.0, 0.0), (0.75, 0.2), (0.875, 0.1), (0.5, 0.2), (0.3, 0.6), (0.25, 0.7), (0.05, 0.7)):
         assert measured.rise("middle", share) == pytest.approx(rise), share
-    assert Sensitivity(1.0, {"a": [1.0, 1.0, 1.0, 1.3]}).rise("a", 0.05) == pytest.approx(0.4)
+    kept = {"a": [0.75, 0.5, 0.25, 0.1]}
+    assert Sensitivity(1.0, {"a": [1.0, 1.0, 1.0, 1.3]}, kept).rise("a", 0.05) == pytest.approx(0.4)
+
+
+def test_a_loss_belongs_to_the_share_that_rounding_left() -> None:
+    """Norms have eight groups, so a width of 16 becomes 8 and no less."""
+    network = tiny_network(tiny_config(model__channels=16, model__norm_groups=8))
+    prune = PRUNE.model_copy(update={"keep": 0.3})
+    measured = measure_sensitivity(network, prune, 0, calibration())
+    for block, shares in measured.kept.items():
+        assert len(shares) == len(measured.losses[block])
+        assert shares == sorted(set(shares), reverse=True)
+        assert max(shares) < 1.0
+    assert measured.kept["down.0"][-1] == 0.5
+    proposed = proposed_shares(network, prune, measured)
+    for block, share in proposed.items():
+        assert share >= min(measured.kept[block]) - STEP, "narrower than rounding allows"
 
 
 @pytest.mark.parametrize("target", ["macs", "params", "latency"])
@@ -65,7 +81,7 @@ def test_blocks_that_matter_keep_more(target: str) -> None:
     losses["up.0"] = [1.0] * 4  # Narrowing it costs nothing.
     losses["up.1"] = [1.0 + 9.0 * (1 - share) for share in SHARES]
     prune = PRUNE.model_copy(update={"target": target, "keep": 0.6})
-    shares = proposed_shares(network, prune, Sensitivity(1.0, losses))
+    shares = proposed_shares(network, prune, Sensitivity(1.0, losses, {block: list(SHARES) for block in losses}))
     assert shares["up.0"] == min(shares.values()) <= 0.25
     assert shares["up.1"] == 1.0
     if target != "latency":
