@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -281,10 +282,10 @@ def test_iterations_come_to_the_same_size_by_other_choices() -> None:
 def test_channels_that_are_removed_stay_removed(
     scope: str, round_to: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen: list[dict[str, Tensor]] = []
+    chosen: list[Mapping[str, Tensor]] = []
     choose = removal_module.choose_all
 
-    def noted(*words: Any) -> dict[str, Tensor]:
+    def noted(*words: Any) -> Mapping[str, Tensor]:
         chosen.append(choose(*words))
         return chosen[-1]
 
