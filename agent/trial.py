@@ -20,7 +20,7 @@ from diffusion_core.distributed import first_process_first, make_accelerator
 from diffusion_core.evaluation.generated import costs_of_images
 from diffusion_core.evaluation.protocol import PREFIX
 from diffusion_core.files import write_json
-from diffusion_core.hardware import pick_precision
+from diffusion_core.hardware import pick_device, pick_precision
 from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.run_folder import (
     CHECKPOINTS,
@@ -73,7 +73,7 @@ def check_start(config: TrialConfig, num_classes: int) -> Start:
     if source is not None:
         check_step_teacher(source, config, config.steps, config.prune)
     if config.prune.method == "structured":
-        check_reach(first_network(config, num_classes, source), config.prune)
+        check_reach(first_network(config, num_classes, source).to(pick_device(config.train)), config.prune)
     return start
 
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 
 from diffusion_core.config import CoreConfig, ModelConfig
-from diffusion_core.model.cost import count_sizes, network_layers
+from diffusion_core.model.cost import LATENCY_BATCH, count_sizes, latencies, network_layers
 from diffusion_core.model.unet import UNet
 from pruning.channels.groups import ChannelGroup, channel_groups
 from pruning.channels.levels import DIFFUSERS, LevelWidths
@@ -25,6 +25,9 @@ from pruning.config import COUNTED_TARGETS, PruneConfig
 from pruning.estimate import USUAL_CLASSES
 from pruning.shallow import check_blocks, counted, shallower, shallowest
 
+LATENCY_MARGIN = 1.1
+"""A measured time is taken for out of reach only if it is this much too long: it varies."""
+
 MOST_NETWORKS = 24
 """Kinds of networks that are traced for one sweep; a large one takes two seconds."""
 
@@ -36,13 +39,27 @@ def least_share(network: UNet, prune: PruneConfig) -> float:
         network: the network to prune; its weights do not matter.
         prune: target, rounding, widths and shares by block, depth. The target is not ``latency``, which is measured.
     """
-    smallest = shallower(network, prune.blocks) if prune.depth == 0.0 else shallowest(network, prune)
+    smallest = _without_blocks(network, prune)
     if prune.depth == 1.0:
         return counted(smallest, prune) / counted(network, prune)
     groups = channel_groups(smallest)
     widths = shrunk_sizes(layer_sizes(smallest), groups, narrowest_counts(smallest, groups, prune), prune.widths)
     least = count_sizes(network_layers(smallest), widths)[COUNTED_TARGETS.index(prune.target)]
     return least / counted(network, prune)
+
+
+def _without_blocks(network: UNet, prune: PruneConfig) -> UNet:
+    """Return a network without all blocks that may be removed."""
+    return shallower(network, prune.blocks) if prune.depth == 0.0 else shallowest(network, prune)
+
+
+def least_time(network: UNet, prune: PruneConfig) -> float:
+    """Measure the time of the smallest network that the knobs allow, relative to that of ``network``, on its device."""
+    smallest = _without_blocks(network, prune)
+    if prune.depth != 1.0:
+        smallest = narrowest(smallest, prune)
+    ours, theirs = latencies([smallest, network], LATENCY_BATCH, least=3)
+    return ours / theirs
 
 
 def narrowest_counts(network: UNet, groups: list[ChannelGroup], prune: PruneConfig, floor: float = 0.0) -> Counts:
@@ -64,15 +81,19 @@ def narrowest(network: UNet, prune: PruneConfig, floor: float = 0.0) -> UNet:
 def check_reach(network: UNet, prune: PruneConfig) -> None:
     """Check that structured pruning can reach its target with a network, and remove the blocks that it names.
 
+    Args:
+        network: the network before pruning, on the device that ``prune.target=latency`` is measured on.
+        prune: the knobs.
+
     Raises:
         ConfigError: if even the smallest network costs more, or a block cannot be removed.
     """
     if prune.method != "structured":
         return
     check_blocks(network, prune)
-    if prune.target not in COUNTED_TARGETS:
-        return
-    refuse_out_of_reach(prune, least_share(network, prune))
+    timed = prune.target not in COUNTED_TARGETS
+    share = least_time(network, prune) / LATENCY_MARGIN if timed else least_share(network, prune)
+    refuse_out_of_reach(prune, share)
 
 
 def refuse_out_of_reach(prune: PruneConfig, share: float) -> None:

@@ -61,15 +61,22 @@ def test_it_is_refused_where_pruning_fails_and_nowhere_else(changes: dict[str, A
         assert left == pytest.approx(share, rel=0.01)
 
 
-def test_a_run_is_refused_before_its_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("depth", [0.0, "auto", 1.0])
+@pytest.mark.parametrize("target", ["channels", "latency"])
+def test_a_run_is_refused_before_its_first_step(
+    target: str, depth: float | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if target == "channels" and depth == 1.0:
+        target = "params"
+
     def steps(*_: object) -> None:
         raise AssertionError("it trains")
 
     monkeypatch.setattr(trial, "train_and_prune", steps)
-    config = config_of({"prune.target": "channels", "prune.step": 4}, 0.001)
-    with pytest.raises(ConfigError, match=r"prune\.keep = 0\.001: out of reach; at least 0\.\d+ of the channels"):
+    config = config_of({"prune.target": target, "prune.step": 4, "prune.depth": depth}, 0.001)
+    with pytest.raises(ConfigError, match=rf"prune\.keep = 0\.001: out of reach; at least 0\.\d+ of the {target}"):
         run_trial(config, MemoryTracker(), dataset=digits(), folder=tmp_path / "run", run_id="r")
-    check_reach(build_network(config, 10), config_of({"prune.target": "latency"}, 0.001).prune)  # It is measured.
+    check_reach(build_network(config, 10), config_of({"prune.target": target, "prune.depth": depth}, 0.99).prune)
 
 
 def test_a_sweep_is_refused_if_one_of_its_trials_is_out_of_reach() -> None:
