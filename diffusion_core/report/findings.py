@@ -25,12 +25,14 @@ class Candidate:
     """Trials that differ in their seed only.
 
     Attributes:
-        trials: those with a value of the metric, the best first.
+        trials: those with a value of the metric, one for each seed, the best first.
         metric: the figure.
+        repeated: number of trials that are left out, because a later one has the same settings and the same seed.
     """
 
     trials: Sequence[Trial]
     metric: str
+    repeated: int = 0
 
     @cached_property
     def values(self) -> list[float]:
@@ -44,13 +46,25 @@ class Candidate:
 
     @cached_property
     def interval(self) -> Interval | None:
-        """Uncertainty of the mean; None if one trial does not tell."""
+        """Uncertainty of the mean; None if the trials do not tell.
+
+        Equal values of several seeds do not tell how much they vary. Of a share, it is the wider one of Student's
+        interval and of Wilson's interval of all images together.
+        """
         if len(self.trials) == 1:
             return trial_interval(self.trials[0], self.metric)
-        found = mean_interval(self.values)
-        if self.metric in SHARES:
-            return Interval(max(0.0, found.low), min(1.0, found.high), found.how)
-        return found
+        found = mean_interval(self.values) if len(set(self.values)) > 1 else None
+        if self.metric not in SHARES:
+            return found
+        seeds = [] if found is None else [Interval(max(0.0, found.low), min(1.0, found.high), found.how)]
+        return max([*seeds, *self._pooled()], key=lambda interval: interval.high - interval.low, default=None)
+
+    def _pooled(self) -> list[Interval]:
+        """Return Wilson's interval of the images of all trials together; empty if their number is unknown."""
+        images = [trial.images(self.metric) for trial in self.trials]
+        if not all(images) or not all(0.0 <= value <= 1.0 for value in self.values):
+            return []
+        return [wilson(self.value, sum(count or 0 for count in images))]
 
     @property
     def best(self) -> Trial:
@@ -65,6 +79,8 @@ class Candidate:
             text += f", mean and range of {len(self.trials)} seeds ({seeds})"
         if self.interval is not None:
             text += f", 95% {self.interval.how} {cell(self.interval.low)} to {cell(self.interval.high)}"
+        if self.repeated:
+            text += f", {self.repeated} more of the same seed not counted"
         return text
 
 
@@ -79,7 +95,8 @@ def trial_interval(trial: Trial, figure: str) -> Interval | None:
 def candidates(study: Study) -> list[Candidate]:
     """Return the trials with a value of the metric, repeated seeds joined, best first.
 
-    Trials that are running or failed count only if no other has ended.
+    Trials that are running or failed count only if no other has ended. Of trials with the same settings and the same
+    seed, the last one counts: they are no independent repetitions.
     """
     metric = study.metric
     if metric is None or metric not in study.goals:
@@ -93,8 +110,8 @@ def candidates(study: Study) -> list[Candidate]:
     found = []
     for trials in groups.values():
         # The best of the repetitions stands for them, so that the commands name the best checkpoint.
-        trials.sort(key=lambda trial: sign * trial.figures[metric])
-        found.append(Candidate(tuple(trials), metric))
+        counted = sorted({trial.seed: trial for trial in trials}.values(), key=lambda one: sign * one.figures[metric])
+        found.append(Candidate(tuple(counted), metric, len(trials) - len(counted)))
     return sorted(found, key=lambda candidate: sign * candidate.value)
 
 

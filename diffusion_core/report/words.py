@@ -41,8 +41,9 @@ def notes(study: Study, winner: Candidate | None, ranked: Sequence[Candidate], e
         return found
     others, unmeasured = len(ranked) - 1, sum(other.interval is None for other in ranked)
     if others and winner.interval is None:
+        spread = "One trial does not tell" if len(winner.trials) == 1 else "Equal values of all its seeds do not tell"
         found.append(
-            f"One trial does not tell how much {study.metric} varies, so no other trial can be called equal or worse: "
+            f"{spread} how much {study.metric} varies, so no other trial can be called equal or worse: "
             "repeat the best trials with other seeds."
         )
     elif others:
@@ -58,9 +59,10 @@ def notes(study: Study, winner: Candidate | None, ranked: Sequence[Candidate], e
         found.append("The interval covers the draw of the images, not the seed of the training.")
     if others and len(winner.trials) == 1:
         found.append(f"It was chosen as the best of {len(ranked)}, which flatters its figure.")
-    ways = {trial.protocols.get(study.metric) for group in ranked for trial in group.trials}
-    if len(ways) > 1:
-        found.append(f"{study.metric} was not measured in the same way in all trials: there are {len(ways)} protocols.")
+    protocols = {trial.protocols.get(study.metric) for group in ranked for trial in group.trials}
+    if len(protocols) > 1:
+        count = f"there are {len(protocols)} protocols"
+        found.append(f"{study.metric} was not measured in the same way in all trials: {count}.")
     if any(trial.state not in ENDED for trial in winner.trials):
         found.append("It has not ended.")
     return found

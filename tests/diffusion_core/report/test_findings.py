@@ -42,6 +42,45 @@ def test_trials_that_differ_in_seed_and_folder_only_are_joined() -> None:
     assert differing([one, two, other]) == ["seed", "train.lr"]
 
 
+def test_a_seed_counts_once_with_its_last_trial() -> None:
+    """A search may draw the same values again: the same training is no independent repetition."""
+    again = [trial(name, value) for name, value in (("a", 0.90), ("b", 0.94), ("c", 0.92))]
+    (alone,) = candidates(study(*again))
+    assert [one.name for one in alone.trials] == ["c"]
+    assert alone.interval == trial_interval(again[2], METRIC)
+    assert alone.text().endswith(", 2 more of the same seed not counted")
+    (joined,) = candidates(study(*again, trial("d", 0.96, seed=1)))
+    assert [one.name for one in joined.trials] == ["d", "c"]
+    assert joined.value == pytest.approx(0.94)
+    assert "mean and range of 2 seeds (1, 0)" in joined.text()
+
+
+def test_equal_values_of_several_seeds_do_not_tell_how_much_they_vary() -> None:
+    values = [("a", 0, 1, 0.1), ("b", 1, 1, 0.1), ("c", 0, 2, 0.1001), ("d", 1, 2, 0.1002)]
+    trials = [
+        Trial(name, "finished", {"seed": seed, "x": x}, {"val/loss": value}, {}) for name, seed, x, value in values
+    ]
+    losses = Study("t", trials, metric="val/loss", goals={"val/loss": "minimize"})
+    ranked = candidates(losses)
+    assert [group.interval is None for group in ranked] == [True, False]
+    said = " ".join(notes(losses, ranked[0], ranked, equal_to(ranked[0], ranked)))
+    assert "Equal values of all its seeds do not tell how much val/loss varies" in said
+
+
+def test_the_mean_of_a_share_is_at_least_as_uncertain_as_its_images() -> None:
+    """Seeds that happen to agree do not make 400 images more than 400 images."""
+    equal = [trial("a", 1.0), trial("b", 1.0, seed=1)]
+    close = [trial("a", 0.90), trial("b", 0.905, seed=1), trial("c", 0.90, seed=2)]
+    for trials, hits, images in ((equal, 400, 400), (close, 541, 600)):
+        (found,) = candidates(study(*trials))
+        wilson = stats.binomtest(hits, images).proportion_ci(method="wilson")
+        assert found.interval is not None
+        assert (found.interval.low, found.interval.high) == pytest.approx((wilson.low, wilson.high))
+        assert f"95% Wilson interval of {images} images " in found.text()
+    (unknown,) = candidates(study(*(replace(one, protocols={}) for one in equal)))
+    assert unknown.interval is None
+
+
 def test_the_winner_has_ended_and_its_equals_are_not_told_apart() -> None:
     best = trial("best", 0.99, settings={"x": 1})
     near = trial("near", 0.985, settings={"x": 2})
