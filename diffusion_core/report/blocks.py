@@ -34,7 +34,7 @@ def blocks_of(wr: Any, path: str, study: Study) -> list[Any]:
     entity, project, sweep = path.split("/")
     ranked = candidates(study)
     winner = ranked[0] if ranked else None
-    words = [f"**{escaped(headline(study, winner))}**", *map(escaped, notes(study, winner, ranked, []))]
+    words = [f"**{escaped(headline(study, winner))}**", *map(escaped, notes(study, winner, ranked))]
     runs = wr.Runset(entity=entity, project=project, name=study.title, filters=f"Metric('Sweep') = '{sweep}'")
 
     def section(title: str, *panels: Any) -> list[Any]:

@@ -43,7 +43,7 @@ def write_markdown(study: Study, path: Path) -> None:
     if study.searched:
         lines += [f"- {escaped(key)}: {escaped(words)}" for key, words in study.searched.items()] + [""]
     lines += [f"**{escaped(headline(study, winner))}**", ""]
-    lines += [line for note in notes(study, winner, ranked, equal) for line in (escaped(note), "")]
+    lines += [line for note in notes(study, winner, ranked) for line in (escaped(note), "")]
     if (front := front_table(study)) is not None:
         head, *rows = [[escaped(text) for text in row] for row in (front[0], *front[1])]
         lines += ["## Pareto front", "", *markdown_table(head, rows), ""]

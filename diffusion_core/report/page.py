@@ -84,7 +84,7 @@ def _texts(study: Study, winner: Candidate | None, ranked: list[Candidate]) -> d
         "total": len(study.trials),
         "links": {label: address for label, address in study.links.items() if address.startswith(WEB)},
         "headline": headline(study, winner),
-        "notes": notes(study, winner, ranked, equal),
+        "notes": notes(study, winner, ranked),
         "winner": winner.best.name if winner else "",
         "protocol": winner.best.protocols.get(study.metric or "", "") if winner else "",
         "reproduce": winner.best.reproduce if winner else "",

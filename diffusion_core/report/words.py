@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from diffusion_core.report.findings import Candidate, front_of_objectives
+from diffusion_core.report.findings import Candidate, equal_to, front_of_objectives
 from diffusion_core.report.study import ENDED, SHARES, Study
 from diffusion_core.search.objectives import goals_in_words
 from diffusion_core.tables import cell
@@ -29,7 +29,7 @@ def best_in_words(study: Study, winner: Candidate | None) -> str:
     return f"{winner.best.name} {verb}: {study.metric} {winner.text()} ({BETTER[study.goals[study.metric]]}){step}."
 
 
-def notes(study: Study, winner: Candidate | None, ranked: Sequence[Candidate], equal: Sequence[Candidate]) -> list[str]:
+def notes(study: Study, winner: Candidate | None, ranked: Sequence[Candidate]) -> list[str]:
     """Return what a reader must know to judge the headline."""
     found = []
     if (front := front_of_objectives(study)) is not None:
@@ -39,6 +39,7 @@ def notes(study: Study, winner: Candidate | None, ranked: Sequence[Candidate], e
         found += [best_in_words(study, winner)] if winner is not None else []
     if winner is None or study.metric is None:
         return found
+    equal = equal_to(winner, ranked)
     others, unmeasured = len(ranked) - 1, sum(other.interval is None for other in ranked)
     if others and winner.interval is None:
         spread = "One trial does not tell" if len(winner.trials) == 1 else "Equal values of all its seeds do not tell"

@@ -63,7 +63,7 @@ def test_equal_values_of_several_seeds_do_not_tell_how_much_they_vary() -> None:
     losses = Study("t", trials, metric="val/loss", goals={"val/loss": "minimize"})
     ranked = candidates(losses)
     assert [group.interval is None for group in ranked] == [True, False]
-    said = " ".join(notes(losses, ranked[0], ranked, equal_to(ranked[0], ranked)))
+    said = " ".join(notes(losses, ranked[0], ranked))
     assert "Equal values of all its seeds do not tell how much val/loss varies" in said
 
 
@@ -103,7 +103,7 @@ def test_one_trial_of_a_figure_without_images_tells_nothing_of_its_spread() -> N
     assert ranked[0].best.name == "a"
     assert ranked[0].interval is None
     assert equal_to(ranked[0], ranked) == []
-    assert "repeat the best trials with other seeds" in " ".join(notes(losses, ranked[0], ranked, []))
+    assert "repeat the best trials with other seeds" in " ".join(notes(losses, ranked[0], ranked))
 
 
 @pytest.mark.parametrize("protocol", ["", "n=unknown, x", "images=200"])
@@ -114,7 +114,7 @@ def test_without_a_number_of_images_there_is_no_interval(protocol: str) -> None:
 def test_several_protocols_are_said() -> None:
     trials = [trial("a", 0.9), trial("b", 0.8, protocols={METRIC: "n=100, x"}, settings={"y": 1})]
     ranked = candidates(study(*trials))
-    assert "2 protocols" in " ".join(notes(study(*trials), ranked[0], ranked, []))
+    assert "2 protocols" in " ".join(notes(study(*trials), ranked[0], ranked))
 
 
 @pytest.mark.parametrize("metric", [None, "eval/other"])

@@ -11,6 +11,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -18,11 +19,13 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from diffusion_core.report import contents
+from diffusion_core.report.blocks import blocks_of
 from diffusion_core.report.contents import plot_data, ranking, script_json
-from diffusion_core.report.findings import front_of
+from diffusion_core.report.findings import candidates, front_of
 from diffusion_core.report.page import plotly_source, render, write_page
 from diffusion_core.report.pictures import MOST_PIXELS, animation_uri, grid_uri, shrunk
 from diffusion_core.report.study import RUNS, Study, Trial
+from diffusion_core.report.words import notes
 
 METRIC = "eval/class_agreement"
 HOSTILE = [
@@ -228,6 +231,21 @@ def test_two_runs_are_compared(study_of: Callable[..., Study]) -> None:
 def test_a_chain_has_a_plot_of_its_tickets(chain_of_tickets: Study, study_of: Callable[..., Study]) -> None:
     assert 'id="ticket-plot"' in render(chain_of_tickets)
     assert 'id="ticket-plot"' not in render(study_of(4))
+
+
+def test_the_page_markdown_and_the_report_on_wandb_say_the_same(study_of: Callable[..., Study], tmp_path: Path) -> None:
+    study = study_of(40)
+    ranked = candidates(study)
+    said = notes(study, ranked[0], ranked)
+    assert f" of the {len(ranked) - 1} others" in said[0]
+    write_page(study, tmp_path / "r.md", markdown=True)
+    # It only holds the texts here: tests/agent/tracking/test_wandb_report.py has the real one.
+    package = MagicMock(ParallelCoordinatesPlotColumn=MagicMock)
+    blocks_of(package, "entity/project/sweep", study)
+    on_wandb = package.MarkdownBlock.call_args_list[0].kwargs["text"]
+    plain = [text.replace("\\", "") for text in (on_wandb, (tmp_path / "r.md").read_text())]
+    for text in (*plain, " ".join(read(study).texts)):
+        assert [note for note in said if note not in text] == []
 
 
 def test_markdown_holds_the_table_and_its_pictures(study_of: Callable[..., Study], tmp_path: Path) -> None:
