@@ -118,17 +118,15 @@ def candidates(study: Study) -> list[Candidate]:
 def equal_to(winner: Candidate, others: Sequence[Candidate]) -> list[Candidate]:
     """Return the candidates that the measurements do not tell from the winner (see :mod:`intervals`).
 
-    Candidates without an interval are equal only if their values are.
+    Without an interval of both, the two cannot be compared, whatever their values are.
     """
-    equal = []
-    for other in others:
-        if winner.interval is None or other.interval is None:
-            same = other.value == winner.value
-        else:
-            same = may_be_equal(winner.value, winner.interval, other.value, other.interval)
-        if same and other is not winner:
-            equal.append(other)
-    return equal
+    return [other for other in others if other is not winner and _may_be_equal(winner, other)]
+
+
+def _may_be_equal(one: Candidate, other: Candidate) -> bool:
+    if one.interval is None or other.interval is None:
+        return False
+    return may_be_equal(one.value, one.interval, other.value, other.interval)
 
 
 def front_of(study: Study, quality: str, cost: str) -> list[int]:

@@ -39,23 +39,8 @@ def notes(study: Study, winner: Candidate | None, ranked: Sequence[Candidate]) -
         found += [best_in_words(study, winner)] if winner is not None else []
     if winner is None or study.metric is None:
         return found
-    equal = equal_to(winner, ranked)
-    others, unmeasured = len(ranked) - 1, sum(other.interval is None for other in ranked)
-    if others and winner.interval is None:
-        spread = "One trial does not tell" if len(winner.trials) == 1 else "Equal values of all its seeds do not tell"
-        found.append(
-            f"{spread} how much {study.metric} varies, so no other trial can be called equal or worse: "
-            "repeat the best trials with other seeds."
-        )
-    elif others:
-        some = "The other one" if others == 1 else f"{len(equal)} of the {others} others"
-        rest = "The other one differs from it" if others == 1 else "The others differ from it"
-        which = f"{some} cannot be told from it" if equal else rest
-        zero = "contains" if equal else "does not contain"
-        found.append(
-            f"{which}: the 95% interval of the difference {zero} zero."
-            + (f" {unmeasured} have no interval and were not compared." if unmeasured else "")
-        )
+    found += _comparison(study.metric, winner, ranked)
+    others = len(ranked) - 1
     if study.metric in SHARES and winner.interval is not None and len(winner.trials) == 1:
         found.append("The interval covers the draw of the images, not the seed of the training.")
     if others and len(winner.trials) == 1:
@@ -67,3 +52,29 @@ def notes(study: Study, winner: Candidate | None, ranked: Sequence[Candidate]) -
     if any(trial.state not in ENDED for trial in winner.trials):
         found.append("It has not ended.")
     return found
+
+
+def _comparison(metric: str, winner: Candidate, ranked: Sequence[Candidate]) -> list[str]:
+    """Return how many of the others cannot be told from the winner, in one sentence; empty if there are no others."""
+    others, again = len(ranked) - 1, "repeat the best trials with other seeds"
+    if others == 0:
+        return []
+    if winner.interval is None:
+        spread = "One trial does not tell" if len(winner.trials) == 1 else "Equal values of all its seeds do not tell"
+        return [f"{spread} how much {metric} varies, so no other trial can be called equal or worse: {again}."]
+    compared = sum(other is not winner and other.interval is not None for other in ranked)
+    if compared == 0:
+        none = "The other one has" if others == 1 else f"The {others} others have"
+        return [f"{none} no interval of {metric}, so nothing could be compared with it: {again}."]
+    equal = len(equal_to(winner, ranked))
+    measured = "" if compared == others else " that have an interval" if compared > 1 else " that has an interval"
+    if compared == 1:
+        which = f"The other one{measured} {'cannot be told' if equal else 'differs'} from it"
+    elif equal:
+        which = f"{equal} of the {compared} others{measured} cannot be told from it"
+    else:
+        which = f"The {compared} others{measured} differ from it"
+    zero = "contains" if equal else "does not contain"
+    left = others - compared
+    rest = f" {left} more {'has' if left == 1 else 'have'} none and could not be compared." if left else ""
+    return [f"{which}: the 95% interval of the difference {zero} zero.{rest}"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,11 +56,7 @@ def test_a_seed_counts_once_with_its_last_trial() -> None:
 
 
 def test_equal_values_of_several_seeds_do_not_tell_how_much_they_vary() -> None:
-    values = [("a", 0, 1, 0.1), ("b", 1, 1, 0.1), ("c", 0, 2, 0.1001), ("d", 1, 2, 0.1002)]
-    trials = [
-        Trial(name, "finished", {"seed": seed, "x": x}, {"val/loss": value}, {}) for name, seed, x, value in values
-    ]
-    losses = Study("t", trials, metric="val/loss", goals={"val/loss": "minimize"})
+    losses = losses_of((0.1, 0.1), (0.1001, 0.1002))
     ranked = candidates(losses)
     assert [group.interval is None for group in ranked] == [True, False]
     said = " ".join(notes(losses, ranked[0], ranked))
@@ -104,6 +100,46 @@ def test_one_trial_of_a_figure_without_images_tells_nothing_of_its_spread() -> N
     assert ranked[0].interval is None
     assert equal_to(ranked[0], ranked) == []
     assert "repeat the best trials with other seeds" in " ".join(notes(losses, ranked[0], ranked))
+
+
+def losses_of(*values: Sequence[float]) -> Study:
+    """One configuration for each sequence, with a trial for each seed."""
+    trials = [
+        Trial(f"{x}-{seed}", "finished", {"x": x, "seed": seed}, {"val/loss": value})
+        for x, seeds in enumerate(values) for seed, value in enumerate(seeds)
+    ]  # fmt: skip
+    return Study("t", trials, metric="val/loss", goals={"val/loss": "minimize"})
+
+
+@pytest.mark.parametrize(
+    ("values", "said", "equal"),
+    [
+        ([(10.0, 10.5, 9.8), (10.2,)], "The other one has no interval of val/loss, so nothing could be compared", []),
+        ([(10.0, 10.5, 9.8), (10.1,), (10.1,)], "The 2 others have no interval of val/loss, so nothing could be", []),
+        (
+            [(10.0, 10.5, 9.8), (10.0, 10.6), (30.0, 30.1), (11.0,)],
+            "1 of the 2 others that have an interval cannot be told from it: the 95% interval of the difference "
+            "contains zero. 1 more has none and could not be compared.",
+            ["1-0"],
+        ),
+        (
+            [(10.0, 10.1), (30.0, 30.1), (31.0,), (32.0,)],
+            "The other one that has an interval differs from it: the 95% interval of the difference does not contain "
+            "zero. 2 more have none and could not be compared.",
+            [],
+        ),
+        ([(10.0, 10.1), (30.0, 30.1), (40.0, 40.1)], "The 2 others differ from it: the 95%", []),
+        ([(10.0, 10.1), (10.0, 10.2)], "The other one cannot be told from it: the 95%", ["1-0"]),
+        ([(10.0,), (10.0,)], "One trial does not tell how much val/loss varies", []),
+    ],
+)
+def test_only_what_was_compared_is_called_different_or_equal(
+    values: list[tuple[float, ...]], said: str, equal: list[str]
+) -> None:
+    found = losses_of(*values)
+    ranked = candidates(found)
+    assert notes(found, ranked[0], ranked)[0].startswith(said)
+    assert [other.best.name for other in equal_to(ranked[0], ranked)] == equal
 
 
 @pytest.mark.parametrize("protocol", ["", "n=unknown, x", "images=200"])
