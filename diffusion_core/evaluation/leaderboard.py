@@ -33,7 +33,7 @@ COSTS = {
     "MACs an image": MACS,
     "seconds an image": SECONDS,
 }
-"""Columns of costs, and the prefix of the figure in each."""
+"""Columns of costs, and the figure in each."""
 
 OF_IMAGES = "sample/"
 QUALITY_PREFIXES = ("val/loss", "eval/")
@@ -79,11 +79,8 @@ def entry(
         figures: figures that were measured on it.
         protocols: how figures were measured.
     """
-    found = {}
-    for column, prefix in COSTS.items():
-        values = [value for name, value in costs.items() if name.startswith(prefix) and isinstance(value, int | float)]
-        if values:
-            found[column] = values[0]
+    known = {column: costs.get(figure) for column, figure in COSTS.items()}
+    found = {column: value for column, value in known.items() if isinstance(value, int | float)}
     quality = {
         name: float(value)
         for name, value in figures.items()

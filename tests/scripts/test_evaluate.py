@@ -27,6 +27,7 @@ from diffusion_core.checkpoint import read_checkpoint
 from diffusion_core.data.datasets import DataError, load_data
 from diffusion_core.evaluation.classifier.classifier import classifier_for
 from diffusion_core.evaluation.generated import generated
+from diffusion_core.evaluation.leaderboard import COSTS
 from diffusion_core.model.unet import build_network
 from diffusion_core.sampling.generation import Generator
 from diffusion_core.search.results import JSON_FILE
@@ -393,6 +394,9 @@ def test_the_leaderboard_lists_models_with_costs_figures_and_protocols(
     assert "reference=digits/train" in shown
     (row,) = json.loads((tmp_path / "leaderboard.json").read_text())
     assert row["figures"][name] == run[2].figures[name]
+    costs = {column: run[2].figures[figure] for column, figure in COSTS.items() if figure in run[2].figures}
+    assert row["costs"] == costs
+    assert costs["latency"] == run[2].figures["model/latency"] != run[2].figures["model/latency_single"]
     assert (tmp_path / "leaderboard.csv").read_text().startswith("model,step,parameters,MACs,")
     assert leaderboard.main([str(tmp_path / "nothing")]) == 2
     assert "no finished run" in capsys.readouterr().err
