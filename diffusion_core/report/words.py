@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from diffusion_core.report.findings import Candidate, equal_to, front_of_objectives
@@ -45,13 +46,18 @@ def notes(study: Study, winner: Candidate | None, ranked: Sequence[Candidate]) -
         found.append("The interval covers the draw of the images, not the seed of the training.")
     if others and len(winner.trials) == 1:
         found.append(f"It was chosen as the best of {len(ranked)}, which flatters its figure.")
-    protocols = {trial.protocols.get(study.metric) for group in ranked for trial in group.trials}
+    protocols = {_without_seed(trial.protocols.get(study.metric)) for group in ranked for trial in group.trials}
     if len(protocols) > 1:
         count = f"there are {len(protocols)} protocols"
         found.append(f"{study.metric} was not measured in the same way in all trials: {count}.")
     if any(trial.state not in ENDED for trial in winner.trials):
         found.append("It has not ended.")
     return found
+
+
+def _without_seed(protocol: str | None) -> str | None:
+    """Return a protocol without the seed of its images: other draws are no other way to measure."""
+    return None if protocol is None else re.sub(r"(^|, )seed=-?\d+(?=,|$)", "", protocol)
 
 
 def _comparison(metric: str, winner: Candidate, ranked: Sequence[Candidate]) -> list[str]:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from diffusion_core.config import SampleConfig
+from diffusion_core.evaluation.protocol import protocol, sampling_protocol
 from diffusion_core.report.findings import candidates, equal_to, front_of, stages, trial_interval
 from diffusion_core.report.importance import importances
 from diffusion_core.report.study import Study, Trial, differing, recipe
@@ -151,6 +153,17 @@ def test_several_protocols_are_said() -> None:
     trials = [trial("a", 0.9), trial("b", 0.8, protocols={METRIC: "n=100, x"}, settings={"y": 1})]
     ranked = candidates(study(*trials))
     assert "2 protocols" in " ".join(notes(study(*trials), ranked[0], ranked))
+
+
+def test_the_seed_of_the_images_is_no_other_protocol() -> None:
+    ways = [protocol(200, sampling_protocol(SampleConfig(), seed)) for seed in (0, 1)]
+    assert len(set(ways)) == 2
+    same = study(*(trial(way, 0.9, seed=seed, protocols={METRIC: way}) for seed, way in enumerate(ways)))
+    ranked = candidates(same)
+    assert "protocols" not in " ".join(notes(same, ranked[0], ranked))
+    other = trial("c", 0.8, protocols={METRIC: ways[0].replace("n=200", "n=100")}, settings={"y": 1})
+    ranked = candidates(study(*same.trials, other))
+    assert "2 protocols" in " ".join(notes(same, ranked[0], ranked))
 
 
 @pytest.mark.parametrize("metric", [None, "eval/other"])
