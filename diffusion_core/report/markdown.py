@@ -124,7 +124,8 @@ def plot_front(study: Study, path: Path) -> bool:
     figure, (axes,) = panels(7.0, 4.2)
     front = [study.trials[index] for index in front_of(study, metric, cost)]
     places = [(trial.figures[cost], trial.figures[metric]) for trial in front]
-    axes.step(*zip(*places, strict=True), where="post", color=GREY, linestyle=":", label="Pareto front")
+    if places:  # Trials that failed are drawn, but are on no front.
+        axes.step(*zip(*places, strict=True), where="post", color=GREY, linestyle=":", label="Pareto front")
     key = _telling(study, known)
     kinds: dict[str, list[Trial]] = {}
     for trial in known:

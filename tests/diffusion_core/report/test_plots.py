@@ -159,6 +159,19 @@ def test_the_front_shows_each_trial_at_its_cost(
         assert label.get_window_extent(renderer).x1 <= panel.get_window_extent(renderer).x1 + 1, label.get_text()
 
 
+def test_trials_that_failed_are_drawn_without_a_front(
+    study_of: Callable[..., Study], drawn: list[Figure], tmp_path: Path
+) -> None:
+    study = study_of(30)
+    measured = [replace(trial, state="failed") for trial in study.trials if trial.value(str(study.metric)) is not None]
+    markdown.write_markdown(replace(study, trials=measured), tmp_path / "failed.md")
+    (panel,) = drawn[0].axes
+    assert points(panel) == {(trial.figures["model/macs"], trial.figures[str(study.metric)]) for trial in measured}
+    legend = panel.get_legend()
+    assert legend is not None
+    assert {"schedule linear", "schedule cosine"} == {text.get_text() for text in legend.get_texts()}
+
+
 def test_the_first_cost_tells_trials_apart(study_of: Callable[..., Study]) -> None:
     study = study_of(4)
     same = [replace(trial, figures={**trial.figures, "model/macs": 5.0, "model/params": 7.0}) for trial in study.trials]
