@@ -8,7 +8,7 @@ from functools import cached_property
 from statistics import fmean
 
 from diffusion_core.report.intervals import Interval, may_be_equal, mean_interval, wilson
-from diffusion_core.report.study import COUNTED, ENDED, SHARES, Study, Trial, recipe
+from diffusion_core.report.study import COUNTED, ENDED, FINISHED, SHARES, Study, Trial, recipe
 from diffusion_core.search.front import pareto_front
 from diffusion_core.search.objectives import Front, front_among, point_of
 from diffusion_core.tables import cell, mean_and_range
@@ -28,11 +28,13 @@ class Candidate:
         trials: those with a value of the metric, one for each seed, the best first.
         metric: the figure.
         repeated: number of trials that are left out, because a later one has the same settings and the same seed.
+        stopped: number of trials that are left out, because early termination stopped them and others finished.
     """
 
     trials: Sequence[Trial]
     metric: str
     repeated: int = 0
+    stopped: int = 0
 
     @cached_property
     def values(self) -> list[float]:
@@ -81,6 +83,8 @@ class Candidate:
             text += f", 95% {self.interval.how} {cell(self.interval.low)} to {cell(self.interval.high)}"
         if self.repeated:
             text += f", {self.repeated} more of the same seed not counted"
+        if self.stopped:
+            text += f", {self.stopped} more stopped early not counted"
         return text
 
 
@@ -95,8 +99,9 @@ def trial_interval(trial: Trial, figure: str) -> Interval | None:
 def candidates(study: Study) -> list[Candidate]:
     """Return the trials with a value of the metric, repeated seeds joined, best first.
 
-    Trials that are running or failed count only if no other has ended. Of trials with the same settings and the same
-    seed, the last one counts: they are no independent repetitions.
+    Trials that are running or failed count only if no other has ended, and trials that were stopped early only if no
+    other with their settings has finished: they were trained for a shorter time. Of trials with the same settings and
+    the same seed, the last one counts: they are no independent repetitions.
     """
     metric = study.metric
     if metric is None or metric not in study.goals:
@@ -108,10 +113,11 @@ def candidates(study: Study) -> list[Candidate]:
         groups.setdefault(recipe(trial), []).append(trial)
     sign = 1.0 if study.goals[metric] == "minimize" else -1.0
     found = []
-    for trials in groups.values():
+    for joined in groups.values():
+        trials = [trial for trial in joined if trial.state == FINISHED] or joined
         # The best of the repetitions stands for them, so that the commands name the best checkpoint.
         counted = sorted({trial.seed: trial for trial in trials}.values(), key=lambda one: sign * one.figures[metric])
-        found.append(Candidate(tuple(counted), metric, len(trials) - len(counted)))
+        found.append(Candidate(tuple(counted), metric, len(trials) - len(counted), len(joined) - len(trials)))
     return sorted(found, key=lambda candidate: sign * candidate.value)
 
 

@@ -37,7 +37,10 @@ COUNTED = ("model/macs", "model/nonzero_macs", "model/params", "model/nonzero_pa
 SHARES = frozenset({"eval/class_agreement", "dense/eval/class_agreement"})
 """Figures that are a share of independent images."""
 
-ENDED = frozenset({"finished", "stopped"})
+FINISHED, STOPPED = "finished", "stopped"
+"""States of trials that ended by themselves, and of those that early termination stopped."""
+
+ENDED = frozenset({FINISHED, STOPPED})
 """States of trials that may win."""
 
 CHAIN, SWEEP, RUNS = "chain", "sweep", "runs"

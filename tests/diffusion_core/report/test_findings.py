@@ -57,6 +57,17 @@ def test_a_seed_counts_once_with_its_last_trial() -> None:
     assert "mean and range of 2 seeds (1, 0)" in joined.text()
 
 
+def test_a_trial_that_was_stopped_early_is_no_seed_of_those_that_finished() -> None:
+    finished = [trial("a", 0.94), trial("b", 0.96, seed=1)]
+    stopped = [trial("c", 0.50, seed=2, state="stopped"), trial("d", 0.97, seed=1, state="stopped")]
+    (joined,) = candidates(study(*finished, *stopped))
+    assert [one.name for one in joined.trials] == ["b", "a"]
+    assert joined.text().endswith(", 2 more stopped early not counted")
+    (none_finished,) = candidates(study(*stopped))
+    assert [one.name for one in none_finished.trials] == ["d", "c"]
+    assert "not counted" not in none_finished.text()
+
+
 def test_equal_values_of_several_seeds_do_not_tell_how_much_they_vary() -> None:
     losses = losses_of((0.1, 0.1), (0.1001, 0.1002))
     ranked = candidates(losses)
