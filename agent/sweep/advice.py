@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from agent.config import TrialConfig
 from agent.sweep.file import SweepFile
 from diffusion_core.config import list_knobs
-from diffusion_core.search.advice import idle_hyperband, many_or_repeated, odd_numbers
+from diffusion_core.search.advice import idle_hyperband, many_or_repeated, odd_numbers, other_best
 from pruning.estimate import times_logged
 
 DECIDE_LENGTH = ("preset", "train", "eval", "log", "prune")
@@ -24,6 +24,7 @@ def advice(sweep: SweepFile, trials: int | None, *, offline: bool) -> Iterator[s
     """
     yield from odd_numbers(sweep, dict(list_knobs(TrialConfig)))
     yield from many_or_repeated(sweep, trials)
+    yield from other_best(sweep, {trial.checkpoint.best_metric for _, trial in sweep.trials("preset", "checkpoint")})
     metric = sweep.metric
     if "early_terminate" in sweep.config and metric is not None:
         logged = [times_logged(trial, trial.prune, metric) for _, trial in sweep.trials(*DECIDE_LENGTH)]

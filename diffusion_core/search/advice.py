@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from diffusion_core.config import is_fraction
+from diffusion_core.config.metrics import COSTS
 from diffusion_core.messages import shortened
 from diffusion_core.search import engine
 from diffusion_core.search.settings import EXPONENTS
 from diffusion_core.search.space import choices, flat_parameters, is_whole, values_to_try
 from diffusion_core.search.sweep import Sweep
+from diffusion_core.tracking import BEST
 
 MANY_TRIALS = 1000
 """A larger grid may be a mistake."""
@@ -68,4 +70,20 @@ def idle_hyperband(sweep: Sweep, most: float) -> Iterator[str]:
         yield (
             f"early_terminate = {shortened(early)}: stops no trial: it compares those with more than {band} values of "
             f"{sweep.metric}, and a trial logs at most {most:.0f}; lower it, or log more often"
+        )
+
+
+def other_best(sweep: Sweep, kept_by: Collection[str]) -> Iterator[str]:
+    """Yield one line if trials keep their best checkpoint by another figure than the sweep's only metric.
+
+    Args:
+        sweep: the sweep.
+        kept_by: ``checkpoint.best_metric`` of its trials.
+    """
+    metric = (sweep.metric or "").removeprefix(f"{BEST}/")
+    others = sorted(set(kept_by) - {metric})
+    if metric and others and not sweep.several and metric not in COSTS:
+        yield (
+            f"checkpoint.best_metric = {others[0]!r}: trials are ranked by the best {metric} of the whole run, but the "
+            f"checkpoint that commands and reports take may have another; set it to {metric}"
         )

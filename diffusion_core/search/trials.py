@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from diffusion_core.config.metrics import best_first, is_better
+from diffusion_core.checkpoint import CheckpointError, read_checkpoint, step_folder, step_of
+from diffusion_core.choice import best_of
+from diffusion_core.config.metrics import COSTS, best_first, is_better
 from diffusion_core.machine.job import read_note
-from diffusion_core.run_folder import HISTORY_FILE, RESULT_FILE, SAMPLES, best_figures, read_history
+from diffusion_core.run_folder import CHECKPOINTS, HISTORY_FILE, RESULT_FILE, SAMPLES, best_figures, read_history
 from diffusion_core.search import engine
 from diffusion_core.search.objectives import Objective
 from diffusion_core.search.results import TrialRecord, by_front
@@ -25,6 +28,7 @@ from diffusion_core.search.state import (
     SweepState,
     Trial,
 )
+from diffusion_core.tracking import STEP
 
 ENGINE_STATES = {WAITING: "running", RUNNING: "running", SUBMITTED: "running", STOPPING: "running",
                  FINISHED: "finished", STOPPED: "finished", FAILED: "failed"}  # fmt: skip
@@ -43,6 +47,7 @@ class TrialReader:
         self.state = state
         self.metric = metric
         self.objectives = objectives
+        self._qualities = [each.name for each in objectives if each.name not in COSTS]
         self._ended_runs: dict[str, Any] = {}
         self._ended_records: dict[str, TrialRecord] = {}
 
@@ -63,7 +68,8 @@ class TrialReader:
         if trial.id in self._ended_runs:
             return self._ended_runs[trial.id]
         history = read_history(self.state.trial_folder(trial))
-        figures = best_figures(history) | dict(self._result(trial).get("figures", {}))
+        result = self._result(trial)
+        figures = self._together(trial, best_figures(history) | dict(result.get("figures", {})), result, history)
         run = engine.past_run(trial.id, trial.parameters, ENGINE_STATES[trial.state], figures, history)
         if trial.state in DONE:
             self._ended_runs[trial.id] = run
@@ -91,12 +97,12 @@ class TrialReader:
         if trial.id in self._ended_records:
             return self._ended_records[trial.id]
         folder = self.state.trial_folder(trial)
-        result = self._result(trial)
+        result, history = self._result(trial), read_history(folder)
         record = TrialRecord(
             id=trial.id,
             state=trial.state,
             parameters=trial.parameters,
-            figures=result.get("figures") or best_figures(read_history(folder)),
+            figures=self._together(trial, result.get("figures") or best_figures(history), result, history),
             config=result.get("config", {}),
             best_checkpoint=result.get("best_checkpoint"),
             seconds=trial.seconds,
@@ -105,6 +111,23 @@ class TrialReader:
         if trial.state in DONE:
             self._ended_records[trial.id] = record
         return record
+
+    def _together(
+        self,
+        trial: Trial,
+        figures: Mapping[str, float],
+        result: Mapping[str, Any],
+        history: Sequence[Mapping[str, float]],
+    ) -> Mapping[str, float]:
+        """Return figures, with those of the best checkpoint for several objectives of quality, if it has all of them.
+
+        The best values of the whole run may be of several checkpoints: a point that no checkpoint has.
+        """
+        if len(self._qualities) < 2:
+            return figures
+        row = _figures_of_best(self.state.trial_folder(trial) / CHECKPOINTS, result.get("best_checkpoint"), history)
+        found = {name: row[name] for name in self._qualities if name in row}
+        return {**figures, **found} if len(found) == len(self._qualities) else figures
 
     def _result(self, trial: Trial) -> dict[str, Any]:
         """Return the result of a trial; empty if it has none."""
@@ -120,3 +143,29 @@ class TrialReader:
             newest = max(samples.glob(f"{kind}-*.{suffix}"), default=None)
             if newest is not None:
                 shutil.copyfile(newest, self.state.folder / f"{trial.id}-{kind}.{suffix}")
+
+
+def _figures_of_best(
+    checkpoints: Path, named: str | None, history: Sequence[Mapping[str, float]]
+) -> Mapping[str, float]:
+    """Return what was measured of a run's best checkpoint; empty if that is unknown.
+
+    Args:
+        checkpoints: the folder of the run's checkpoints.
+        named: the best checkpoint, as the result of a finished run names it.
+        history: rows of the run, for a checkpoint that is no longer there.
+    """
+    if named is None:
+        best = best_of(checkpoints)
+        place = None if best is None else checkpoints / step_folder(best["step"])
+    else:
+        place = Path(named)
+    if place is None:
+        return {}
+    for there in (place, checkpoints / place.name):  # The sweep's folder may have been moved.
+        try:
+            figures: Mapping[str, float] = read_checkpoint(there, verify=False).metadata["figures"]
+            return figures
+        except CheckpointError:
+            continue
+    return next((row for row in history if row[STEP] == step_of(place)), {})

@@ -21,7 +21,8 @@ LOSS = {"name": "val/loss", "goal": "minimize"}
 
 
 def content(parameters: dict[str, Any], **more: Any) -> dict[str, Any]:
-    fixed = {"preset": {"value": "digits"}, "train.steps": {"value": 100}, "eval.every": {"value": 10}}
+    fixed: dict[str, Any] = {"preset": {"value": "digits"}, "train.steps": {"value": 100}, "eval.every": {"value": 10}}
+    fixed["checkpoint.best_metric"] = {"value": "val/loss"}
     command = ["python", "-m", "agent", "${args}"]
     return {"method": "random", "metric": LOSS, "command": command, "parameters": fixed | parameters, **more}
 
@@ -30,6 +31,7 @@ def hyperband(**early: Any) -> dict[str, Any]:
     return {"early_terminate": {"type": "hyperband", **early}}
 
 
+KEEP_TRAIN = {"checkpoint.best_metric": {"value": "train/loss"}}
 RANGE = {"train.lr": {"min": 0.1, "max": 0.5}}
 NINE = {"train.lr": {"values": [0.1, 0.2, 0.3]}, "seed": {"min": 0, "max": 2}}
 MASKED = {"prune.method": {"value": "magnitude"}}
@@ -86,6 +88,18 @@ ADVICE: dict[str, tuple[dict[str, Any], int | None, str | None]] = {
     ),
     "probabilities": (content({"seed": {"values": [1, 2], "probabilities": [0.5, 0.5]}}), 12, "of 2 combinations"),
     "very many trials": (content(RANGE), 1001, "1,001 trials; --count N or run_cap: N runs fewer"),
+    # The checkpoint that is kept as the best
+    "another best checkpoint": (
+        content(RANGE | KEEP_TRAIN),
+        12,
+        "checkpoint.best_metric = 'train/loss': trials are ranked by the best val/loss of the whole run, but the "
+        "checkpoint that commands and reports take may have another; set it to val/loss",
+    ),
+    "another best checkpoint in some": (
+        content(RANGE | {"checkpoint.best_metric": {"values": ["val/loss", "train/loss"]}}),
+        12,
+        "checkpoint.best_metric = 'train/loss'",
+    ),
     # Hyperband: ten values of val/loss in 100 steps, and five after pruning at step 50
     "a band that is reached": (content(RANGE, **hyperband(min_iter=9)), 12, None),
     "a band beyond the end": (
@@ -107,7 +121,7 @@ ADVICE: dict[str, tuple[dict[str, Any], int | None, str | None]] = {
         None,
     ),
     "another metric": (
-        content(RANGE, **hyperband(min_iter=10)) | {"metric": {"name": "train/loss"}},
+        content(RANGE | KEEP_TRAIN, **hyperband(min_iter=10)) | {"metric": {"name": "train/loss"}},
         12,
         "more than 10 values of train/loss, and a trial logs at most 4",
     ),
