@@ -16,6 +16,7 @@ from agent.tracking.artifacts import open_source
 from diffusion_core.choice import announce
 from diffusion_core.config import flatten
 from diffusion_core.data.datasets import Dataset, in_recorded_order
+from diffusion_core.data.fingerprint import describe_changed, describe_data, say_others
 from diffusion_core.distributed import first_process_first, make_accelerator
 from diffusion_core.evaluation.generated import costs_of_images
 from diffusion_core.evaluation.protocol import PREFIX
@@ -48,7 +49,7 @@ from diffusion_core.training.resume import (
     with_labels_of,
 )
 from diffusion_core.training.stopping import Stopped, StopRequest
-from diffusion_core.training.summary import costs_of, describe_changed, describe_data, system_facts
+from diffusion_core.training.summary import costs_of, system_facts
 from diffusion_core.training.teacher import keep_teacher
 from diffusion_core.training.trainer import Callback, TrainState
 from pruning.channels.reach import check_reach
@@ -106,6 +107,8 @@ def start_state(
     for used in filter(None, (source, teacher)):
         dataset = in_recorded_order(dataset, config.data, used.checkpoint.class_names)
         announce(used.checkpoint)
+        if accelerator.is_main_process:
+            say_others(used.checkpoint.metadata, config.data.name, dataset, str(used.checkpoint.path))
         if used.artifact is not None:
             tracker.use(used.artifact)
     if source is not None and teacher is not None:

@@ -41,6 +41,7 @@ from diffusion_core.config.metrics import INCEPTION
 from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.data.announcement import announce_data
 from diffusion_core.data.datasets import DataError, Dataset, load_data
+from diffusion_core.data.fingerprint import say_others
 from diffusion_core.distributed import first_process_first, own_positions
 from diffusion_core.evaluation.baseline import bilinear_judgement
 from diffusion_core.evaluation.consistency import consistency_of_models
@@ -109,8 +110,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_sampling_flags(parser)
     add_plugins_flag(parser)
     arguments = parser.parse_args(argv)
-    problem = problem_of(arguments)
-    if problem:
+    if problem := problem_of(arguments):
         parser.error(problem)
     return arguments
 
@@ -302,12 +302,12 @@ def of_model(arguments: argparse.Namespace, checkpoint: Checkpoint, processes: P
     measured = build(EvalConfig, {"figures": wanted_figures(arguments), "reference": arguments.reference})
     for problem in leaking_problems(config.upsample, measured, "--figures", "--reference"):
         raise ConfigError(problem)
-    total, sample = arguments.num_images, config.sample
-    conditional = bool(checkpoint.metadata["num_classes"])
+    total, sample, conditional = arguments.num_images, config.sample, bool(checkpoint.metadata["num_classes"])
     dataset = dataset or load_data(config.data, progress=processes.is_main_process, recorded=checkpoint.class_names)
     suite = suite_of(arguments, config.data, dataset, processes, count=total, conditional=conditional)
     announce(checkpoint, *([guide] if guide else []))
     if processes.is_main_process:
+        say_others(checkpoint.metadata, config.data.name, dataset, str(checkpoint.path))
         if note := student_note(checkpoint, config):
             print(note, file=sys.stderr)
         seconds = estimate_seconds(generator, total, sample, suite.networks)

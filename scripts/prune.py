@@ -42,6 +42,7 @@ from diffusion_core.config import ConfigError, flatten, list_knobs, split_argv
 from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.data.announcement import announce_data
 from diffusion_core.data.datasets import DataError, load_data
+from diffusion_core.data.fingerprint import RECORDED
 from diffusion_core.evaluation.consistency import consistency_of_models
 from diffusion_core.hardware import pick_device, pick_precision
 from diffusion_core.messages import Parser, nonempty, out_folder, positive
@@ -288,9 +289,9 @@ def run(job: PruningTask, batch: int) -> dict[str, Any]:
     }
     same_seeds = alike.figures("prune") if alike else {}
     figures = {f"pruned/{name}": value for name, value in after.items()} | same_seeds
-    written = write_checkpoint(
-        job.out, state.step, describe(state, config, class_names) | {"figures": figures}, state.parts()
-    )
+    images = {RECORDED: job.source.checkpoint.metadata.get(RECORDED) if job.source else None}
+    metadata = describe(state, config, class_names) | images | {"figures": figures}
+    written = write_checkpoint(job.out, state.step, metadata, state.parts())
     result["checkpoint"] = str(written.path)
     result["parent"] = job.source.parent() if job.source else None
     if job.upload:

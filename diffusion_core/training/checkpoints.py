@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from diffusion_core.checkpoint import (
 from diffusion_core.config import CoreConfig, flatten
 from diffusion_core.config.metrics import is_better
 from diffusion_core.data.datasets import Dataset
+from diffusion_core.data.fingerprint import RECORDED, describe_data
 from diffusion_core.model.structure import structure
 from diffusion_core.redact import redacted
 from diffusion_core.run_folder import read_history
@@ -108,6 +110,11 @@ class SaveCheckpoints:
         if self.config.checkpoint.upload:
             self._log_used(f"teacher-{self.run_id}", state)
 
+    @cached_property
+    def _images(self) -> dict[str, Any]:
+        described = describe_data(self.config.data.name, self.dataset)
+        return {key: described[key] for key in ("name", "train_images", "val_images", "sha256")}
+
     def _log_used(self, name: str, state: TrainState) -> None:
         """Log the newest checkpoint as a `model` artifact of a given name, which the run uses."""
         checkpoint = read_checkpoint(self.folder / step_folder(state.step), verify=False)
@@ -127,7 +134,7 @@ class SaveCheckpoints:
         if metric is not None and is_better(name, metric, self.best["value"] if self.best else None):
             self.best = {"metric": name, "value": metric, "step": state.step}
         metadata = describe(state, self.config, self.dataset.class_names)
-        metadata |= {"figures": self.figures, "best": self.best}
+        metadata |= {"figures": self.figures, "best": self.best, RECORDED: self._images}
         checkpoint = write_checkpoint(self.folder, state.step, metadata, state.parts())
         self.saved_step = state.step
         if self.config.checkpoint.upload and self.tracker.live:

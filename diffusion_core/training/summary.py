@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -19,13 +18,12 @@ from torch import Tensor
 from diffusion_core.checkpoint import METADATA_FILE, SAMPLING_PARTS
 from diffusion_core.config import TrainConfig
 from diffusion_core.data.datasets import Dataset
-from diffusion_core.files import sha256
+from diffusion_core.data.fingerprint import dataset_sha256
 from diffusion_core.hardware import pick_precision
 from diffusion_core.machine.job import cluster_facts
 from diffusion_core.machine.sharing import usable_cores
 from diffusion_core.model.cost import LATENCY_BATCH, count_cost, latencies, peak_memory
 from diffusion_core.model.unet import UNet
-from diffusion_core.redact import redacted
 
 COMMIT = "DIFFUSION_SWEEPS_COMMIT"
 """Environment variable: the git commit of the code, where there is no repository, such as in a container."""
@@ -52,38 +50,6 @@ def costs_of(
     sampled = [checkpoint / METADATA_FILE, *(checkpoint / f"{part}.safetensors" for part in SAMPLING_PARTS)]
     costs["model/checkpoint_bytes"] = sum(file.stat().st_size for file in sampled)
     return costs
-
-
-def describe_data(name: str, dataset: Dataset) -> dict[str, Any]:
-    """Describe the images of a run as JSON that is equal for equal images."""
-    return {
-        "name": name,
-        "image_shape": list(dataset.shape_CHW),
-        "class_names": redacted(list(dataset.class_names)),
-        "train_images": len(dataset.train),
-        "val_images": len(dataset.val),
-        "sha256": dataset_sha256(dataset),
-    }
-
-
-def describe_changed(file: Path, described: Mapping[str, Any]) -> str | None:
-    """Return a warning if a run's images are not those of ``data.json``; None if they are, or it cannot be read.
-
-    Args:
-        file: the run's ``data.json``.
-        described: the images now, as :func:`describe_data` describes them.
-    """
-    try:
-        then = json.loads(file.read_text(encoding="utf-8"))
-        if then["sha256"] == described["sha256"]:
-            return None
-        counts = f"{then['train_images']:,} for training and {then['val_images']:,} held out"
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return (
-        f"warning: data.name = {described['name']}: not the images that the run was started with, which were {counts}; "
-        f"now {described['train_images']:,} and {described['val_images']:,}"
-    )
 
 
 def system_facts(
@@ -128,11 +94,3 @@ def commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         found = ""
     return found or os.environ.get(COMMIT) or None
-
-
-def dataset_sha256(dataset: Dataset) -> str:
-    """Return the SHA-256 of all images, labels and class names: equal for equal data, wherever it was read from."""
-    parts: list[str | Tensor] = [repr((dataset.shape_CHW, dataset.class_names))]
-    for split in (dataset.train, dataset.val):
-        parts += [repr(len(split)), split.images_NCHW, split.labels_N]
-    return sha256(*parts)

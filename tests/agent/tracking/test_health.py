@@ -16,6 +16,7 @@ import torch
 from tiny import digits, tiny_config, tiny_state
 
 from diffusion_core.data.datasets import Dataset
+from diffusion_core.data.fingerprint import dataset_sha256
 from diffusion_core.tracking import MemoryTracker
 from diffusion_core.training import summary
 from diffusion_core.training.callbacks import REGRESSION, WatchQuality, is_regression
@@ -71,9 +72,9 @@ def test_quality_is_compared_within_a_stage_of_step_distillation() -> None:
 
 def test_equal_data_have_equal_fingerprints() -> None:
     data = digits()
-    fingerprint = summary.dataset_sha256(data)
+    fingerprint = dataset_sha256(data)
     assert re.fullmatch("[0-9a-f]{64}", fingerprint)
-    assert summary.dataset_sha256(replace(data)) == fingerprint
+    assert dataset_sha256(replace(data)) == fingerprint
     images = data.train.images_NCHW.clone()
     images[0, 0, 0, 0] += 1
     others: list[Dataset] = [
@@ -82,7 +83,7 @@ def test_equal_data_have_equal_fingerprints() -> None:
         replace(data, class_names=tuple(reversed(data.class_names))),
         replace(data, train=data.train.select(torch.arange(1, len(data.train)))),
     ]
-    assert len({fingerprint, *map(summary.dataset_sha256, others)}) == 5
+    assert len({fingerprint, *map(dataset_sha256, others)}) == 5
     digest = hashlib.sha256(repr((data.shape_CHW, data.class_names)).encode())
     for part in (data.train, data.val):
         digest.update(str(len(part)).encode() + part.images_NCHW.numpy().tobytes() + part.labels_N.numpy().tobytes())

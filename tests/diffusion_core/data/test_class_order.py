@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from agent.trial import run_trial
 from diffusion_core.checkpoint import read_checkpoint
 from diffusion_core.config import ConfigError
 from diffusion_core.data.datasets import Dataset, Images, load_data
+from diffusion_core.data.fingerprint import dataset_sha256
 from diffusion_core.randomness import Purpose, generator
 from diffusion_core.run_folder import DATA_FILE
 from diffusion_core.tracking import MemoryTracker
@@ -134,10 +136,51 @@ def test_other_images_are_noticed(folder: Path, runs: Path, tmp_path: Path, caps
     assert "which were 33 for training and 11 held out; now 34 and 11" in capsys.readouterr().err
 
 
-def test_a_run_that_starts_from_a_checkpoint_takes_its_labels_over(folder: Path, runs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("section", ["init", "distill"])
+def test_a_run_that_starts_from_a_checkpoint_of_other_images_says_so(
+    folder: Path, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], section: str
+) -> None:
+    """Its former training images may be held out now."""
+    begun = {f"{section}__checkpoint": str(runs / "new"), **({"distill__output": 1.0} if section == "distill" else {})}
+    run(tmp_path / "same", config_of(folder, **begun), load_data(config_of(folder).data))
+    assert "not the images" not in capsys.readouterr().err
+    grown = shutil.copytree(folder, tmp_path / "grown")
+    for index in range(EACH):
+        shutil.copy(grown / "0" / f"{index}.png", grown / "0" / f"{EACH + index}.png")
+    data = load_data(config_of(grown).data)
+    run(tmp_path / "other", config_of(grown, **begun), data)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "not the images" in line]
+    assert line.startswith("warning: data.name = folder: not the images that ")
+    assert f"{runs / 'new'}/checkpoints/step-00000002 was trained with, which were 33 for training and 11 held" in line
+    assert "now 36 and 12; what it was trained with may be held out now" in line
+    assert read_checkpoint(tmp_path / "other").metadata["data"]["sha256"] == dataset_sha256(data)
+
+
+def test_evaluation_of_a_checkpoint_on_other_images_says_so(
+    folder: Path, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--checkpoint", str(runs / "new"), "--num-images", "11", "--device", "cpu", "--extractor", "classifier",
+             "--figures", "frechet", "--json", str(tmp_path / "j")]  # fmt: skip
+    old = shutil.copytree(runs / "new", tmp_path / "old")
+    for file in old.rglob("checkpoint.json"):  # As earlier versions wrote it.
+        stored = json.loads(file.read_text())
+        del stored["data"]
+        file.write_text(json.dumps(stored))
+    grown = shutil.copytree(folder, tmp_path / "grown")
+    shutil.copy(grown / "0" / "0.png", grown / "0" / "9.png")
+    for place, source, said in ((folder, runs / "new", 0), (grown, runs / "new", 1), (grown, old, 0)):
+        words[1] = str(source)
+        assert evaluate.main([*words, "--data-path", str(place)]) == 0
+        assert capsys.readouterr().err.count("not the images that ") == said
+
+
+def test_a_run_that_starts_from_a_checkpoint_takes_its_labels_over(
+    folder: Path, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     new = load_data(config_of(folder).data)
     run(tmp_path / "run", config_of(folder, init__checkpoint=str(runs / "old")), new)
     assert read_checkpoint(tmp_path / "run").class_names == AS_TEXT
+    assert "not the images" not in capsys.readouterr().err, "they are the same in another order"
     assert read_checkpoint(runs / "new").class_names == BY_VALUE
     both = {"init__checkpoint": str(runs / "old"), "distill__checkpoint": str(runs / "new")}
     with pytest.raises(ConfigError, match=r"distill.checkpoint = .*, in another order than"):
