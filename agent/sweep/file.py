@@ -19,7 +19,7 @@ from diffusion_core.messages import shortened, suggested
 from diffusion_core.registries import DATASETS
 from diffusion_core.search.macros import TrialCommand, read_command
 from diffusion_core.search.settings import EXPONENTS, form_problems, method_of, setting_problems
-from diffusion_core.search.space import flat_parameters, grid_size, values_to_try, with_numbers
+from diffusion_core.search.space import flat_parameters, given_twice, grid_size, values_to_try, with_numbers
 from diffusion_core.search.sweep import Sweep, SweepError, name_problems
 from pruning.config import methods, unheard
 
@@ -200,7 +200,7 @@ def _parameter_problems(sweep: SweepFile) -> list[str]:
         return [f"parameters = {shortened(given)}: expected a mapping from knobs such as train.lr to their values"]
     fields = dict(list_knobs(TrialConfig))
     right: dict[str, dict[str, Any]] = {}
-    problems: list[str] = []
+    problems = given_twice(given)
     for key, spec in sweep.parameters.items():
         wrong = form_problems(key, spec, method)
         known = key.partition(".")[0] in TrialConfig.model_fields

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic.fields import FieldInfo
 
 from diffusion_core.config.parsing import as_number
+from diffusion_core.messages import shortened
 
 LARGEST_EXPONENT = 700.0
 """A distribution over exponents of e reaches no further: a float would overflow."""
@@ -17,15 +18,39 @@ SPREAD = 3.0
 """Standard deviations from its mean at which a normal distribution is checked."""
 
 
-def flat_parameters(parameters: Mapping[str, Any], prefix: str = "") -> dict[str, dict[str, Any]]:
+def flat_parameters(parameters: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return nested parameters (``train: {parameters: {lr: ...}}``) by dotted key."""
-    flat: dict[str, dict[str, Any]] = {}
+    return dict(_flat(parameters))
+
+
+def _flat(parameters: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, spec in parameters.items():
         if isinstance(spec, Mapping) and isinstance(spec.get("parameters"), Mapping):
-            flat.update(flat_parameters(spec["parameters"], f"{prefix}{key}."))
+            yield from _flat(spec["parameters"], f"{prefix}{key}.")
         else:
-            flat[prefix + str(key)] = spec
-    return flat
+            yield f"{prefix}{key}", spec
+
+
+def given_twice(parameters: Mapping[str, Any]) -> list[str]:
+    """Return one line for each parameter that is there by its dotted key and in its section, where only one counts.
+
+    The section is a group (``train: {parameters: {lr: ...}}``) or has mappings as values (``train: {value: {lr: 1}}``).
+    """
+    found: dict[str, list[Any]] = {}
+    for key, spec in _flat(parameters):
+        values = [spec.get("value"), *_listed(spec.get("values"))] if isinstance(spec, Mapping) else []
+        inside = {str(name) for value in values if isinstance(value, Mapping) for name in value}
+        for full in (key, *sorted(f"{key}.{name}" for name in inside)):
+            found.setdefault(full, []).append(spec)
+    return [
+        f"{key} = {' and '.join(map(shortened, specs))}: given twice, by its dotted key and in its section; remove one"
+        for key, specs in found.items()
+        if len(specs) > 1
+    ]
+
+
+def _listed(values: Any) -> list[Any]:
+    return values if isinstance(values, list) else []
 
 
 def with_numbers(spec: Any, field: FieldInfo | None) -> Any:

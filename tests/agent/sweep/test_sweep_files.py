@@ -255,6 +255,14 @@ WRONG: dict[str, tuple[Any, list[str]]] = {
         ["zzz = {'value': 1}: unknown key; --help all lists all keys"],
     ),
     "misspelt knob": (changed(add={"trian.lr": {"value": 1}}), [f"trian.lr = {{'value': 1}}: {UNKNOWN} train.lr?"]),
+    "a knob alone and in a group": (
+        changed(parameters={"train.lr": {"values": [0.1, 0.2]}, "train": {"parameters": {"lr": {"value": 0.3}}}}),
+        ["train.lr = {'values': [0.1, 0.2]} and {'value': 0.3}: given twice, by its dotted key and in its section"],
+    ),
+    "a knob alone and in the values of its section": (
+        changed(parameters={"train": {"values": [{"lr": 0.1}, {"lr": 0.3}]}, "train.lr": {"value": 0.2}}),
+        ["train.lr = {'values': [{'lr': 0.1}, {'lr': 0.3}]} and {'value': 0.2}: given twice"],
+    ),
     "misspelt nested knob": (
         changed(add={"ema": {"parameters": {"decy": {"value": 0.5}}}}),
         [f"ema.decy = {{'value': 0.5}}: {UNKNOWN} ema.decay?"],
