@@ -48,6 +48,8 @@ def stub_sweep(method: str, parameters: dict[str, Any], **more: Any) -> SweepFil
     """A sweep of stub trials; all it says of parameters is checked as for the real program."""
     fixed = {"preset": {"value": "digits"}, "train.steps": {"value": STEPS}, "seed": {"value": 0},
              "train.warmup_steps": {"value": 0}, "prune.step": {"value": None}}  # fmt: skip
+    if "values" in parameters.get("train", {}):  # They have steps of their own.
+        del fixed["train.steps"]
     content = {
         "method": method,
         "metric": {"name": "val/loss", "goal": "minimize"},
