@@ -601,7 +601,9 @@ def test_the_real_command_estimates_runs_and_ranks(tmp_path: Path, notes: Path, 
     command = [str(forks.interpreter), "-m", "agent.sweep", "mine.yaml", "--offline", "--jobs", "2"]
     environment = os.environ | {"PYTHONPATH": str(STUB.parents[1]), "HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    (advice,) = done.stderr.splitlines()
+    assert "checkpoint.best_metric = 'eval/class_agreement': trials are ranked by the best val/loss" in advice
     lines = done.stdout.splitlines()
     assert lines[0].startswith("estimate: 4 trials, 2 at a time; ")
     starts = [line for line in lines if " starts: seed=" in line]
