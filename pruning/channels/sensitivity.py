@@ -141,14 +141,12 @@ def proposed_shares(network: UNet, prune: PruneConfig, measured: Sensitivity) ->
         return count_sizes(layers, _sizes_at(network, groups, now, list(shares.values())))[unit]
 
     shares = dict.fromkeys(measured.losses, 1.0)
-    least = {block: min([1.0, *kept]) for block, kept in measured.kept.items()}
-    least = {block: STEP if share <= SHARES[-1] else share for block, share in least.items()}  # Else: by rounding.
     whole = left = cost(shares)
     while left > prune.keep * whole:
         steps = []
         for block, share in shares.items():
-            less = round(share - STEP, 2)
-            if less > least[block] - STEP / 2:
+            if measured.kept[block] and share > 1.5 * STEP:
+                less = round(share - STEP, 2)
                 saved = left - cost(shares | {block: less})
                 risen = measured.rise(block, less) - measured.rise(block, share)
                 if saved > 0:

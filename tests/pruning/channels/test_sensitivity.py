@@ -12,7 +12,7 @@ from pruning.calibration import Calibration
 from pruning.channels.groups import channel_groups
 from pruning.channels.importance import channel_scores
 from pruning.channels.removal import Removal, prune_channels, remove
-from pruning.channels.sensitivity import SHARES, STEP, Sensitivity, measure_sensitivity, proposed_shares
+from pruning.channels.sensitivity import SHARES, Sensitivity, measure_sensitivity, proposed_shares
 from pruning.config import PruneConfig
 
 CONFIG = tiny_config(model__channels=16, train__batch_size=16)
@@ -57,21 +57,18 @@ def test_between_shares_the_rise_is_linear_and_never_falls() -> None:
         assert measured.rise("middle", share) == pytest.approx(rise), share
     kept = {"a": [0.75, 0.5, 0.25, 0.1]}
     assert Sensitivity(1.0, {"a": [1.0, 1.0, 1.0, 1.3]}, kept).rise("a", 0.05) == pytest.approx(0.4)
+    assert Sensitivity(1.0, {"a": [1.2]}, {"a": [0.5]}).rise("a", 0.25) == pytest.approx(0.3)
 
 
 def test_a_loss_belongs_to_the_share_that_rounding_left() -> None:
     """Norms have eight groups, so a width of 16 becomes 8 and no less."""
     network = tiny_network(tiny_config(model__channels=16, model__norm_groups=8))
-    prune = PRUNE.model_copy(update={"keep": 0.3})
-    measured = measure_sensitivity(network, prune, 0, calibration())
+    measured = measure_sensitivity(network, PRUNE, 0, calibration())
     for block, shares in measured.kept.items():
         assert len(shares) == len(measured.losses[block])
         assert shares == sorted(set(shares), reverse=True)
         assert max(shares) < 1.0
     assert measured.kept["down.0"][-1] == 0.5
-    proposed = proposed_shares(network, prune, measured)
-    for block, share in proposed.items():
-        assert share >= min(measured.kept[block]) - STEP, "narrower than rounding allows"
 
 
 @pytest.mark.parametrize("target", ["macs", "params", "latency"])
