@@ -37,7 +37,7 @@ COUNTED = ("model/macs", "model/nonzero_macs", "model/params", "model/nonzero_pa
 SHARES = frozenset({"eval/class_agreement", "dense/eval/class_agreement"})
 """Figures that are a share of independent images."""
 
-FINISHED, STOPPED = "finished", "stopped"
+FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 """States of trials that ended by themselves, and of those that early termination stopped."""
 
 ENDED = frozenset({FINISHED, STOPPED})

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from diffusion_core.report.findings import Candidate, equal_to, front_of_objectives
-from diffusion_core.report.study import ENDED, SHARES, Study
+from diffusion_core.report.study import ENDED, FAILED, SHARES, Study
 from diffusion_core.search.objectives import goals_in_words
 from diffusion_core.tables import cell
 
@@ -50,7 +50,10 @@ def notes(study: Study, winner: Candidate | None, ranked: Sequence[Candidate]) -
     if len(protocols) > 1:
         count = f"there are {len(protocols)} protocols"
         found.append(f"{study.metric} was not measured in the same way in all trials: {count}.")
-    if any(trial.state not in ENDED for trial in winner.trials):
+    states = [trial.state for trial in winner.trials if trial.state not in ENDED]
+    if FAILED in states:
+        found.append("It failed: its figures are those until then.")
+    elif states:
         found.append("It has not ended.")
     return found
 
