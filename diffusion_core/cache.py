@@ -23,19 +23,21 @@ def cache_path(kind: str, name: str) -> Path:
     return (Path(root) if root else Path.home() / ".cache" / "diffusion-sweeps") / kind / name
 
 
-def keep(path: Path, write: Callable[[Path], object]) -> bool:
+def keep(path: Path, write: Callable[[Path], object], *, replace: bool = True) -> bool:
     """Write a file of the cache atomically; several processes may do so at the same time.
 
     Args:
         path: from :func:`cache_path`.
         write: writes the content to the path that it is given.
+        replace: replace a file that another process has written meanwhile. If not, the first one written stays, and
+            all callers read it back: needed where the same name does not imply the same content.
 
     Returns:
         Whether the file was written. If the disk is full or read-only, one line on stderr says so.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced_file(path, concurrent=True) as temporary:
+        with replaced_file(path, concurrent=True, replace=replace) as temporary:
             write(temporary)
     except OSError as error:
         print(f"cannot write {str(path)!r} ({reason_of(error)}); set {VARIABLE} to another folder", file=sys.stderr)

@@ -29,7 +29,7 @@ REPLACED = ".replaced"
 
 
 @contextmanager
-def replaced_file(path: Path, *, flush: bool = True, concurrent: bool = False) -> Iterator[Path]:
+def replaced_file(path: Path, *, flush: bool = True, concurrent: bool = False, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary path in the same folder, and rename it to ``path`` when the context ends without an error.
 
     Readers see the old file or the whole new one. After an error the temporary file is deleted.
@@ -38,15 +38,30 @@ def replaced_file(path: Path, *, flush: bool = True, concurrent: bool = False) -
         path: the file to write; its folder exists.
         flush: flush the file to the disk before the rename, so that a power failure leaves no empty file.
         concurrent: other processes may write the same file at the same time; use a random temporary name.
+        replace: whether a file that is at ``path`` by then is replaced; else it stays.
     """
     temporary = path.with_name(f".{secrets.token_hex(4)}.partial") if concurrent else temporary_name(path)
     try:
         yield temporary
         if flush:
             flush_to_disk(temporary)
-        temporary.replace(path)
+        if replace:
+            temporary.replace(path)
+        else:
+            _rename_if_absent(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _rename_if_absent(temporary: Path, path: Path) -> None:
+    """Give a file its name, unless there is one of this name. Where the disk has no hard links, this is not atomic."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        if not path.exists():
+            temporary.replace(path)
 
 
 @contextmanager

@@ -26,6 +26,9 @@ from diffusion_core.terminal.progress import say
 
 BATCH = 64
 
+VERSION = 2
+"""Version of cached statistics: increment it when those of before are not to be used."""
+
 Share = Callable[[str, str, Path], None]
 """Called with statistics that were computed: name, source, file."""
 
@@ -48,7 +51,7 @@ def reference_for(
     """
     digest = images_hash(images)
     source = f"{data}/{split} ({len(images):,} images, {digest})"
-    key = sha256(f"{digest} {extractor.name} {extractor.weights}")[:HASH_DIGITS]
+    key = sha256(f"{VERSION} {digest} {extractor.name} {extractor.weights}")[:HASH_DIGITS]
     name = f"{data}-{split}-{extractor.name}-{key}"
     statistics_file = cache_path("references", f"{name}.npz")
     features_file = cache_path("references", f"{name}.safetensors")

@@ -14,8 +14,8 @@ from torch import Tensor
 from diffusion_core.config import DataConfig, EvalConfig
 from diffusion_core.config.metrics import INCEPTION, Part, count_name
 from diffusion_core.data.datasets import Dataset, Images
-from diffusion_core.distributed import broadcast_weights, gather_in_order
-from diffusion_core.evaluation.classifier.classifier import Classifier, classifier_for
+from diffusion_core.distributed import gather_in_order
+from diffusion_core.evaluation.classifier.classifier import Classifier, agreed_classifier
 from diffusion_core.evaluation.extractors.find import find_extractor
 from diffusion_core.evaluation.features import Extractor, ExtractorError
 from diffusion_core.evaluation.measure import Reference, Seen, class_agreement, compare, look, needs_every_image
@@ -131,9 +131,7 @@ class Suite:
         return find_extractor(wanted, self.config.inception_weights, self.device)
 
     def _train_classifier(self) -> Classifier:
-        classifier = classifier_for(self.dataset, self.data.name, mirrored=self.data.flips, device=self.device)
-        broadcast_weights(classifier.network)
-        return classifier
+        return agreed_classifier(self.dataset, self.data.name, mirrored=self.data.flips, device=self.device)
 
     @property
     def networks(self) -> list[Extractor]:

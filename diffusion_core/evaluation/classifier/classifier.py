@@ -7,17 +7,21 @@ trained once per data set and recipe, and cached.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusion_core.cache import cache_path, keep
 from diffusion_core.data.datasets import Dataset, to_unit
+from diffusion_core.distributed import broadcast_weights, first_process_first
 from diffusion_core.evaluation.classifier.network import SMALLEST_IMAGE, ClassifierNetwork
 from diffusion_core.evaluation.classifier.training import RECIPES, Recipe, accuracy, recipe_for, train_classifier
 from diffusion_core.evaluation.features import (
@@ -34,6 +38,9 @@ from diffusion_core.messages import one_line
 
 HEADER = "classifier"
 """Key of the JSON in the file's metadata."""
+
+VERSION = 2
+"""Version of cached classifiers: increment it when those of before are not to be used."""
 
 LARGEST = {"channels": 16, "num_classes": 100_000, "width": 1024}
 """Upper bounds of the sizes that a file may specify."""
@@ -83,9 +90,9 @@ class Classifier:
         seen = torch.cat([self(part).logits_BK.argmax(1).cpu() for part in images_NCHW.split(512)])  # type: ignore[union-attr]
         return float((seen == torch.tensor(labels)).float().mean())
 
-    def save(self, path: Path) -> None:
-        """Write the file that :func:`read_classifier` reads."""
-        described = {
+    def described(self) -> dict[str, Any]:
+        """Return all but the weights, as JSON: the header of its file."""
+        return {
             "channels": self.network.channels,
             "num_classes": self.network.num_classes,
             "width": self.network.width,
@@ -93,8 +100,11 @@ class Classifier:
             "accuracy": self.accuracy,
             "recipe": asdict(self.recipe),
         }
+
+    def save(self, path: Path) -> None:
+        """Write the file that :func:`read_classifier` reads."""
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
-        save_file(tensors, path, metadata={HEADER: json.dumps(described)})
+        save_file(tensors, path, metadata={HEADER: json.dumps(self.described())})
 
 
 def weights_hash(network: torch.nn.Module) -> str:
@@ -157,6 +167,9 @@ def classifier_for(
 ) -> Classifier:
     """Return the classifier of a data set from the cache, or train it, which takes seconds for digits.
 
+    On a GPU, or with another number of threads, training makes other weights. So the first file that is written stays,
+    and all processes that trained at the same time return what it holds.
+
     Args:
         dataset: the images.
         data: the data set's name.
@@ -167,14 +180,55 @@ def classifier_for(
     """
     recipe = recipe or recipe_for(dataset.shape_CHW, device.type == "cuda")
     settings: dict[str, Any] = asdict(RECIPES[recipe]) | {"mirrored": mirrored}
-    made_from = f"{images_hash(dataset.train)} {images_hash(dataset.val)} {json.dumps(settings, sort_keys=True)}"
+    made_from = (
+        f"{VERSION} {images_hash(dataset.train)} {images_hash(dataset.val)} {json.dumps(settings, sort_keys=True)}"
+    )
     key = sha256(made_from)[:HASH_DIGITS]
     path = cache_path("classifiers", f"{data}-{recipe}-{key}.safetensors")
-    if path.is_file():
-        try:
-            return read_classifier(path, device)
-        except ExtractorError:  # The file is damaged: train again.
-            pass
+    if (found := _kept(path, device)) is not None:
+        return found
     classifier = make_classifier(dataset, data, RECIPES[recipe], mirrored=mirrored, device=device, progress=progress)
-    keep(path, classifier.save)
-    return classifier
+    keep(path, classifier.save, replace=False)
+    return _kept(path, device) or classifier
+
+
+def agreed_classifier(dataset: Dataset, data: str, *, mirrored: bool, device: torch.device) -> Classifier:
+    """Return the first process's classifier (:func:`classifier_for`) in all processes, which call this together.
+
+    The others wait while it trains. They need not see its cache, which may be on another machine.
+
+    Raises:
+        ExtractorError: in all processes, if the images are too small for the network.
+    """
+    state = PartialState()
+    found: Classifier | None = None
+    answer: dict[str, Any] | str | None = None
+    with first_process_first(state):
+        if state.is_main_process:
+            try:
+                found = classifier_for(dataset, data, mirrored=mirrored, device=device)
+                answer = found.described()
+            except ExtractorError as error:  # The others must not wait for ever.
+                answer = str(error)
+    (answer,) = broadcast_object_list([answer])
+    if isinstance(answer, str):
+        raise ExtractorError(answer)
+    assert answer is not None
+    if found is not None:
+        broadcast_weights(found.network)
+        return found
+    network = ClassifierNetwork(**{key: answer[key] for key in LARGEST}).to(device).eval()
+    broadcast_weights(network)
+    return Classifier(network, answer["data"], answer["accuracy"], weights_hash(network), Recipe(**answer["recipe"]))
+
+
+def _kept(path: Path, device: torch.device) -> Classifier | None:
+    """Return the classifier in a file of the cache; None if it is missing, or damaged: then it is deleted."""
+    if not path.is_file():
+        return None
+    try:
+        return read_classifier(path, device)
+    except ExtractorError:
+        with suppress(OSError):
+            path.unlink()
+        return None
