@@ -70,7 +70,6 @@ def run_session(config: TrialConfig, greeting: str = "") -> int:
     try:
         mode, accelerator = wandb_mode(), make_accelerator(config.train)
         check_processes(config.prune, accelerator.num_processes)
-        check_extractors(config.eval)
     except ConfigError as error:
         return fail(str(error))
     peers = Peers(accelerator)
@@ -249,6 +248,7 @@ class Session:
         self.run_id, self.folder = run_id, _ = broadcast_object_list([*find_run(config.log.dir)])
         config = config.model_copy(update={"log": config.log.model_copy(update={"dir": str(self.folder)})})
         check_folder(self.folder)
+        check_extractors(config.eval)  # Not before the processes watch each other: one alone may lack a file.
         with self.stop.at_once():  # There is nothing to save yet.
             with first_process_first(accelerator):  # The first process downloads, the others read its files.
                 dataset = load_data(config.data, progress=config.log.progress and self.is_main)

@@ -45,7 +45,7 @@ from diffusion_core.data.fingerprint import say_others
 from diffusion_core.distributed import first_process_first, own_positions
 from diffusion_core.evaluation.baseline import bilinear_judgement
 from diffusion_core.evaluation.consistency import consistency_of_models
-from diffusion_core.evaluation.extractors.find import find_extractor
+from diffusion_core.evaluation.extractors.find import agreed_extractor
 from diffusion_core.evaluation.features import Extractor, ExtractorError, with_channels
 from diffusion_core.evaluation.folders import ImageFolder, as_reference, image_folder, is_statistics, see
 from diffusion_core.evaluation.generated import costs_of_images, estimate_seconds, generated
@@ -233,7 +233,7 @@ def extractors_of(arguments: argparse.Namespace, device: torch.device) -> list[E
     for wanted in arguments.extractor or [INCEPTION]:
         if wanted == "classifier":
             raise ExtractorError("--extractor = 'classifier': no data set to train it on; name a classifier's file")
-        found.append(find_extractor(wanted, arguments.inception_weights, device))
+        found.append(agreed_extractor(wanted, arguments.inception_weights, device))
     return found
 
 

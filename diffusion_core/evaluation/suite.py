@@ -16,7 +16,7 @@ from diffusion_core.config.metrics import INCEPTION, Part, count_name
 from diffusion_core.data.datasets import Dataset, Images
 from diffusion_core.distributed import gather_in_order
 from diffusion_core.evaluation.classifier.classifier import Classifier, agreed_classifier
-from diffusion_core.evaluation.extractors.find import find_extractor
+from diffusion_core.evaluation.extractors.find import agreed_extractor
 from diffusion_core.evaluation.features import Extractor, ExtractorError
 from diffusion_core.evaluation.measure import Reference, Seen, class_agreement, compare, look, needs_every_image
 from diffusion_core.evaluation.metrics import ImageMetric, Real
@@ -72,7 +72,7 @@ def to_stderr(line: str) -> None:
 class Suite:
     """Evaluates images with the figures and feature spaces of a configuration.
 
-    Missing feature networks are reported in one line each, and their figures are omitted.
+    Feature networks that a process cannot have are reported in one line each, and all processes omit their figures.
 
     Args:
         data: the data set's knobs.
@@ -128,7 +128,7 @@ class Suite:
     def _extractor(self, wanted: str) -> Extractor:
         if wanted == "classifier":
             return self.classifier or self._train_classifier()
-        return find_extractor(wanted, self.config.inception_weights, self.device)
+        return agreed_extractor(wanted, self.config.inception_weights, self.device)
 
     def _train_classifier(self) -> Classifier:
         return agreed_classifier(self.dataset, self.data.name, mirrored=self.data.flips, device=self.device)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from socket import gethostname
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from diffusion_core.config import ConfigError, EvalConfig
 from diffusion_core.config.metrics import EFFICIENTNET, EXTRACTORS, INCEPTION, TORCHSCRIPT_SUFFIXES, space_name
+from diffusion_core.distributed import first_process_first
 from diffusion_core.evaluation.classifier.classifier import read_classifier
 from diffusion_core.evaluation.extractors.efficientnet import read_efficientnet, weights_path
 from diffusion_core.evaluation.extractors.inception import download_inception, read_inception
@@ -99,6 +103,34 @@ def find_extractor(wanted: str, inception_weights: str | None, device: torch.dev
     if not Path(wanted).suffix:
         raise ExtractorError(f"{wanted!r}: expected {INCEPTION}, classifier, {EFFICIENTNET} or a file")
     return read_extractor(Path(wanted), device)
+
+
+def agreed_extractor(wanted: str, inception_weights: str | None, device: torch.device) -> Extractor:
+    """Return a feature network (:func:`find_extractor`) that all processes have, which call this together.
+
+    The first process downloads, the others read its file.
+
+    Raises:
+        ExtractorError: in all processes, if one of them cannot have it, or has other weights than the first one.
+    """
+    state = PartialState()
+    found: Extractor | None = None
+    problem = ""
+    with first_process_first(state):
+        try:
+            found = find_extractor(wanted, inception_weights, device)
+        except ExtractorError as error:
+            problem = str(error)
+    answers = gather_object([(f"process {state.process_index} on {gethostname()}", problem, found and found.weights)])
+    for number, (where, problem, weights) in enumerate(answers):
+        if problem:
+            raise ExtractorError(f"{where}: {problem}" if number else problem)
+        if weights != answers[0][2]:
+            raise ExtractorError(
+                f"{where} has other weights ({weights}) than {answers[0][0]} ({answers[0][2]}); copy the file"
+            )
+    assert found is not None
+    return found
 
 
 def read_extractor(path: Path, device: torch.device) -> Extractor:

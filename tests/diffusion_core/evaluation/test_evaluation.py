@@ -216,7 +216,7 @@ def test_a_part_of_the_images_has_each_class_in_its_proportion() -> None:
 def test_a_warning_about_the_name_fid_comes_where_it_could_be_used(
     space: str, images: int, told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(suite, "find_extractor", lambda *_: SimpleNamespace(name=space))
+    monkeypatch.setattr(suite, "agreed_extractor", lambda *_: SimpleNamespace(name=space))
     config = build(EvalConfig, {"figures": ["frechet"], "extractors": ["inception"], "num_images": images})
     said: list[str] = []
     suite.Suite(DataConfig(), config, digits(), with_classifier=False, device=torch.device("cpu"), say=said.append)

@@ -33,6 +33,8 @@ from diffusion_core.config import DataConfig, EvalConfig, build
 from diffusion_core.evaluation.classifier.training import RECIPES, Recipe
 from diffusion_core.evaluation.suite import Suite
 
+if "MOVED" in os.environ:
+    os.chdir(os.environ["DIFFUSION_SWEEPS_CACHE"])
 state = PartialState(cpu=True)
 rank = state.process_index
 RECIPES["tiny"] = Recipe(width=4, epochs=1, batch_size=64, lr=0.1)
@@ -56,9 +58,24 @@ print("told " + json.dumps(told | {"kept": [extractor.name for extractor in suit
 """
 
 
-def judged(forks: Forks, folder: Path, extractors: str, caches: tuple[str, str]) -> list[dict[str, Any]]:
+class Flat(torch.nn.Module):
+    """A feature network: pixels times a weight."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(factor))
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """Return features."""
+        return images_BCHW.flatten(1)[:, :8] * self.factor
+
+
+def judged(
+    forks: Forks, folder: Path, extractors: str, caches: tuple[str, str], *, moved: bool = False
+) -> list[dict[str, Any]]:
+    """What both processes say. Files are looked for in their caches, if they are moved there."""
     (folder / "judging.py").write_text(JUDGING)
-    env = [{cache.VARIABLE: str(folder / name)} for name in caches]
+    env = [{cache.VARIABLE: str(folder / name)} | ({"MOVED": "yes"} if moved else {}) for name in caches]
     ended = run_ranks(forks, folder, ["judging.py", extractors], env=env)
     assert [status for status, _, _ in ended] == [0, 0], ended
     return [json.loads(out.partition("told ")[2]) for _, out, _ in ended]
@@ -78,6 +95,26 @@ def test_all_processes_have_the_first_ones_classifier_and_record(
     again = judged(forks, tmp_path, "classifier", ("one", "one"))  # With warm caches.
     assert again[0] == again[1] == first
     assert not (tmp_path / "two" / "classifiers").exists()
+
+
+@pytest.mark.slow
+def test_a_network_that_one_process_lacks_judges_in_none(tmp_path: Path, forks: Forks) -> None:
+    """The first one says which it is and why, and others are used."""
+    for name, factor in (("whole", 1.0), ("else", 2.0)):
+        for cache_folder in ("one", "two"):
+            place = tmp_path / cache_folder / f"{name}.pt"
+            place.parent.mkdir(exist_ok=True)
+            scale = factor if cache_folder == "two" else 1.0
+            torch.jit.script(Flat(scale)).save(str(place))
+    (tmp_path / "one" / "alone.pt").write_bytes((tmp_path / "one" / "whole.pt").read_bytes())
+    first, second = judged(forks, tmp_path, "alone.pt,classifier,else.pt,whole.pt", ("one", "two"), moved=True)
+    assert first["kept"] == second["kept"] == ["classifier-digits", "whole"]
+    assert first == second
+    alone, other = first["said"]
+    assert alone.startswith("no figures in features of alone.pt: process 1 on ")
+    assert "alone.pt': No such file" in alone
+    assert other.startswith("no figures in features of else.pt: process 1 on ")
+    assert "other weights" in other
 
 
 def test_of_classifiers_trained_at_the_same_time_the_first_one_written_stays(
