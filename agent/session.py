@@ -287,9 +287,9 @@ class Session:
         """
         assert self.folder is not None
         is_known = "WANDB_RUN_ID" in os.environ or "id" in read_run_file(self.folder)
-        elsewhere = self.mode == "online" and config.checkpoint.resume and is_known
+        (elsewhere,) = broadcast_object_list([self.mode == "online" and config.checkpoint.resume and is_known])
         try:
-            resumed = find_checkpoint(config, self.folder / CHECKPOINTS, longer=True)
+            resumed = find_checkpoint(config, self.folder / CHECKPOINTS, longer=True, together=True)
         except CheckpointError:  # All are damaged. W&B may have intact ones.
             return
         if resumed is None and not elsewhere:

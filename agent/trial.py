@@ -150,7 +150,7 @@ def run_trial(
     started = time.perf_counter()
     accelerator = accelerator or make_accelerator(config.train)
     is_main = accelerator.is_main_process
-    resumed = find_checkpoint(config, folder / CHECKPOINTS, longer=True)
+    resumed = find_checkpoint(config, folder / CHECKPOINTS, longer=True, together=True)
     if resumed is not None:
         config = drawing_as(config, resumed.metadata["config"])
         torch.set_num_threads(resumed.metadata.get("threads", torch.get_num_threads()))

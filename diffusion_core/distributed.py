@@ -187,6 +187,15 @@ def gather_in_order(rows: Tensor, total: int) -> Tensor:
     return everyone.transpose(0, 1).flatten(0, 1)[:total].to(rows.device)
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """Return the values of all processes, by rank. They are pickled, so they may be of any type."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [value]
+    everyone: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(everyone, value)
+    return everyone
+
+
 def broadcast_weights(network: nn.Module) -> None:
     """Copy the first process's weights and buffers to all other processes, in place."""
     state = PartialState()

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffusion_core.cache import cache_path
-from diffusion_core.checkpoint import newest_checkpoint
+from diffusion_core.checkpoint import Checkpoint, CheckpointError, newest_checkpoint
 from diffusion_core.config import ConfigError, CoreConfig, TrainConfig, read_yaml
 from diffusion_core.data.datasets import Dataset
 from diffusion_core.diffusion.denoiser import Denoiser
@@ -25,7 +25,7 @@ from diffusion_core.model.compilation import compile_network, pick_compilation
 from diffusion_core.model.unet import UNet, build_network
 from diffusion_core.run_folder import CONFIG_FILE
 from diffusion_core.training.ema import copies
-from diffusion_core.training.resume import Config, drawing_as
+from diffusion_core.training.resume import Config, drawing_as, found_by_all
 from diffusion_core.training.trainer import TrainState
 
 SHARE = 0.8
@@ -70,7 +70,9 @@ def as_resumed(config: Config, checkpoints: Path) -> Config:
         config = drawing_as(config, read_yaml(checkpoints.parent / CONFIG_FILE))
     if config.train.batch_size != "auto":
         return config
-    resumed = newest_checkpoint(checkpoints)
+    resumed: Checkpoint | None = None
+    with suppress(CheckpointError):  # If all are damaged, the trial says so, or fetches others.
+        resumed = found_by_all(lambda: newest_checkpoint(checkpoints), checkpoints)
     if resumed is None:
         return config
     size = int(resumed.metadata["config"]["train.batch_size"])

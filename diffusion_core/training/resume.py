@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from socket import gethostname
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from diffusion_core.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint
+from diffusion_core.checkpoint import Checkpoint, CheckpointError, list_checkpoints, newest_checkpoint
 from diffusion_core.config import ConfigError, CoreConfig, DataConfig, flatten
 from diffusion_core.data.classes import in_order, same_classes, shown_classes
 from diffusion_core.randomness import drawn_as
@@ -37,19 +39,28 @@ LENGTH = "train.steps"
 Config = TypeVar("Config", bound=CoreConfig)
 
 
-def find_checkpoint(config: CoreConfig, folder: Path, *, longer: bool = False) -> Checkpoint | None:
+LOOK_AGAIN_S = (1.0, 2.0, 4.0, 8.0, 16.0)
+"""Pauses before processes look again which found different checkpoints. Network disks show new files seconds later."""
+
+
+def find_checkpoint(
+    config: CoreConfig, folder: Path, *, longer: bool = False, together: bool = False
+) -> Checkpoint | None:
     """Return the newest checkpoint to resume from, after a check of its configuration. None if there is none.
 
     Args:
         config: configuration of the run.
         folder: folder of the run's checkpoints.
         longer: whether ``train.steps`` may have grown.
+        together: whether all processes call this and must find the same (:func:`found_by_all`).
 
     Raises:
         ConfigError: if there are checkpoints and ``checkpoint.resume`` is false, or a knob that decides what is trained
-            differs.
+            differs, or, together, if processes find different checkpoints.
         CheckpointError: if all checkpoints are damaged.
     """
+    if together:
+        return found_by_all(lambda: find_checkpoint(config, folder, longer=longer), folder)
     if not config.checkpoint.resume:
         if list_checkpoints(folder):
             raise ConfigError(
@@ -60,6 +71,41 @@ def find_checkpoint(config: CoreConfig, folder: Path, *, longer: bool = False) -
     if checkpoint is not None:
         check_same_run(config, checkpoint.metadata["config"], folder.parent, longer=longer)
     return checkpoint
+
+
+def found_by_all(find: Callable[[], Checkpoint | None], folder: Path) -> Checkpoint | None:
+    """Return the checkpoint that all processes find, which call this together. Without it they would train different
+    networks, or wait for each other for ever.
+
+    Args:
+        find: looks for a checkpoint; its errors are raised if all processes have one.
+        folder: where, for messages.
+
+    Raises:
+        ConfigError: in all processes, if they find different ones.
+    """
+    from diffusion_core.distributed import gather_objects  # It imports PyTorch.
+
+    for pause in (*LOOK_AGAIN_S, None):
+        found: Checkpoint | None = None
+        error: ConfigError | CheckpointError | None = None
+        try:
+            found = find()
+        except (ConfigError, CheckpointError) as raised:
+            error = raised
+        step = "no checkpoint to resume from" if found is None else f"step {found.step}"
+        answers = gather_objects((step, f"in {gethostname()}:{folder.resolve()}", str(error) if error else ""))
+        if len({(step, bool(problem)) for step, _, problem in answers}) == 1:
+            if error is not None:
+                raise error
+            return found
+        if pause is not None:
+            time.sleep(pause)
+    said = (
+        f"process {rank} finds {step} {where}" + (f" ({problem})" if problem else "")
+        for rank, (step, where, problem) in enumerate(answers)
+    )
+    raise ConfigError(f"log.dir = {str(folder.parent)!r}: {', '.join(said)}; choose a folder that all processes share")
 
 
 def drawing_as(config: Config, then: Mapping[str, Any]) -> Config:

@@ -9,12 +9,11 @@ from socket import gethostname
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from diffusion_core.config import ConfigError, EvalConfig
 from diffusion_core.config.metrics import EFFICIENTNET, EXTRACTORS, INCEPTION, TORCHSCRIPT_SUFFIXES, space_name
-from diffusion_core.distributed import first_process_first
+from diffusion_core.distributed import first_process_first, gather_objects
 from diffusion_core.evaluation.classifier.classifier import read_classifier
 from diffusion_core.evaluation.extractors.efficientnet import read_efficientnet, weights_path
 from diffusion_core.evaluation.extractors.inception import download_inception, read_inception
@@ -121,7 +120,7 @@ def agreed_extractor(wanted: str, inception_weights: str | None, device: torch.d
             found = find_extractor(wanted, inception_weights, device)
         except ExtractorError as error:
             problem = str(error)
-    answers = gather_object([(f"process {state.process_index} on {gethostname()}", problem, found and found.weights)])
+    answers = gather_objects((f"process {state.process_index} on {gethostname()}", problem, found and found.weights))
     for number, (where, problem, weights) in enumerate(answers):
         if problem:
             raise ExtractorError(f"{where}: {problem}" if number else problem)
