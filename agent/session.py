@@ -38,7 +38,6 @@ from diffusion_core.files import write_json
 from diffusion_core.hardware import pick_device
 from diffusion_core.machine.assigned import note_trial
 from diffusion_core.machine.launchers import watch_launchers
-from diffusion_core.randomness import drawn_as
 from diffusion_core.redact import recorded_console
 from diffusion_core.run_folder import CHECKPOINTS, RUN_FILE, SAMPLES, check_folder, locked, make_folder, read_run_file
 from diffusion_core.runs.result import TrialResult
@@ -46,11 +45,12 @@ from diffusion_core.signals import remembered
 from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import NullTracker, Tracker
 from diffusion_core.training import callbacks
-from diffusion_core.training.batch_size import as_resumed, settled
-from diffusion_core.training.resume import find_checkpoint
+from diffusion_core.training.batch_size import as_resumed, settled, settled_again
+from diffusion_core.training.resume import find_checkpoint, kept_knobs
 from diffusion_core.training.stopping import StopRequest
 from pruning.checks import check_processes
 from pruning.estimate import describe_model
+from pruning.lottery.rounds import Round
 
 if TYPE_CHECKING:
     from agent.tracking.run import Run
@@ -252,7 +252,8 @@ class Session:
         with self.stop.at_once():  # There is nothing to save yet.
             with first_process_first(accelerator):  # The first process downloads, the others read its files.
                 dataset = load_data(config.data, progress=config.log.progress and self.is_main)
-            config = settled(config, accelerator, dataset, self.folder / CHECKPOINTS)
+            checkpoints = (Round(0).folder(self.folder) if self.is_lottery else self.folder) / CHECKPOINTS
+            config = settled(config, accelerator, dataset, checkpoints)
             self._refuse_early(config, dataset.num_classes)
         self.stop.check_now()
         if self.is_main and self.greeting:
@@ -266,6 +267,7 @@ class Session:
             if self.mode != "disabled":
                 self._start_tracking(config, run_id, self.folder)
         self.peers.wait()
+        config = settled_again(config, self.config.train, accelerator, checkpoints)
         run = run_trial
         if self.is_lottery:
             run = functools.partial(run_chain, open_tracker=round_trackers(run_id, self.mode), uploaded=self.uploaded)
@@ -308,7 +310,7 @@ class Session:
                     self.uploaded = UploadedRounds(run)
                 else:
                     if (fetched := fetch_checkpoint(run, folder / CHECKPOINTS)) is not None:
-                        run.config.update({"draws": drawn_as(fetched.metadata["config"])}, allow_val_change=True)
+                        run.config.update(kept_knobs(self.config, fetched.metadata["config"]), allow_val_change=True)
                     fetch_best(run, folder / CHECKPOINTS)
         if os.environ.get("WANDB_CONSOLE") != "off" and hasattr(run, "write_logs"):
             self.stack.enter_context(recorded_console(run.write_logs))

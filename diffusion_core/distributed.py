@@ -41,15 +41,28 @@ def make_accelerator(train: TrainConfig) -> Accelerator:
     cpu = pick_device(train).type == "cpu"
     with launch_errors():
         accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[exchange])
-    if train.batch_size == "auto":  # A share per process is chosen later.
-        return accelerator
-    share, remainder = divmod(train.images_per_step, accelerator.num_processes)
+    if train.batch_size != "auto":  # Else a share per process is chosen later.
+        check_share(train, accelerator.num_processes)
+    return accelerator
+
+
+def check_share(train: TrainConfig, processes: int, hint: str = "") -> None:
+    """Check that processes can share a batch evenly.
+
+    Args:
+        train: with a number as its batch size.
+        processes: number of processes.
+        hint: ends the message: what to do.
+
+    Raises:
+        ConfigError: if they cannot.
+    """
+    share, remainder = divmod(train.images_per_step, processes)
     if remainder or share % train.accumulation:
         raise ConfigError(
             f"train.batch_size = {train.batch_size}: expected a multiple of the number of processes "
-            f"({accelerator.num_processes}) times train.accumulation ({train.accumulation})"
+            f"({processes}) times train.accumulation ({train.accumulation}){hint and f'; {hint}'}"
         )
-    return accelerator
 
 
 @contextmanager

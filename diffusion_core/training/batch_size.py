@@ -19,6 +19,7 @@ from diffusion_core.config import ConfigError, CoreConfig, TrainConfig, read_yam
 from diffusion_core.data.datasets import Dataset
 from diffusion_core.diffusion.denoiser import Denoiser
 from diffusion_core.diffusion.losses import diffusion_loss
+from diffusion_core.distributed import check_share
 from diffusion_core.hardware import algorithms, autocast, pick_precision
 from diffusion_core.machine.sharing import sharers
 from diffusion_core.model.compilation import compile_network, pick_compilation
@@ -46,16 +47,50 @@ def settled(config: Config, accelerator: Accelerator, dataset: Dataset, checkpoi
         accelerator: its processes share a step's batch evenly. The one with the least memory decides.
         dataset: a batch holds at most as many images as there are.
         checkpoints: folder of the run's checkpoints. A resumed run keeps its batch size.
+
+    Raises:
+        ConfigError: if the processes cannot share the batch of a resumed run evenly, or find different checkpoints.
     """
-    config = as_resumed(config, checkpoints)
-    if config.train.batch_size != "auto":
+    is_auto, config = config.train.batch_size == "auto", as_resumed(config, checkpoints)
+    if not is_auto:
         return config
+    if config.train.batch_size != "auto":
+        return _shared(config, accelerator)
     network = build_network(config, dataset.num_classes).to(accelerator.device)
     limit = len(dataset.train) // accelerator.num_processes
     share = torch.tensor([largest_share(network, config, accelerator, limit)], device=accelerator.device)
     size = int(accelerator.gather(share).min()) * accelerator.num_processes
     if accelerator.is_main_process:
         print(f"train.batch_size=auto: {size} images per step fit into memory", file=sys.stderr)
+    return _of_size(config, size)
+
+
+def settled_again(config: Config, wanted: TrainConfig, accelerator: Accelerator, checkpoints: Path) -> Config:
+    """Return a settled configuration with the batch size of a checkpoint that was fetched after :func:`settled`.
+
+    Args:
+        config: the result of :func:`settled`.
+        wanted: the section as the user gave it. Nothing changes unless its batch size is ``auto``.
+        accelerator: its processes call this together.
+        checkpoints: folder of the run's checkpoints.
+
+    Raises:
+        ConfigError: if the processes cannot share the batch evenly.
+    """
+    if wanted.batch_size != "auto":
+        return config
+    resumed = as_resumed(config.model_copy(update={"train": wanted}), checkpoints)
+    return config if resumed.train.batch_size == "auto" else _shared(resumed, accelerator)
+
+
+def _shared(config: Config, accelerator: Accelerator) -> Config:
+    check_share(
+        config.train, accelerator.num_processes, "the run was started with it; choose another number of processes"
+    )
+    return config
+
+
+def _of_size(config: Config, size: int) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"batch_size": size})})
 
 
@@ -75,8 +110,7 @@ def as_resumed(config: Config, checkpoints: Path) -> Config:
         resumed = found_by_all(lambda: newest_checkpoint(checkpoints), checkpoints)
     if resumed is None:
         return config
-    size = int(resumed.metadata["config"]["train.batch_size"])
-    return config.model_copy(update={"train": config.train.model_copy(update={"batch_size": size})})
+    return _of_size(config, int(resumed.metadata["config"]["train.batch_size"]))
 
 
 def largest_share(network: UNet, config: CoreConfig, accelerator: Accelerator, limit: int) -> int:

@@ -119,6 +119,17 @@ def drawing_as(config: Config, then: Mapping[str, Any]) -> Config:
     return config if chosen else config.model_copy(update={"draws": drawn_as(then)})
 
 
+def kept_knobs(config: CoreConfig, then: Mapping[str, Any]) -> dict[str, Any]:
+    """Return knobs that a resumed run keeps whatever this machine would choose, by dotted key.
+
+    Args:
+        config: configuration to resume with, as the user gave it.
+        then: configuration that the run was started with, by dotted key.
+    """
+    kept = ["train.batch_size"] if config.train.batch_size == "auto" else []
+    return {"draws": drawn_as(then)} | {key: then[key] for key in kept}
+
+
 def check_same_run(config: CoreConfig, then: Mapping[str, Any], folder: Path, *, longer: bool = False) -> None:
     """Check that a run may resume with a configuration.
 

@@ -21,7 +21,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def variables(rank: int, port: int, count: int = 2) -> dict[str, str]:
+def variables(rank: int, port: int, count: int) -> dict[str, str]:
     """The variables of a launcher for one of the processes."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     return place | dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(count))
@@ -42,7 +42,7 @@ def run_ranks(
         subprocess.Popen(
             [forks.interpreter, *words],
             cwd=folder,
-            env=own | variables(rank, port) | more,
+            env=own | variables(rank, port, len(env)) | more,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

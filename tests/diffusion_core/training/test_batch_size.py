@@ -61,6 +61,18 @@ def test_a_resumed_run_keeps_its_batch_size(
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train.batch_size"] == 16
 
 
+def test_the_rounds_of_a_lottery_keep_their_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    knobs = AUTO | {"prune.method": "lottery", "train.steps": 2, "eval.classifier": "none"}
+    words = [f"--{key}={value}" for key, value in knobs.items()] + [f"--log.dir={tmp_path / 'run'}"]
+    monkeypatch.setattr(batch_size, "free_memory", lambda _: memory_for(build_config(AUTO), 16))
+    assert main([*words, "--checkpoint.best_metric=val/loss", "--prune.rounds=1"]) == 0
+    monkeypatch.setattr(batch_size, "free_memory", lambda _: 10**12)
+    assert main([*words, "--checkpoint.best_metric=val/loss", "--prune.rounds=2"]) == 0
+    for name in ("", "rounds/00", "rounds/02"):
+        assert yaml.safe_load((tmp_path / "run" / name / "config.yaml").read_text())["train.batch_size"] == 16
+
+
 def test_what_does_not_go_with_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--preset=digits", "--train.batch_size=auto", "--train.accumulation=2"]) == 2
     assert "train.accumulation = 2: not with train.batch_size=auto" in capsys.readouterr().err
