@@ -222,6 +222,8 @@ class Session:
             self._start_run(self.config, self.run_id, folder)
         if self.wandb_run is not None and not is_offline(self.wandb_run) and not self.stop.asked_to_end():
             self._mark_preempting(self.wandb_run)
+        if not folder.is_dir():  # The run has not begun, and nobody knows it.
+            return
         self.preemptions += 1
         write_json(folder / RUN_FILE, read_run_file(folder) | {"id": self.run_id, "preemptions": self.preemptions})
         self.tracker.summary({"preemptions": self.preemptions})

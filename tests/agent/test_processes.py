@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from forks import Forks, shared_forks
+from forks.ranks import run_ranks
 from server import WandbServer
 from wandb_client import Client, finish
 
@@ -295,6 +296,35 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path: Path) 
     since = stopped.metadata["since_row"]  # The sums of both, who will each continue with its own.
     assert since["steps"] == stopped.step % 9
     assert len(since["sums"]) == (2 if since["steps"] else 0)
+
+
+STOPPED = """
+import os, signal, sys, time
+from pathlib import Path
+import agent.session as session
+
+rank = int(os.environ["RANK"])
+Path(f"pid{rank}").write_text(str(os.getpid()))
+def load(config, **more):
+    for other in Path().glob("pid*"):  # As a launcher does; the others wait for this one.
+        os.kill(int(other.read_text()), signal.SIGTERM)
+    time.sleep(600)
+session.load_data = load
+from agent.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("processes", [1])
+def test_a_signal_while_a_new_run_reads_its_data_ends_all_in_one_line(
+    processes: int, tmp_path: Path, forks: Forks
+) -> None:
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    ended = run_ranks(forks, tmp_path, ["stopped.py", *WORDS, "--log.dir=run"], env=[{}] * processes)
+    assert [status for status, _, _ in ended] == [143] * processes, ended
+    assert ended[0][2] == "stopped by SIGTERM; continue with the same command and --log.dir=run\n"
+    assert [err for _, _, err in ended[1:]] == [""] * (processes - 1)
+    assert not (tmp_path / "run").exists()
 
 
 def _is_rank(process: Path, folder: Path) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from . import Forks
 
 ROOT = Path(__file__).parents[2]
-ENDS_WITHIN_S = 240
+ENDS_WITHIN_S = 120
 
 
 def free_port() -> int:
