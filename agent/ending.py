@@ -70,10 +70,11 @@ def ending_of(error: BaseException | None, folder: Path | None) -> Ending:
         text = f"interrupted; continue from the last checkpoint with --log.dir={folder}"
         return Ending(INTERRUPTED, INTERRUPTED, text, together=False, hurry=True)
     if isinstance(error, Stopped):
+        code, together = error.signal_code, error.together
         if error.ended:  # An agent gives up after a few failures, so exit with success.
-            return Ending(0, error.signal_code, f"{error}, as W&B asked; the run is over", everywhere=False)
+            return Ending(0, code, f"{error}, as W&B asked; the run is over", everywhere=False, together=together)
         text = f"{error}; continue with the same command and --log.dir={folder}"
-        return Ending(error.signal_code, error.signal_code, text, everywhere=False, preempted=True)
+        return Ending(code, code, text, everywhere=False, preempted=True, together=together)
     if isinstance(error, NotDownloaded):
         text = f"error: {error}"
         return Ending(UNSENT, UNSENT, text, alert="Checkpoint not downloaded", preempted=True, together=False)

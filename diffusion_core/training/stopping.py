@@ -27,11 +27,13 @@ class Stopped(Exception):
     Attributes:
         ended: whether the run is over. If not, it was preempted and resumes elsewhere.
         signal_code: 128 + the signal's number, as in shells.
+        together: whether all processes stop here. If not, others may wait for this one in a collective operation.
     """
 
-    def __init__(self, number: int, ended: bool = False) -> None:
+    def __init__(self, number: int, ended: bool = False, *, together: bool = False) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.ended = ended
+        self.together = together
         self.signal_code = 128 + number
 
 
@@ -92,7 +94,7 @@ class StopRequest:
                 self.ask(number)
             if self._wake is not None:
                 self._judged.wait(VERDICT_WITHIN_S)
-            raise Stopped(number, ended=bool(self.agree(int(self._ended))))
+            raise Stopped(number, ended=bool(self.agree(int(self._ended))), together=True)
 
     def check_now(self) -> None:
         """Raise :class:`Stopped` if this process received a signal before there was a step."""

@@ -35,8 +35,12 @@ def unwritten(code: int) -> CheckpointError:
     ("error", "status", "told", "message", "more"),
     [
         (None, 0, 0, "", {}),
-        (Stopped(signal.SIGTERM), 143, 143, PREEMPTED, {"everywhere": False, "preempted": True}),
-        (Stopped(signal.SIGTERM, ended=True), 0, 143, ENDED, {"everywhere": False}),
+        (
+            Stopped(signal.SIGTERM),
+            *(143, 143, PREEMPTED, {"everywhere": False, "preempted": True, "together": False}),
+        ),
+        (Stopped(signal.SIGTERM, together=True), 143, 143, PREEMPTED, {"everywhere": False, "preempted": True}),
+        (Stopped(signal.SIGTERM, ended=True, together=True), 0, 143, ENDED, {"everywhere": False}),
         (ConfigError("a = 1: wrong"), 2, 2, "error: a = 1: wrong", {"together": False}),
         (DataError("no images"), 2, 2, "error: no images", {"together": False}),
         (TrainingDiverged("loss = nan"), 1, 1, "error: loss = nan", {"together": False, "alert": DIVERGED}),
