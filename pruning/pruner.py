@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import CoreConfig
+from diffusion_core.distributed import gather_objects
 from diffusion_core.model.cost import Cost, count_cost
 from diffusion_core.model.structure import maskable
 from diffusion_core.model.unet import UNet
@@ -79,10 +80,14 @@ def prune_structure(
 ) -> Pruned:
     """Replace the network by a smaller one, with new averages and a new optimizer.
 
-    Masked weights that remain stay masked.
+    Masked weights that remain stay masked. All processes remove what the first one chose: other models of GPUs may
+    round nearly equal scores differently, and each measures latencies of its own.
     """
     params = count_cost(state.network).params
-    network, removal = prune_network(state.network, prune, config.seed, calibration, config.log.progress)
+    network, chosen = prune_network(state.network, prune, config.seed, calibration, config.log.progress)
+    removal = gather_objects(chosen)[0]
+    if removal != chosen:
+        network = remove(state.network, removal)
     masks = held_masks(state)
     if masks is not None:
         masks = smaller_masks(state.network, masks, removal)
