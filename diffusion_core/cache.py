@@ -1,7 +1,8 @@
 """The cache of files that take long to compute or download: classifiers, statistics, decoded images, Inception weights.
 
 It lies in ``$DIFFUSION_SWEEPS_CACHE``, or else in ``~/.cache/diffusion-sweeps``. A file's name contains a hash of what
-the file was made from, so no file is ever out of date, and users may delete any of them at any time.
+the file was made from, so no file is ever out of date, and users may delete any of them at any time. (On a network
+disk, decoded images that a running trial has mapped into memory are an exception.)
 """
 
 from __future__ import annotations

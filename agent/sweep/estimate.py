@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import statistics
 from collections.abc import Callable
 from itertools import islice
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.sweep.file import SweepFile
+from diffusion_core.files import free_bytes
 from diffusion_core.machine.jobs import JobSize
 from diffusion_core.messages import duration, size_in_words
 from diffusion_core.search.offline import first_trials
@@ -70,7 +70,7 @@ def describe_sweep(
     least = " at most" if "early_terminate" in sweep.config else ""
     lines = [f"estimate{least}: {'; '.join(said)}"]
     if folder is not None and trials is not None:
-        free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.is_dir())).free
+        free = free_bytes(folder)
         if disk * trials > free:
             lines.append(f"warning: that is more than the {size_in_words(free)} that are free at {str(folder)!r}")
     return "\n".join(lines)

@@ -76,19 +76,19 @@ def _read_classes(
     labels = [label for label, group in enumerate(groups) for _ in group]
 
     def decode() -> np.ndarray:
-        images_NHWC = np.empty((len(names), size, size, 3), dtype=np.uint8)
+        images_NCHW = np.empty((len(names), 3, size, size), dtype=np.uint8)
 
         def read(index: int) -> None:
-            images_NHWC[index] = read_image(root / names[index], size)
+            images_NCHW[index] = read_image(root / names[index], size).transpose(2, 0, 1)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             done: Iterable[None] = pool.map(read, range(len(names)), chunksize=64)
             for _ in Shown(done, f"reading {root.name}", len(names), "image", shown=progress):
                 pass
-        return images_NHWC
+        return images_NCHW
 
-    images_NHWC = decoded_once(root, names, size, decode)
-    return Images(torch.from_numpy(images_NHWC).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels))
+    images_NCHW = decoded_once(root, names, size, decode)
+    return Images(torch.from_numpy(images_NCHW), torch.tensor(labels))
 
 
 def read_image(path: Path, size: int) -> np.ndarray:

@@ -93,12 +93,63 @@ def test_a_damaged_file_of_the_cache_is_replaced(images: Path, damage: bytes, mo
     assert kept.read_bytes() == whole
 
 
-def test_few_images_and_too_many_bytes_are_not_kept(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("FROM", 13), ("MOST_BYTES", 12 * 8 * 8 * 3 - 1)):
-        with monkeypatch.context() as context:
-            context.setattr(decoded, name, value)
-            load(images)
+def test_few_images_are_not_kept(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoded, "FROM", 13)
+    load(images)
     assert not (images.parent / "cache" / "decoded").exists()
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_they_are_kept_where_the_disk_has_room(
+    missing: int, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However many bytes they are; the line where it has none says what to do."""
+    first = load(images)
+    (kept,) = (images.parent / "cache" / "decoded").iterdir()
+    kept.unlink()
+    size = 12 * 3 * 8 * 8
+    monkeypatch.setattr(decoded, "free_bytes", lambda _: decoded.SPARE_BYTES + size - missing)
+    assert equal(load(images), first)
+    assert kept.exists() == (not missing)
+    assert (f"set {VARIABLE} to a folder with more room" in capsys.readouterr().err) == bool(missing)
+
+
+def test_a_huge_folder_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than 4 GiB, of which the file holds none: a disk stores no zeros that were never written."""
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(decoded, "_identity", lambda *_: "huge")
+    monkeypatch.setattr(decoded, "free_bytes", lambda _: 2**40)
+    names, size = ["image.png"] * 6_000, 512
+    shape = len(names), 3, size, size
+    assert np.prod(shape) > 4 * 2**30
+
+    def write(path: Path, _: np.ndarray) -> None:
+        np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape).flush()
+
+    monkeypatch.setattr(decoded, "_write", write)
+    decodings = []
+
+    def decode() -> np.ndarray:
+        decodings.append(1)
+        return np.broadcast_to(np.zeros(1, dtype=np.uint8), shape)
+
+    for _ in range(2):
+        found = decoded.decoded_once(tmp_path, names, size, decode)
+        assert found.shape == shape
+        assert int(found[-1].max()) == 0
+    assert len(decodings) == 1
+
+
+def test_processes_share_the_pages_of_the_file(images: Path) -> None:
+    """And a write of one of them reaches neither the file nor another."""
+    names = sorted(str(path.relative_to(images)) for path in images.rglob("*.png"))
+    black = np.zeros((12, 3, 8, 8), dtype=np.uint8)
+    one, other = (decoded.decoded_once(images, names, 8, lambda: black) for _ in range(2))
+    assert isinstance(one, np.memmap)
+    assert isinstance(other, np.memmap)
+    torch.from_numpy(one)[0] = 1
+    assert int(other.max()) == 0
+    assert int(decoded.decoded_once(images, names, 8, lambda: black).max()) == 0
 
 
 def test_an_image_that_is_missing_is_named_as_before(images: Path) -> None:
