@@ -94,7 +94,7 @@ def found_by_all(find: Callable[[], Checkpoint | None], folder: Path) -> Checkpo
         except (ConfigError, CheckpointError) as raised:
             error = raised
         step = "no checkpoint to resume from" if found is None else f"step {found.step}"
-        answers = gather_objects((step, f"in {gethostname()}:{folder.resolve()}", str(error) if error else ""))
+        answers = gather_objects((step, f"in {gethostname()}:{folder.absolute()}", str(error) if error else ""))
         if len({(step, bool(problem)) for step, _, problem in answers}) == 1:
             if error is not None:
                 raise error
