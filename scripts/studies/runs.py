@@ -97,7 +97,7 @@ def sparse(study: Study) -> None:
         if pruning and row.knobs["method"] != "gradual":
             pruning |= {"prune__step": 0, "prune__scope": "layer", "prune__profile": "erk"}
         if pruning and row.knobs["method"] != "random":
-            pruning["prune__interval"] = 20
+            pruning["prune__interval"] = max(1, min(20, study.steps // 8))
         return pruning
 
     heading = (
