@@ -76,13 +76,16 @@ def idle_hyperband(sweep: Sweep, most: float) -> Iterator[str]:
 def other_best(sweep: Sweep, kept_by: Collection[str]) -> Iterator[str]:
     """Yield one line if trials keep their best checkpoint by another figure than the sweep's only metric.
 
+    A loss of training says little of a checkpoint, so nothing is said of it.
+
     Args:
         sweep: the sweep.
         kept_by: ``checkpoint.best_metric`` of its trials.
     """
     metric = (sweep.metric or "").removeprefix(f"{BEST}/")
     others = sorted(set(kept_by) - {metric})
-    if metric and others and not sweep.several and metric not in COSTS:
+    measured = metric and metric not in COSTS and not metric.startswith("train/")
+    if measured and others and not sweep.several:
         yield (
             f"checkpoint.best_metric = {others[0]!r}: trials are ranked by the best {metric} of the whole run, but the "
             f"checkpoint that commands and reports take may have another; set it to {metric}"
