@@ -383,8 +383,8 @@ def starts_made_to_go_together(values: dict[str, Any]) -> None:
     named = values["distill.checkpoint"] is not None or values["distill.artifact"] is not None
     if named and not taught:
         values["distill.output"] = 1.0
-    at_once = values["prune.step"] in (0, None) and values["prune.method"] not in ("structured", "gradual")
-    if taught and not named and (at_once or values["prune.step"] == 0):
+    untrained = values["prune.method"] in ("none", "snip", "synflow", "rigl") or values["prune.step"] == 0
+    if taught and not named and untrained:
         values["distill.checkpoint"] = "runs/teacher"
 
 
