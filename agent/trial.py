@@ -74,7 +74,7 @@ def check_start(config: TrialConfig, num_classes: int) -> Start:
     if source is not None:
         check_step_teacher(source, config, config.steps, config.prune)
     if config.prune.method == "structured":
-        check_reach(first_network(config, num_classes, source).to(pick_device(config.train)), config.prune)
+        check_reach(first_network(config, num_classes, source), config.prune, pick_device(config.train))
     return start
 
 

@@ -72,7 +72,7 @@ def train_and_prune(
     if prune.method != "none" and not is_pruned(state):
         before = _before_pruning(state, config, prune, accelerator, held_out(dataset, config.upsample))
         start, end = prune.start(config.train.steps), prune.end(config.train.steps)
-        if distill.wanted:
+        if prune.is_gradual and distill.wanted:
             train_until([*before, *callbacks], start)
             if state.step == start:  # Else a run of an earlier version goes on within gradual pruning, not taught yet.
                 keep_dense_as_teacher(state, config.model, distill)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gzip
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from torch import Tensor
 from diffusion_core.config import DataConfig
 from diffusion_core.data.classes import in_order
 from diffusion_core.data.folders import single_image
+from diffusion_core.files import sha256
 from diffusion_core.messages import UserError, one_line
 from diffusion_core.randomness import Purpose, generator
 from diffusion_core.registries import DATASETS
@@ -84,6 +85,14 @@ class Dataset:
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of all images, labels and class names: equal for equal data, wherever it was read from."""
+        parts: list[str | Tensor] = [repr((self.shape_CHW, self.class_names))]
+        for split in (self.train, self.val):
+            parts += [repr(len(split)), split.images_NCHW, split.labels_N]
+        return sha256(*parts)
 
 
 @dataclass(frozen=True)

@@ -7,23 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from diffusion_core.data.datasets import Dataset
-from diffusion_core.files import sha256
 from diffusion_core.redact import redact, redacted
 from diffusion_core.terminal.progress import say
 
 RECORDED = "data"
 """Key of a checkpoint's metadata for the images that it was trained with. Older checkpoints lack it."""
-
-
-def dataset_sha256(dataset: Dataset) -> str:
-    """Return the SHA-256 of all images, labels and class names: equal for equal data, wherever it was read from."""
-    parts: list[str | Tensor] = [repr((dataset.shape_CHW, dataset.class_names))]
-    for split in (dataset.train, dataset.val):
-        parts += [repr(len(split)), split.images_NCHW, split.labels_N]
-    return sha256(*parts)
 
 
 def describe_data(name: str, dataset: Dataset) -> dict[str, Any]:
@@ -34,7 +23,7 @@ def describe_data(name: str, dataset: Dataset) -> dict[str, Any]:
         "class_names": redacted(list(dataset.class_names)),
         "train_images": len(dataset.train),
         "val_images": len(dataset.val),
-        "sha256": dataset_sha256(dataset),
+        "sha256": dataset.sha256,
     }
 
 

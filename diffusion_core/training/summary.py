@@ -18,7 +18,6 @@ from torch import Tensor
 from diffusion_core.checkpoint import METADATA_FILE, SAMPLING_PARTS
 from diffusion_core.config import TrainConfig
 from diffusion_core.data.datasets import Dataset
-from diffusion_core.data.fingerprint import dataset_sha256
 from diffusion_core.hardware import pick_precision
 from diffusion_core.machine.job import cluster_facts
 from diffusion_core.machine.sharing import usable_cores
@@ -69,7 +68,7 @@ def system_facts(
         "system/python": platform.python_version(),
         **{f"system/{package}": version(package) for package in packages},
         "system/commit": commit(),
-        "data/sha256": dataset_sha256(dataset),
+        "data/sha256": dataset.sha256,
         "system/precision": pick_precision(train, device),
         "system/processes": accelerator.num_processes,
         "system/threads": torch.get_num_threads(),

@@ -78,12 +78,13 @@ def narrowest(network: UNet, prune: PruneConfig, floor: float = 0.0) -> UNet:
     return untrained(network, groups, narrowest_counts(network, groups, prune, floor), prune.widths)
 
 
-def check_reach(network: UNet, prune: PruneConfig) -> None:
+def check_reach(network: UNet, prune: PruneConfig, device: torch.device | None = None) -> None:
     """Check that structured pruning can reach its target with a network, and remove the blocks that it names.
 
     Args:
-        network: the network before pruning, on the device that ``prune.target=latency`` is measured on.
+        network: the network before pruning.
         prune: the knobs.
+        device: where ``prune.target=latency`` is measured; None: where the network is.
 
     Raises:
         ConfigError: if even the smallest network costs more, or a block cannot be removed.
@@ -92,7 +93,11 @@ def check_reach(network: UNet, prune: PruneConfig) -> None:
         return
     check_blocks(network, prune)
     timed = prune.target not in COUNTED_TARGETS
-    share = least_time(network, prune) / LATENCY_MARGIN if timed else least_share(network, prune)
+    share = (
+        least_time(network if device is None else network.to(device), prune) / LATENCY_MARGIN
+        if timed
+        else least_share(network, prune)
+    )
     refuse_out_of_reach(prune, share)
 
 

@@ -94,7 +94,7 @@ def measure_sensitivity(network: UNet, prune: PruneConfig, seed: int, calibratio
         only = [float(i == index) for i in range(len(blocks))]
         own = [group for group in groups if block_share(network, group, only)]
         for share in SHARES:
-            counts = counts_at(network, groups, prune, [1.0 - (1.0 - share) * part for part in only])
+            counts = counts_at(network, groups, prune, [share if i == index else 1.0 for i in range(len(blocks))])
             left = sum(counts[group.name] for group in own) / sum(group.width for group in own)
             if left < min(kept[block], default=1.0):
                 kept[block].append(left)

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from forks import Forks, shared_forks
-from forks.ranks import run_ranks
+from forks.ranks import free_port, run_ranks
 from server import WandbServer
 from wandb_client import Client, finish
 
@@ -50,12 +49,6 @@ WORDS = [
     "--log.every=1",
     "--log.progress=false",
 ]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def launch(folder: Path, processes: int, *words: str, mode: str = "disabled") -> subprocess.Popen[str]:

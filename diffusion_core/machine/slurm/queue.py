@@ -29,6 +29,7 @@ CANCELLED_FILE = ".cancelled"
 """File in a trial's folder: the id of the job that the sweep cancelled when it was told to stop."""
 
 COLUMNS = ("name", "job", "state", "node", "for")
+
 HELD = ("Held", "held", "Hold")
 """Words in a reason for which a job waits until somebody releases it, as JobHeldUser and JobHoldMaxRequeue do."""
 

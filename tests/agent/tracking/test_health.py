@@ -16,7 +16,6 @@ import torch
 from tiny import digits, tiny_config, tiny_state
 
 from diffusion_core.data.datasets import Dataset
-from diffusion_core.data.fingerprint import dataset_sha256
 from diffusion_core.tracking import MemoryTracker
 from diffusion_core.training import summary
 from diffusion_core.training.callbacks import REGRESSION, WatchQuality, is_regression
@@ -72,9 +71,9 @@ def test_quality_is_compared_within_a_stage_of_step_distillation() -> None:
 
 def test_equal_data_have_equal_fingerprints() -> None:
     data = digits()
-    fingerprint = dataset_sha256(data)
+    fingerprint = data.sha256
     assert re.fullmatch("[0-9a-f]{64}", fingerprint)
-    assert dataset_sha256(replace(data)) == fingerprint
+    assert replace(data).sha256 == fingerprint
     images = data.train.images_NCHW.clone()
     images[0, 0, 0, 0] += 1
     others: list[Dataset] = [
@@ -83,7 +82,7 @@ def test_equal_data_have_equal_fingerprints() -> None:
         replace(data, class_names=tuple(reversed(data.class_names))),
         replace(data, train=data.train.select(torch.arange(1, len(data.train)))),
     ]
-    assert len({fingerprint, *map(dataset_sha256, others)}) == 5
+    assert len({fingerprint, *(other.sha256 for other in others)}) == 5
     digest = hashlib.sha256(repr((data.shape_CHW, data.class_names)).encode())
     for part in (data.train, data.val):
         digest.update(str(len(part)).encode() + part.images_NCHW.numpy().tobytes() + part.labels_N.numpy().tobytes())

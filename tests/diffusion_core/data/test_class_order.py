@@ -21,7 +21,6 @@ from agent.trial import run_trial
 from diffusion_core.checkpoint import read_checkpoint
 from diffusion_core.config import ConfigError
 from diffusion_core.data.datasets import Dataset, Images, load_data
-from diffusion_core.data.fingerprint import dataset_sha256
 from diffusion_core.randomness import Purpose, generator
 from diffusion_core.run_folder import DATA_FILE
 from diffusion_core.tracking import MemoryTracker
@@ -153,7 +152,7 @@ def test_a_run_that_starts_from_a_checkpoint_of_other_images_says_so(
     assert line.startswith("warning: data.name = folder: not the images that ")
     assert f"{runs / 'new'}/checkpoints/step-00000002 was trained with, which were 33 for training and 11 held" in line
     assert "now 36 and 12; what it was trained with may be held out now" in line
-    assert read_checkpoint(tmp_path / "other").metadata["data"]["sha256"] == dataset_sha256(data)
+    assert read_checkpoint(tmp_path / "other").metadata["data"]["sha256"] == data.sha256
 
 
 def test_evaluation_of_a_checkpoint_on_other_images_says_so(
