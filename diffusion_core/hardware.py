@@ -121,7 +121,7 @@ def fastest_convolutions(config: TrainConfig) -> Iterator[None]:
 
 
 def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Return a tensor of the CPU on a device. Unlike ``torch.tensor(..., device=)``, this does not wait for a GPU."""
-    if torch.device(device).type != "cuda":
+    """Return a tensor on a device. Unlike ``tensor.to(device)``, this does not wait for a GPU."""
+    if tensor.is_cuda or torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -83,19 +83,19 @@ class Batches:
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._orders:
             (order,) = streams(self.draws, [(self.seed, Purpose.ORDER, epoch)]).permutation(len(self.images))
-            order = order.to(self.images.labels_N.device)  # Once an epoch, so that no step waits for a copy.
+            order = sent(order, self.images.labels_N.device)
             self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1} | {epoch: order}
         return self._orders[epoch]
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         """This process's share of the batch of a step: images ``(B, C, H, W)`` in [-1, 1], labels ``(B,)``."""
-        batch = self.images.select(self.indices(step)[self.share]).to(self.device)
-        images_BCHW = batch.images_NCHW
+        batch = self.images.select(self.indices(step)[self.share])
+        images_BCHW, labels_B = sent(batch.images_NCHW, self.device), sent(batch.labels_N, self.device)
         if self.horizontal_flip:
             (draws_B,) = self.stream(Purpose.AUGMENT, step).uniform(self.batch_size)
             mirrored = sent((draws_B[self.share] < 0.5).nonzero().flatten(), self.device)
             images_BCHW.index_copy_(0, mirrored, images_BCHW.index_select(0, mirrored).flip(3))
-        return to_unit(images_BCHW), batch.labels_N
+        return to_unit(images_BCHW), labels_B
 
 
 def _fits(tensor: Tensor, device: torch.device) -> bool:

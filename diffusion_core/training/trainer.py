@@ -256,7 +256,8 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(bar)
         stack.enter_context(algorithms(settings, precision))
-        stack.callback(accelerator.free_memory)  # It keeps every network that it prepared, until the process ends.
+        if network is not state.network:
+            stack.callback(accelerator.free_memory)  # It keeps every network that it prepared, until the process ends.
         while state.step < until:
             if config.model.dropout:
                 torch.manual_seed(stream_seed(config.seed, Purpose.DROPOUT, state.step, accelerator.process_index))

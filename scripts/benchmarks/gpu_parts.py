@@ -91,16 +91,18 @@ class Part:
 
 
 class Steady:
-    """A callback of the training loop that times its steps but for the first ones."""
+    """A callback of the training loop that times its steps, without the first ones and what follows the last one."""
 
-    def __init__(self, device: torch.device, first: int) -> None:
-        self.device, self.first = device, first
-        self.steps, self.started = 0, 0.0
+    def __init__(self, device: torch.device, first: int, steps: int) -> None:
+        self.device, self.first, self.last = device, first, first + steps
+        self.steps, self.started, self.ended = 0, 0.0, 0.0
 
     def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
         self.steps += 1
         if self.steps == self.first:
             self.started = self.now()
+        elif self.steps == self.last:
+            self.ended = self.now()
 
     def now(self) -> float:
         if self.device.type == "cuda":
@@ -111,7 +113,8 @@ class Steady:
         """Call the loop and return the seconds of its timed steps."""
         self.steps = 0
         run()
-        return self.now() - self.started
+        assert self.steps == self.last
+        return self.ended - self.started
 
 
 def floors(part: Part) -> None:
@@ -140,7 +143,7 @@ def pruned_to_64(network: UNet, config: CoreConfig) -> UNet:
 def training(part: Part, change: Callable[[UNet, CoreConfig], UNet] | None = None) -> None:
     """Measure images per second of the whole loop, and GPU time by kind of kernel."""
     batch, steps, first = part.size(512, 4), part.size(40, 1), part.size(FIRST_STEPS, 1)
-    config, timer = part.config(train__batch_size=batch), Steady(part.device, first)
+    config, timer = part.config(train__batch_size=batch), Steady(part.device, first, steps)
     run = our_step(
         config, part.accelerator, batch, first + steps, lambda net: change(net, config) if change else net, [timer]
     )
@@ -209,7 +212,7 @@ def digits(part: Part) -> None:
     data = load_data(config.data)
     state = TrainState.start(build_network(config, data.num_classes).to(part.device), config.train, config.ema)
     batches = Batches(data.train, batch_size=256, seed=0, horizontal_flip=False, device=part.device)
-    accelerator, timer = part.accelerator, Steady(part.device, first)
+    accelerator, timer = part.accelerator, Steady(part.device, first, steps)
 
     def run() -> None:
         train(state, batches, config, [timer], accelerator=accelerator, until=state.step + first + steps)

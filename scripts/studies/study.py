@@ -163,8 +163,10 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         ConfigError: if the folder holds results of other settings.
     """
     file = folder / "settings.json"
-    if file.is_file() and (before := json.loads(file.read_text(encoding="utf-8"))) != settings:
-        raise ConfigError(f"--out = {str(folder)!r}: holds results of {before}; choose another folder")
+    if file.is_file():
+        if (before := json.loads(file.read_text(encoding="utf-8"))) != settings:
+            raise ConfigError(f"--out = {str(folder)!r}: holds results of {before}; choose another folder")
+        return
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, dict(settings))
 

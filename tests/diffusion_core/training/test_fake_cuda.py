@@ -128,11 +128,12 @@ def test_a_training_step_stays_on_the_gpu(kind: str) -> None:
         check_whole_step(noted)
 
 
+@pytest.mark.parametrize("memory", [2**40, 0], ids=["images on the GPU", "images on the processor"])
 @pytest.mark.parametrize("kind", [*KINDS, "lognormal", "progressive", "consistency"])
-def test_the_draws_of_a_step_wait_for_no_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wait in each step leaves the GPU idle while the next step's kernels are launched."""
+def test_the_draws_of_a_step_wait_for_no_gpu(kind: str, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wait leaves the GPU idle while the next step's kernels are launched; small data sets have short epochs."""
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)  # It asks for a GPU.
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**40, 2**40))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (memory, memory))
     lognormal = {"diffusion__timestep_sampling": "lognormal"}
     config = tiny_config(**KINDS.get(kind, lognormal if kind == "lognormal" else {}))
     lesson = Lesson(config, StepsConfig(), 0, 10, 4, 1.0, None, tiny_network(config))
@@ -148,8 +149,7 @@ def test_the_draws_of_a_step_wait_for_no_gpu(kind: str, monkeypatch: pytest.Monk
         schedule = on_cpu.to(CUDA)
         # Without mirroring: how many images are mirrored is counted on the processor, whose numbers are fake here too.
         batches = tiny_batches(config, images, horizontal_flip=False, device=CUDA)
-        assert noted.waits, "data are copied once, and tests see it"
-        batches.indices(0)
+        assert noted.waits or not memory, "data are copied once, and tests see it"
         noted.waits.clear()
         for step in range(3):
             drawn = objective.draw(step, batches, schedule)
