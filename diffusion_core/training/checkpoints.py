@@ -28,6 +28,7 @@ from diffusion_core.run_folder import read_history
 from diffusion_core.runs.leftovers import kept_checkpoints
 from diffusion_core.runs.recorded import log_checkpoint, model_files
 from diffusion_core.tracking import MODEL, Tracker, Upload
+from diffusion_core.training.measured import best_kept
 from diffusion_core.training.trainer import TrainState, is_due
 
 
@@ -77,9 +78,10 @@ class SaveCheckpoints:
         self.folder = folder
         self.run_id = run_id
         self.saved_step = resumed.step if resumed else None
-        best = resumed.metadata.get("best") if resumed else None
-        # The run may resume with another metric, whose values cannot be compared.
-        self.best: dict[str, Any] | None = best if best and best["metric"] == config.checkpoint.best_metric else None
+        self.best: dict[str, Any] | None = resumed.metadata.get("best") if resumed else None
+        metric = config.checkpoint.best_metric
+        if resumed and self.best and self.best["metric"] != metric:
+            self.best = best_kept(folder, metric, resumed)
         self.figures: dict[str, float] = {}
 
     def __call__(self, state: TrainState, row: dict[str, Any]) -> None:

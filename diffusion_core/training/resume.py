@@ -13,6 +13,7 @@ from diffusion_core.config import ConfigError, CoreConfig, DataConfig, flatten
 from diffusion_core.data.classes import in_order, same_classes, shown_classes
 from diffusion_core.randomness import drawn_as
 from diffusion_core.redact import redacted
+from diffusion_core.training.measured import check_measured
 
 if TYPE_CHECKING:
     from diffusion_core.data.datasets import Dataset
@@ -31,7 +32,8 @@ FREE_TO_CHANGE = (
     "eval.",
     "preset",
 )
-"""Knobs that may change when a run resumes. All others decide what is trained."""
+"""Knobs that may change when a run resumes; those that measure only before figures were measured. All others decide what is
+trained."""
 
 
 LENGTH = "train.steps"
@@ -140,7 +142,7 @@ def check_same_run(config: CoreConfig, then: Mapping[str, Any], folder: Path, *,
         longer: whether ``train.steps`` may have grown.
 
     Raises:
-        ConfigError: if a knob that decides what is trained differs.
+        ConfigError: if a knob that decides what is trained differs, or how a figure was measured that the run has.
     """
     grown = longer and is_longer(config, then)
     for key, value in redacted(flatten(drawing_as(config, then))).items():
@@ -150,6 +152,7 @@ def check_same_run(config: CoreConfig, then: Mapping[str, Any], folder: Path, *,
                 f"{key} = {value!r}: the run in {str(folder)!r} was started with {then[key]!r}{hint}; choose another "
                 f"log.dir, or set it back to continue"
             )
+    check_measured(config, then, folder)
 
 
 def with_labels_of(checkpoint: Checkpoint, config: DataConfig, dataset: Dataset) -> Dataset:
