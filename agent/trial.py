@@ -46,6 +46,7 @@ from diffusion_core.training.resume import (
     describe_longer,
     drawing_as,
     find_checkpoint,
+    finish_step,
     with_labels_of,
 )
 from diffusion_core.training.stopping import Stopped, StopRequest
@@ -169,7 +170,8 @@ def run_trial(
 
     saver = SaveCheckpoints(config, dataset, tracker, folder / CHECKPOINTS, run_id, resumed)
     pictures = DrawSamples(config, dataset, accelerator, folder / SAMPLES)
-    evaluate = Evaluate(config, dataset, accelerator, tracker, folder, prefix, pictures)
+    stopping = [] if stop is None else [stop.check]
+    evaluate = Evaluate(config, dataset, accelerator, tracker, folder, prefix, pictures, *stopping)
     after_step: list[Callback] = [*callbacks, evaluate]
     if is_main:
         write_run_files(config, folder, run_id)
@@ -192,16 +194,16 @@ def run_trial(
             saver,
         ]
         tracker.summary(system_facts(config.train, accelerator, dataset, ("torch", "accelerate", "wandb")))
-    if stop is not None:
-        after_step.append(stop.check)
+    after_step += stopping
     try:
+        finish_step(state, resumed, after_step)
         train_and_prune(
             state, config, config.prune, config.distill, config.steps, dataset, after_step, saver, accelerator
         )
     except Stopped:
         state.since_row.share(accelerator)
         if is_main:
-            saver.save(state)
+            saver.save_stopped(state, evaluate.unfinished)
         raise
     finally:
         if is_main and not tracker.live:

@@ -28,6 +28,7 @@ from diffusion_core.sampling.generation import Generator, Request, all_labels, r
 from diffusion_core.sampling.lows import held_out
 from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import STEP, Tracker
+from diffusion_core.training.resume import unfinished_row
 from diffusion_core.training.trainer import TrainState, is_due
 
 WORSE_LOSS = 1.5
@@ -132,7 +133,8 @@ class LogHistory:
     Args:
         tracker: receives the rows.
         folder: the run's folder.
-        resumed: the checkpoint that the run resumes from, or None. Later rows are dropped.
+        resumed: the checkpoint that the run resumes from, or None. Later rows are dropped, and that of its step if the
+            run resumes with the evaluation of that step.
     """
 
     def __init__(self, tracker: Tracker, folder: Path, resumed: Checkpoint | None) -> None:
@@ -141,6 +143,8 @@ class LogHistory:
         step, rows = 0, {}
         if resumed is not None:  # A checkpoint from another machine brings its history along.
             step, rows = resumed.step, {row[STEP]: row for row in read_history(resumed.path)}
+            if unfinished_row(resumed) is not None:
+                step -= 1
         rows |= {row[STEP]: row for row in read_history(folder)}
         kept = [rows[at] for at in sorted(rows) if at <= step]
         write_json_lines(self.file, kept)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from diffusion_core.runs.leftovers import kept_checkpoints
 from diffusion_core.runs.recorded import log_checkpoint, model_files
 from diffusion_core.tracking import MODEL, Tracker, Upload
 from diffusion_core.training.measured import best_kept
+from diffusion_core.training.resume import UNFINISHED, unfinished_row
 from diffusion_core.training.trainer import TrainState, is_due
 
 
@@ -77,7 +78,7 @@ class SaveCheckpoints:
         self.tracker = tracker
         self.folder = folder
         self.run_id = run_id
-        self.saved_step = resumed.step if resumed else None
+        self.saved_step = resumed.step if resumed and unfinished_row(resumed) is None else None
         self.best: dict[str, Any] | None = resumed.metadata.get("best") if resumed else None
         metric = config.checkpoint.best_metric
         if resumed and self.best and self.best["metric"] != metric:
@@ -123,12 +124,29 @@ class SaveCheckpoints:
         self.tracker.artifact(Upload(name, MODEL, model_files(checkpoint), ["latest"], dict(state.extra_metadata)))
         self.tracker.use(name)
 
-    def save(self, state: TrainState, metric: float | None = None) -> Checkpoint | None:
+    def save_stopped(self, state: TrainState, row: Mapping[str, Any] | None) -> None:
+        """Write a checkpoint of a run that a signal stopped.
+
+        Args:
+            state: what to save.
+            row: the row of this step, if the signal stopped its evaluation; else None. The run that resumes begins with
+                that evaluation.
+        """
+        if row is None:
+            self.save(state)
+            return
+        self.figures = {}  # They were measured at an earlier step.
+        self.save(state, more={UNFINISHED: {key: one for key, one in row.items() if isinstance(one, int | float)}})
+
+    def save(
+        self, state: TrainState, metric: float | None = None, more: Mapping[str, Any] | None = None
+    ) -> Checkpoint | None:
         """Write and upload a checkpoint, and delete old ones. Skip a step that is saved already.
 
         Args:
             state: what to save.
             metric: value of ``checkpoint.best_metric`` at this step, or None.
+            more: further metadata.
         """
         if state.step == self.saved_step:
             return None
@@ -136,7 +154,7 @@ class SaveCheckpoints:
         if metric is not None and is_better(name, metric, self.best["value"] if self.best else None):
             self.best = {"metric": name, "value": metric, "step": state.step}
         metadata = describe(state, self.config, self.dataset.class_names)
-        metadata |= {"figures": self.figures, "best": self.best, RECORDED: self._images}
+        metadata |= {"figures": self.figures, "best": self.best, RECORDED: self._images, **(more or {})}
         checkpoint = write_checkpoint(self.folder, state.step, metadata, state.parts())
         self.saved_step = state.step
         if self.config.checkpoint.upload and self.tracker.live:

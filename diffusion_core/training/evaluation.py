@@ -31,7 +31,7 @@ from diffusion_core.sampling.lows import held_out
 from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import Tracker, Upload
 from diffusion_core.training.callbacks import DrawSamples
-from diffusion_core.training.trainer import TrainState, is_due
+from diffusion_core.training.trainer import Callback, TrainState, is_due
 
 DENSE = "dense/"
 """Prefix of the figures of a network before pruning. A sweep must not rank pruned networks by them."""
@@ -65,6 +65,10 @@ class Evaluate:
         folder: the run's folder.
         prefix: returns what is put before the names of a state's figures: ``DENSE``, ``TEACHER``, ``STAGE`` or nothing.
         pictures: takes what it shows from the images that are judged, where it can.
+        stop: called with the state after each step of sampling; may raise to stop, in all processes together.
+
+    Attributes:
+        unfinished: the row of the step whose evaluation is under way or was stopped; else None.
     """
 
     def __init__(
@@ -76,10 +80,13 @@ class Evaluate:
         folder: Path,
         prefix: Callable[[TrainState], str] = lambda state: "",
         pictures: DrawSamples | None = None,
+        stop: Callback | None = None,
     ) -> None:
         self.config = config
         self.prefix = prefix
         self.pictures = pictures
+        self.stop = stop
+        self.unfinished: dict[str, Any] | None = None
         self.dataset = dataset
         self.accelerator = accelerator
         self.tracker = tracker
@@ -96,6 +103,7 @@ class Evaluate:
         """Measure the figures if an evaluation is due, and put them into the row."""
         if not is_due(state.step, self.config.eval.every, self.config.train.steps):
             return
+        self.unfinished = dict(row)
         network = state.ema.network
         figures = {} if STUDENT in state.extra_metadata else self._losses(network)
         if self.config.judges_images:
@@ -110,6 +118,7 @@ class Evaluate:
                 row["opinions"] = file
         prefix = self.prefix(state)
         row.update({f"{prefix}{name}": value for name, value in figures.items()})
+        self.unfinished = None
 
     def _losses(self, network: UNet) -> dict[str, float]:
         """Return ``val/*``. They say nothing about a student of step distillation, which is no denoiser any more."""
@@ -139,7 +148,16 @@ class Evaluate:
             self._first = []
             sampled = generated_requests(generator, total)
             frames = self.pictures.frames(state, generator, sampled) if self.pictures else None
-            batches: Iterable[tuple[Tensor, Tensor]] = generated(generator, total, sample, config.seed, callback=frames)
+
+            def after_step(index: int, x_BCHW: Tensor, x0_BCHW: Tensor) -> None:
+                if self.stop is not None:
+                    self.stop(state, {})
+                if frames is not None:
+                    frames(index, x_BCHW, x0_BCHW)
+
+            batches: Iterable[tuple[Tensor, Tensor]] = generated(
+                generator, total, sample, config.seed, callback=after_step
+            )
             noted = first_images(batches if frames is None else frames.keep(batches), self._first)
             judged = self._suite.judge(noted, total, sampling_protocol(sample, config.seed, config.upsample))
             if self._baseline is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from socket import gethostname
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +17,7 @@ from diffusion_core.training.measured import check_measured
 
 if TYPE_CHECKING:
     from diffusion_core.data.datasets import Dataset
+    from diffusion_core.training.trainer import Callback, TrainState
 
 NEEDED = ("model",)
 """Parts that resuming needs. The best checkpoint may have been downloaded without them."""
@@ -32,11 +33,13 @@ FREE_TO_CHANGE = (
     "eval.",
     "preset",
 )
-"""Knobs that may change when a run resumes; those that measure only before figures were measured. All others decide what is
-trained."""
+"""Knobs that may change when a run resumes. All others decide what is trained. See also :mod:`.measured`."""
 
 
 LENGTH = "train.steps"
+
+UNFINISHED = "unfinished"
+"""Key of a checkpoint's metadata: the row of its step so far, if a signal stopped the evaluation after that step."""
 
 Config = TypeVar("Config", bound=CoreConfig)
 
@@ -187,6 +190,20 @@ def check_same_labels(source: Checkpoint, teacher: Checkpoint) -> None:
             f"distill.checkpoint = {str(teacher.path)!r}: knows {shown_classes(names)}, in another order than "
             f"{str(source.path)!r}; choose a teacher that was trained with the same order"
         )
+
+
+def unfinished_row(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Return the row of the checkpoint's step so far, if a signal stopped the evaluation after that step. Else None."""
+    row = checkpoint.metadata.get(UNFINISHED)
+    return None if row is None else dict(row)
+
+
+def finish_step(state: TrainState, resumed: Checkpoint | None, callbacks: Sequence[Callback]) -> None:
+    """Call what is due after a checkpoint's step, if a signal stopped the evaluation after that step."""
+    row = None if resumed is None else unfinished_row(resumed)
+    if row is not None:
+        for callback in callbacks:
+            callback(state, row)
 
 
 def is_longer(config: CoreConfig, then: Mapping[str, Any]) -> bool:
