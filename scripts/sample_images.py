@@ -194,23 +194,25 @@ def prepare(arguments: argparse.Namespace) -> SamplingTask:
         knobs.pop(LOW_NOISE, None)  # It is meant for the models after this one.
     data = {"data.path": arguments.data_path} if arguments.data_path and upsamples else {}
     config = build(CoreConfig, flatten(checkpoint.config()), lifted, knobs, data, hardware)
-    if guide and config.sample.guidance == 1.0:
-        raise ConfigError("sample.guidance = 1.0: ignores the model to guide away from; expected another value")
     pick_device(config.train)
     labels = pick_labels(arguments.labels, checkpoint)
     if arguments.mode == "interpolate" and (arguments.low or arguments.upsample):
         raise ConfigError("--mode = 'interpolate': not with --low or --upsample; expected another mode")
+    if arguments.mode == "interpolate" and arguments.seeds is None and len(labels) != 2:
+        raise ConfigError(f"--labels: interpolate needs two labels, or --seeds A,B; got {len(labels)} labels")
     lows: Lows | None = small_images(checkpoint, config, {"--low": arguments.low, "--data-path": arguments.data_path})
     reference = load_generator(guide, config, "ema", processes, lows=lows) if guide else None
     generator = load_generator(checkpoint, config, arguments.weights, processes, reference, lows)
     wanted = pick_images(arguments, labels, lows)
-    described = settings(arguments.mode, checkpoint, guide, config, arguments.weights) | describe_lows(lows)
+    described = settings(arguments.mode, checkpoint, guide, config, arguments.weights, generator.precision)
+    described |= describe_lows(lows)
     notes = [student_note(checkpoint, config)]
     for stage in stages:
         lows = images_of(generator, config.sample, config.seed)
         config = build(CoreConfig, flatten(stage.config()), low_noise, hardware)
         generator = load_generator(stage, config, "ema", processes, lows=lows)
-        described.setdefault("stages", []).append(settings(arguments.mode, stage, None, config, "ema"))
+        stored = settings(arguments.mode, stage, None, config, "ema", generator.precision)
+        described.setdefault("stages", []).append(stored)
         notes.append(student_note(stage, config))
     with first_process_first(processes):
         check_folder(arguments.out, described)
@@ -328,8 +330,6 @@ def interpolate(task: SamplingTask, seeds: str | None) -> None:
         rows = [task.generator.between_seeds(request, task.config.sample, ends, weights) for request in task.wanted]
         names = task.names([request.label for request in task.wanted])
     else:
-        if len(task.labels) != 2:
-            raise ConfigError(f"--labels: interpolate needs two labels, or --seeds A,B; got {len(task.labels)} labels")
         first, second = task.labels
         rows = [
             task.generator.between_labels(index, task.config.sample, task.config.seed, (first, second), weights)

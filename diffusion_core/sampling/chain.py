@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from diffusion_core.checkpoint import Checkpoint, CheckpointError
@@ -48,6 +49,6 @@ def images_of(generator: Generator, config: SampleConfig, seed: int) -> Lows:
     """Return the images of a model as the small images of the next one."""
 
     def lows(wanted: Sequence[Request]) -> Tensor:
-        return generator.images(wanted, config, seed)
+        return torch.cat([images for _, images in generator.batches(wanted, config, seed)])
 
     return lows

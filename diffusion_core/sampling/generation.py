@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion_core.config import CoreConfig, SampleConfig
-from diffusion_core.data.datasets import to_uint8, to_unit
+from diffusion_core.config import ConfigError, CoreConfig, SampleConfig
+from diffusion_core.data.datasets import DataError, to_uint8, to_unit
 from diffusion_core.diffusion.denoiser import Denoiser, DenoiserFunction, clipped
 from diffusion_core.diffusion.sampling_steps import SamplingSteps
 from diffusion_core.diffusion.schedule import NoiseSchedule, build_schedule
@@ -80,7 +80,7 @@ class Generator:
         lows: the small images of a model that upsamples; None for other models.
 
     Raises:
-        ValueError: if a model that upsamples has no small images.
+        ConfigError: if a model that upsamples has no small images.
     """
 
     def __init__(
@@ -92,7 +92,10 @@ class Generator:
         lows: Lows | None = None,
     ) -> None:
         if config.upsample.wanted and lows is None:
-            raise ValueError("the model upsamples, and has no small images to upsample")
+            raise ConfigError(
+                f"upsample.factor = {config.upsample.factor}: the model upsamples, and has no small images; "
+                "expected small images, or a model without it"
+            )
         self.config = config
         self.device = next(network.parameters()).device
         # In place. The weights are the same, but their order in memory may change.
@@ -242,18 +245,28 @@ class Generator:
 
         Yields:
             The requests of a batch, and their images: ``(B, C, H, W)`` uint8 on the CPU.
-        """
 
+        Raises:
+            DataError: if an image is not finite.
+        """
+        for batch, x_BCHW in self._shown_batches(wanted, config, seed, progress):
+            if not bool(torch.isfinite(x_BCHW).all()):
+                raise DataError("sampled images are not finite; lower --guidance, or set --precision=fp32")
+            yield batch, to_uint8(x_BCHW).cpu()
+
+    def _shown_batches(
+        self, wanted: Sequence[Request], config: SampleConfig, seed: int, progress: bool
+    ) -> Iterator[tuple[Sequence[Request], Tensor]]:
         def advance(_index: int, x_BCHW: Tensor, _x0_BCHW: Tensor) -> None:
             bar.update(len(x_BCHW))
 
         with progress_of("sampling", len(wanted) * config.steps, "evaluation", shown=progress) as bar:
-            for batch, x_BCHW in self.unrounded_batches(wanted, config, seed, advance):
-                yield batch, to_uint8(x_BCHW).cpu()
+            yield from self.unrounded_batches(wanted, config, seed, advance)
 
     def images(self, wanted: Sequence[Request], config: SampleConfig, seed: int, *, progress: bool = False) -> Tensor:
-        """Sample any number of images: ``(N, C, H, W)`` uint8 on the CPU."""
-        return torch.cat([images for _, images in self.batches(wanted, config, seed, progress=progress)])
+        """Sample any number of images: ``(N, C, H, W)`` uint8 on the CPU. Values that are not finite are black."""
+        shown = self._shown_batches(wanted, config, seed, progress)
+        return torch.cat([to_uint8(x_BCHW).cpu() for _, x_BCHW in shown])
 
     def trajectory(
         self, wanted: Sequence[Request], config: SampleConfig, seed: int, keep: set[int], *, clean: bool = False

@@ -14,6 +14,7 @@ from torch import Tensor
 from diffusion_core.checkpoint import Checkpoint
 from diffusion_core.config import ConfigError, CoreConfig
 from diffusion_core.files import replaced_file, write_json
+from diffusion_core.hardware import Precision
 from diffusion_core.model.unet import NO_LABEL
 from diffusion_core.sampling import media
 from diffusion_core.sampling.generation import Request
@@ -37,7 +38,7 @@ def request_of(name: str) -> Request:
 
 
 def settings(
-    mode: str, checkpoint: Checkpoint, guide: Checkpoint | None, config: CoreConfig, weights: str
+    mode: str, checkpoint: Checkpoint, guide: Checkpoint | None, config: CoreConfig, weights: str, precision: Precision
 ) -> dict[str, Any]:
     """Return everything that determines an image of a model, except its label and index, and what it upsamples."""
     ignored = {"every", "per_class", "batch_size", "cuda_graphs"}
@@ -49,6 +50,7 @@ def settings(
         "weights": checkpoint.metadata["files"][f"{weights}.safetensors"]["sha256"],
         "guide": guide and guide.metadata["files"]["ema.safetensors"]["sha256"],
         "seed": config.seed,
+        "precision": precision,
         "sample": config.sample.model_dump(exclude=ignored),
     }
 
@@ -62,7 +64,8 @@ def check_folder(folder: Path, wanted: dict[str, Any]) -> None:
     file = folder / SETTINGS_FILE
     try:
         if file.is_file():
-            if json.loads(file.read_text(encoding="utf-8")) == wanted:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            if stored in (wanted, _without_precision(wanted)):
                 return
             raise ConfigError(f"--out = {str(folder)!r}: holds images of other settings; choose another folder")
         if any(folder.glob("*.png")):
@@ -72,6 +75,15 @@ def check_folder(folder: Path, wanted: dict[str, Any]) -> None:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"its {SETTINGS_FILE} is damaged"
         raise ConfigError(f"--out = {str(folder)!r}: {reason}; choose another folder") from None
+
+
+def _without_precision(described: Any) -> Any:
+    """Return settings as earlier versions stored them."""
+    if isinstance(described, list):
+        return [_without_precision(one) for one in described]
+    if not isinstance(described, dict):
+        return described
+    return {key: _without_precision(value) for key, value in described.items() if key != "precision"}
 
 
 def save_png(pixels_CHW: Tensor, path: Path) -> None:

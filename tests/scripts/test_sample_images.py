@@ -17,6 +17,8 @@ from image_files import frame_count
 from PIL import Image
 from tiny import lively_run
 
+from diffusion_core.checkpoint import read_checkpoint, write_checkpoint
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "sample_images.py"
 
@@ -80,6 +82,44 @@ def test_images_of_other_settings_are_not_mixed(run: Path, other: Path, tmp_path
     Image.new("L", (4, 4)).save(tmp_path / "mine" / "0-0.png")
     assert sample(run, tmp_path / "mine", "--num-images", "2") == 2
     assert not (tmp_path / "mine" / "samples.json").exists()
+
+
+def test_precisions_are_not_mixed(run: Path, tmp_path: Path, capfd: Any) -> None:
+    assert sample(run, tmp_path, "--num-images", "2", "--precision", "fp32") == 0
+    assert sample(run, tmp_path, "--num-images", "3", "--precision", "bf16") == 2
+    assert "holds images of other settings" in capfd.readouterr().err
+
+
+def test_folders_of_earlier_versions_do_not_say_in_which_precision(run: Path, tmp_path: Path) -> None:
+    assert sample(run, tmp_path, "--num-images", "2") == 0
+    file = tmp_path / "samples.json"
+    stored = json.loads(file.read_text())
+    assert stored.pop("precision") in ("fp32", "bf16")
+    file.write_text(json.dumps(stored))
+    assert sample(run, tmp_path, "--num-images", "3") == 0
+    assert len(images(tmp_path)) == 3
+
+
+def test_images_that_are_not_finite_are_not_kept(run: Path, tmp_path: Path, capfd: Any) -> None:
+    """Weights that overflow in fp16 only: black images would stay, also when the command is repeated in fp32."""
+    broken = tmp_path / "run"
+    state = read_checkpoint(run)
+    parts = {name: dict(state.tensors(name)) for name in state.parts}
+    for part in ("model", "ema"):
+        name = next(key for key in parts[part] if key.endswith("conv1.weight"))
+        parts[part][name] = parts[part][name] * 1e7
+    write_checkpoint(broken / "checkpoints", state.step, state.metadata, parts)
+    out = tmp_path / "images"
+    assert sample(broken, out, "--num-images", "2", "--precision", "fp16") == 2
+    assert "not finite; lower --guidance, or set --precision=fp32" in capfd.readouterr().err
+    assert not images(out)
+
+
+def test_a_refused_interpolation_leaves_no_mark(run: Path, tmp_path: Path, capfd: Any) -> None:
+    out = tmp_path / "out"
+    assert sample(run, out, "--mode", "interpolate", "--labels", "3") == 2
+    assert "interpolate needs two labels" in capfd.readouterr().err
+    assert not out.exists()
 
 
 def test_denoise_shows_the_noise_and_progressive_what_is_expected(run: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from agent.config import build_config
 from agent.trial import run_trial
 from diffusion_core.checkpoint import list_checkpoints, read_checkpoint
-from diffusion_core.config import FORMULATIONS, CoreConfig
+from diffusion_core.config import FORMULATIONS, ConfigError, CoreConfig
 from diffusion_core.data.datasets import DataError, Dataset, Images, to_uint8, to_unit
 from diffusion_core.diffusion.denoiser import Denoiser
 from diffusion_core.diffusion.draws import draw
@@ -228,7 +228,7 @@ def test_a_weaker_model_that_upsamples_is_given_the_same() -> None:
 
 def test_a_model_that_upsamples_needs_small_images_of_its_size() -> None:
     config = tiny_config(**TWICE)
-    with pytest.raises(ValueError, match="no small images"):
+    with pytest.raises(ConfigError, match="no small images"):
         Generator(tiny_network(config), config, "fp32")
     wrong = Generator(tiny_network(config), config, "fp32", lows=lambda wanted: torch.zeros(len(wanted), 1, 8, 8))
     with pytest.raises(ValueError, match=r"small images of \(1, 8, 8\); expected \(1, 4, 4\)"):
