@@ -17,30 +17,27 @@ from agent.command import fail, run_and_leave
 from agent.tracking.api import api_errors
 from agent.tracking.arrival import send_lost_pictures
 from agent.tracking.environment import has_key, load_environment
-from agent.tracking.repair import unsent_checkpoints
+from agent.tracking.repair import staged_uploads, unsent_checkpoints
 from agent.tracking.run import start_wandb
 from agent.tracking.tracker import WandbTracker
-from diffusion_core.checkpoint import CheckpointError, read_checkpoint
-from diffusion_core.choice import best_of
+from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError, read_yaml
 from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.messages import Parser
 from diffusion_core.run_folder import (
-    CHECKPOINTS,
     CONFIG_FILE,
     HISTORY_FILE,
     RUN_FILE,
+    UNSENT,
     RunLocked,
     environment_of,
     locked,
     mark_synced,
     note_unsent,
-    read_history,
     read_run_file,
     run_folders,
 )
-from diffusion_core.runs.recorded import best_summary, log_checkpoint, log_rows
-from diffusion_core.runs.result import read_result
+from diffusion_core.runs.resending import log_folder, log_lineage
 
 
 class Unsent(Exception):
@@ -102,7 +99,6 @@ def sync(folder: Path, ended: int | None = None, *, preempted: bool = False) -> 
         WandbTracker(run, first_step=run.starting_step, keep=sys.maxsize).close(1 if ended is None else ended)
         return f"{run.id}: handed back before it had begun"
     config = read_yaml(folder / CONFIG_FILE)
-    rows = read_history(folder)
     run = start_wandb(run_file["id"], folder, config, "online", or_offline=False)
     if preempted:
         run.mark_preempting()
@@ -110,18 +106,9 @@ def sync(folder: Path, ended: int | None = None, *, preempted: bool = False) -> 
     with api_errors(f"FOLDER = {str(folder)!r}"):
         send_lost_pictures(run)
         unsent = unsent_checkpoints(run, folder)
-    log_rows(tracker, folder, rows)
-    stored = read_result(folder)
-    logged = {key for row in rows for key in row}
-    if stored:
-        result, _ = stored
-        known = {key: value for key, value in result.figures.items() if key not in logged}
-        tracker.summary(known | best_summary(result.best_checkpoint))
-    best = best_of(folder / CHECKPOINTS) or {}
-    for checkpoint in map(read_checkpoint, unsent):
-        is_best, ttl_days = best.get("step") == checkpoint.step, config.get("checkpoint.ttl_days")
-        log_checkpoint(tracker, checkpoint, run.id, is_best=is_best, history=rows, ttl_days=ttl_days)
-    left = tracker.close((0 if stored else 1) if ended is None else ended)
+    is_finished = log_folder(tracker, folder, run.id, unsent, config.get("checkpoint.ttl_days"))
+    log_lineage(tracker, folder, run_file[UNSENT], staged_uploads(run))
+    left = tracker.close(int(not is_finished) if ended is None else ended)
     note_unsent(folder, left)
     if left:
         raise Unsent(", ".join(left))

@@ -19,6 +19,9 @@ MODEL = "model"
 STATE = "training-state"
 """Type of the artifacts with what resuming needs as well; they are named ``training-state-RUN_ID``."""
 
+LINEAGE = "lineage from "
+"""What is missing if W&B was not told that a run uses an artifact: this, and the artifact's name."""
+
 
 @dataclass(frozen=True)
 class Upload:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +12,8 @@ from agent.tracking.tracker import PATIENCE_S, WandbTracker
 from diffusion_core.checkpoint import list_checkpoints, step_of
 from diffusion_core.config import read_yaml
 from diffusion_core.messages import one_line
-from diffusion_core.run_folder import CHECKPOINTS, CONFIG_FILE, mark_synced, note_unsent
+from diffusion_core.run_folder import CHECKPOINTS, CONFIG_FILE, UNSENT, mark_synced, note_unsent, read_run_file
+from diffusion_core.runs.resending import lineage_in, succeeds
 from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import Tracker
 
@@ -35,6 +35,10 @@ def close_run(tracker: Tracker, folder: Path, told: int, *, preempted: bool = Fa
         folder: the run's folder.
         told: exit status that W&B is told.
         preempted: whether the run is to be resumed elsewhere.
+
+    Raises:
+        ConfigError: if ``run.json`` cannot be read.
+        OSError: if the folder cannot be written. The command has been printed nevertheless.
     """
     left = tracker.close(told)
     if not isinstance(tracker, WandbTracker):
@@ -44,22 +48,26 @@ def close_run(tracker: Tracker, folder: Path, told: int, *, preempted: bool = Fa
             left = [f"the checkpoint of step {step_of(path)}" for path in unsent_checkpoints(tracker.run, folder)]
         except failures() as error:
             left = [f"an answer of the server ({one_line(error)})"]
-    command = f"python -m agent.sync {folder}"
-    if not tracker.live and not tracker.online:
-        say(f"to put this run on W&B: {command}")
-        return True
-    if not tracker.live:  # W&B did not answer at the start.
-        left = ["the run"]
-    if left and server_status() == 200:
-        say(f"W&B lacks {', '.join(left)}; sending it again")
-        if sent_again(folder, told, preempted):
-            left = []
-    note_unsent(folder, left)
-    if left:
-        say(f"W&B: this has not arrived yet: {', '.join(left)}; to send it: {command}")
-    else:
-        mark_synced(folder)
-    return not left
+    is_offline, command = not tracker.live and not tracker.online, f"python -m agent.sync {folder}"
+    if not tracker.live and tracker.online:  # W&B did not answer at the start.
+        left = ["the run", *left]
+    try:
+        # Also what an earlier process of the run had left. Who sends it again reads the note.
+        left = list(dict.fromkeys([*left, *lineage_in(read_run_file(folder).get(UNSENT, []))]))
+        note_unsent(folder, left)
+        if left and not is_offline and server_status() == 200:
+            say(f"W&B lacks {', '.join(left)}; sending it again")
+            if sent_again(folder, told, preempted):
+                left = []
+                note_unsent(folder, left)
+        if not left and not is_offline:
+            mark_synced(folder)
+    finally:
+        if is_offline:
+            say(f"to put this run on W&B: {command}")
+        elif left:
+            say(f"W&B: this has not arrived yet: {', '.join(left)}; to send it: {command}")
+    return is_offline or not left
 
 
 def unsent_checkpoints(run: Run, folder: Path) -> list[Path]:
@@ -77,17 +85,14 @@ def unsent_checkpoints(run: Run, folder: Path) -> list[Path]:
     return paths[there.index(False) :] if False in there else []
 
 
+def staged_uploads(run: Run) -> list[Path]:
+    """Return the folders of files that processes of a run have staged on this machine and not sent, oldest first."""
+    folders = Path(run.settings.sync_dir).parent.glob(f"*run-*-{run.id}/staged/*")
+    return sorted(folders, key=lambda folder: folder.stat().st_mtime)
+
+
 def sent_again(folder: Path, told: int, preempted: bool) -> bool:
     """Send what W&B lacks of a run, in another process. Return whether all of it arrived."""
     words = [sys.executable, "-m", "agent.sync", str(folder), f"--ended={told}", "--locked"]
     words += ["--preempted"] if preempted else []
-    patience = PREEMPTED_WITHIN_S if preempted else 2 * PATIENCE_S
-    try:
-        # In a session of its own: a signal to all processes of the trial ended the first client.
-        done = subprocess.run(words, start_new_session=True, capture_output=True, text=True, timeout=patience)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        say(f"W&B: {error}")
-        return False
-    if done.returncode != 0:
-        say(done.stderr.strip().rpartition("\n")[2])
-    return done.returncode == 0
+    return succeeds(words, PREEMPTED_WITHIN_S if preempted else 2 * PATIENCE_S)

@@ -16,7 +16,7 @@ from diffusion_core.redact import redact, redacted
 from diffusion_core.runs.recorded import read_table
 from diffusion_core.runs.uploads import UploadQueue
 from diffusion_core.terminal.progress import say
-from diffusion_core.tracking import MODEL, STEP, Tracker, Upload
+from diffusion_core.tracking import LINEAGE, MODEL, STEP, Tracker, Upload
 
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
@@ -53,6 +53,7 @@ class WandbTracker(Tracker):
         self.broken = ""
         """Why W&B's client does not take any more; empty while it does."""
         self._logged: dict[str, Any] = {}
+        self._unused: list[str] = []
         self.live = not is_offline(run)
         self.first_step = first_step
         self.last_step = first_step - 1 if first_step > 0 else None
@@ -118,8 +119,10 @@ class WandbTracker(Tracker):
 
     def use(self, name: str, kind: str = MODEL, files: Sequence[Path] = ()) -> None:
         """Record that the run uses an artifact, after the uploads that were queued before."""
-        if self.live:  # Only a server knows other runs. Queue it: the artifact may still wait for its upload.
-            self.uploads.then(f"lineage from {name}", lambda: self._use(name, kind, files))
+        if self.live:  # Queue it: the artifact may still wait for its upload.
+            self.uploads.then(f"{LINEAGE}{name}", lambda: self._use(name, kind, files))
+        else:  # Only a server knows other runs.
+            self._unused.append(f"{LINEAGE}{name}")
 
     def _use(self, name: str, kind: str, files: Sequence[Path]) -> None:
         import wandb
@@ -140,7 +143,8 @@ class WandbTracker(Tracker):
 
     def close(self, exit_code: int = 0) -> list[str]:
         """Send what is left, within the run's finish_timeout. Return the names of missing data."""
-        left = self.uploads.close(0.0 if self.broken else self.run.settings.finish_timeout or PATIENCE_S)
+        patience_s = 0.0 if self.broken else self.run.settings.finish_timeout or PATIENCE_S
+        left = [*self.uploads.close(patience_s), *self._unused]
         if not self.broken:
             with contextlib.suppress(TimeoutError):
                 self._tell(lambda: self.run.finish(exit_code=exit_code))

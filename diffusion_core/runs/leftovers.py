@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusion_core.checkpoint import delete_checkpoint, list_checkpoints, read_checkpoint, step_folder
-from diffusion_core.run_folder import CHECKPOINTS, SYNCED
+from diffusion_core.run_folder import CHECKPOINTS, SYNCED, UNSENT, read_run_file
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,12 @@ class Leftover:
 
 
 def on_disk(folder: Path) -> Iterator[Leftover]:
-    """Yield the unreferenced checkpoints and uploads in a run's folder."""
+    """Yield the unreferenced checkpoints and uploads in a run's folder.
+
+    Raises:
+        CheckpointError: if the newest checkpoint is damaged.
+        ConfigError: if ``run.json`` is.
+    """
     checkpoints = folder / CHECKPOINTS
     paths = list_checkpoints(checkpoints)
     if paths:
@@ -36,6 +41,8 @@ def on_disk(folder: Path) -> Iterator[Leftover]:
         kept = kept_checkpoints(checkpoints, int(newest["config"].get("checkpoint.keep", 2)), best.get("step"))
         yield from (_folder(path, delete_checkpoint) for path in paths if path not in kept)
     yield from (_folder(path) for path in checkpoints.glob(".step-*.*"))
+    if read_run_file(folder).get(UNSENT):  # `agent.sync` sends staged uploads again.
+        return
     for run in (folder / "wandb").glob("*run-*"):
         arrived = not run.name.startswith("offline-") or any(run.glob(f"*{SYNCED}"))
         if arrived and (run / "staged").is_dir() and not run.is_symlink():
