@@ -41,6 +41,7 @@ from diffusion_core.machine.launchers import watch_launchers
 from diffusion_core.redact import recorded_console
 from diffusion_core.run_folder import CHECKPOINTS, RUN_FILE, SAMPLES, check_folder, locked, make_folder, read_run_file
 from diffusion_core.runs.result import TrialResult
+from diffusion_core.runs.unwritten import or_told
 from diffusion_core.signals import remembered
 from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import NullTracker, Tracker
@@ -196,7 +197,8 @@ class Session:
     def _leave(self, ending: Ending) -> int:
         """Leave the trial, however it ended: note it, print it, tell W&B. Return the exit status."""
         if ending.preempted and self.is_main and self.folder is not None:
-            self._hand_back(self.folder)
+            with or_told("this preemption is not noted"):
+                self._hand_back(self.folder)
         if ending.alert is not None:
             self.tracker.alert(ending.alert, ending.message.removeprefix("error: "))
         if ending.message and (ending.everywhere or self.is_main):
@@ -225,17 +227,19 @@ class Session:
         if not folder.is_dir():  # The run has not begun, and nobody knows it.
             return
         self.preemptions += 1
-        write_json(folder / RUN_FILE, read_run_file(folder) | {"id": self.run_id, "preemptions": self.preemptions})
         self.tracker.summary({"preemptions": self.preemptions})
         if self.preemptions == callbacks.PREEMPTIONS:
             self.tracker.alert(callbacks.PREEMPTED, f"This trial was preempted {self.preemptions} times")
+        write_json(folder / RUN_FILE, read_run_file(folder) | {"id": self.run_id, "preemptions": self.preemptions})
 
     def _close(self, ending: Ending) -> int:
         """End the W&B run. Return the exit status: that of the ending, or UNSENT if only W&B lacks something."""
-        arrived = self.folder is None or close_run(self.tracker, self.folder, ending.told, preempted=ending.preempted)
+        folder, arrived = self.folder, False
+        with or_told("what W&B lacks is not noted") as failures:
+            arrived = folder is None or close_run(self.tracker, folder, ending.told, preempted=ending.preempted)
         if arrived and self.is_main:
             note_trial(None)
-        return ending.status if arrived else ending.status or UNSENT
+        return ending.status or (0 if arrived else next(iter(failures), UNSENT))
 
     def _close_in_time(self, ending: Ending) -> bool:
         """Close within LAST_WORDS_S. Return whether that was enough."""
@@ -273,15 +277,8 @@ class Session:
         run = run_trial
         if self.is_lottery:
             run = functools.partial(run_chain, open_tracker=round_trackers(run_id, self.mode), uploaded=self.uploaded)
-        return run(
-            config,
-            self.tracker,
-            dataset=dataset,
-            folder=self.folder,
-            run_id=run_id,
-            stop=self.stop,
-            accelerator=accelerator,
-        )
+        begin = functools.partial(run, config, self.tracker, dataset=dataset, folder=self.folder, run_id=run_id)
+        return begin(stop=self.stop, accelerator=accelerator)
 
     def _refuse_early(self, config: TrialConfig, num_classes: int) -> None:
         """Check what the trial resumes or starts from before a W&B run exists.

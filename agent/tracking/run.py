@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -63,6 +64,7 @@ def start_wandb(
 
     check_paths(folder)
     threading.excepthook = tell_thread_error
+    logging.raiseExceptions = False  # On a full disk, each line of the client's log would print a traceback.
     if mode == "offline" and "WANDB_MODE" not in os.environ and not beside and not has_key():
         say("W&B: no API key, so this run is recorded offline (wandb login or WANDB_API_KEY to go online)")
     under_agent = "WANDB_SWEEP_ID" in os.environ
