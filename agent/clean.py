@@ -16,18 +16,20 @@ from agent.tracking.project import versions_without_alias
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError
 from diffusion_core.messages import Parser
-from diffusion_core.run_folder import locked, run_folders
+from diffusion_core.run_folder import RunLocked, locked, run_folders
 from diffusion_core.runs.leftovers import Leftover, on_disk
+from diffusion_core.runs.unwritten import unwritten
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit status: 0, or 2 if the folder or project does not exist."""
+    """Run the command; return the exit status: 0, or 2 if there is nothing of this name, or not all could be done."""
     parser = Parser("python -m agent.clean", description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="folder of runs or of one run (runs)")
     parser.add_argument("--project", metavar="ENTITY/PROJECT", help="search a W&B project instead")
     parser.add_argument("--yes", action="store_true", help="delete them")
     arguments = parser.parse_args(argv)
     load_environment()
+    status = 0
     try:
         if arguments.project is not None:
             place = arguments.project
@@ -42,23 +44,25 @@ def main(argv: Sequence[str] | None = None) -> int:
                 try:
                     with locked(run_folder):  # A process that trains the run needs its checkpoints.
                         left += _treat(list(on_disk(run_folder)), arguments.yes)
-                except ConfigError as error:
+                except RunLocked as error:
                     print(f"skipped: {error}", file=sys.stderr)
+                except (CheckpointError, ConfigError, OSError) as error:
+                    status = fail(unwritten(error, run_folder) if isinstance(error, OSError) else str(error))
     except (CheckpointError, ConfigError) as error:
         return fail(str(error))
-    if not left:
+    if not left and not status:
         print(f"{place}: nothing to remove", file=sys.stderr)
-    elif not arguments.yes:
+    elif left and not arguments.yes:
         print(f"{left} found; --yes deletes them", file=sys.stderr)
-    return 0
+    return status
 
 
 def _treat(found: Sequence[Leftover], remove: bool) -> int:
     """Print what was found, and remove it if asked to. Return how many there are."""
     for leftover in found:
-        print(f"{leftover.size / 1e6:10,.1f} MB  {leftover.name}{'  removed' if remove else ''}")
         if remove:
             leftover.remove()
+        print(f"{leftover.size / 1e6:10,.1f} MB  {leftover.name}{'  removed' if remove else ''}")
     return len(found)
 
 

@@ -38,6 +38,7 @@ from diffusion_core.run_folder import (
     run_folders,
 )
 from diffusion_core.runs.resending import log_folder, log_lineage
+from diffusion_core.runs.unwritten import unwritten
 
 
 class Unsent(Exception):
@@ -67,11 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             with lock, environment_of(folder):
                 print(f"[{number}/{len(folders)}] {sync(folder, arguments.ended, preempted=arguments.preempted)}")
-        except (ConfigError, CheckpointError) as error:
+        except (ConfigError, CheckpointError, OSError) as error:
             if arguments.preempted and isinstance(error, RunLocked):  # Its sweep has given it to another agent.
                 print(f"{folder}: goes on elsewhere ({error})")
             else:
-                status = fail(str(error))
+                status = fail(unwritten(error, folder) if isinstance(error, OSError) else str(error))
         except Unsent as error:
             print(f"error: {str(folder)!r}: did not arrive: {error}; try again", file=sys.stderr)
             status = 1

@@ -28,7 +28,8 @@ from pydantic import BaseModel
 
 from diffusion_core.config import ConfigError, to_yaml
 from diffusion_core.config.metrics import goal_of, is_better
-from diffusion_core.files import write_json, write_text
+from diffusion_core.files import DISK_FULL, write_json, write_text
+from diffusion_core.messages import reason_of
 from diffusion_core.redact import redacted
 from diffusion_core.tracking import STEP
 
@@ -139,6 +140,8 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         RunLocked: if another process holds it.
+        ConfigError: if the folder cannot be written.
+        OSError: if its disk is full.
     """
     with ExitStack() as stack:
         try:
@@ -146,6 +149,12 @@ def locked(folder: Path) -> Iterator[None]:
         except Held as other:
             raise RunLocked(
                 f"log.dir = {str(folder)!r}: process {other} works on this run; wait for it, or choose another folder"
+            ) from None
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise
+            raise ConfigError(
+                f"log.dir = {str(folder)!r}: {reason_of(error)}; make it writable, or copy it to another folder"
             ) from None
         yield
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from diffusion_core.config import ConfigError
 from diffusion_core.files import DISK_FULL
@@ -28,3 +29,9 @@ def or_told(what: str) -> Iterator[list[int]]:
     except (OSError, ConfigError) as error:
         say(f"error: {what}: {reason_of(error)}")
         statuses.append(NO_SPACE if isinstance(error, OSError) and error.errno in DISK_FULL else 1)
+
+
+def unwritten(error: OSError, folder: Path) -> str:
+    """Return the error in one line for the user: the file, or else the run's folder, why, and what to do."""
+    hint = "free some space" if error.errno in DISK_FULL else "make it writable, or copy the run to another folder"
+    return f"{str(error.filename or folder)!r}: {reason_of(error)}; {hint}"
