@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from agent.command import fail, run_and_leave
+from agent.config import build_config
 from agent.tracking.api import api_errors
 from agent.tracking.arrival import send_lost_pictures
 from agent.tracking.environment import has_key, load_environment
@@ -21,11 +22,10 @@ from agent.tracking.repair import staged_uploads, unsent_checkpoints
 from agent.tracking.run import start_wandb
 from agent.tracking.tracker import WandbTracker
 from diffusion_core.checkpoint import CheckpointError
-from diffusion_core.config import ConfigError, read_yaml
+from diffusion_core.config import ConfigError
 from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.messages import Parser
 from diffusion_core.run_folder import (
-    CONFIG_FILE,
     HISTORY_FILE,
     RUN_FILE,
     UNSENT,
@@ -37,7 +37,7 @@ from diffusion_core.run_folder import (
     read_run_file,
     run_folders,
 )
-from diffusion_core.runs.resending import log_folder, log_lineage
+from diffusion_core.runs.resending import log_folder, log_lineage, recorded_config
 from diffusion_core.runs.unwritten import unwritten
 
 
@@ -99,7 +99,7 @@ def sync(folder: Path, ended: int | None = None, *, preempted: bool = False) -> 
         run.mark_preempting()
         WandbTracker(run, first_step=run.starting_step, keep=sys.maxsize).close(1 if ended is None else ended)
         return f"{run.id}: handed back before it had begun"
-    config = read_yaml(folder / CONFIG_FILE)
+    config = recorded_config(folder, build_config)
     run = start_wandb(run_file["id"], folder, config, "online", or_offline=False)
     if preempted:
         run.mark_preempting()

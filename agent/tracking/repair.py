@@ -10,10 +10,9 @@ from agent.tracking.api import failures, server_status
 from agent.tracking.artifacts import uploaded_versions
 from agent.tracking.tracker import PATIENCE_S, WandbTracker
 from diffusion_core.checkpoint import list_checkpoints, step_of
-from diffusion_core.config import read_yaml
 from diffusion_core.messages import one_line
-from diffusion_core.run_folder import CHECKPOINTS, CONFIG_FILE, UNSENT, mark_synced, note_unsent, read_run_file
-from diffusion_core.runs.resending import lineage_in, succeeds
+from diffusion_core.run_folder import CHECKPOINTS, UNSENT, mark_synced, note_unsent, read_run_file
+from diffusion_core.runs.resending import lineage_in, succeeds, wants_uploads
 from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import Tracker
 
@@ -77,7 +76,7 @@ def unsent_checkpoints(run: Run, folder: Path) -> list[Path]:
     but the alias of the newest version moves to whatever is uploaded last. Of all but the newest one only the model
     counts: the server may have deleted the training state after ``checkpoint.ttl_days``.
     """
-    if not read_yaml(folder / CONFIG_FILE).get("checkpoint.upload", True):
+    if not wants_uploads(folder):
         return []
     paths = list_checkpoints(folder / CHECKPOINTS)
     models, states = uploaded_versions(run, run.id) if paths else ({}, {})

@@ -3,17 +3,74 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from diffusion_core.checkpoint import CheckpointError, read_checkpoint
+from diffusion_core.checkpoint import Checkpoint, CheckpointError, list_checkpoints, read_checkpoint
 from diffusion_core.choice import best_of
-from diffusion_core.run_folder import CHECKPOINTS, DATA_FILE, read_history
+from diffusion_core.config import ConfigError, read_yaml
+from diffusion_core.messages import listed
+from diffusion_core.run_folder import CHECKPOINTS, CONFIG_FILE, DATA_FILE, read_history
 from diffusion_core.runs.recorded import best_summary, log_checkpoint, log_rows, model_files
 from diffusion_core.runs.result import read_result
 from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import LINEAGE, MODEL, STATE, Tracker, Upload
+
+
+MOST_KEYS = 5
+"""Number of knobs that a message names."""
+
+
+def recorded_config(folder: Path, check: Callable[[Mapping[str, Any]], object]) -> dict[str, Any]:
+    """Return what a run was trained with, by dotted key: as its newest readable checkpoint says, else `config.yaml`.
+
+    Print it if `config.yaml` says otherwise than the checkpoint, or cannot be read.
+
+    Args:
+        folder: the run's folder.
+        check: raises ConfigError if values cannot be those of a run.
+
+    Raises:
+        ConfigError: if there is no checkpoint, and `config.yaml` cannot be read or holds wrong values.
+    """
+    file, checkpoint = folder / CONFIG_FILE, _newest_readable(folder / CHECKPOINTS)
+    try:
+        values = read_yaml(file)
+        if checkpoint is None:
+            check(values)
+            return values
+    except ConfigError as error:
+        problem = str(error).removeprefix(f"--config = {str(file)!r}: ")
+        if checkpoint is None:
+            raise ConfigError(
+                f"{str(file)!r}: {problem}; correct it, or repeat the trial's command with --log.dir={folder}, which "
+                "writes it anew"
+            ) from None
+        note = f"{str(file)!r}: {problem}; W&B gets the configuration of the checkpoint of step {checkpoint.step}"
+        print(note, file=sys.stderr)
+        return dict(checkpoint.metadata["config"])
+    known = dict(checkpoint.metadata["config"])
+    if others := [key for key in known | values if key not in known or values.get(key) != known[key]]:
+        shown = f"differs from the checkpoint of step {checkpoint.step} in {listed(others, MOST_KEYS)}"
+        print(f"{file}: {shown}; W&B gets the checkpoint's", file=sys.stderr)
+    return known
+
+
+def _newest_readable(folder: Path) -> Checkpoint | None:
+    for path in reversed(list_checkpoints(folder)):
+        with suppress(CheckpointError):
+            return read_checkpoint(path, verify=False)
+    return None
+
+
+def wants_uploads(folder: Path) -> bool:
+    """Return whether the checkpoints of a run are to be uploaded. The newest command decides, which wrote the file."""
+    with suppress(ConfigError):
+        return bool(read_yaml(folder / CONFIG_FILE).get("checkpoint.upload", True))
+    return True
 
 
 def lineage_in(unsent: Iterable[str]) -> list[str]:
