@@ -43,10 +43,11 @@ from diffusion_core.training.checkpoints import SaveCheckpoints
 from diffusion_core.training.evaluation import DENSE, Evaluate
 from diffusion_core.training.resume import (
     check_same_labels,
-    describe_longer,
+    describe_resumed,
     drawing_as,
     find_checkpoint,
     finish_step,
+    is_longer,
     with_labels_of,
 )
 from diffusion_core.training.stopping import Stopped, StopRequest
@@ -176,10 +177,10 @@ def run_trial(
     if is_main:
         write_run_files(config, folder, run_id)
         history = LogHistory(tracker, folder, resumed)
-        metric = config.checkpoint.best_metric
-        if resumed is not None and (note := describe_longer(config, resumed)):
-            (folder / RESULT_FILE).unlink(missing_ok=True)  # It is of the shorter run.
-            print(note, file=sys.stderr)
+        if resumed is not None:
+            if is_longer(config, resumed.metadata["config"]):
+                (folder / RESULT_FILE).unlink(missing_ok=True)  # It is of the shorter run.
+            print(describe_resumed(config, resumed), file=sys.stderr)
         described = describe_data(config.data.name, dataset)
         if resumed is not None and (note := describe_changed(folder / DATA_FILE, described)):
             print(note, file=sys.stderr)
@@ -189,7 +190,7 @@ def run_trial(
         after_step += [
             SayDuration(config.train, accelerator.device),
             pictures,
-            WatchQuality(metric, read_history(folder), tracker),
+            WatchQuality(config.checkpoint.best_metric, read_history(folder), tracker),
             history,
             saver,
         ]

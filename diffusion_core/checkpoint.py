@@ -335,3 +335,15 @@ def newest_checkpoint(folder: Path, parts: Collection[str] = SAMPLING_PARTS) -> 
     if damaged is not None:
         raise damaged
     return None
+
+
+def damaged_after(checkpoint: Checkpoint) -> list[str]:
+    """Return what is wrong with the newer checkpoints beside one, which were passed over for it, newest first."""
+    problems = []
+    for path in reversed(list_checkpoints(checkpoint.path.parent)):
+        if path.name > checkpoint.path.name:
+            try:
+                read_checkpoint(path)
+            except CheckpointError as error:
+                problems.append(str(error))
+    return problems

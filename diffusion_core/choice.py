@@ -20,6 +20,7 @@ from diffusion_core.checkpoint import (
     SAMPLING_PARTS,
     Checkpoint,
     CheckpointError,
+    damaged_after,
     list_checkpoints,
     newest_checkpoint,
     read_checkpoint,
@@ -151,4 +152,4 @@ def _best_or_newest(folder: Path, which: str, parts: Collection[str]) -> tuple[C
     if which == NEWEST:
         is_other = best is not None and best["step"] != found_one.step
         why = f"; the best{by} is of step {best['step']}" if best is not None and is_other else ""
-    return found_one, f": the newest{why}"
+    return found_one, f": the newest{''.join(f'; {problem}' for problem in damaged_after(found_one))}{why}"

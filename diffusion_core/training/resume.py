@@ -8,7 +8,7 @@ from pathlib import Path
 from socket import gethostname
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from diffusion_core.checkpoint import Checkpoint, CheckpointError, list_checkpoints, newest_checkpoint
+from diffusion_core.checkpoint import Checkpoint, CheckpointError, damaged_after, list_checkpoints, newest_checkpoint
 from diffusion_core.config import ConfigError, CoreConfig, DataConfig, flatten
 from diffusion_core.data.classes import in_order, same_classes, shown_classes
 from diffusion_core.randomness import drawn_as
@@ -210,6 +210,12 @@ def is_longer(config: CoreConfig, then: Mapping[str, Any]) -> bool:
     """Return whether a run is to be trained for more steps than it was started with."""
     before = then.get(LENGTH)
     return type(before) is int and config.train.steps > before
+
+
+def describe_resumed(config: CoreConfig, resumed: Checkpoint) -> str:
+    """Return one line on where a run continues, and on newer checkpoints that are damaged."""
+    where = describe_longer(config, resumed) or f"continues from step {resumed.step}"
+    return "; ".join([*damaged_after(resumed), where])
 
 
 def describe_longer(config: CoreConfig, resumed: Checkpoint) -> str | None:

@@ -105,6 +105,12 @@ def test_the_best_of_a_run_unless_another_is_asked_for(run: Path, capsys: pytest
     assert best_of(run / "checkpoints") == {"metric": "val/loss", "value": 0.25, "step": BEST}
 
 
+def test_a_damaged_newest_one_is_named(run: Path) -> None:
+    (place(run, 9) / "ema.safetensors").write_bytes(b"damaged")
+    why = f"{str(place(run, 9))!r}: ema.safetensors is damaged (its size or SHA-256 is not what was written)"
+    assert choose(run, "newest").chosen == f"{place(run, 6)}, step 6: the newest; {why}"
+
+
 def test_only_the_first_process_says_it(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
