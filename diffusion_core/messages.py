@@ -6,7 +6,7 @@ import argparse
 import difflib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -67,6 +67,17 @@ class Parser(argparse.ArgumentParser):
         for pattern, words in OUR_WORDS:
             message = re.sub(pattern, words, message)
         return message
+
+
+def joined(words: Sequence[str], option: str) -> list[str]:
+    """Return words with the one after an option joined to it: argparse takes ``--partition=gpu`` for an option."""
+    found: list[str] = []
+    for word in words:
+        if found and found[-1] == option:
+            found[-1] = f"{option}={word}"
+        else:
+            found.append(word)
+    return found
 
 
 def positive(text: str) -> int:

@@ -16,9 +16,9 @@ from agent.tracking.environment import load_environment, wandb_mode
 from diffusion_core.config import ConfigError
 from diffusion_core.config.metrics import Goal, given_goals, goals
 from diffusion_core.machine.child import in_child
-from diffusion_core.machine.jobs import LauncherRecord
+from diffusion_core.machine.jobs import Launcher, LauncherRecord
 from diffusion_core.machine.sharing import shares, threads_each, visible_gpus
-from diffusion_core.messages import Parser, nonempty, out_folder, positive
+from diffusion_core.messages import Parser, joined, nonempty, out_folder, positive
 from diffusion_core.registries import LAUNCHERS
 from diffusion_core.run_folder import check_recorded
 from diffusion_core.search.offline import OfflineSweep
@@ -55,21 +55,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     offline.add_argument("--offline", action="store_true", help="use no server; the default if there is no API key")
     offline.add_argument("--jobs", type=positive, metavar="N", help="trials at once (one per GPU, or one)")
     offline.add_argument("--out", type=out_folder, metavar="DIR", help="parent of the sweep's folder (runs/sweeps)")
-    arguments = parser.parse_args(joined(sys.argv[1:] if argv is None else argv))
+    offline.add_argument("--retry-failed", action="store_true", help="run trials again that have failed for good")
+    arguments = parser.parse_args(joined(sys.argv[1:] if argv is None else argv, "--slurm"))
     if arguments.file is None and arguments.attach is None:
         parser.error("FILE: a sweep file is needed, such as sweeps/quickstart.yaml (or --attach ID)")
     return arguments
-
-
-def joined(words: Sequence[str]) -> list[str]:
-    """Return the words with the one after ``--slurm`` joined to it: argparse takes ``--partition=gpu`` for a flag."""
-    found: list[str] = []
-    for word in words:
-        if found and found[-1] == "--slurm":
-            found[-1] = f"--slurm={word}"
-        else:
-            found.append(word)
-    return found
 
 
 @dataclass(frozen=True)
@@ -101,8 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             launcher = launcher_record(arguments, plan.sweep).make(plan.shares, arguments.slurm)
             if plan.online is not None:
                 return run_agents(plan.online, plan.sweep, launcher, arguments.count, wait=not arguments.detach)
-            folder = offline_folder(plan.sweep, arguments)
-            return run_offline(offline_sweep(plan.sweep, folder, launcher=launcher), arguments.count)
+            return run_offline(coordinator_of(plan.sweep, arguments, launcher), arguments.count)
     except ConfigError as error:
         for line in str(error).splitlines():
             fail(line)
@@ -156,7 +145,7 @@ def plan_offline(sweep: SweepFile | None, arguments: argparse.Namespace) -> Plan
     record = launcher_record(arguments, sweep)
     jobs = arguments.jobs or (one_per_gpu() if record.shares_machine else JOBS_AT_ONCE)
     parts = shares_for(record, jobs)
-    coordinator = offline_sweep(sweep, offline_folder(sweep, arguments), launcher=record.make(parts, arguments.slurm))
+    coordinator = coordinator_of(sweep, arguments, record.make(parts, arguments.slurm))
     preview = coordinator.preview()
     tell_cost(sweep, arguments, jobs, coordinator)
     if arguments.dry_run and preview:
@@ -169,15 +158,16 @@ def shares_for(record: LauncherRecord, count: int) -> list[dict[str, str]]:
     return shares(count) if record.shares_machine else [{} for _ in range(count)]
 
 
-def offline_folder(sweep: SweepFile, arguments: argparse.Namespace) -> Path:
-    """Return the folder of an offline sweep."""
-    return (arguments.out or Path("runs/sweeps")) / sweep.name
+def coordinator_of(sweep: SweepFile, arguments: argparse.Namespace, launcher: Launcher) -> OfflineSweep:
+    """Return an offline sweep as the command asks for it."""
+    folder = (arguments.out or Path("runs/sweeps")) / sweep.name
+    return offline_sweep(sweep, folder, launcher=launcher, retry_failed=arguments.retry_failed)
 
 
 def plan_online(sweep: SweepFile | None, arguments: argparse.Namespace) -> Plan:
     """Plan to create a sweep on W&B, or to join one, and to run agents on this machine."""
-    if arguments.jobs or arguments.out:
-        raise SweepError("--jobs, --out: for sweeps without a server; add --offline, or use --agents")
+    if arguments.jobs or arguments.out or arguments.retry_failed:
+        raise SweepError("--jobs, --out, --retry-failed: for sweeps without a server; add --offline, or use --agents")
     if wandb_mode() != "online":
         raise SweepError("--attach, --agents: W&B is needed: set WANDB_API_KEY (see .env.example), or `wandb login`")
     path = None

@@ -10,6 +10,7 @@ from agent.report import NAME, write_ended
 from agent.sweep.file import SweepFile
 from agent.tracking.environment import OFFLINE_SWEEP
 from diffusion_core.machine.jobs import Launcher
+from diffusion_core.messages import counted
 from diffusion_core.search.offline import NothingWorks, OfflineSweep
 from diffusion_core.search.results import CSV_FILE, JSON_FILE, summary
 from diffusion_core.search.state import FAILED
@@ -18,7 +19,9 @@ PLOT_FILE = "results.png"
 """The plot of quality against cost in a sweep's folder."""
 
 
-def offline_sweep(sweep: SweepFile, folder: Path, jobs: int = 1, launcher: Launcher | None = None) -> OfflineSweep:
+def offline_sweep(
+    sweep: SweepFile, folder: Path, jobs: int = 1, launcher: Launcher | None = None, *, retry_failed: bool = False
+) -> OfflineSweep:
     """Return a sweep whose trials record their runs offline: ``jobs`` processes at once, or what a launcher runs.
 
     Raises:
@@ -28,7 +31,9 @@ def offline_sweep(sweep: SweepFile, folder: Path, jobs: int = 1, launcher: Launc
     group = {"WANDB_MODE": mode, "WANDB_RUN_GROUP": sweep.name, OFFLINE_SWEEP: sweep.name}
     group["WANDB_SILENT"] = os.environ.get("WANDB_SILENT", "true")
     own = ("WANDB_RUN_ID", "WANDB_NAME")
-    return OfflineSweep(sweep, folder, jobs, launcher, lambda trial: group | dict.fromkeys(own, trial))
+    return OfflineSweep(
+        sweep, folder, jobs, launcher, lambda trial: group | dict.fromkeys(own, trial), retry_failed=retry_failed
+    )
 
 
 def run_offline(coordinator: OfflineSweep, count: int | None) -> int:
@@ -46,4 +51,7 @@ def run_offline(coordinator: OfflineSweep, count: int | None) -> int:
     print(f"\n{CSV_FILE}, {JSON_FILE}, sample grids and GIFs: {folder}/")
     print(f"to put it all on W&B: python -m agent.sync {folder}")
     write_ended(folder, folder / NAME, plot=folder / PLOT_FILE)
-    return 0 if all(record.state != FAILED for record in records) else 1
+    failed = sum(record.state == FAILED for record in records)
+    if failed:
+        print(f"{counted(failed, 'trial')} failed; to run failed trials again, add --retry-failed to the same command")
+    return 1 if failed else 0

@@ -51,8 +51,8 @@ PARAMETERS_FILE = "parameters.json"
 POLL_SECONDS = 0.1
 ATTEMPTS = 2
 """Number of times that a trial is tried: the machine may have caused the first failure."""
-FAILURES_AT_START = 5
-"""Number of failed trials after which the sweep stops if no trial has finished."""
+FAILURES_IN_A_ROW = 5
+"""Number of trials that fail one after the other before nothing more is started: the machine may have broken."""
 STOP_GRACE_SECONDS = 120.0
 """Seconds that a trial has to end after early termination stopped it. Then it is killed."""
 ID_LENGTH = 40
@@ -60,7 +60,7 @@ ID_LENGTH = 40
 
 
 class NothingWorks(RuntimeError):
-    """Several trials failed, and none finished."""
+    """Several trials failed one after the other."""
 
 
 @dataclass
@@ -91,6 +91,7 @@ class OfflineSweep:
         jobs: number of trials at once, on this machine.
         launcher: where they run instead, and how many at once.
         environment: returns the environment variables of a trial, given its id.
+        retry_failed: whether to run the trials again that had failed for good.
 
     Raises:
         SweepError: if the folder holds a sweep with another content, or a damaged one.
@@ -103,11 +104,13 @@ class OfflineSweep:
         jobs: int = 1,
         launcher: Launcher | None = None,
         environment: Callable[[str], Mapping[str, str]] = lambda trial: {},
+        *,
+        retry_failed: bool = False,
     ) -> None:
         self.sweep = sweep
         self.folder = folder
         self.environment = environment
-        self.state = SweepState(sweep, folder)
+        self.state = SweepState(sweep, folder, retry_failed=retry_failed)
         self.reader = TrialReader(self.state, sweep.metric, sweep.objectives)
         self.search = sweep.search(folder)
         self.launcher: Launcher = launcher or LAUNCHERS["local"].make(shares(jobs), None)
@@ -129,7 +132,7 @@ class OfflineSweep:
         Raises:
             SweepError: if another process runs this sweep, its command cannot be started, or a disk is full.
             KeyboardInterrupt: if this process was told to stop. The trials have written their checkpoints.
-            NothingWorks: if several trials failed, and none finished.
+            NothingWorks: if several trials failed one after the other.
         """
         begun: set[str] = set()
         ended: list[str] = []
@@ -159,7 +162,8 @@ class OfflineSweep:
         if self.full is not None:
             raise SweepError(f"{str(self.full)!r}: the disk is full; free some space, then repeat the command")
         if hopeless(ended):
-            raise NothingWorks(f"{len(ended)} trials failed and none came to its end; nothing more is started")
+            failed = f"the last {FAILURES_IN_A_ROW} trials failed; nothing more is started"
+            raise NothingWorks(f"{failed}; mend the cause, then repeat the command")
         return self.reader.ranked()
 
     def _take_over(self) -> set[str]:
@@ -331,5 +335,6 @@ def first_trials(sweep: Sweep) -> Iterator[dict[str, Any]]:
 
 
 def hopeless(ended: Sequence[str]) -> bool:
-    """Return whether so many trials failed, and none finished, that no further one should start."""
-    return len(ended) >= FAILURES_AT_START and set(ended) == {FAILED}
+    """Return whether the trials that ended last have failed, so many in a row that no further one should start."""
+    last = ended[-FAILURES_IN_A_ROW:]
+    return len(last) == FAILURES_IN_A_ROW and set(last) == {FAILED}

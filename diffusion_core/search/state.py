@@ -56,6 +56,7 @@ class SweepState:
     Args:
         sweep: a checked sweep file.
         folder: the sweep's folder. A sweep in it is resumed.
+        retry_failed: whether trials that had failed wait to be run again.
 
     Attributes:
         trials: the trials.
@@ -65,9 +66,10 @@ class SweepState:
         SweepError: if the folder holds a sweep with another content, or a damaged one.
     """
 
-    def __init__(self, sweep: Sweep, folder: Path) -> None:
+    def __init__(self, sweep: Sweep, folder: Path, *, retry_failed: bool = False) -> None:
         self.content = engine.plain(sweep.config)
         self.folder = folder
+        self.retry_failed = retry_failed
         self.trials: list[Trial] = []
         self.lost: Event | None = None
         self._stored_content = json.dumps(self.content)
@@ -90,6 +92,9 @@ class SweepState:
             raise SweepError(
                 f"{str(self.folder)!r} holds a sweep of another content; give this one another --name, or delete it"
             )
+        for trial in trials:
+            if self.retry_failed and trial.state == FAILED:
+                trial.state, trial.failures = WAITING, 0
         self.trials, self._stored_trials = trials, {}
 
     def write(self, *changed: Trial) -> None:

@@ -33,7 +33,7 @@ from diffusion_core.machine.sharing import SHARERS
 from diffusion_core.run_folder import SWEEP_STATE
 from diffusion_core.search import engine, offline
 from diffusion_core.search import state as sweep_state
-from diffusion_core.search.offline import NothingWorks, OfflineSweep
+from diffusion_core.search.offline import NothingWorks, OfflineSweep, hopeless
 from diffusion_core.search.state import Trial
 from diffusion_core.search.sweep import SweepError
 from diffusion_core.search.trials import TrialReader
@@ -442,9 +442,63 @@ def test_where_nothing_works_not_every_trial_is_tried(
 ) -> None:
     monkeypatch.setenv("STUB_FAILURES", json.dumps({str(seed): 9 for seed in range(10)}))
     coordinator = offline_sweep(stub_sweep("random", RANGE), tmp_path / "out", jobs=2)
-    with pytest.raises(NothingWorks, match="trials failed and none came to its end"):
+    with pytest.raises(NothingWorks, match="the last 5 trials failed; nothing more is started"):
         coordinator.run()
-    assert offline.FAILURES_AT_START <= len(noted(notes)) <= offline.FAILURES_AT_START + 1
+    assert offline.FAILURES_IN_A_ROW <= len(noted(notes)) <= offline.FAILURES_IN_A_ROW + 1
+
+
+@pytest.mark.parametrize(
+    ("ended", "expected"),
+    [
+        (["failed"] * 4, False),
+        (["failed"] * 5, True),
+        (["finished", *["failed"] * 5], True),
+        (["failed"] * 5 + ["finished"], False),
+        (["failed"] * 4 + ["stopped"] + ["failed"] * 4, False),
+    ],
+)
+def test_trials_that_fail_in_a_row_are_hopeless(ended: list[str], expected: bool) -> None:
+    assert hopeless(ended) == expected
+
+
+def test_a_machine_that_breaks_at_night_does_not_burn_the_sweep_and_failed_trials_run_again(
+    tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import yaml
+
+    monkeypatch.chdir(tmp_path)
+    seeds = {"train.lr": {"value": 0.1}, "seed": {"values": list(range(9))}}
+    Path("mine.yaml").write_text(yaml.safe_dump(stub_sweep("grid", seeds).config))
+    command = ["mine.yaml", "--offline", "--jobs", "1"]
+
+    def stored() -> list[tuple[str, int]]:
+        trials = json.loads(Path("runs/sweeps/mine/sweep.json").read_text())["trials"]
+        return [(trial["state"], trial["failures"]) for trial in trials]
+
+    monkeypatch.setenv("STUB_FAILURES", json.dumps({str(seed): 99 for seed in range(1, 9)}))
+    assert sweep.main(command) == 1
+    assert stored() == [("finished", 0), *[("failed", 2)] * 5]
+    said = capsys.readouterr()
+    assert "error: the last 5 trials failed; nothing more is started; mend the cause, then repeat" in said.err
+    remedy = "5 trials failed; to run failed trials again, add --retry-failed to the same command"
+    assert said.out.splitlines()[-1] == remedy
+    # The machine is well again. What has not begun goes on, and what failed is not run again unasked.
+    monkeypatch.delenv("STUB_FAILURES")
+    assert sweep.main(command) == 1
+    assert stored() == [("finished", 0), *[("failed", 2)] * 5, *[("finished", 0)] * 3]
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == remedy
+    monkeypatch.setenv("STUB_FAILURES", json.dumps({"5": 99}))
+    assert sweep.main([*command, "--retry-failed"]) == 1
+    assert stored() == [*[("finished", 0)] * 5, ("failed", 2), *[("finished", 0)] * 3]
+    said = capsys.readouterr()
+    assert "estimate: 5 trials, 1 at a time; " in said.out
+    assert said.out.splitlines()[-1].startswith("1 trial failed; ")
+    monkeypatch.delenv("STUB_FAILURES")
+    assert sweep.main([*command, "--retry-failed"]) == 0
+    assert stored() == [("finished", 0)] * 9
+    assert "--retry-failed" not in capsys.readouterr().out
+    assert_each_step_once(notes)
 
 
 def test_a_command_that_does_not_exist_is_refused(tmp_path: Path) -> None:

@@ -673,6 +673,7 @@ def test_wrong_words_of_the_command(
         (["--attach", "ab"], "W&B is needed: set WANDB_API_KEY"),
         (["sweep.yaml", "--agents", "2"], "W&B is needed: set WANDB_API_KEY"),
         (["--attach", "ab", "--jobs", "2"], "for sweeps without a server"),
+        (["--attach", "ab", "--retry-failed"], "for sweeps without a server"),
     ],
 )
 def test_words_that_do_not_go_together(
