@@ -13,6 +13,8 @@ from diffusion_core.files import write_json
 from diffusion_core.redact import redacted
 from diffusion_core.run_folder import CHECKPOINTS, RESULT_FILE
 
+DAMAGED = "{}: ignored, it is damaged"
+
 
 @dataclass(frozen=True)
 class TrialResult:
@@ -39,19 +41,37 @@ def write_result(folder: Path, result: TrialResult, config: Mapping[str, Any]) -
     write_json(folder / RESULT_FILE, redacted(described))
 
 
-def read_result(folder: Path) -> tuple[TrialResult, dict[str, Any]] | None:
-    """Read the result and the configuration, by dotted key, from a run's folder. None if there is no result.
+def stored_result(folder: Path) -> dict[str, Any] | None:
+    """Read what a run's folder holds of its result, which any program may have written. None if there is no result.
 
-    The folder may have been moved: the best checkpoint is looked up in it. A damaged file counts as none.
+    Figures that are no numbers are left out. A damaged file counts as none.
     """
     file = folder / RESULT_FILE
     if not file.is_file():
         return None
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
+        figures = dict(stored.get("figures") or {})
+        best, config = stored.get("best_checkpoint"), dict(stored.get("config") or {})
+        found = {key: value for key, value in figures.items() if isinstance(value, int | float)}
+        return stored | {"figures": found, "config": config, "best_checkpoint": best and str(best)}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        print(DAMAGED.format(file), file=sys.stderr)
+        return None
+
+
+def read_result(folder: Path) -> tuple[TrialResult, dict[str, Any]] | None:
+    """Read the result and the configuration, by dotted key, from a run's folder. None if there is no result.
+
+    The folder may have been moved: the best checkpoint is looked up in it. A damaged file counts as none.
+    """
+    stored = stored_result(folder)
+    if stored is None:
+        return None
+    try:
         best = folder / CHECKPOINTS / Path(stored["best_checkpoint"]).name
-        result = TrialResult(stored["run_id"], int(stored["step"]), dict(stored["figures"]), best, stored["seconds"])
-        return result, dict(stored["config"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        print(f"{file}: ignored, it is damaged", file=sys.stderr)
+        result = TrialResult(stored["run_id"], int(stored["step"]), stored["figures"], best, stored["seconds"])
+        return result, stored["config"]
+    except (ValueError, KeyError, TypeError):
+        print(DAMAGED.format(folder / RESULT_FILE), file=sys.stderr)
         return None

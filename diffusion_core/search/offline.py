@@ -169,9 +169,12 @@ class OfflineSweep:
     def _take_over(self) -> set[str]:
         """Wait for the processes of a sweep process that was killed, and update the states of their trials.
 
-        Jobs of a cluster go on: they are under way again. Return the ids of their trials.
+        Jobs of a cluster go on: they are under way again. Return the ids of their trials. A finished trial whose result
+        is damaged goes on from its last checkpoint.
         """
         for trial in self.state.trials:
+            if trial.state == FINISHED and self.reader.drop_damaged(trial):
+                trial.state = WAITING
             if trial.state not in (RUNNING, SUBMITTED, STOPPING):
                 continue
             folder = self.state.trial_folder(trial)
@@ -182,6 +185,7 @@ class OfflineSweep:
                     self._stop(self.running[-1])
                 continue
             end_orphan(folder)
+            self.reader.drop_damaged(trial)
             if self.reader.has_result(trial):
                 trial.state = FINISHED
             else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from diffusion_core.choice import best_of
 from diffusion_core.config.metrics import COSTS, best_first, is_better
 from diffusion_core.machine.job import read_note
 from diffusion_core.run_folder import CHECKPOINTS, HISTORY_FILE, RESULT_FILE, SAMPLES, best_figures, read_history
+from diffusion_core.runs.result import stored_result
 from diffusion_core.search import engine
 from diffusion_core.search.objectives import Objective
 from diffusion_core.search.results import TrialRecord, by_front
@@ -52,8 +52,16 @@ class TrialReader:
         self._ended_records: dict[str, TrialRecord] = {}
 
     def has_result(self, trial: Trial) -> bool:
-        """Return whether a trial has finished."""
-        return (self.state.trial_folder(trial) / RESULT_FILE).is_file()
+        """Return whether a trial has a result that can be read."""
+        return stored_result(self.state.trial_folder(trial)) is not None
+
+    def drop_damaged(self, trial: Trial) -> bool:
+        """Delete the result of a trial that has no process if it is damaged. Return whether it was."""
+        file = self.state.trial_folder(trial) / RESULT_FILE
+        damaged = file.is_file() and not self.has_result(trial)
+        if damaged:
+            file.unlink()
+        return damaged
 
     def history_bytes(self, trial: Trial) -> int:
         """Return the size of a trial's history, which grows with each row."""
@@ -131,10 +139,7 @@ class TrialReader:
 
     def _result(self, trial: Trial) -> dict[str, Any]:
         """Return the result of a trial; empty if it has none."""
-        if not self.has_result(trial):
-            return {}
-        result: dict[str, Any] = json.loads((self.state.trial_folder(trial) / RESULT_FILE).read_text(encoding="utf-8"))
-        return result
+        return stored_result(self.state.trial_folder(trial)) or {}
 
     def copy_pictures(self, trial: Trial) -> None:
         """Copy the newest images of a trial beside the results."""
