@@ -13,8 +13,8 @@ from agent.sweep.file import SweepFile
 from diffusion_core.files import free_bytes
 from diffusion_core.machine.jobs import JobSize
 from diffusion_core.messages import duration, size_in_words
-from diffusion_core.search.offline import first_trials
 from diffusion_core.search.results import parameters_line
+from diffusion_core.search.sweep import first_trials
 from pruning.estimate import Estimator, TrialEstimate
 
 SAMPLED_TRIALS = 10

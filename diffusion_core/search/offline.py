@@ -17,11 +17,11 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from diffusion_core.files import DISK_FULL
 from diffusion_core.machine.jobs import NO_SPACE, Job, Launcher, Outcome, Task
 from diffusion_core.machine.processes import end_orphan
 from diffusion_core.machine.sharing import shares
@@ -191,6 +191,7 @@ class OfflineSweep:
             else:
                 trial.state = STOPPED if trial.state == STOPPING else WAITING
         self.state.write()
+        self._copy_pictures(*self.ended_trials())  # A full disk may have refused some.
         return {running.trial.id for running in self.running}
 
     def _next_trial(self, begun: set[str], may_begin: bool) -> Trial | None:
@@ -250,13 +251,15 @@ class OfflineSweep:
 
     def _start(self, trial: Trial) -> None:
         """Start a trial."""
-        task = self._task(trial)
         try:
-            job = self.launcher.start(task, self._note_job(trial))
+            job = self.launcher.start(self._task(trial), self._note_job(trial))
         except OSError as error:
             trial.state, trial.job = WAITING, None
             self.state.write(trial)
-            raise SweepError(f"command = {task.command[0]!r}: {error.strerror}") from None
+            if error.errno not in DISK_FULL:
+                raise SweepError(f"command = {str(error.filename)!r}: {error.strerror}") from None
+            self.full = self.state.trial_folder(trial)
+            return
         self.running.append(Running(trial, job))
         self.progress.started(trial)
 
@@ -277,7 +280,7 @@ class OfflineSweep:
             trial.job = None
             self.state.write(trial)
             if outcome.code != NO_SPACE:
-                self.reader.copy_pictures(trial)
+                self._copy_pictures(trial)
             elif trial.state == WAITING and not running.adopted:  # Since an adopted one ended, there may be room again.
                 self.full = self.state.trial_folder(trial)
             log = self.launcher.log(self.state.trial_folder(trial))
@@ -285,6 +288,10 @@ class OfflineSweep:
             if trial.state in DONE:
                 states.append(trial.state)
         return states
+
+    def _copy_pictures(self, *trials: Trial) -> None:
+        if not all(self.reader.copy_pictures(trial) for trial in trials):
+            self.full = self.folder
 
     def _set_ended_state(self, trial: Trial, outcome: Outcome, interrupted: bool) -> None:
         """Set the state of a trial that ended."""
@@ -322,20 +329,6 @@ class OfflineSweep:
         """Tell a trial to end for good."""
         running.kill_at = time.monotonic() + STOP_GRACE_SECONDS
         running.job.stop()
-
-
-def first_trials(sweep: Sweep) -> Iterator[dict[str, Any]]:
-    """Yield the parameters that the search engine suggests first, before any trial has ended."""
-    search = sweep.search()
-    past: list[dict[str, Any]] = []
-    runs: list[Any] = []
-    while sweep.total is None or len(runs) < sweep.total:
-        parameters = search.suggest(past, lambda: runs)
-        if parameters is None:
-            return
-        yield parameters
-        past.append(parameters)
-        runs.append(engine.past_run(str(len(runs)), parameters, "running", {}, []))
 
 
 def hopeless(ended: Sequence[str]) -> bool:

@@ -13,7 +13,7 @@ from diffusion_core.run_folder import SWEEP_RESULTS
 from diffusion_core.search.front import Point, layers
 from diffusion_core.search.objectives import Objective, front_among, goals_in_words, point_of
 from diffusion_core.search.state import FAILED
-from diffusion_core.search.sweep import Sweep
+from diffusion_core.search.sweep import Sweep, SweepError
 from diffusion_core.tables import cell, text_table
 
 CSV_FILE = "results.csv"
@@ -129,7 +129,17 @@ def write_results(folder: Path, trials: Sequence[TrialRecord], objectives: Seque
 
     With several objectives, trials on the Pareto front are marked, and ``front.json`` has their ids, the hypervolume,
     and the values that it is measured from.
+
+    Raises:
+        SweepError: if the file system refuses, for example because it is full.
     """
+    try:
+        _write_results(folder, trials, objectives)
+    except OSError as error:
+        raise SweepError(f"{str(folder)!r}: {error.strerror}; free some space, then repeat the command") from None
+
+
+def _write_results(folder: Path, trials: Sequence[TrialRecord], objectives: Sequence[Objective]) -> None:
     several = len(objectives) > 1
     nested = [asdict(trial) for trial in trials]
     if not several:

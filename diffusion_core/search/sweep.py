@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from diffusion_core.config import ConfigError
 from diffusion_core.config.metrics import COSTS
 from diffusion_core.messages import shortened
 from diffusion_core.registries import SEARCHES
+from diffusion_core.search import engine
 from diffusion_core.search.macros import TrialCommand
 from diffusion_core.search.method import Search, SearchMethod, SearchRequest
 from diffusion_core.search.objectives import Objective, objectives_of
@@ -120,6 +122,20 @@ class Sweep:
         """
         method: SearchMethod = SEARCHES[self.config["method"]]
         return method.make(SearchRequest(self.engine_config(), self.objectives, folder, self.total))
+
+
+def first_trials(sweep: Sweep) -> Iterator[dict[str, Any]]:
+    """Yield the parameters that the search engine suggests first, before any trial has ended."""
+    search = sweep.search()
+    past: list[dict[str, Any]] = []
+    runs: list[Any] = []
+    while sweep.total is None or len(runs) < sweep.total:
+        parameters = search.suggest(past, lambda: runs)
+        if parameters is None:
+            return
+        yield parameters
+        past.append(parameters)
+        runs.append(engine.past_run(str(len(runs)), parameters, "running", {}, []))
 
 
 def name_problems(name: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 from diffusion_core.checkpoint import CheckpointError, read_checkpoint, step_folder, step_of
 from diffusion_core.choice import best_of
 from diffusion_core.config.metrics import COSTS, best_first, is_better
+from diffusion_core.files import DISK_FULL, replaced_file
 from diffusion_core.machine.job import read_note
+from diffusion_core.messages import reason_of
 from diffusion_core.run_folder import CHECKPOINTS, HISTORY_FILE, RESULT_FILE, SAMPLES, best_figures, read_history
 from diffusion_core.runs.result import stored_result
 from diffusion_core.search import engine
@@ -141,13 +144,34 @@ class TrialReader:
         """Return the result of a trial; empty if it has none."""
         return stored_result(self.state.trial_folder(trial)) or {}
 
-    def copy_pictures(self, trial: Trial) -> None:
-        """Copy the newest images of a trial beside the results."""
-        samples = self.state.trial_folder(trial) / SAMPLES
-        for kind, suffix in (("samples", "png"), ("diffusion", "gif")):
-            newest = max(samples.glob(f"{kind}-*.{suffix}"), default=None)
-            if newest is not None:
-                shutil.copyfile(newest, self.state.folder / f"{trial.id}-{kind}.{suffix}")
+    def copy_pictures(self, trial: Trial) -> bool:
+        """Copy the newest images of a trial beside the results, if they are not there. Return whether there was room.
+
+        What else keeps them from being copied is said in one line: the trial has them anyway.
+        """
+        try:
+            for kind, suffix in (("samples", "png"), ("diffusion", "gif")):
+                self._copy_picture(trial, kind, suffix)
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                return False
+            print(f"warning: {trial.id}: its pictures are not copied: {reason_of(error)}", file=sys.stderr)
+        return True
+
+    def _copy_picture(self, trial: Trial, kind: str, suffix: str) -> None:
+        newest = max((self.state.trial_folder(trial) / SAMPLES).glob(f"{kind}-*.{suffix}"), default=None)
+        target = self.state.folder / f"{trial.id}-{kind}.{suffix}"
+        if newest is not None and not _is_copied(newest, target):
+            with replaced_file(target) as temporary:
+                shutil.copyfile(newest, temporary)
+
+
+def _is_copied(source: Path, target: Path) -> bool:
+    """Return whether a file was copied after its last change, and whole."""
+    if not target.is_file():
+        return False
+    old, new = source.stat(), target.stat()
+    return new.st_size == old.st_size and new.st_mtime >= old.st_mtime
 
 
 def _figures_of_best(

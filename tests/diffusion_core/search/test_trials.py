@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import resource
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from stub_sweep import stub_content
 
+from agent.sweep import offline as agent_offline
 from agent.sweep.file import check_sweep
-from agent.sweep.offline import offline_sweep
+from agent.sweep.offline import offline_sweep, run_offline
 from diffusion_core.search.offline import OfflineSweep
+from diffusion_core.search.sweep import SweepError
 
 STEPS = 3
 
@@ -70,3 +76,79 @@ def test_the_damaged_result_of_a_trial_that_did_not_finish_is_ignored(
     assert [record.figures["val/loss"] for record in records] == pytest.approx([0.2 + 1 / STEPS, 0.3 + 1 / STEPS])
     assert events(notes, one.id).count("start") == 1
     assert f"{file}: ignored, it is damaged" in capsys.readouterr().err
+
+
+PICTURES = b"GIF" + bytes(range(256)) * 1000
+WITH_PICTURES = """\
+ulimit -S -f unlimited
+"$@"
+for word in "$@"; do case $word in --log.dir=*) folder=${word#*=};; esac; done
+mkdir -p "$folder/samples"
+cp "$STUB_PICTURE" "$folder/samples/diffusion-00000003.gif"
+"""
+fork = multiprocessing.get_context("fork")
+
+
+def limited(coordinator: OfflineSweep, limit: int | None) -> int | None:
+    """Run a sweep in a process none of whose files may grow beyond a limit, as on a full disk. Return its status."""
+
+    def run() -> None:
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            sys.exit(run_offline(coordinator, None))
+        except SweepError as error:
+            sys.exit(f"error: {error}")
+
+    process = fork.Process(target=run)
+    process.start()
+    process.join(300)
+    return process.exitcode
+
+
+def stored(folder: Path) -> list[dict[str, Any]]:
+    trials: list[dict[str, Any]] = json.loads((folder / "sweep.json").read_text())["trials"]
+    return trials
+
+
+def test_pictures_that_a_full_disk_refuses_are_copied_when_the_sweep_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(agent_offline, "write_ended", lambda *arguments, **options: None)
+    monkeypatch.setenv("STUB_PICTURE", str(tmp_path / "picture"))
+    (tmp_path / "picture").write_bytes(PICTURES)
+    (tmp_path / "with_pictures.sh").write_text(WITH_PICTURES)
+    content = stub_content(STEPS, [0.3, 0.2])
+    content["command"] = ["/bin/bash", str(tmp_path / "with_pictures.sh"), *content["command"]]
+    folder = tmp_path / "sweep"
+
+    def coordinator() -> OfflineSweep:
+        return offline_sweep(check_sweep(content, "mine.yaml", "mine"), folder)
+
+    for _ in range(2):
+        assert limited(coordinator(), 100_000) == 1
+        said = capfd.readouterr().err.splitlines()
+        assert said[-1] == f"error: {str(folder)!r}: the disk is full; free some space, then repeat the command"
+        (trial,) = stored(folder)
+        assert (trial["state"], trial["failures"]) == ("finished", 0)
+        assert not [*folder.glob("*.gif"), *folder.glob(".*.partial")]
+    assert limited(coordinator(), None) == 0
+    pictures = sorted(folder.glob("*.gif"))
+    assert [path.name for path in pictures] == [f"{trial['id']}-diffusion.gif" for trial in stored(folder)]
+    assert all(path.read_bytes() == PICTURES for path in pictures)
+    # What an earlier version left unfinished is copied again, and what is there is not.
+    pictures[0].write_bytes(PICTURES[:1000])
+    before = pictures[1].stat()
+    assert limited(coordinator(), None) == 0
+    assert pictures[0].read_bytes() == PICTURES
+    assert pictures[1].stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_results_that_a_full_disk_refuses_are_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "sweep"
+    sweep_in(folder).run()
+    limit = (folder / "results.json").stat().st_size - 1
+    assert (folder / "sweep.json").stat().st_size < limit, "it is written before"
+    assert limited(sweep_in(folder), limit) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == f"error: {str(folder)!r}: File too large; free some space, then repeat the command"
