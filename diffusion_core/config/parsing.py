@@ -59,14 +59,15 @@ class ConfigError(UserError):
 
 def flatten(config: BaseModel) -> dict[str, Any]:
     """A configuration as a flat dictionary of dotted keys and plain values."""
-    return _flatten_mapping(config.model_dump(mode="json"))
+    return flatten_mapping(config.model_dump(mode="json"))
 
 
-def _flatten_mapping(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_mapping(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested mapping by dotted key, each key with a prefix."""
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
         if isinstance(value, Mapping) and value:
-            flat.update(_flatten_mapping(value, f"{prefix}{key}."))
+            flat.update(flatten_mapping(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat
@@ -131,7 +132,7 @@ def _dotted(layer: Mapping[str, Any], schema: type[BaseModel]) -> dict[str, Any]
                     f"{key} = {value!r}: {key} is a section; set one of its keys, such as "
                     f"{key}.{next(iter(section.annotation.model_fields))}{hint}"
                 )
-            flat.update(_flatten_mapping(value, f"{key}."))
+            flat.update(flatten_mapping(value, f"{key}."))
         else:
             flat[key] = value
     return flat

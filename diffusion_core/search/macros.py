@@ -6,14 +6,16 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffusion_core.config import ConfigError, read_yaml, split_argv
+from diffusion_core.config.parsing import flatten_mapping
 from diffusion_core.files import write_json
 from diffusion_core.messages import shortened
+from diffusion_core.redact import redacted
 
 DEFAULT_COMMAND = ["${env}", "${interpreter}", "${program}", "${args}"]
 """What W&B's agent runs if a sweep names only a program."""
@@ -99,6 +101,19 @@ class TrialCommand:
         if self.drops_false:
             parameters = {key: value for key, value in parameters.items() if value is not False}
         return [parameters if layer is None else layer for layer in self.layers]
+
+    def fixed(self, chosen: Collection[str]) -> dict[str, Any]:
+        """Return the values that all trials have, by dotted key, without secrets.
+
+        Args:
+            chosen: dotted keys that the sweep chooses, and that the trials therefore do not read from the command.
+        """
+        values: dict[str, Any] = {}
+        for layer in self.layers:
+            values |= flatten_mapping(layer or {})
+        known = {key: value for key, value in values.items() if key not in chosen and key != "log.dir"}
+        plain: dict[str, Any] = json.loads(json.dumps(redacted(known), default=str))  # As they are read back.
+        return plain
 
     @property
     def passes_all(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,18 @@ from threading import Event
 from typing import Any
 
 from diffusion_core.files import write_text
+from diffusion_core.messages import shortened
 from diffusion_core.run_folder import SWEEP_LOCK, SWEEP_STATE, SWEEP_TRIALS, Held, held
 from diffusion_core.search import engine
 from diffusion_core.search.sweep import Sweep, SweepError
 
 FREE_TO_CHANGE = frozenset({"run_cap", "description"})
 """Settings that may change when a sweep resumes. All others decide what its trials are, or which of them is best."""
+
+FIXED = "fixed"
+"""Key of the file: the values that all trials have from the command, by dotted key. Base files may change unseen."""
+UNSET = object()
+"""Stands for the value of a key that the command does not set."""
 
 WAITING = "waiting"
 RUNNING = "running"
@@ -68,11 +74,12 @@ class SweepState:
 
     def __init__(self, sweep: Sweep, folder: Path, *, retry_failed: bool = False) -> None:
         self.content = engine.plain(sweep.config)
+        self.fixed = sweep.command.fixed(sweep.parameters)
         self.folder = folder
         self.retry_failed = retry_failed
         self.trials: list[Trial] = []
         self.lost: Event | None = None
-        self._stored_content = json.dumps(self.content)
+        self._stored_content = f'"sweep": {json.dumps(self.content)}, "{FIXED}": {json.dumps(self.fixed)}'
         self._stored_trials: dict[str, str] = {}
         self.read()
 
@@ -80,7 +87,7 @@ class SweepState:
         """Read the file, if it exists."""
         try:
             stored = json.loads((self.folder / SWEEP_STATE).read_text(encoding="utf-8"))
-            content = stored["sweep"]
+            content, fixed = stored["sweep"], dict(stored.get(FIXED, self.fixed))  # Earlier versions did not note it.
             trials = [Trial(**trial) for trial in stored["trials"]]
         except FileNotFoundError:
             return
@@ -92,10 +99,21 @@ class SweepState:
             raise SweepError(
                 f"{str(self.folder)!r} holds a sweep of another content; give this one another --name, or delete it"
             )
+        self._check_fixed(fixed)
         for trial in trials:
             if self.retry_failed and trial.state == FAILED:
                 trial.state, trial.failures = WAITING, 0
         self.trials, self._stored_trials = trials, {}
+
+    def _check_fixed(self, before: Mapping[str, Any]) -> None:
+        """Refuse trials that would have other settings than those before, with which they are ranked."""
+        for key in {**before, **self.fixed}:
+            had, has = (values.get(key, UNSET) for values in (before, self.fixed))
+            if had != has:
+                raise SweepError(
+                    f"{key} = {_shown(has)}: the trials in {str(self.folder)!r} have {_shown(had)}, by the files and "
+                    "words of the command; set it back, or give this sweep another --name"
+                )
 
     def write(self, *changed: Trial) -> None:
         """Write the file atomically.
@@ -116,7 +134,7 @@ class SweepState:
         trials = ",\n".join(stored.values())
         file = self.folder / SWEEP_STATE
         try:
-            write_text(file, f'{{"sweep": {self._stored_content}, "trials": [\n{trials}\n]}}\n')
+            write_text(file, f'{{{self._stored_content}, "trials": [\n{trials}\n]}}\n')
         except OSError as error:
             raise SweepError(f"{str(file)!r}: {error.strerror}; free some space, then repeat the command") from None
 
@@ -148,3 +166,7 @@ class SweepState:
 
 def _decisive(content: Any) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key not in FREE_TO_CHANGE}
+
+
+def _shown(value: Any) -> str:
+    return "no value" if value is UNSET else shortened(value)
