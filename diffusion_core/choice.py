@@ -28,7 +28,7 @@ from diffusion_core.checkpoint import (
     step_of,
 )
 from diffusion_core.redact import redact
-from diffusion_core.run_folder import CHECKPOINTS, SWEEP_RESULTS
+from diffusion_core.run_folder import CHECKPOINTS, SWEEP_RESULTS, SWEEP_TRIALS
 from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import BEST
 
@@ -109,17 +109,21 @@ def best_of(folder: Path) -> dict[str, Any] | None:
 def best_of_sweep(folder: Path) -> Path:
     """Return the folder of the best trial of an offline sweep.
 
+    It is looked up in the sweep's folder, which may have been moved or copied since the results were written.
+
     Raises:
-        CheckpointError: if the folder holds no results, or no trial has a checkpoint.
+        CheckpointError: if the folder holds no results, no trial has a checkpoint, or the best trial is not there.
     """
     try:
         trials = json.loads((folder / SWEEP_RESULTS).read_text(encoding="utf-8"))
-        best = next(trial["best_checkpoint"] for trial in trials if trial["best_checkpoint"])
-        return Path(best).parents[1]  # RUN/checkpoints/step-N.
-    except (OSError, ValueError, StopIteration, KeyError, TypeError, IndexError):
+        best = folder / SWEEP_TRIALS / next(trial["id"] for trial in trials if trial["best_checkpoint"])
+    except (OSError, ValueError, StopIteration, KeyError, TypeError):
         raise CheckpointError(
             f"--sweep = {str(folder)!r}: no finished trial in its {SWEEP_RESULTS}; name the folder of an offline sweep"
         ) from None
+    if not best.is_dir():
+        raise CheckpointError(f"--sweep = {str(folder)!r}: its best trial {best.name} is not in it; copy {best} too")
+    return best
 
 
 def _at(folder: Path, step: int) -> Checkpoint:

@@ -44,7 +44,8 @@ def write_result(folder: Path, result: TrialResult, config: Mapping[str, Any]) -
 def stored_result(folder: Path) -> dict[str, Any] | None:
     """Read what a run's folder holds of its result, which any program may have written. None if there is no result.
 
-    Figures that are no numbers are left out. A damaged file counts as none.
+    The folder may have been moved or copied: a checkpoint of the run is looked up in it. Figures that are no numbers are
+    left out. A damaged file counts as none.
     """
     file = folder / RESULT_FILE
     if not file.is_file():
@@ -53,8 +54,10 @@ def stored_result(folder: Path) -> dict[str, Any] | None:
         stored = json.loads(file.read_text(encoding="utf-8"))
         figures = dict(stored.get("figures") or {})
         best, config = stored.get("best_checkpoint"), dict(stored.get("config") or {})
+        if best is not None and Path(best).parent.name == CHECKPOINTS:
+            best = str(folder / CHECKPOINTS / Path(best).name)
         found = {key: value for key, value in figures.items() if isinstance(value, int | float)}
-        return stored | {"figures": found, "config": config, "best_checkpoint": best and str(best)}
+        return stored | {"figures": found, "config": config, "best_checkpoint": best}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         print(DAMAGED.format(file), file=sys.stderr)
         return None

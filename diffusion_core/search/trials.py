@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -191,10 +192,7 @@ def _figures_of_best(
         place = Path(named)
     if place is None:
         return {}
-    for there in (place, checkpoints / place.name):  # The sweep's folder may have been moved.
-        try:
-            figures: Mapping[str, float] = read_checkpoint(there, verify=False).metadata["figures"]
-            return figures
-        except CheckpointError:
-            continue
+    with suppress(CheckpointError):
+        figures: Mapping[str, float] = read_checkpoint(place, verify=False).metadata["figures"]
+        return figures
     return next((row for row in history if row[STEP] == step_of(place)), {})

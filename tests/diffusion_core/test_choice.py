@@ -259,13 +259,23 @@ def test_the_models_beside_the_first_one(run: Path, capsys: pytest.CaptureFixtur
     assert [line.partition(", ")[2][:6] for line in said(capsys)] == ["step 6", "step 3"]
 
 
-def test_the_best_trial_of_a_sweep(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_json(Path(JSON_FILE), [{"best_checkpoint": None}, {"best_checkpoint": str(place(run, BEST))}])
-    for words, step in (([], BEST), (["--which", "newest"], 9)):
-        assert evaluate.main(["--sweep", ".", *words, *FEW, "--against", str(place(run, 3))]) == 0
-        assert said(capsys)[0].startswith(f"checkpoint: {place(run, step)}, step {step}: the ")
-    write_json(Path(JSON_FILE), [{"best_checkpoint": "x"}])
-    assert evaluate.main(["--sweep", ".", *FEW]) == 2
+def test_the_best_trial_of_a_sweep_that_was_moved(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Or copied: the trial of the original, which the results name, is not taken."""
+    trial = Path("moved/trials/best")
+    shutil.copytree(run, trial)
+    for before in (run, Path("/gone/trials/best")):
+        write_json(
+            Path("moved") / JSON_FILE,
+            [{"id": "none", "best_checkpoint": None}, {"id": "best", "best_checkpoint": str(place(before, BEST))}],
+        )
+        for words, step in (([], BEST), (["--which", "newest"], 9)):
+            assert evaluate.main(["--sweep", "moved", *words, *FEW, "--against", str(place(run, 3))]) == 0
+            assert said(capsys)[0].startswith(f"checkpoint: {place(trial, step)}, step {step}: the ")
+    shutil.rmtree(trial)
+    assert evaluate.main(["--sweep", "moved", *FEW]) == 2
+    assert capsys.readouterr().err.startswith("error: --sweep = 'moved': its best trial best is not in it; ")
+    write_json(Path("moved") / JSON_FILE, [{"id": "none", "best_checkpoint": None}])
+    assert evaluate.main(["--sweep", "moved", *FEW]) == 2
     assert "no finished trial" in capsys.readouterr().err
 
 

@@ -301,9 +301,10 @@ def test_the_best_trial_of_a_sweep_is_judged(
     run: tuple[Path, MemoryTracker, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     best = run[2].best_checkpoint
-    (tmp_path / JSON_FILE).write_text(json.dumps([{"best_checkpoint": None}, {"best_checkpoint": str(best)}]))
+    shutil.copytree(best.parents[1], tmp_path / "trials" / "one")
+    (tmp_path / JSON_FILE).write_text(json.dumps([{"id": "one", "best_checkpoint": str(best)}]))
     call("--sweep", str(tmp_path), "--num-images", "10", "--figures", "", "--json", str(tmp_path / "found.json"))
-    assert f"{best}: 10 images" in capsys.readouterr().err
+    assert f"{tmp_path / 'trials' / 'one' / 'checkpoints' / best.name}: 10 images" in capsys.readouterr().err
     assert "eval/class_agreement" in json.loads((tmp_path / "found.json").read_text())["figures"]
 
 

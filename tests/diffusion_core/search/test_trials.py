@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import resource
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -152,3 +153,21 @@ def test_results_that_a_full_disk_refuses_are_one_line(tmp_path: Path, capfd: py
     assert limited(sweep_in(folder), limit) == 1
     (line,) = capfd.readouterr().err.splitlines()
     assert line == f"error: {str(folder)!r}: File too large; free some space, then repeat the command"
+
+
+@pytest.mark.parametrize("is_copy", [False, True])
+def test_the_checkpoints_of_a_moved_sweep_are_where_it_lies_now(is_copy: bool, tmp_path: Path) -> None:
+    first = sweep_in(tmp_path / "first")
+    first.run()
+    for trial in first.state.trials:
+        file = first.state.trial_folder(trial) / "result.json"
+        place = {"best_checkpoint": str(file.with_name("checkpoints") / "step-00000003")}
+        file.write_text(json.dumps(json.loads(file.read_text()) | place))
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    if not is_copy:
+        shutil.rmtree(tmp_path / "first")
+    sweep_in(tmp_path / "second").run()
+    found = json.loads((tmp_path / "second" / "results.json").read_text())
+    assert [trial["best_checkpoint"] for trial in found] == [
+        str(tmp_path / "second" / "trials" / trial["id"] / "checkpoints" / "step-00000003") for trial in found
+    ]
