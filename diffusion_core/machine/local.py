@@ -12,7 +12,7 @@ from pathlib import Path
 
 from diffusion_core.config import ConfigError
 from diffusion_core.machine.jobs import AgentTasks, Job, JobSize, LauncherRecord, Outcome, Task
-from diffusion_core.machine.processes import end_orphan, forward_signals, kill_group, start_process
+from diffusion_core.machine.processes import end_orphan, forget_process, forward_signals, kill_group, start_process
 from diffusion_core.machine.sharing import threads_each, visible_gpus
 from diffusion_core.registries import LAUNCHERS
 
@@ -80,8 +80,9 @@ class LocalLauncher:
     def start(self, task: Task, submitted: Callable[[str | None], object]) -> Job:
         """Start a process in a free slot."""
         slot = min(set(range(self.slots)) - {job.slot for job in self._under_way()})
-        submitted(None)
         end_orphan(task.folder)  # A failed attempt may have left a process.
+        forget_process(task.folder)  # Else its time would be counted again after a kill before the next one begins.
+        submitted(None)
         environment = {**os.environ, **self.shares[slot], **task.environment}
         process = start_process(task.command, environment, task.folder, self.log(task.folder))
         job = LocalJob(process, slot, time.monotonic())

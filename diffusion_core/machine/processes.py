@@ -122,6 +122,20 @@ def end_orphan(folder: Path) -> None:
         time.sleep(0.1)
 
 
+def began_at(folder: Path) -> float | None:
+    """Return when the last process in a folder began, by the disk's clock; None if it is forgotten or unknown."""
+    try:
+        stat = (folder / LOCK_FILE).stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_mtime if stat.st_size else None
+
+
+def forget_process(folder: Path) -> None:
+    """Forget the last process in a folder, which has ended and whose time is counted."""
+    os.truncate(folder / LOCK_FILE, 0)
+
+
 def _owner(folder: Path) -> int:
     """Return the id of the process of this host that works in a folder; 0 if it is unknown, or of another host.
 

@@ -185,6 +185,7 @@ class OfflineSweep:
                     self._stop(self.running[-1])
                 continue
             end_orphan(folder)
+            trial.seconds += self.reader.uncounted_seconds(trial)
             self.reader.drop_damaged(trial)
             if self.reader.has_result(trial):
                 trial.state = FINISHED

@@ -9,11 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from diffusion_core.checkpoint import CheckpointError, read_checkpoint, step_folder, step_of
+from diffusion_core.checkpoint import METADATA_FILE, CheckpointError, read_checkpoint, step_folder, step_of
 from diffusion_core.choice import best_of
 from diffusion_core.config.metrics import COSTS, best_first, is_better
 from diffusion_core.files import DISK_FULL, replaced_file
 from diffusion_core.machine.job import read_note
+from diffusion_core.machine.processes import began_at
 from diffusion_core.messages import reason_of
 from diffusion_core.run_folder import CHECKPOINTS, HISTORY_FILE, RESULT_FILE, SAMPLES, best_figures, read_history
 from diffusion_core.runs.result import stored_result
@@ -66,6 +67,15 @@ class TrialReader:
         if damaged:
             file.unlink()
         return damaged
+
+    def uncounted_seconds(self, trial: Trial) -> float:
+        """Return how long the last process of a trial ran, as far as its files tell: nobody saw it end."""
+        folder = self.state.trial_folder(trial)
+        began = began_at(folder)
+        if began is None:
+            return 0.0
+        signs = [file for name in (HISTORY_FILE, METADATA_FILE, RESULT_FILE) for file in folder.rglob(name)]
+        return max([0.0, *(file.stat().st_mtime - began for file in signs)])
 
     def history_bytes(self, trial: Trial) -> int:
         """Return the size of a trial's history, which grows with each row."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import resource
 import shutil
 import sys
@@ -171,3 +172,25 @@ def test_the_checkpoints_of_a_moved_sweep_are_where_it_lies_now(is_copy: bool, t
     assert [trial["best_checkpoint"] for trial in found] == [
         str(tmp_path / "second" / "trials" / trial["id"] / "checkpoints" / "step-00000003") for trial in found
     ]
+
+
+def test_the_time_of_a_trial_before_a_kill_of_the_sweep_counts(tmp_path: Path) -> None:
+    first = sweep_in(tmp_path / "sweep")
+    first.run()
+    one, other = first.state.trials
+    for trial in (one, other):
+        folder = first.state.trial_folder(trial)
+        for name, moment in ((".process", 1000), ("history.jsonl", 1060), ("result.json", 1070)):
+            os.utime(folder / name, (moment, moment))
+        trial.state, trial.seconds = "running", 5.0
+    (first.state.trial_folder(one) / "result.json").unlink()
+    (first.state.trial_folder(other) / ".process").write_text("")  # Its next process had not begun.
+    first.state.write()
+    again = sweep_in(tmp_path / "sweep")
+    again.run()
+    one, other = again.state.trials
+    assert 65.0 < one.seconds < 65.0 + 60.0
+    assert (other.state, other.seconds) == ("finished", 5.0)
+    counted = [trial.seconds for trial in again.state.trials]
+    sweep_in(tmp_path / "sweep").run()
+    assert [trial["seconds"] for trial in stored(tmp_path / "sweep")] == counted
