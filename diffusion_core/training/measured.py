@@ -10,7 +10,7 @@ from diffusion_core.checkpoint import Checkpoint, CheckpointError, list_checkpoi
 from diffusion_core.config import ConfigError, CoreConfig, SampleConfig, flatten
 from diffusion_core.config.metrics import is_better
 from diffusion_core.evaluation.protocol import sampling_protocol
-from diffusion_core.run_folder import read_history
+from diffusion_core.run_folder import CHECKPOINTS, read_history
 
 OF_IMAGES, OF_LOSSES = "eval/", "val/"
 """How the names of figures begin, after ``dense/`` and the like."""
@@ -36,7 +36,9 @@ def check_measured(config: CoreConfig, then: Mapping[str, Any], folder: Path) ->
     changed |= {key: OF_IMAGES for key in SAMPLING if key in then and _samples_differently(config, key, then[key])}
     if not changed:
         return
-    names = sorted({name for row in read_history(folder) for name in row})
+    # A checkpoint from another machine brings its history along.
+    places = [folder, *list_checkpoints(folder / CHECKPOINTS)]
+    names = sorted({name for place in places for row in read_history(place) for name in row})
     for key, kind in changed.items():
         measured = next((name for name in names if f"/{kind}" in f"/{name}"), None)
         if measured is not None:

@@ -57,6 +57,15 @@ def test_figures_of_one_run_are_measured_in_one_way(tmp_path: Path, forks: Forks
 
 
 @pytest.mark.slow
+def test_a_checkpoint_of_another_machine_knows_what_was_measured(tmp_path: Path, forks: Forks) -> None:
+    forks.run(words(4), tmp_path)
+    (tmp_path / "run" / "history.jsonl").unlink()
+    other = forks.start(words(STEPS, "--sample.steps=1"), tmp_path)
+    assert other.wait() == 2, other.output
+    assert "has measured eval/class_agreement with 3" in other.output
+
+
+@pytest.mark.slow
 def test_what_measures_nothing_may_change(tmp_path: Path, forks: Forks) -> None:
     forks.run(words(4), tmp_path)
     free = ["--sample.per_class=2", "--sample.batch_size=7", "--eval.every=4", "--sample.every=4"]
