@@ -49,22 +49,20 @@ from diffusion_core.evaluation.extractors.find import agreed_extractor
 from diffusion_core.evaluation.features import Extractor, ExtractorError, with_channels
 from diffusion_core.evaluation.folders import ImageFolder, as_reference, image_folder, is_statistics, see
 from diffusion_core.evaluation.generated import costs_of_images, estimate_seconds, generated
-from diffusion_core.evaluation.leaderboard import EVALUATION_FILE
 from diffusion_core.evaluation.measure import needs_every_image
 from diffusion_core.evaluation.protocol import protocol, sampling_protocol
+from diffusion_core.evaluation.record import EVALUATION_FILE, merged, show, write
 from diffusion_core.evaluation.reference import write_statistics
 from diffusion_core.evaluation.suite import Judgement, Suite
-from diffusion_core.files import write_json
 from diffusion_core.hardware import pick_precision
 from diffusion_core.machine.launch import launch_errors
-from diffusion_core.messages import Parser, counted, listed, out_file, reason_of
+from diffusion_core.messages import Parser, counted, out_file
 from diffusion_core.redact import redact
 from diffusion_core.registries import DATASETS, METRICS
 from diffusion_core.sampling.autoguidance import FREE_OF_LABELS, check_guide
 from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs, student_note
 from diffusion_core.sampling.generation import Generator
 from diffusion_core.sampling.lows import held_out
-from diffusion_core.tables import text_table
 
 
 def metrics_of_images() -> list[str]:
@@ -105,7 +103,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--json", type=out_file, metavar="FILE", help="where figures and protocols go (default for a "
-                        "model: evaluation.json beside the checkpoint)")  # fmt: skip
+                        "model: evaluation.json beside the checkpoint; --against: none)")  # fmt: skip
     parser.add_argument("--wandb", action="store_true", help="write to the artifact's metadata and its run's summary")
     add_sampling_flags(parser)
     add_plugins_flag(parser)
@@ -149,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             processes = PartialState(cpu=arguments.device == "cpu")
         if arguments.device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"--device = {arguments.device!r}: this machine has no usable GPU; expected auto or cpu")
-        file, source = arguments.json, None
+        source = None
         if len(arguments.path) == 2:
             found = of_two_paths(arguments, processes)
         elif arguments.path:
@@ -160,9 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 source = open_source(path, arguments.artifact, "--", arguments.which)
             assert source is not None
             found = of_model(arguments, source.checkpoint, processes)
-            file = file or source.checkpoint.path / EVALUATION_FILE
         if processes.is_main_process and found is not None:
-            report(found, file)
+            report(found, arguments, source.checkpoint if source else None)
             if arguments.wandb and source and source.artifact:
                 print(f"W&B: {publish(source.artifact, found.figures, found.protocols)}")
     except (CheckpointError, ConfigError, DataError, ExtractorError) as error:
@@ -170,19 +167,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def report(found: Judgement, file: Path | None) -> None:
-    """Print figures as a table and protocols below it; write both as JSON if a file is given."""
-    print(text_table(["figure", "value"], [[name, f"{value:.6g}"] for name, value in found.figures.items()]))
-    for line in dict.fromkeys(found.protocols.values()):
-        names = [name for name, other in found.protocols.items() if other == line]
-        print(f"\n{listed(names, 3)}:\n  {line}")
-    if file is not None:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, {"figures": found.figures, "protocols": found.protocols})
-        except OSError as error:
-            raise DataError(f"--json = {str(file)!r}: {reason_of(error)}; choose another file") from None
-        print(f"\nwritten to {file}")
+def report(found: Judgement, arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
+    """Print figures, and write them: to --json, or among those of earlier evaluations of a checkpoint, if it is one."""
+    show(found)
+    step = None if checkpoint is None else checkpoint.step
+    if arguments.json is not None:
+        write(arguments.json, found, step)
+    elif checkpoint is not None and not arguments.against:  # Which is no evaluation of one checkpoint.
+        file = checkpoint.path / EVALUATION_FILE
+        write(file, merged(file, found, checkpoint.step), step)
 
 
 def wanted_figures(arguments: argparse.Namespace) -> list[str]:
@@ -315,11 +308,12 @@ def of_model(arguments: argparse.Namespace, checkpoint: Checkpoint, processes: P
     started = time.perf_counter()
     batches = generated(generator, total, sample, arguments.seed, progress=processes.is_main_process)
     away = f", away from {guide.path}" if guide else ""
-    found = suite.judge(batches, total, sampling_protocol(sample, arguments.seed, config.upsample) + away)
-    found.figures["eval/seconds_per_image"] = (time.perf_counter() - started) / total
+    images = sampling_protocol(sample, arguments.seed, config.upsample) + away
+    found = suite.judge(batches, total, images)
+    found.add({"eval/seconds_per_image": (time.perf_counter() - started) / total}, protocol(total, images))
     found.join(bilinear_judgement(suite, generator, total, sample))
     if guide is None:  # Which costs something else.
-        found.figures.update(costs_of_images(generator, sample))
+        found.add(costs_of_images(generator, sample), images)
     if suite.classifier is not None and processes.is_main_process:
         print(f"classifier: {suite.classifier.accuracy:.2%} accuracy on the real held-out images")
     return found

@@ -17,6 +17,7 @@ from diffusion_core.checkpoint import CheckpointError, list_checkpoints, read_ch
 from diffusion_core.choice import wanted_step
 from diffusion_core.config.metrics import best_first, goal_of
 from diffusion_core.evaluation.protocol import PREFIX
+from diffusion_core.evaluation.record import EVALUATION_FILE, OF_IMAGES
 from diffusion_core.files import write_csv, write_json
 from diffusion_core.run_folder import CHECKPOINTS, PROTOCOLS_FILE, RESULT_FILE, read_history, without_step
 from diffusion_core.sampling.cost import EVALUATIONS, MACS, SECONDS
@@ -35,9 +36,7 @@ COSTS = {
 }
 """Columns of costs, and the figure in each."""
 
-OF_IMAGES = "sample/"
 QUALITY_PREFIXES = ("val/loss", "eval/")
-EVALUATION_FILE = "evaluation.json"
 CHAIN_PREFIX = "lottery/"
 """Prefix of the figures that a chain of runs has in its own history."""
 FILE = "leaderboard"

@@ -184,9 +184,8 @@ def sampled(*words: str) -> int:
 
 
 def evaluated(*words: str) -> int:
-    assert evaluate.main([*words, *FEW, "--against", str(place(Path("run"), 3))]) == 0
-    (file,) = Path("run").rglob("evaluation.json")
-    return read_checkpoint(file.parent).step
+    assert evaluate.main([*words, *FEW, "--against", str(place(Path("run"), 3)), "--json", "found.json"]) == 0
+    return json.loads(Path("found.json").read_text())["step"]
 
 
 def pruned(*words: str) -> int:

@@ -401,3 +401,47 @@ def test_the_leaderboard_lists_models_with_costs_figures_and_protocols(
     assert (tmp_path / "leaderboard.csv").read_text().startswith("model,step,parameters,MACs,")
     assert leaderboard.main([str(tmp_path / "nothing")]) == 2
     assert "no finished run" in capsys.readouterr().err
+
+
+def test_evaluations_of_a_checkpoint_add_to_its_figures(
+    run: tuple[Path, MemoryTracker, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = shutil.copytree(run[0], tmp_path / "run")
+    words = ["--checkpoint", str(copied), "--num-images", "20"]
+    fd, kd = "eval/fd_classifier-digits_20_train", "eval/kd_classifier-digits_20_train"
+
+    def found() -> dict[str, Any]:
+        return json.loads(file.read_text())
+
+    call(*words, "--figures", "frechet", "--steps", "3")
+    (file,) = copied.rglob("evaluation.json")
+    first = found()
+    call(*words, "--figures", "kernel", "--steps", "2")
+    both = found()
+    assert both["step"] == first["step"] == read_checkpoint(file.parent).step
+    assert both["figures"][fd] == first["figures"][fd]
+    assert "steps=3" in both["protocols"][fd]
+    assert "steps=2" in both["protocols"][kd]
+    # Measured again: those of the newest evaluation, which also says what its images cost.
+    assert "steps=2" in both["protocols"]["eval/class_agreement"]
+    assert both["protocols"]["sample/evaluations"].startswith("sampler=ddim, steps=2")
+    assert (first["figures"]["sample/evaluations"], both["figures"]["sample/evaluations"]) == (3, 2)
+    capsys.readouterr()
+    call(*words, "--against", str(run[0]))
+    assert found() == both
+    assert "written to" not in capsys.readouterr().out
+    # Another checkpoint in its place, and a file of an earlier version, whose costs are of an unknown sampling.
+    file.write_text(json.dumps(first | {"step": first["step"] + 1}))
+    call(*words, "--figures", "kernel")
+    assert fd not in found()["figures"]
+    file.write_text(json.dumps({"figures": {fd: 1.0, "sample/macs": 9.0}, "protocols": {fd: "n=20"}}))
+    call(*words, "--figures", "kernel", "--guidance", "2", "--guide-checkpoint", str(run[0]))
+    assert found()["figures"][fd] == 1.0
+    assert "sample/macs" not in found()["figures"]
+    for damaged in ("{", "[]", '{"figures": {"a": "b"}, "protocols": {}}'):
+        file.write_text(damaged)
+        capsys.readouterr()
+        call(*words, "--figures", "")
+        said = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+        assert said == [f"{file}: damaged; it is replaced, with the figures of this evaluation only"]
+        assert "eval/class_agreement" in found()["figures"]
