@@ -1,6 +1,8 @@
 """Checkpoints in one table, with their costs and figures, and how these were measured.
 
 All figures of a row were measured on its checkpoint: while its run trained, at that step, or by scripts/evaluate.py.
+Those of images are of one sampling, which is also the one that a row's costs are of. Each other sampling that a
+checkpoint was evaluated with has a row of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 from diffusion_core.checkpoint import CheckpointError, list_checkpoints, read_checkpoint, step_folder, step_of
 from diffusion_core.choice import wanted_step
 from diffusion_core.config.metrics import best_first, goal_of
-from diffusion_core.evaluation.protocol import PREFIX
+from diffusion_core.evaluation.protocol import PREFIX, sampling_of
 from diffusion_core.evaluation.record import EVALUATION_FILE, OF_IMAGES
 from diffusion_core.files import write_csv, write_json
 from diffusion_core.run_folder import CHECKPOINTS, PROTOCOLS_FILE, RESULT_FILE, read_history, without_step
@@ -36,7 +38,9 @@ COSTS = {
 }
 """Columns of costs, and the figure in each."""
 
-QUALITY_PREFIXES = ("val/loss", "eval/")
+IMAGES_PREFIX = "eval/"
+"""Prefix of figures of images."""
+QUALITY_PREFIXES = ("val/loss", IMAGES_PREFIX)
 CHAIN_PREFIX = "lottery/"
 """Prefix of the figures that a chain of runs has in its own history."""
 FILE = "leaderboard"
@@ -123,21 +127,50 @@ def _entries_of(folder: Path, result: Mapping[str, Any], which: str, step: int |
     entries = []
     for number in steps:
         judged = json.loads(_text(evaluated[number])) if number in evaluated else {}
-        judged_figures = dict(judged.get("figures", {}))
-        # Figures of an evaluation come with what its images cost, which may be others than those of the run.
-        of_images = {name: value for name, value in judged_figures.items() if name.startswith(OF_IMAGES)}
         # The costs are those of the last network. Pruning forgets which checkpoint was the best before it.
         is_last = number in steps[: step is None] or _have_equal_widths(folder, number, int(result["step"]))
-        entries.append(
-            entry(
-                str(result["run_id"]),
-                number,
-                (dict(result["figures"]) if is_last else {}) | of_images,
-                history.get(number, {}) | judged_figures,
-                protocols | dict(judged.get("protocols", {})),
-            )
-        )
+        trained = history.get(number, {}) | (_costs(result["figures"]) if is_last else {})
+        network = {name: value for name, value in dict(result["figures"]).items() if not name.startswith(OF_IMAGES)}
+        rows = _by_sampling((trained, protocols), (judged.get("figures", {}), judged.get("protocols", {})))
+        entries += [
+            entry(str(result["run_id"]), number, (network if is_last else {}) | _costs(figures), figures, lines)
+            for figures, lines in rows
+        ]
     return entries
+
+
+def _costs(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what images cost."""
+    return {name: value for name, value in figures.items() if name.startswith(OF_IMAGES)}
+
+
+UNKNOWN = "unknown"
+"""The sampling of images whose protocols do not say it."""
+Measured = tuple[Mapping[str, Any], Mapping[str, str]]
+"""Figures and their protocols."""
+
+
+def _by_sampling(*sources: Measured) -> list[tuple[dict[str, Any], dict[str, str]]]:
+    """Return figures and protocols of one checkpoint for each sampling of its images, in the order of their sources.
+
+    A later source replaces figures of an earlier one. Figures of no sampling, such as losses, are in all of them.
+
+    Args:
+        sources: each was measured with one sampling, unless protocols say otherwise.
+    """
+    found: dict[str | None, tuple[dict[str, Any], dict[str, str]]] = {}
+    for figures, protocols in sources:
+        own = next(filter(None, map(sampling_of, protocols.values())), UNKNOWN)
+        for name, value in figures.items():
+            line = protocols.get(name)
+            of_images = name.startswith((OF_IMAGES, IMAGES_PREFIX))
+            sampling = sampling_of(line or "") or own if of_images else None
+            values, lines = found.setdefault(sampling, ({}, {}))
+            values[name] = value
+            lines |= {} if line is None else {name: line}
+    common, common_lines = found.pop(None, ({}, {}))
+    judged = [ways for ways in found.values() if any(name.startswith(IMAGES_PREFIX) for name in ways[0])]
+    return [(common | values, common_lines | lines) for values, lines in judged or [*found.values(), ({}, {})][:1]]
 
 
 def _text(file: Path) -> str:

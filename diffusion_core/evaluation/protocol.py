@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 from diffusion_core.config import SampleConfig, UpsampleConfig
 from diffusion_core.evaluation.features import Extractor
 from diffusion_core.redact import redact
 
 PREFIX = "protocol/"
 """Prefix of the name of a figure's protocol; the figure's name follows."""
+SAMPLING = re.compile(r"(sampler=.*?), seed=[^,]*(, away from .*?)?(?:, extractor=|$)")
+"""What :func:`sampling_protocol` wrote in a protocol; the guide of autoguidance may follow."""
 
 
 def sampling_protocol(config: SampleConfig, seed: int, upsample: UpsampleConfig | None = None) -> str:
@@ -26,6 +30,12 @@ def sampling_protocol(config: SampleConfig, seed: int, upsample: UpsampleConfig 
     if upsample is not None and upsample.wanted:
         parts.append(f"upsampled={upsample.factor}x from held-out images, noise={upsample.sample_noise:g}")
     return ", ".join([*parts, f"seed={seed}"])
+
+
+def sampling_of(line: str) -> str | None:
+    """Return how the images of a protocol were sampled, but for their seed; None if it does not say."""
+    found = SAMPLING.search(line)
+    return None if found is None else found[1] + (found[2] or "")
 
 
 def protocol(count: int | None, images: str, extractor: Extractor | None = None, reference: str | None = None) -> str:

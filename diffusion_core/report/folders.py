@@ -224,14 +224,17 @@ def _figures(
     at the step of its best checkpoint; the best values of the whole run if that step is unknown.
     """
     from diffusion_core.choice import best_of  # These import PyTorch, which the process of a sweep does not.
-    from diffusion_core.evaluation.leaderboard import from_folders
+    from diffusion_core.evaluation.leaderboard import COSTS as COLUMNS
+    from diffusion_core.evaluation.leaderboard import OF_IMAGES, from_folders
 
     final = {key: value for key, value in _mapping(result.get("figures")).items() if isinstance(value, int | float)}
     costs = {key: value for key, value in final.items() if key.startswith(COST_FIGURES)}
     entry = next(iter(from_folders([folder])), None) if {"run_id", "step", "figures"} <= result.keys() else None
     protocols = {key: str(line) for key, line in _json(folder / PROTOCOLS_FILE).items()}
     if entry is not None:
-        return entry.step, {**entry.figures, **(costs if entry.costs else {})}, protocols | entry.protocols
+        network = {key: value for key, value in costs.items() if not key.startswith(OF_IMAGES) and entry.costs}
+        of_row = {COLUMNS[column]: value for column, value in entry.costs.items()}
+        return entry.step, entry.figures | network | of_row, protocols | entry.protocols
     best = best_of(folder / CHECKPOINTS) if (folder / CHECKPOINTS).is_dir() else None
     step = None if best is None else int(best["step"])
     row = next((without_step(row) for row in history if row[STEP] == step), None)

@@ -385,3 +385,52 @@ def test_a_checkpoint_names_the_figures_of_its_own_step(tmp_path: Path) -> None:
     assert seen == [False, False, True]
     for artifact in tracker.artifacts:
         assert artifact["metadata"]["figures"].keys() <= history[artifact["metadata"]["step"]].keys()
+
+
+def test_a_row_is_of_one_sampling_and_its_cost(run: Path) -> None:
+    slow, fast = (f"sampler=ddim, steps={steps}, spacing=uniform, guidance={steps % 24:g}" for steps in (26, 1))
+    write_json(run / "protocols.json", {"eval/class_agreement": f"n=20, {slow}, seed=0, extractor=c, weights=w"})
+    result = json.loads((run / "result.json").read_text())
+    result["figures"] |= {"sample/evaluations": 52, "sample/macs": 520}
+    write_json(run / "result.json", result)
+    file = place(run, BEST) / "evaluation.json"
+    own, unchanged = {"evaluations an image": 52, "MACs an image": 520, "parameters": 7}, {"val/loss": 0.25}
+
+    def judged(line: str, figures: dict[str, float], costs: dict[str, float], **lines: str) -> list[dict[str, Any]]:
+        write_json(file, {"figures": figures | costs, "protocols": dict.fromkeys(figures, line) | lines})
+        return [{key: row[key] for key in ("step", "costs", "figures")} for row in rows(run)]
+
+    fid, agreement = {"eval/fid50k_train": 3.0}, {"eval/class_agreement": 0.8}
+    first = {"step": BEST, "costs": own, "figures": unchanged | agreement}
+    few = {"sample/evaluations": 1, "sample/macs": 10}
+    line = f"reference=digits/train, n=50000, {fast}, seed=1, extractor=inception, weights=w"
+    cheap = {"evaluations an image": 1, "MACs an image": 10, "parameters": 7}
+    # Other steps than in training have a row of their own, also in a file of an earlier version.
+    for lines in ({}, dict.fromkeys(few, f"{fast}, seed=1")):
+        second = {"step": BEST, "costs": cheap, "figures": unchanged | fid}
+        assert judged(line, fid, few, **lines) == [first, second]
+    # Those of an older evaluation are without a cost, which is the newest one's.
+    old, new = {"eval/kid50k_train": 0.5}, {"sample/evaluations": f"{fast}, seed=1", "sample/macs": f"{fast}, seed=1"}
+    assert judged(line.replace("steps=1", "steps=2"), old | fid, few, **new, **dict.fromkeys(fid, line)) == [
+        first,
+        {"step": BEST, "costs": {"parameters": 7}, "figures": unchanged | old},
+        {"step": BEST, "costs": cheap, "figures": unchanged | fid},
+    ]
+    # The sampling of the training, with another seed.
+    same = line.replace(fast, slow)
+    assert judged(same, fid, {}) == [{"step": BEST, "costs": own, "figures": unchanged | agreement | fid}]
+    # Autoguidance costs something else.
+    guided = same.replace("seed=1", "seed=1, away from /a, b")
+    assert judged(guided, fid, {}) == [
+        first,
+        {"step": BEST, "costs": {"parameters": 7}, "figures": unchanged | fid},
+    ]
+    # A run that judged no images while it trained.
+    write_json(run / "protocols.json", {})
+    history = [json.loads(row) for row in (run / "history.jsonl").read_text().splitlines()]
+    kept = [{name: value for name, value in row.items() if name in ("step", "val/loss")} for row in history]
+    write_json_lines(run / "history.jsonl", kept)
+    assert judged(guided, fid, {}) == [{"step": BEST, "costs": {"parameters": 7}, "figures": unchanged | fid}]
+    file.unlink()
+    (row,) = rows(run)
+    assert (row["costs"], row["figures"]) == (own, unchanged)
