@@ -47,22 +47,30 @@ from diffusion_core.evaluation.baseline import bilinear_judgement
 from diffusion_core.evaluation.consistency import consistency_of_models
 from diffusion_core.evaluation.extractors.find import agreed_extractor
 from diffusion_core.evaluation.features import Extractor, ExtractorError, with_channels
-from diffusion_core.evaluation.folders import ImageFolder, as_reference, image_folder, is_statistics, see
+from diffusion_core.evaluation.folders import (
+    announce_folder,
+    check_paths,
+    compare_paths,
+    image_folder,
+    is_statistics,
+    see,
+)
 from diffusion_core.evaluation.generated import costs_of_images, estimate_seconds, generated
-from diffusion_core.evaluation.measure import needs_every_image
+from diffusion_core.evaluation.measure import LABELS, check_figures
 from diffusion_core.evaluation.protocol import protocol, sampling_protocol
 from diffusion_core.evaluation.record import EVALUATION_FILE, merged, show, write
 from diffusion_core.evaluation.reference import write_statistics
 from diffusion_core.evaluation.suite import Judgement, Suite
 from diffusion_core.hardware import pick_precision
 from diffusion_core.machine.launch import launch_errors
-from diffusion_core.messages import Parser, counted, out_file
-from diffusion_core.redact import redact
+from diffusion_core.messages import Parser, out_file
 from diffusion_core.registries import DATASETS, METRICS
 from diffusion_core.sampling.autoguidance import FREE_OF_LABELS, check_guide
 from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs, student_note
 from diffusion_core.sampling.generation import Generator
 from diffusion_core.sampling.lows import held_out
+
+NOTHING = "--figures = '': nothing to measure; name a figure"
 
 
 def metrics_of_images() -> list[str]:
@@ -89,9 +97,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--save-stats", action="store_true", help="write the statistics of PATH1 to PATH2 (.npz)")
     parser.add_argument("--num-images", type=int, default=500, metavar="N", help="images to generate (500)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the images (1)")
-    default = ",".join(name for name in metrics_of_images() if METRICS[name].in_features and not METRICS[name].labels)
-    parser.add_argument("--figures", default=default, metavar="A,B,...",
-                        help=f"figures to measure, some of: {', '.join(metrics_of_images())}")  # fmt: skip
+    parser.add_argument("--figures", metavar="A,B,...", help=f"some of: {', '.join(metrics_of_images())} (default: "
+                        "those in features that need no labels)")  # fmt: skip
     parser.add_argument("--extractor", action="append", metavar="WHAT", help="feature network: inception, classifier, "
                         "efficientnet-lite0, or a file (TorchScript, or a classifier); may be repeated")  # fmt: skip
     parser.add_argument("--inception-weights", metavar="FILE", help="Inception-v3 weights in pytorch-fid's format")
@@ -131,7 +138,9 @@ def problem_of(arguments: argparse.Namespace) -> str | None:
     for flag in ("num_images", "batch_size"):
         if getattr(arguments, flag) < 1:
             return f"--{flag.replace('_', '-')} = {getattr(arguments, flag)}: expected an integer >= 1"
-    for figure in filter(None, arguments.figures.split(",")):
+    if len(arguments.path) == 2 and not (arguments.save_stats or wanted_figures(arguments)):
+        return NOTHING
+    for figure in wanted_figures(arguments):
         if figure not in metrics_of_images():
             return f"--figures = {figure!r}: expected some of {', '.join(metrics_of_images())}"
     return None
@@ -179,6 +188,9 @@ def report(found: Judgement, arguments: argparse.Namespace, checkpoint: Checkpoi
 
 
 def wanted_figures(arguments: argparse.Namespace) -> list[str]:
+    """Return the figures of --figures, or its default, of which only those are measured that can be."""
+    if arguments.figures is None:
+        return [name for name in metrics_of_images() if METRICS[name].in_features and not METRICS[name].labels]
     return [figure for figure in arguments.figures.split(",") if figure]
 
 
@@ -186,10 +198,13 @@ def of_two_paths(arguments: argparse.Namespace, processes: PartialState) -> Judg
     """Compare two sets of images, as pytorch-fid does; or write the statistics of one."""
     one, two = arguments.path
     figures = wanted_figures(arguments)
-    keep = needs_every_image(figures) and not (arguments.save_stats or is_statistics(one) or is_statistics(two))
+    if arguments.figures and not arguments.save_stats:
+        check_paths(figures, one, two)
     for path in (one,) if arguments.save_stats else (one, two):
         if not is_statistics(path):
-            announce_folder(image_folder(path), processes)  # Report errors before long work starts.
+            announce_folder(
+                image_folder(path), shown=processes.is_main_process
+            )  # Report errors before long work starts.
     if arguments.save_stats:
         if two.exists():
             raise DataError(f"{str(two)!r}: exists already; choose another file for the statistics")
@@ -199,21 +214,9 @@ def of_two_paths(arguments: argparse.Namespace, processes: PartialState) -> Judg
             write_statistics(two, seen.statistics)
             print(f"{two}: statistics of {seen.statistics.count:,} images, {protocol_of(network)}")
         return None
-    found = Judgement()
     no_images = is_statistics(one) and is_statistics(two)
     extractors: list[Extractor | None] = [None] if no_images else [*extractors_of(arguments, processes.device)]
-    for extractor in extractors:
-        theirs = as_reference(two, see(two, extractor, arguments.batch_size, keep=keep))
-        ours = see(one, extractor, arguments.batch_size, keep=keep)
-        found.compare(figures, ours, theirs, str(one), extractor)
-    return found
-
-
-def announce_folder(folder: ImageFolder, processes: PartialState) -> None:
-    """Print how many images a folder holds, and what is not read."""
-    if processes.is_main_process:
-        for note in (counted(len(folder), "image"), *folder.notes):
-            print(redact(f"{folder.path}: {note}"), file=sys.stderr)
+    return compare_paths(figures, one, two, extractors, arguments.batch_size)
 
 
 def protocol_of(extractor: Extractor) -> str:
@@ -222,12 +225,10 @@ def protocol_of(extractor: Extractor) -> str:
 
 def extractors_of(arguments: argparse.Namespace, device: torch.device) -> list[Extractor]:
     """Return the feature networks of --extractor, without a data set to train a classifier on."""
-    found: list[Extractor] = []
-    for wanted in arguments.extractor or [INCEPTION]:
-        if wanted == "classifier":
-            raise ExtractorError("--extractor = 'classifier': no data set to train it on; name a classifier's file")
-        found.append(agreed_extractor(wanted, arguments.inception_weights, device))
-    return found
+    wanted = arguments.extractor or [INCEPTION]
+    if "classifier" in wanted:
+        raise ExtractorError("--extractor = 'classifier': no data set to train it on; name a classifier's file")
+    return [agreed_extractor(each, arguments.inception_weights, device) for each in wanted]
 
 
 def suite_of(
@@ -244,14 +245,14 @@ def suite_of(
     extractors = arguments.extractor or [default]
     settings = {
         "num_images": count,
-        "figures": [figure for figure in wanted_figures(arguments) if conditional or not METRICS[figure].labels],
+        "figures": wanted_figures(arguments),
         "extractors": extractors,
         "reference": arguments.reference,
         "inception_weights": arguments.inception_weights,
     }
     if processes.is_main_process:
         announce_data(data, dataset)
-    return Suite(
+    suite = Suite(
         data,
         build(EvalConfig, settings),
         dataset,
@@ -259,12 +260,16 @@ def suite_of(
         device=processes.device,
         must_have=True,
     )
+    if not suite.networks and not wanted_figures(arguments):
+        raise ConfigError(NOTHING)
+    return suite
 
 
 def of_folder(arguments: argparse.Namespace, processes: PartialState) -> Judgement:
     """Compare a folder of images with a data set."""
     folder = image_folder(arguments.path[0])
-    announce_folder(folder, processes)
+    check_figures(wanted_figures(arguments), repr(str(folder.path)), () if folder.labels else (LABELS,))
+    announce_folder(folder, shown=processes.is_main_process)
     data = build(DataConfig, {"name": arguments.data, "path": arguments.data_path})
     dataset = load_data(data, progress=processes.is_main_process)
     suite = suite_of(arguments, data, dataset, processes, count=len(folder), conditional=folder.labels is not None)
@@ -296,6 +301,7 @@ def of_model(arguments: argparse.Namespace, checkpoint: Checkpoint, processes: P
     for problem in leaking_problems(config.upsample, measured, "--figures", "--reference"):
         raise ConfigError(problem)
     total, sample, conditional = arguments.num_images, config.sample, bool(checkpoint.metadata["num_classes"])
+    check_figures(wanted_figures(arguments), f"the model {str(checkpoint.path)!r}", () if conditional else (LABELS,))
     dataset = dataset or load_data(config.data, progress=processes.is_main_process, recorded=checkpoint.class_names)
     suite = suite_of(arguments, config.data, dataset, processes, count=total, conditional=conditional)
     announce(checkpoint, *([guide] if guide else []))

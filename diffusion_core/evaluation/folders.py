@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,14 +31,28 @@ from diffusion_core.data.folders import (
 from diffusion_core.data.image_files import ImageFileError, read_rgb
 from diffusion_core.distributed import own_positions
 from diffusion_core.evaluation.features import Extractor, with_channels
-from diffusion_core.evaluation.measure import FEWEST, Reference, Seen, look
+from diffusion_core.evaluation.measure import (
+    CLASSES,
+    DATA_SET,
+    EVERY_IMAGE,
+    FEWEST,
+    LABELS,
+    Reference,
+    Seen,
+    check_figures,
+    look,
+    needs_every_image,
+)
 from diffusion_core.evaluation.reference import read_statistics
+from diffusion_core.evaluation.suite import Judgement
 from diffusion_core.files import sha256
 from diffusion_core.messages import counted, reason_of
 from diffusion_core.model.unet import NO_LABEL
+from diffusion_core.redact import redact
 from diffusion_core.sampling.generation import Request
 from diffusion_core.sampling.image_folder import request_of
 from diffusion_core.sampling.lows import HeldOut, held_out
+from diffusion_core.terminal.progress import say
 
 SAMPLE_LABEL = re.compile(r"(\d+)-\d+\.png")
 """The label in a file name of scripts/sample_images.py."""
@@ -143,6 +157,12 @@ def _what_is_read(listing: Listing, found: Arrangement | None) -> Iterator[str]:
     splits = [f"{folder}/" for folder in (found.train_folder, found.val_folder, *found.unread) if folder]
     if len(splits) > 1:
         yield f"all splits are measured together: {', '.join(splits)}; name one to measure it alone"
+
+
+def announce_folder(folder: ImageFolder, *, shown: bool) -> None:
+    """Print how many images a folder holds, and what is not read, if this process is the one to show it."""
+    for note in (counted(len(folder), "image"), *folder.notes) if shown else ():
+        say(redact(f"{folder.path}: {note}"))
 
 
 class FolderLows:
@@ -273,3 +293,29 @@ def as_reference(path: Path, seen: Seen) -> Reference:
     """Return images as the reference of a comparison, named for their path."""
     count = "statistics" if seen.statistics.count is None else f"{seen.statistics.count:,} images"
     return Reference(space_name(path.stem), f"{path} ({count})", seen.statistics, seen.features_ND, seen.labels_N)
+
+
+def check_paths(figures: Iterable[str], one: Path, two: Path) -> None:
+    """Check that figures that the user asked for can be measured of two folders or files of statistics.
+
+    Raises:
+        ConfigError: if one cannot.
+    """
+    check_figures(figures, "a comparison of two paths", (LABELS, DATA_SET))
+    for path in filter(is_statistics, (one, two)):
+        check_figures(figures, repr(str(path)), (EVERY_IMAGE,))
+    if is_statistics(one):
+        check_figures(figures, repr(str(one)), (CLASSES,))
+
+
+def compare_paths(
+    figures: Sequence[str], one: Path, two: Path, extractors: Sequence[Extractor | None], batch_size: int
+) -> Judgement:
+    """Compare the images or statistics at one path with those at another one, in some feature spaces."""
+    keep = needs_every_image(figures) and not (is_statistics(one) or is_statistics(two))
+    found = Judgement()
+    for extractor in extractors:
+        theirs = as_reference(two, see(two, extractor, batch_size, keep=keep))
+        ours = see(one, extractor, batch_size, keep=keep)
+        found.compare(figures, ours, theirs, str(one), extractor)
+    return found

@@ -5,12 +5,13 @@ Axes: N images, B batch, C channels, H height, W width, D features, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from diffusion_core.config import ConfigError
 from diffusion_core.config.metrics import space_figure
 from diffusion_core.data.datasets import DataError
 from diffusion_core.distributed import gather_in_order, own_positions, sum_over_processes
@@ -20,6 +21,8 @@ from diffusion_core.registries import METRICS
 
 FEWEST = 2
 """Number of images that a covariance needs."""
+LABELS, DATA_SET, EVERY_IMAGE, CLASSES = "labels", "a data set", "the features of every image", "the classes of images"
+"""What a figure may need that some images do not come with."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,29 @@ def class_agreement(seen: Seen) -> float:
 def needs_every_image(figures: Iterable[str]) -> bool:
     """Return whether a figure of a feature space needs the features of every image, not only mean and covariance."""
     return any(METRICS[figure].in_features and METRICS[figure].every_image for figure in figures)
+
+
+def check_figures(figures: Iterable[str], named: str, lacks: Collection[str]) -> None:
+    """Check that figures that the user asked for can be measured.
+
+    Args:
+        figures: names in ``METRICS``.
+        named: the images, for messages.
+        lacks: what they do not come with.
+
+    Raises:
+        ConfigError: if a figure needs it.
+    """
+    for figure in figures:
+        record = METRICS[figure]
+        needs = {
+            LABELS: record.labels,
+            DATA_SET: not record.in_features,
+            EVERY_IMAGE: record.in_features and record.every_image and record.compares,
+            CLASSES: record.in_features and record.logits,
+        }
+        for what in (what for what, needed in needs.items() if needed and what in lacks):
+            raise ConfigError(f"--figures = {figure!r}: needs {what}, and {named} has none; leave it out")
 
 
 def compare(

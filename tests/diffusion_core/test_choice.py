@@ -396,7 +396,7 @@ def test_a_row_is_of_one_sampling_and_its_cost(run: Path) -> None:
     file = place(run, BEST) / "evaluation.json"
     own, unchanged = {"evaluations an image": 52, "MACs an image": 520, "parameters": 7}, {"val/loss": 0.25}
 
-    def judged(line: str, figures: dict[str, float], costs: dict[str, float], **lines: str) -> list[dict[str, Any]]:
+    def judged(line: str, figures: dict[str, float], costs: dict[str, int], **lines: str) -> list[dict[str, Any]]:
         write_json(file, {"figures": figures | costs, "protocols": dict.fromkeys(figures, line) | lines})
         return [{key: row[key] for key in ("step", "costs", "figures")} for row in rows(run)]
 

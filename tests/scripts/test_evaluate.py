@@ -445,3 +445,43 @@ def test_evaluations_of_a_checkpoint_add_to_its_figures(
         said = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
         assert said == [f"{file}: damaged; it is replaced, with the figures of this evaluation only"]
         assert "eval/class_agreement" in found()["figures"]
+
+
+def test_figures_that_cannot_be_measured_are_refused_before_anything_is_sampled(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, extractor = str(images / "real"), ("--extractor", str(images / "c.safetensors"))
+    (tmp_path / "bare").mkdir()
+    for index, file in enumerate(sorted((images / "real").glob("*.png"))[:3]):
+        shutil.copy(file, tmp_path / "bare" / f"{index}.png")
+    call("--save-stats", real, str(tmp_path / "a.npz"), *extractor)
+    shutil.copy(tmp_path / "a.npz", tmp_path / "b.npz")
+    one, two, bare = (str(tmp_path / name) for name in ("a.npz", "b.npz", "bare"))
+    model = str(lively_run(tmp_path / "run", model__class_conditional=False, eval__classifier="none"))
+    few = ("--num-images", "4")
+    labels, every = "needs labels, and ", "needs the features of every image, and "
+    cases = {
+        ("--checkpoint", model, *few, "--figures", "diversity,svc_agreement"): ("diversity", f"{labels}the model "),
+        ("--checkpoint", model, *few, "--figures", "frechet,per_class"): ("per_class", f"{labels}the model "),
+        (bare, "--data", "digits", "--figures", "diversity"): ("diversity", f"{labels}{bare!r}"),
+        (real, real, "--figures", "svc_agreement"): ("svc_agreement", f"{labels}a comparison of two paths"),
+        (real, real, *extractor, "--figures", "per_class"): ("per_class", f"{labels}a comparison of two paths"),
+        (one, two, "--figures", "frechet,kernel"): ("kernel", f"{every}{one!r}"),
+        (real, two, *extractor, "--figures", "precision_recall"): ("precision_recall", f"{every}{two!r}"),
+        (one, real, *extractor, "--figures", "score"): ("score", f"needs the classes of images, and {one!r}"),
+    }
+    for words, (figure, reason) in cases.items():
+        capsys.readouterr()
+        call(*words, "--json", str(tmp_path / "j"), code=2)
+        said = capsys.readouterr()
+        (line,) = [line for line in said.err.splitlines() if line.startswith("error: ")]
+        assert line.startswith(f"error: --figures = {figure!r}: {reason}"), line
+        assert line.endswith(" has none; leave it out")
+        assert not said.out
+    for words in (("--checkpoint", model, *few), (bare, "--data", "digits"), (one, two)):
+        call(*words, "--figures", "", "--json", str(tmp_path / "j"), code=2)
+        assert "--figures = '': nothing to measure; name a figure" in capsys.readouterr().err
+    assert not (tmp_path / "j").exists()
+    assert not list(Path(model).rglob("evaluation.json"))
+    call(real, two, *extractor, "--figures", "score", "--json", str(tmp_path / "j"))  # The reference has no say.
+    call(one, two, "--json", str(tmp_path / "j"))  # What the default names is not asked for.
