@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from diffusion_core.config import SampleConfig, UpsampleConfig
-from diffusion_core.evaluation.features import Extractor
 from diffusion_core.redact import redact
+
+if TYPE_CHECKING:  # It imports PyTorch.
+    from diffusion_core.evaluation.features import Extractor
 
 PREFIX = "protocol/"
 """Prefix of the name of a figure's protocol; the figure's name follows."""
