@@ -44,7 +44,7 @@ from diffusion_core.data.datasets import DataError, Dataset, load_data
 from diffusion_core.data.fingerprint import say_others
 from diffusion_core.distributed import first_process_first, own_positions
 from diffusion_core.evaluation.baseline import bilinear_judgement
-from diffusion_core.evaluation.consistency import consistency_of_models
+from diffusion_core.evaluation.consistency import consistency_of_models, sampled_alike
 from diffusion_core.evaluation.extractors.find import agreed_extractor
 from diffusion_core.evaluation.features import Extractor, ExtractorError, with_channels
 from diffusion_core.evaluation.folders import (
@@ -202,9 +202,8 @@ def of_two_paths(arguments: argparse.Namespace, processes: PartialState) -> Judg
         check_paths(figures, one, two)
     for path in (one,) if arguments.save_stats else (one, two):
         if not is_statistics(path):
-            announce_folder(
-                image_folder(path), shown=processes.is_main_process
-            )  # Report errors before long work starts.
+            # Errors are reported before long work starts.
+            announce_folder(image_folder(path), shown=processes.is_main_process)
     if arguments.save_stats:
         if two.exists():
             raise DataError(f"{str(two)!r}: exists already; choose another file for the statistics")
@@ -307,8 +306,7 @@ def of_model(arguments: argparse.Namespace, checkpoint: Checkpoint, processes: P
     announce(checkpoint, *([guide] if guide else []))
     if processes.is_main_process:
         say_others(checkpoint.metadata, config.data.name, dataset, str(checkpoint.path))
-        if note := student_note(checkpoint, config):
-            print(note, file=sys.stderr)
+        tell_students((checkpoint, config))
         seconds = estimate_seconds(generator, total, sample, suite.networks)
         print(f"{checkpoint.path}: {total:,} images, about {seconds:.0f} s", file=sys.stderr)
     started = time.perf_counter()
@@ -325,20 +323,22 @@ def of_model(arguments: argparse.Namespace, checkpoint: Checkpoint, processes: P
     return found
 
 
+def tell_students(*sampled: tuple[Checkpoint, CoreConfig]) -> None:
+    """Print which students of step distillation are sampled otherwise than they were made for."""
+    for note in filter(None, (student_note(*each) for each in sampled)):
+        print(note, file=sys.stderr)
+
+
 def of_two_models(
     arguments: argparse.Namespace, first: Checkpoint, one: Generator, other: Checkpoint, processes: PartialState
 ) -> Judgement:
     """Measure how similar the images of two models are, for equal seeds and labels."""
-    config = other.config().model_copy(update={"draws": one.config.draws})  # Images of the same noise are compared.
+    config = sampled_alike(first, one.config, other, f"--against = {str(arguments.against)!r}")
     network = other.network().to(processes.device)
-    ours = one.shape_CHW, one.network.num_classes, one.config.upsample.factor
-    theirs = other.shape_CHW, network.num_classes, config.upsample.factor
-    if ours != theirs:
-        kind = "{}, {} classes, upsample.factor = {}".format
-        named = f"--against = {str(arguments.against)!r}"
-        raise CheckpointError(f"{named}: images of {kind(*theirs)}; expected {kind(*ours)}, as of the first model")
     two = Generator(network, config, pick_precision(config.train, processes.device), lows=one.lows)
     announce(first, other)
+    if processes.is_main_process:
+        tell_students((first, one.config), (other, config))
     total, sample = arguments.num_images, one.config.sample
     alike = consistency_of_models(one, two, total, sample, arguments.seed, progress=processes.is_main_process)
     figures = alike.figures("eval")

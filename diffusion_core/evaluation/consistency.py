@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion_core.config import SampleConfig
+from diffusion_core.checkpoint import Checkpoint, CheckpointError
+from diffusion_core.config import ConfigError, CoreConfig, SampleConfig, build, flatten
 from diffusion_core.config.metrics import count_name
 from diffusion_core.distributed import own_positions, sum_over_processes
 from diffusion_core.evaluation.generated import generated
@@ -44,6 +45,38 @@ class Consistency:
         """Return the figures by the names that they are logged under, such as ``SECTION/consistency_ssim_16``."""
         count = count_name(self.num_images)
         return {f"{section}/consistency_ssim_{count}": self.ssim, f"{section}/consistency_mse_{count}": self.mse}
+
+
+def sampled_alike(first: Checkpoint, config: CoreConfig, other: Checkpoint, named: str) -> CoreConfig:
+    """Return the configuration of a model that is sampled as another one is, from the same noise.
+
+    Args:
+        first: the model that it is compared with.
+        config: how that is sampled.
+        other: the model.
+        named: what names it, for messages.
+
+    Raises:
+        CheckpointError: if its images, or its classes, are others.
+        ConfigError: if it cannot be sampled so.
+    """
+    factors = config.upsample.factor, other.config().upsample.factor
+    ours, theirs = (
+        (model.shape_CHW, model.metadata["num_classes"], factor)
+        for model, factor in zip((first, other), factors, strict=True)
+    )
+    if ours != theirs:
+        kind = "{}, {} classes, upsample.factor = {}".format
+        raise CheckpointError(f"{named}: images of {kind(*theirs)}; expected {kind(*ours)}, as of the first model")
+    classes = zip(first.class_names, other.class_names, range(ours[1]), strict=False)
+    for expected, name, label in classes:
+        if name != expected:
+            raise CheckpointError(f"{named}: class {label} is {name!r}; expected {expected!r}, as of the first model")
+    same = {key: value for key, value in flatten(config).items() if key.startswith("sample.")}
+    try:
+        return build(CoreConfig, flatten(other.config()), same, {"draws": config.draws})
+    except ConfigError as error:
+        raise ConfigError(*(f"{named}: {problem}" for problem in error.problems)) from None
 
 
 def consistency_of_images(one_NCHW: Tensor, two_NCHW: Tensor, seed: int) -> Consistency:

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from agent import leaderboard
 from agent.config import build_config
 from agent.trial import run_trial
 from diffusion_core import cache
-from diffusion_core.checkpoint import read_checkpoint
+from diffusion_core.checkpoint import STUDENT, read_checkpoint
 from diffusion_core.data.datasets import DataError, load_data
 from diffusion_core.evaluation.classifier.classifier import classifier_for
 from diffusion_core.evaluation.generated import generated
@@ -485,3 +486,43 @@ def test_figures_that_cannot_be_measured_are_refused_before_anything_is_sampled(
     assert not list(Path(model).rglob("evaluation.json"))
     call(real, two, *extractor, "--figures", "score", "--json", str(tmp_path / "j"))  # The reference has no say.
     call(one, two, "--json", str(tmp_path / "j"))  # What the default names is not asked for.
+
+
+def test_the_second_model_is_sampled_as_it_would_be_alone(
+    run: tuple[Path, MemoryTracker, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def changed(name: str, change: Callable[[dict[str, Any]], None]) -> str:
+        copied = shutil.copytree(run[0], tmp_path / name)
+        for file in copied.glob("checkpoints/*/checkpoint.json"):
+            stored = json.loads(file.read_text())
+            change(stored)
+            file.write_text(json.dumps(stored))
+        return str(copied)
+
+    def undropped(stored: dict[str, Any]) -> None:
+        stored["config"] |= {"train.label_dropout": 0.0, "sample.guidance": 1.0}
+
+    def renamed(stored: dict[str, Any]) -> None:
+        stored["class_names"][3] = "three"
+
+    def student(stored: dict[str, Any]) -> None:
+        stored["extra"][STUDENT] = {"sampling": {"steps": 2, "guidance": 1.0}}
+
+    words = ["--num-images", "4", "--guidance", "2", "--json", str(tmp_path / "j")]
+    plain, other = str(run[0]), changed("undropped", undropped)
+    capsys.readouterr()
+    call("--checkpoint", other, *words, code=2)
+    alone = capsys.readouterr().err.splitlines()[-1].removeprefix("error: ")
+    call("--checkpoint", plain, "--against", other, *words, code=2)
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: --against = {other!r}: {alone}"
+    other = changed("renamed", renamed)
+    call("--checkpoint", plain, "--against", other, *words, code=2)
+    said = f"error: --against = {other!r}: class 3 is 'three'; expected '3', as of the first model"
+    assert capsys.readouterr().err.splitlines()[-1] == said
+    assert not (tmp_path / "j").exists()
+    other = changed("student", student)
+    for pair in ([plain, other], [other, plain]):
+        call("--checkpoint", pair[0], "--against", pair[1], *words)
+        (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+        assert "sample.guidance = 2.0: the student" in warning
+        assert "distilled for" in warning
