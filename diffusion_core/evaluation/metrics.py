@@ -229,21 +229,19 @@ def _of_each_class(images: Images, most: int) -> Images:
     return images.select(chosen_N.sort().values)
 
 
-def class_variance(images: Images, num_classes: int) -> float:
-    """Return the variance of pixels within classes: the mean over pixels, channels and classes; NaN without a pair.
-
-    Classes with fewer than two images are left out.
-    """
+def class_variances(images: Images, num_classes: int) -> dict[int, float]:
+    """Return the variance of pixels within each class that has two images or more: the mean over pixels and channels."""
     values_NCHW = images.images_NCHW.double()
-    classes = [values_NCHW[images.labels_N == label] for label in range(num_classes)]
-    variances = [float(each.var(dim=0).mean()) for each in classes if len(each) > 1]
-    return sum(variances) / len(variances) if variances else float("nan")
+    classes = {label: values_NCHW[images.labels_N == label] for label in range(num_classes)}
+    return {label: float(each.var(dim=0).mean()) for label, each in classes.items() if len(each) > 1}
 
 
 def _diversity(images: Images, real: Real) -> float:
-    """Return the variance of pixels within classes, generated over real."""
+    """Return the variance of pixels within classes, generated over real, of the classes that both have; NaN without."""
     count = real.dataset.num_classes
-    return class_variance(images, count) / class_variance(real.dataset.train, count)
+    ours, theirs = class_variances(images, count), class_variances(real.dataset.train, count)
+    both = sorted(ours.keys() & theirs.keys())
+    return sum(ours[label] for label in both) / sum(theirs[label] for label in both) if both else float("nan")
 
 
 def _by_timestep(losses_N: Tensor, t_N: Tensor, timesteps: int) -> Mapping[str, float]:

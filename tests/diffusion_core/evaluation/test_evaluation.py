@@ -18,7 +18,7 @@ from diffusion_core.config import DataConfig, EvalConfig, build
 from diffusion_core.config.metrics import Part, count_name, goal_of, goals, is_better, space_figure, space_name
 from diffusion_core.data.datasets import Images
 from diffusion_core.evaluation import metrics, suite, validation
-from diffusion_core.evaluation.metrics import Real, class_variance
+from diffusion_core.evaluation.metrics import Real, class_variances
 from diffusion_core.evaluation.validation import by_timestep, validation_loss, validation_losses
 from diffusion_core.model.unet import build_network
 from diffusion_core.registries import METRICS
@@ -137,14 +137,18 @@ def test_diversity_is_the_variance_within_classes() -> None:
     """Against numpy, class by class; copies of one image a class have none, real images as much as themselves."""
     train = digits().train
     pixels, labels = train.images_NCHW.numpy().astype(float), train.labels_N.numpy()
-    real = np.mean([pixels[labels == label].var(axis=0, ddof=1).mean() for label in range(10)])
-    assert class_variance(train, 10) == pytest.approx(real)
+    each = {label: pixels[labels == label].var(axis=0, ddof=1).mean() for label in range(10)}
+    assert class_variances(train, 10) == pytest.approx(each)
+    real = np.mean(list(each.values()))
     images = Images(train.images_NCHW[:200], train.labels_N[:200])
     ours = np.mean([pixels[:200][labels[:200] == label].var(axis=0, ddof=1).mean() for label in range(10)])
     compared = Real(digits(), DataConfig(name="digits"), torch.device("cpu"))
     record = METRICS["diversity"]
     assert record.compute(images, compared) == pytest.approx(ours / real)
     assert record.compute(train, compared) == 1.0
+    for classes in ([0], [1], [0, 1]):  # Classes differ a lot; those that only one side has do not count.
+        chosen = train.select(torch.isin(train.labels_N, torch.tensor(classes)).nonzero().flatten())
+        assert record.compute(chosen, compared) == 1.0
     first = torch.stack([train.images_NCHW[train.labels_N == label][0] for label in range(10)])
     assert record.compute(Images(first.repeat(3, 1, 1, 1), torch.arange(10).repeat(3)), compared) == 0.0
     assert math.isnan(record.compute(Images(first, torch.arange(10)), compared))
