@@ -230,7 +230,7 @@ def _of_each_class(images: Images, most: int) -> Images:
 
 
 def class_variances(images: Images, num_classes: int) -> dict[int, float]:
-    """Return the variance of pixels within each class that has two images or more: the mean over pixels and channels."""
+    """Return the variance of pixels within each class of two images or more: the mean over pixels and channels."""
     values_NCHW = images.images_NCHW.double()
     classes = {label: values_NCHW[images.labels_N == label] for label in range(num_classes)}
     return {label: float(each.var(dim=0).mean()) for label, each in classes.items() if len(each) > 1}

@@ -47,8 +47,8 @@ def best_summary(path: Path) -> dict[str, float]:
     """Return what is measured of a run's best checkpoint for its summary: ``best/FIGURE``, and ``best/step``.
 
     The summary's other figures are the best values of the whole run: they may be of several checkpoints, and W&B nests
-    them (``{"val/loss": {"min": 0.1}}``), so that a search on the user's machine (``wandb sweep-scheduler``) cannot read
-    them.
+    them (``{"val/loss": {"min": 0.1}}``), so that a search on the user's machine (``wandb sweep-scheduler``) cannot
+    read them.
 
     Args:
         path: folder of the checkpoint. If it cannot be read, the result is empty.

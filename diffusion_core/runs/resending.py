@@ -1,4 +1,4 @@
-"""Send again what W&B lacks of a run's folder: rows, summary, checkpoints, and lineage: which artifacts the run used."""
+"""Send again what W&B lacks of a run's folder: rows, summary, checkpoints, and lineage (artifacts that it used)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from diffusion_core.runs.recorded import best_summary, log_checkpoint, log_rows,
 from diffusion_core.runs.result import read_result
 from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import LINEAGE, MODEL, STATE, Tracker, Upload
-
 
 MOST_KEYS = 5
 """Number of knobs that a message names."""

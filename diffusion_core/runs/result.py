@@ -44,8 +44,8 @@ def write_result(folder: Path, result: TrialResult, config: Mapping[str, Any]) -
 def stored_result(folder: Path) -> dict[str, Any] | None:
     """Read what a run's folder holds of its result, which any program may have written. None if there is no result.
 
-    The folder may have been moved or copied: a checkpoint of the run is looked up in it. Figures that are no numbers are
-    left out. A damaged file counts as none.
+    The folder may have been moved or copied: a checkpoint of the run is looked up in it. Figures that are no numbers
+    are left out. A damaged file counts as none.
     """
     file = folder / RESULT_FILE
     if not file.is_file():
