@@ -92,10 +92,7 @@ class Generator:
         lows: Lows | None = None,
     ) -> None:
         if config.upsample.wanted and lows is None:
-            raise ConfigError(
-                f"upsample.factor = {config.upsample.factor}: the model upsamples, and has no small images; "
-                "expected small images, or a model without it"
-            )
+            raise ConfigError(f"upsample.factor = {config.upsample.factor}: there are no small images for this model")
         self.config = config
         self.device = next(network.parameters()).device
         # In place. The weights are the same, but their order in memory may change.
@@ -239,7 +236,7 @@ class Generator:
         return in_parts(network, config.batch_size) if how == "network" and config.guidance_interval else network
 
     def batches(
-        self, wanted: Sequence[Request], config: SampleConfig, seed: int, *, progress: bool = False
+        self, wanted: Sequence[Request], config: SampleConfig, seed: int, *, progress: bool = False, finite: bool = True
     ) -> Iterator[tuple[Sequence[Request], Tensor]]:
         """Sample any number of images in batches, with a progress bar.
 
@@ -247,26 +244,21 @@ class Generator:
             The requests of a batch, and their images: ``(B, C, H, W)`` uint8 on the CPU.
 
         Raises:
-            DataError: if an image is not finite.
+            DataError: if an image is not finite, which ``finite`` forbids.
         """
-        for batch, x_BCHW in self._shown_batches(wanted, config, seed, progress):
-            if not bool(torch.isfinite(x_BCHW).all()):
-                raise DataError("sampled images are not finite; lower --guidance, or set --precision=fp32")
-            yield batch, to_uint8(x_BCHW).cpu()
 
-    def _shown_batches(
-        self, wanted: Sequence[Request], config: SampleConfig, seed: int, progress: bool
-    ) -> Iterator[tuple[Sequence[Request], Tensor]]:
         def advance(_index: int, x_BCHW: Tensor, _x0_BCHW: Tensor) -> None:
             bar.update(len(x_BCHW))
 
         with progress_of("sampling", len(wanted) * config.steps, "evaluation", shown=progress) as bar:
-            yield from self.unrounded_batches(wanted, config, seed, advance)
+            for batch, x_BCHW in self.unrounded_batches(wanted, config, seed, advance):
+                if finite and not bool(torch.isfinite(x_BCHW).all()):
+                    raise DataError("sampled images are not finite; lower --guidance, or set --precision=fp32")
+                yield batch, to_uint8(x_BCHW).cpu()
 
     def images(self, wanted: Sequence[Request], config: SampleConfig, seed: int, *, progress: bool = False) -> Tensor:
-        """Sample any number of images: ``(N, C, H, W)`` uint8 on the CPU. Values that are not finite are black."""
-        shown = self._shown_batches(wanted, config, seed, progress)
-        return torch.cat([to_uint8(x_BCHW).cpu() for _, x_BCHW in shown])
+        """Sample any number of images: ``(N, C, H, W)`` uint8 on the CPU, black where they are not finite."""
+        return torch.cat([images for _, images in self.batches(wanted, config, seed, progress=progress, finite=False)])
 
     def trajectory(
         self, wanted: Sequence[Request], config: SampleConfig, seed: int, keep: set[int], *, clean: bool = False
@@ -333,8 +325,7 @@ class Generator:
         given_BCHW, steps = self.given(wanted, seeds[0]), steps_of(config, self.schedule)
         denoiser = self.denoiser(given_BCHW=given_BCHW)
         guided_denoiser = self.guided(denoiser, config, steps)
-        images = self._sample(denoiser, guided_denoiser, start_BCHW, labels_B, noise, config, steps)
-        return to_uint8(images).cpu()
+        return to_uint8(self._sample(denoiser, guided_denoiser, start_BCHW, labels_B, noise, config, steps)).cpu()
 
     @torch.no_grad()
     def between_labels(

@@ -316,7 +316,9 @@ def test_a_signal_while_a_new_run_reads_its_data_ends_all_in_one_line(
     ended = run_ranks(forks, tmp_path, ["stopped.py", *WORDS, "--log.dir=run"], env=[{}] * processes)
     assert ended[0] == (143, "", "stopped by SIGTERM; continue with the same command and --log.dir=run\n")
     for other in ended[1:]:  # It waits for the first one where no signal reaches it.
-        assert other == (1, "", "error: process 0 of 2 ended before the trial did; this one ends too\n")
+        status, _, errors = other
+        assert status == 1  # On a busy machine PyTorch says before that the connection broke.
+        assert errors.endswith("error: process 0 of 2 ended before the trial did; this one ends too\n")
     assert not (tmp_path / "run").exists()
 
 
