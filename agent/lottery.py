@@ -184,7 +184,7 @@ class Lottery:
         """Record the artifacts that a round starts from, if they were uploaded."""
         if this.number and self.config.checkpoint.upload:
             tracker.use(f"{STATE}-{self.run_id_of(this.before)}:latest", STATE)
-            if this.rewinds:
+            if this.rewinds and tracker.live:  # Of a run that is synced later, W&B never gets this checkpoint.
                 tracker.use(f"{STATE}-{self.run_id}-{REWIND}:latest", STATE)
 
 
