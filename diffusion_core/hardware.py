@@ -18,6 +18,10 @@ AUTOCAST: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.
 """Types of the precisions in which networks compute with fewer bits than their weights have."""
 
 
+NOT_FINITE_REMEDY = "lower sample.guidance, or sample in fp32 (train.precision; --precision of scripts)"
+"""What helps where sampled images are not finite."""
+
+
 def pick_device(config: TrainConfig) -> torch.device:
     """The device that a configuration asks for; ``auto`` takes a GPU if there is one.
 

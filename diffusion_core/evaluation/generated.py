@@ -15,6 +15,7 @@ from diffusion_core.config import SampleConfig
 from diffusion_core.data.datasets import DataError, to_uint8
 from diffusion_core.distributed import own_positions, sum_over_processes
 from diffusion_core.evaluation.features import Extractor
+from diffusion_core.hardware import NOT_FINITE_REMEDY
 from diffusion_core.model.cost import LATENCY_BATCH
 from diffusion_core.sampling.cost import SECONDS, image_costs, network_evaluations
 from diffusion_core.sampling.generation import Generator, Request, all_labels, round_robin
@@ -50,10 +51,7 @@ def generated(
             bar.update(len(batch))
     broken = int(sum_over_processes(torch.tensor(float(not_finite))))
     if broken:
-        raise DataError(
-            f"{broken} of {total} generated images are not finite; lower sample.guidance, or sample in fp32 "
-            f"(train.precision)"
-        )
+        raise DataError(f"{broken} of {total} generated images are not finite; {NOT_FINITE_REMEDY}")
 
 
 def generated_requests(generator: Generator, total: int) -> list[Request]:

@@ -12,11 +12,11 @@ from diffusion_core.files import write_json
 from diffusion_core.messages import listed, reason_of
 from diffusion_core.tables import text_table
 from diffusion_core.terminal.progress import say
+from diffusion_core.tracking import STEP
 
 EVALUATION_FILE = "evaluation.json"
 OF_IMAGES = "sample/"
-"""Prefix of what images cost."""
-STEP = "step"
+"""Prefix of the names of figures that say what it costs to sample an image."""
 
 
 def merged(file: Path, found: Judgement, step: int) -> Judgement:

@@ -18,7 +18,7 @@ from diffusion_core.diffusion.denoiser import Denoiser, DenoiserFunction, clippe
 from diffusion_core.diffusion.sampling_steps import SamplingSteps
 from diffusion_core.diffusion.schedule import NoiseSchedule, build_schedule
 from diffusion_core.diffusion.upsampling import given
-from diffusion_core.hardware import Precision, autocast, fastest_convolutions, memory_format
+from diffusion_core.hardware import NOT_FINITE_REMEDY, Precision, autocast, fastest_convolutions, memory_format
 from diffusion_core.model.compilation import compiled, pick_sampling_compilation
 from diffusion_core.model.cuda_graphs import ReplayedNetwork, is_replayed
 from diffusion_core.model.unet import NO_LABEL, UNet
@@ -253,7 +253,7 @@ class Generator:
         with progress_of("sampling", len(wanted) * config.steps, "evaluation", shown=progress) as bar:
             for batch, x_BCHW in self.unrounded_batches(wanted, config, seed, advance):
                 if finite and not bool(torch.isfinite(x_BCHW).all()):
-                    raise DataError("sampled images are not finite; lower --guidance, or set --precision=fp32")
+                    raise DataError(f"sampled images are not finite; {NOT_FINITE_REMEDY}")
                 yield batch, to_uint8(x_BCHW).cpu()
 
     def images(self, wanted: Sequence[Request], config: SampleConfig, seed: int, *, progress: bool = False) -> Tensor:

@@ -71,7 +71,7 @@ def test_clean_goes_on_with_the_next_run(refused: str, runs: Path, forks: Forks)
 
 
 def test_clean_says_of_what_it_cannot_delete_that_it_is_still_there(runs: Path, forks: Forks) -> None:
-    """A file is in the way of what clean does first: it renames the checkpoint."""
+    """Before it deletes a checkpoint, clean renames it. Here a file has the new name already."""
     doomed = list_checkpoints(runs / "b/checkpoints")[0]
     (doomed.parent / f".{doomed.name}.partial").write_text("")
     output = forks.start(["runs", "--yes"], runs.parent, module="agent.clean").end(2)

@@ -111,7 +111,10 @@ def test_images_that_are_not_finite_are_not_kept(run: Path, tmp_path: Path, capf
     write_checkpoint(broken / "checkpoints", state.step, state.metadata, parts)
     out = tmp_path / "images"
     assert sample(broken, out, "--num-images", "2", "--precision", "fp16") == 2
-    assert "not finite; lower --guidance, or set --precision=fp32" in capfd.readouterr().err
+    assert (
+        "not finite; lower sample.guidance, or sample in fp32 (train.precision; --precision of scripts)"
+        in capfd.readouterr().err
+    )
     assert not images(out)
 
 
