@@ -316,9 +316,13 @@ def test_a_signal_while_a_new_run_reads_its_data_ends_all_in_one_line(
     ended = run_ranks(forks, tmp_path, ["stopped.py", *WORDS, "--log.dir=run"], env=[{}] * processes)
     assert ended[0] == (143, "", "stopped by SIGTERM; continue with the same command and --log.dir=run\n")
     for other in ended[1:]:  # It waits for the first one where no signal reaches it.
-        status, _, errors = other
-        assert status == 1  # On a busy machine PyTorch says before that the connection broke.
-        assert errors.endswith("error: process 0 of 2 ended before the trial did; this one ends too\n")
+        status, printed, errors = other
+        assert (status, printed) == (1, "")
+        # On a busy machine PyTorch warns before that the connection broke, with its C++ frames.
+        said = errors.splitlines()
+        assert said[-1] == "error: process 0 of 2 ended before the trial did; this one ends too"
+        assert len(said) == 1 or "TCPStore" in said[0], errors
+        assert "Traceback" not in errors
     assert not (tmp_path / "run").exists()
 
 
