@@ -35,6 +35,9 @@ SILENT_S = 45.0
 SETTLE_S = 1.0
 """Seconds between writing a lease and reading it again, which shows whether another process wrote it as well."""
 
+EMPTY_S = 1.0
+"""Seconds within which the process that has created a lease has written into it."""
+
 FENCE_S = 30.0
 """Seconds after which a holder that lives has seen that its lease was taken, and has ended."""
 
@@ -135,9 +138,15 @@ def _settle(file: Path, mine: dict[str, Any], seconds: float) -> None:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """Return the content of a lease; None if there is none. A damaged one has no job and no host."""
+    """Return the content of a lease; None if there is none. A damaged one has no job and no host.
+
+    A process creates a lease and then writes into it, so an empty one is read again for a moment.
+    """
+    deadline = time.monotonic() + EMPTY_S
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        while not (text := file.read_text(encoding="utf-8")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        content = json.loads(text)
     except FileNotFoundError:
         return None
     except ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from forks import WORDS, Forks, handles, until
 from server import Run, Sweep, WandbServer
@@ -40,18 +42,14 @@ def sweep(client: Client, config: dict[str, Any]) -> Sweep:
 
 
 def trial_of(agent: int) -> int:
-    """The process that an agent runs a trial in."""
+    """The process that an agent runs a trial in. A child that is still a copy of the agent is another one."""
     found: list[int] = []
 
     def look() -> bool:
-        for status in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                parent = int(status.read_text().rpartition(")")[2].split()[1])
-                words = (status.parent / "cmdline").read_bytes().split(b"\0")
-            except (OSError, IndexError):
-                continue
-            if parent == agent and b"agent" in words and b"-m" in words:
-                found.append(int(status.parent.name))
+        for child in psutil.Process(agent).children():
+            with contextlib.suppress(psutil.Error):
+                if child.cmdline()[1:3] == ["-m", "agent"]:
+                    found.append(child.pid)
         return bool(found)
 
     until(look)

@@ -67,9 +67,8 @@ def test_a_trial_ends_when_its_agent_was_killed(client: Client) -> None:
     sweep = sweep_of(client, [*TRIAL, "${args}"], {"train.steps": {"value": 100_000}})
     agent = client.agent(sweep)
     until(lambda: any(run.history for run in client.server.runs.values()), "the trial trains")
-    trial = next(
-        process for process in psutil.Process(agent.pid).children(recursive=True) if "agent" in process.cmdline()
-    )
+    trials = psutil.Process(agent.pid).children()
+    (trial,) = [process for process in trials if process.cmdline()[1:3] == ["-m", "agent"]]
     agent.kill()
     agent.communicate()
     until(lambda: not trial.is_running() or trial.status() == psutil.STATUS_ZOMBIE, "the trial ends")

@@ -131,6 +131,23 @@ def test_a_lease_of_a_process_whose_number_another_one_has_now_is_replaced(file:
         assert take(file) == ""
 
 
+def test_a_lease_that_is_being_written_is_that_of_its_writer(file: Path) -> None:
+    file.touch()
+    written = threading.Timer(0.1, write, (file,), {"job": "7"})
+    written.start()
+    assert take(file, active=True) == "job 7 on elsewhere"
+    written.join()
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"job": '])
+def test_a_damaged_lease_is_replaced_when_nothing_touches_it(
+    text: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "EMPTY_S", 0.1)
+    file.write_text(text)
+    assert take(file) == ""
+
+
 def test_what_is_known_of_a_holder_decides_without_watching(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "SILENT_S", 60.0)
     write(file, job="7")
