@@ -13,27 +13,19 @@ from diffusion_core.choice import add_which_flag
 from diffusion_core.config import ConfigError
 from diffusion_core.config.metrics import goal_of
 from diffusion_core.config.plugins import add_plugins_flag
-from diffusion_core.evaluation.leaderboard import FILE, Entry, entry, from_folders, ordered, rows_of, show, write
-from diffusion_core.evaluation.protocol import PREFIX
+from diffusion_core.evaluation.leaderboard import FILE, Entry, from_folders, from_models, ordered, rows_of, show, write
 from diffusion_core.messages import Parser, out_folder
 
 
 def from_project(name: str, which: str) -> list[Entry]:
     """Return a checkpoint of each finished run of a W&B project, ``PROJECT`` or ``ENTITY/PROJECT``.
 
-    Its figures are those in the metadata of the `model` artifact that ``which`` chooses. For a run without one they are
-    those of the run's summary.
-
     Raises:
         ConfigError: if W&B does not answer, or has no such project.
+        CheckpointError: if ``which`` is neither ``best``, ``newest`` nor a step.
     """
-    entries = []
-    for run_id, summary, model in project.finished_runs(name, which):
-        protocols = {key.removeprefix(PREFIX): str(line) for key, line in summary.items() if key.startswith(PREFIX)}
-        if any(column.startswith("model/") for column in summary):
-            protocols |= model.get("protocols", {})
-            entries.append(entry(run_id, model.get("step"), summary, model.get("figures", summary), protocols))
-    return entries
+    found = project.finished_runs(name, which)
+    return [row for run_id, summary, models in found for row in from_models(run_id, summary, models, which)]
 
 
 def upload(name: str, entries: Sequence[Entry]) -> None:

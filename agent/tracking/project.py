@@ -17,34 +17,37 @@ if TYPE_CHECKING:
     from wandb import Artifact
 
 
-def finished_runs(name: str, which: str) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Yield id, summary and metadata of the model of each finished run of a project.
+def finished_runs(name: str, which: str) -> Iterator[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
+    """Yield id, summary, and metadata of the chosen and the newest model of each finished run of a project.
 
     Args:
         name: ``PROJECT`` or ``ENTITY/PROJECT``.
-        which: version of the model, as in :mod:`diffusion_core.choice`: ``best``, ``newest`` or a step. Runs without
-            that step are left out. Otherwise the metadata of a run without a model are empty.
+        which: version of the model, as in :mod:`diffusion_core.choice`: ``best``, ``newest`` or a step.
 
     Raises:
         ConfigError: if W&B cannot be reached, or has no such project.
         CheckpointError: if ``which`` is something else.
     """
     load_environment()
-    step = wanted_step(which)
+    wanted_step(which)
     with api_errors(f"--project = {name!r}"):
         for run in client().runs(name, filters={"state": "finished"}):
-            described = best_model(run, which)
-            if described or step is None:
-                yield run.id, flat_summary(run.summary), described
+            yield run.id, flat_summary(run.summary), _models(run, which)
 
 
-def best_model(run: Any, which: str = BEST) -> dict[str, Any]:
-    """Return the metadata of the model of a run that ``which`` chooses; empty if there is none."""
+def best_model(run: Any) -> dict[str, Any]:
+    """Return the metadata of the best model of a run, or of its newest one; empty if there is none."""
+    return next(iter(_models(run, BEST)), {})
+
+
+def _models(run: Any, which: str) -> list[dict[str, Any]]:
+    """Return the metadata of the model that ``which`` chooses and of the newest one; nothing if none is chosen."""
     step = wanted_step(which)
     models = [model for model in run.logged_artifacts() if model.name.startswith(f"{MODEL}-{run.id}:")]
-    models.sort(key=lambda model: (which == BEST and BEST in model.aliases, model.metadata.get("step", -1)))
-    described = [dict(model.metadata) for model in models if step in (None, model.metadata.get("step"))]
-    return described[-1] if described else {}
+    models.sort(key=lambda model: model.metadata.get("step", -1))
+    best = [model for model in models if which == BEST and BEST in model.aliases]
+    chosen = best or [model for model in models if step in (None, model.metadata.get("step"))]
+    return [dict(chosen[-1].metadata), dict(models[-1].metadata)] if chosen else []
 
 
 def log_table(project: str, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -38,6 +38,8 @@ COSTS = {
 }
 """Columns of costs, and the figure in each."""
 
+COST_PREFIX = "model/"
+"""Prefix of the costs of a network."""
 IMAGES_PREFIX = "eval/"
 """Prefix of figures of images."""
 QUALITY_PREFIXES = ("val/loss", IMAGES_PREFIX)
@@ -109,6 +111,43 @@ def from_folders(roots: Sequence[Path], which: str = BEST) -> Iterator[Entry]:
             print(f"{file}: skipped, it is damaged", file=sys.stderr)
 
 
+def from_models(
+    run_id: str, summary: Mapping[str, Any], models: Sequence[Mapping[str, Any]], which: str
+) -> list[Entry]:
+    """Return the entries of a run on W&B: one for each sampling that its chosen checkpoint was measured with.
+
+    A run without a checkpoint has the figures of its summary, and no step. One without costs of its network, or without
+    the step that ``which`` names, has no entry.
+
+    Args:
+        run_id: names the run.
+        summary: the run's flat summary. Its costs are those of the last network.
+        models: metadata of the run's `model` artifacts, the one that ``which`` chooses first, then the newest.
+        which: as in :mod:`diffusion_core.choice`.
+
+    Raises:
+        CheckpointError: if ``which`` is neither ``best``, ``newest`` nor a step.
+    """
+    if not any(name.startswith(COST_PREFIX) for name in summary) or (wanted_step(which) is not None and not models):
+        return []
+    lines = {key.removeprefix(PREFIX): str(line) for key, line in summary.items() if key.startswith(PREFIX)}
+    if not models:
+        return [entry(run_id, None, summary, summary, lines)]
+    model, newest = models[0], models[-1]
+    known = summary if _network(model) == _network(newest) else {}
+    later = dict(model.get("protocols", {}))  # Of figures that were measured after the training.
+    figures = dict(model["figures"])
+    trained = {name: value for name, value in figures.items() if name not in later} | _costs(known)
+    network = {name: value for name, value in known.items() if not name.startswith(OF_IMAGES)}
+    rows = _by_sampling((trained, lines), ({name: value for name, value in figures.items() if name in later}, later))
+    return [entry(run_id, model.get("step"), network | _costs(found), found, said) for found, said in rows]
+
+
+def _network(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the metadata of a `model` artifact say of its network: how it was pruned and distilled."""
+    return {key: value for key, value in model.items() if key not in ("step", "config", "figures", "protocols")}
+
+
 def _entries_of(folder: Path, result: Mapping[str, Any], which: str, step: int | None) -> list[Entry]:
     """Return the entries of a run."""
     history = {row[STEP]: without_step(row) for row in read_history(folder)}
@@ -128,7 +167,7 @@ def _entries_of(folder: Path, result: Mapping[str, Any], which: str, step: int |
     for number in steps:
         judged = json.loads(_text(evaluated[number])) if number in evaluated else {}
         # The costs are those of the last network. Pruning forgets which checkpoint was the best before it.
-        is_last = number in steps[: step is None] or _have_equal_widths(folder, number, int(result["step"]))
+        is_last = number in steps[: step is None] or _have_equal_networks(folder, number, int(result["step"]))
         trained = history.get(number, {}) | (_costs(result["figures"]) if is_last else {})
         network = {name: value for name, value in dict(result["figures"]).items() if not name.startswith(OF_IMAGES)}
         rows = _by_sampling((trained, protocols), (judged.get("figures", {}), judged.get("protocols", {})))
@@ -177,13 +216,13 @@ def _text(file: Path) -> str:
     return file.read_text(encoding="utf-8") if file.is_file() else "{}"
 
 
-def _have_equal_widths(folder: Path, *steps: int) -> bool:
-    """Return whether checkpoints of a run have networks of the same widths; False if they are not on the disk."""
+def _have_equal_networks(folder: Path, *steps: int) -> bool:
+    """Return whether checkpoints of a run were pruned and distilled equally; False if they are not on the disk."""
     try:
-        paths = [folder / CHECKPOINTS / step_folder(step) for step in steps]
-        one, *others = [read_checkpoint(path, verify=False).metadata["structure"] for path in paths]
+        found = [read_checkpoint(folder / CHECKPOINTS / step_folder(step), verify=False).metadata for step in steps]
     except CheckpointError:
         return False
+    one, *others = [(metadata["structure"], metadata["extra"]) for metadata in found]
     return all(other == one for other in others)
 
 

@@ -346,13 +346,14 @@ def test_what_was_evaluated_later_stays_with_its_checkpoint(run: Path) -> None:
     assert only == second
 
 
-def test_a_network_of_other_widths_has_other_costs(run: Path) -> None:
+@pytest.mark.parametrize("other", [{"structure": {"conv_in": {"out": 8}}}, {"extra": {"student": {"stage": 1}}}])
+def test_another_network_has_other_costs(other: dict[str, Any], run: Path) -> None:
     for step in (3, 9):
         write_json(
             place(run, step) / "evaluation.json", {"figures": {"eval/fid50k_train": float(step)}, "protocols": {}}
         )
     content = json.loads((place(run, 3) / "checkpoint.json").read_text())
-    (place(run, 3) / "checkpoint.json").write_text(json.dumps(content | {"structure": {"conv_in": {"out": 8}}}))
+    (place(run, 3) / "checkpoint.json").write_text(json.dumps(content | other))
     assert [(row["step"], row["costs"]) for row in rows(run)] == [
         (BEST, {"parameters": 7}),
         (3, {}),
