@@ -84,8 +84,10 @@ class OptunaSearch:
         if missing := set(range(place)) - known.keys():
             raise self._damaged(f"lacks {len(missing)} of the sweep's {place} trials")
         for index, run in enumerate(runs):
-            if run.state != "running" and not known[index].state.is_finished():
+            if not known[index].state.is_finished():
                 self._tell(known[index], run)
+            elif known[index].state == optuna.trial.TrialState.FAIL:
+                self._tell_again(known[index], run)
         if place in known:
             return known[place]
         study.sampler = self.sampler(stream_seed(SEARCH_SEED, place) & 0xFFFFFFFF, self.request.total)
@@ -94,19 +96,42 @@ class OptunaSearch:
         return trial
 
     def _tell(self, trial: Any, run: Any) -> None:
-        """Tell the study what a trial measured, and by how much that exceeds the limits."""
+        """Tell the study what a trial measured, and by how much that exceeds the limits, unless it is under way."""
         import optuna
 
-        objectives = self.request.objectives
-        point = point_of(run.summary_metrics, objectives) if run.state == "finished" else None
-        if point is None:
+        if run.state == "running":
+            return
+        if (point := self._point(run)) is None:
             self._study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
             return
         open_trial = optuna.trial.Trial(self._study, trial._trial_id)
-        for objective, value in zip(objectives, point, strict=True):
-            if objective.limit is not None:
-                open_trial.set_constraint(objective.name, objective.excess(value))
+        for name, excess in self._excesses(point).items():
+            open_trial.set_constraint(name, excess)
         self._study.tell(trial.number, list(point))
+
+    def _tell_again(self, trial: Any, run: Any) -> None:
+        """Add what a trial that had failed measured when it was run again. It takes the place of the failed one."""
+        import optuna
+
+        if (point := self._point(run)) is not None:
+            self._study.add_trial(
+                optuna.create_trial(
+                    params=trial.params,
+                    distributions=trial.distributions,
+                    user_attrs=trial.user_attrs,
+                    values=list(point),
+                    constraints=self._excesses(point),
+                )
+            )
+
+    def _point(self, run: Any) -> Sequence[float] | None:
+        """Return the objectives of a trial; None if it has not finished, or lacks one."""
+        return point_of(run.summary_metrics, self.request.objectives) if run.state == "finished" else None
+
+    def _excesses(self, point: Sequence[float]) -> dict[str, float]:
+        """Return by how much a trial exceeds each limit."""
+        with_values = zip(self.request.objectives, point, strict=True)
+        return {one.name: one.excess(value) for one, value in with_values if one.limit is not None}
 
     def _parameters(self, trial: Any) -> dict[str, Any]:
         """Return a trial of the study as parameters of a sweep."""

@@ -143,6 +143,26 @@ def test_trials_under_way_and_failed_ones_are_no_results(tmp_path: Path) -> None
     assert states == [*expected, optuna.trial.TrialState.RUNNING, optuna.trial.TrialState.RUNNING]
 
 
+@pytest.mark.parametrize("kept", [False, True], ids=["the same process", "another process"])
+def test_a_failed_trial_that_finishes_when_it_is_run_again_is_a_result(kept: bool, tmp_path: Path) -> None:
+    import optuna
+
+    sweep = Sweep(lambda parameters: {})
+    search = search_of("tpe", tmp_path, quality_from=0.5)
+    sweep.go_on(search, 3)
+    for _ in range(2):  # The second time, it is known.
+        search = search_of("tpe", tmp_path, quality_from=0.5) if kept else search
+        search.suggest(sweep.past, lambda: sweep.runs)
+        again = figures_of(sweep.past[1])
+        sweep.runs[1] = engine.past_run("1", sweep.past[1], "finished", again, [])
+        before = len(sweep.past)
+        sweep.go_on(search, 1)
+        assert len(sweep.past) == before + 1
+    done = [trial for trial in search._study.get_trials() if trial.state == optuna.trial.TrialState.COMPLETE]  # type: ignore[attr-defined]
+    assert [trial.values for trial in done] == [point_of(again, [QUALITY, COST])]
+    assert list(done[0].constraints.values()) == [pytest.approx(0.5 - again["eval/class_agreement"])]
+
+
 def test_the_goals_of_the_objectives_are_those_of_the_study() -> None:
     """Of the trials so far, Optuna calls the same ones best as we do."""
     sweep, search = Sweep(), search_of("nsga2")
