@@ -21,7 +21,7 @@ from tiny import lively_run
 from diffusion_core.checkpoint import read_checkpoint
 from diffusion_core.config import build, flatten
 from diffusion_core.sampling.generation import Generator
-from diffusion_core.sampling.samplers import build_sampler
+from diffusion_core.sampling.samplers import build_sampler, start_scale, steps_of
 
 START, END = "  import json", ".astype(np.uint8)"
 EXAMPLE = script.__doc__[script.__doc__.index(START) : script.__doc__.index(END) + len(END)].replace("\n  ", "\n")[2:]
@@ -64,13 +64,13 @@ def expected(source: Path, **knobs: Any) -> np.ndarray:
     config = build(type(checkpoint.config()), flatten(checkpoint.config()), given)
     generator = Generator(checkpoint.network(), config, "fp32")
     denoiser = generator.denoiser()
-    steps = denoiser.schedule.steps(config.sample.steps, config.sample.spacing)
+    steps = steps_of(config.sample, denoiser.schedule)
     normal = np.random.default_rng(0).standard_normal
 
     def noise() -> torch.Tensor:
         return torch.from_numpy(normal((8, *checkpoint.shape_CHW), np.float32))
 
-    start = noise() * (1.0 if denoiser.schedule.variance_preserving else float(steps.sigmas[0]))
+    start = noise() * start_scale(denoiser.schedule, steps)
     labels = torch.arange(8) % max(1, len(checkpoint.class_names))
     with torch.no_grad():
         images = build_sampler(config.sample, denoiser)(
