@@ -85,6 +85,17 @@ def choose(
     return replace(found, chosen=redact(f"{name or found.path}, step {found.step}{how}"))
 
 
+def check_weights(checkpoint: Checkpoint, weights: str) -> None:
+    """Check that a checkpoint holds the weights that ``--weights`` names.
+
+    Raises:
+        CheckpointError: if it does not; the message names those that it holds.
+    """
+    held = [part for part in checkpoint.parts if part in ("ema", "model") or part.startswith("ema-")]
+    if weights not in held:
+        raise CheckpointError(f"--weights = {weights!r}: {str(checkpoint.path)!r} holds {', '.join(held)}")
+
+
 def announce(*checkpoints: Checkpoint) -> None:
     """Print which checkpoints a command takes, a line each, on stderr in the first process.
 

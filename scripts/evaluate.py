@@ -37,6 +37,7 @@ from diffusion_core.checkpoint import Checkpoint, CheckpointError
 from diffusion_core.choice import add_which_flag, announce, best_of_sweep, choose
 from diffusion_core.config import ConfigError, CoreConfig, DataConfig, EvalConfig, build, flatten
 from diffusion_core.config.checks import leaking_problems
+from diffusion_core.config.knobs import MOST_IMAGES
 from diffusion_core.config.metrics import INCEPTION
 from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.data.announcement import announce_data
@@ -63,7 +64,7 @@ from diffusion_core.evaluation.reference import write_statistics
 from diffusion_core.evaluation.suite import Judgement, Suite
 from diffusion_core.hardware import pick_precision
 from diffusion_core.machine.launch import launch_errors
-from diffusion_core.messages import Parser, out_file
+from diffusion_core.messages import Parser, out_file, positive
 from diffusion_core.registries import DATASETS, METRICS
 from diffusion_core.sampling.autoguidance import FREE_OF_LABELS, check_guide
 from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs, student_note
@@ -106,7 +107,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--reference", choices=("train", "val"), default="train", help="real images to compare with (train)"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=50, metavar="N", help="batch size for images of a folder (50)"
+        "--batch-size", type=positive, default=50, metavar="N", help="batch size for images of a folder (50)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--json", type=out_file, metavar="FILE", help="where figures and protocols go (default for a "
@@ -135,9 +136,8 @@ def problem_of(arguments: argparse.Namespace) -> str | None:
         return "--guide-checkpoint: expected a model to guide, by --checkpoint, --artifact or --sweep"
     if arguments.wandb and not arguments.artifact:
         return "--wandb: expected --artifact, whose metadata and run are updated"
-    for flag in ("num_images", "batch_size"):
-        if getattr(arguments, flag) < 1:
-            return f"--{flag.replace('_', '-')} = {getattr(arguments, flag)}: expected an integer >= 1"
+    if not 1 <= arguments.num_images <= MOST_IMAGES:
+        return f"--num-images = {arguments.num_images}: expected an integer >= 1 and <= {MOST_IMAGES:,}"
     if len(arguments.path) == 2 and not (arguments.save_stats or wanted_figures(arguments)):
         return NOTHING
     for figure in wanted_figures(arguments):

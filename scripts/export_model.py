@@ -12,14 +12,16 @@ Sample from it with NumPy and ONNX Runtime alone:
   import json, numpy as np, onnxruntime
   model = onnxruntime.InferenceSession("exported/model.onnx")
   info = json.load(open("exported/model.json"))
-  alphas, sigmas, shape = info["alphas"], info["sigmas"], info["image_shape"]
-  labels = np.arange(8) % len(info["class_names"])
-  noise = np.random.default_rng(0).standard_normal((8, *shape), np.float32)
-  x = info["start"] * noise
-  for i, t in enumerate(info["timesteps"]):  # DDIM
-      inputs = {"x": x, "t": np.full(8, t), "labels": labels}
+  alphas, sigmas, classes = info["alphas"], info["sigmas"], info["class_names"]
+  inputs = {"labels": np.arange(8) % len(classes)} if classes else {}
+  normal, shape = np.random.default_rng(0).standard_normal, info["image_shape"]
+  x = info["start"] * normal((8, *shape), np.float32)
+  for i, t in enumerate(info["timesteps"]):
+      inputs |= {"x": x, "t": np.full(8, t, info["timestep_type"])}
       x0, = model.run(None, inputs)
-      noise = (x - alphas[i] * x0) / sigmas[i]
+      noise = (x - alphas[i] * x0) / sigmas[i]  # DDIM
+      if info["sampler"] == "consistency":
+          noise = normal(x.shape, np.float32)
       x = (alphas[i + 1] * x0 + sigmas[i + 1] * noise).astype(np.float32)
   images = ((x + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
 """
@@ -38,11 +40,12 @@ from pathlib import Path
 
 from agent.command import fail, run_and_leave
 from agent.tracking.artifacts import open_source
-from diffusion_core.choice import add_which_flag, announce
+from diffusion_core.choice import add_which_flag, announce, check_weights
 from diffusion_core.config import CoreConfig, build, flatten
 from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.files import new_folder
 from diffusion_core.messages import Parser, UserError, out_folder, size_in_words
+from diffusion_core.sampling.flags import student_note
 from diffusion_core.sampling.portable import FORMATS, write_model
 
 KNOBS = ("steps", "spacing", "guidance", "guidance_interval")
@@ -59,7 +62,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=out_folder, default=Path("exported"), metavar="DIR", help="a new folder (exported)"
     )
-    parser.add_argument("--weights", default="ema", help="ema: the average that was validated; model: as trained")
+    parser.add_argument("--weights", default="ema", help="ema: the average that was validated; model: as trained; or "
+                        "another average of the checkpoint, such as ema-power0_1")  # fmt: skip
     own = parser.add_argument_group("sampling (default: the settings of the training run)")
     for knob in KNOBS:
         own.add_argument(f"--{knob.replace('_', '-')}", metavar="VALUE", help=f"sample.{knob}")
@@ -74,14 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = open_source(arguments.checkpoint, arguments.artifact, "--", arguments.which)
         assert source is not None
         checkpoint = source.checkpoint
-        announce(checkpoint)
         given = {f"sample.{knob}": value for knob in KNOBS if (value := getattr(arguments, knob)) is not None}
         config = build(CoreConfig, flatten(checkpoint.config()), given)
-        if arguments.weights not in checkpoint.parts:
-            held = ", ".join(checkpoint.parts)
-            raise UserError(f"--weights = {arguments.weights!r}: {str(checkpoint.path)!r} holds {held}")
+        check_weights(checkpoint, arguments.weights)
         network = checkpoint.network(arguments.weights)
         with new_folder(arguments.out, "--out") as folder:
+            announce(checkpoint)
+            if note := student_note(checkpoint, config):
+                print(note, file=sys.stderr)
             difference = write_model(network, config, checkpoint.class_names, folder, arguments.format)
             size = sum(file.stat().st_size for file in folder.iterdir())
         print(f"{arguments.out}: {arguments.format}, {size_in_words(size)}, {config.sample.steps} steps, "

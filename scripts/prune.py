@@ -39,6 +39,7 @@ from agent.tracking.tracker import WandbTracker
 from diffusion_core.checkpoint import CheckpointError, list_checkpoints, write_checkpoint
 from diffusion_core.choice import add_which_flag, announce
 from diffusion_core.config import ConfigError, flatten, list_knobs, split_argv
+from diffusion_core.config.knobs import MOST_IMAGES
 from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.data.announcement import announce_data
 from diffusion_core.data.datasets import DataError, load_data
@@ -165,8 +166,8 @@ def prepare(arguments: argparse.Namespace, words: Sequence[str]) -> PruningTask:
         CheckpointError: if the model cannot be had.
     """
     num_images = arguments.num_images
-    if num_images is not None and num_images < 0:
-        raise ConfigError(f"--num-images = {num_images}: expected an integer >= 0")
+    if num_images is not None and not 0 <= num_images <= MOST_IMAGES:
+        raise ConfigError(f"--num-images = {num_images}: expected an integer >= 0 and <= {MOST_IMAGES:,}")
     if num_images and arguments.preset:
         raise ConfigError(
             f"--num-images = {num_images}: images of an untrained model say nothing; leave it out, or prune a "

@@ -39,7 +39,7 @@ from accelerate import PartialState
 from agent.command import fail, run_and_leave
 from agent.tracking.artifacts import download_model, open_source
 from diffusion_core.checkpoint import Checkpoint, CheckpointError
-from diffusion_core.choice import add_which_flag, announce, choose
+from diffusion_core.choice import add_which_flag, announce, check_weights, choose
 from diffusion_core.config import ConfigError, CoreConfig, build, flatten
 from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.data.datasets import DataError
@@ -56,6 +56,7 @@ from diffusion_core.sampling.chain import check_chain, images_of
 from diffusion_core.sampling.flags import LOW_NOISE, add_sampling_flags, sampling_knobs, student_note
 from diffusion_core.sampling.generation import Generator, Lows, Request, round_robin
 from diffusion_core.sampling.image_folder import check_folder, file_name, read_png, save_png, settings
+from diffusion_core.sampling.interpolation import between_labels, between_seeds
 from diffusion_core.sampling.labels import pick_count, pick_labels, pick_seeds
 from diffusion_core.sampling.lows import HeldOut
 
@@ -78,7 +79,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--num-images",
         metavar="N",
         help=f"images in all, dealt out to the labels in turn (sample: {IMAGES_PER_LABEL} of each label; else one of "
-        "each); with interpolate, the number of rows",
+        "each, as many as fit in a picture); with interpolate, the number of rows",
     )
     parser.add_argument("--seed", default="0", help="seed of the images (0)")
     parser.add_argument("--seeds", metavar="A,B", help="interpolate between these two seeds")
@@ -140,7 +141,6 @@ class SamplingTask:
         generator: that model.
         labels: classes of the images.
         wanted: the images to sample.
-        rows: rows of an interpolation.
         folder: where images are written.
         processes: all processes.
     """
@@ -151,7 +151,6 @@ class SamplingTask:
     generator: Generator
     labels: list[int]
     wanted: list[Request]
-    rows: int
     folder: Path
     processes: PartialState
 
@@ -203,7 +202,9 @@ def prepare(arguments: argparse.Namespace) -> SamplingTask:
     lows: Lows | None = small_images(checkpoint, config, {"--low": arguments.low, "--data-path": arguments.data_path})
     reference = load_generator(guide, config, "ema", processes, lows=lows) if guide else None
     generator = load_generator(checkpoint, config, arguments.weights, processes, reference, lows)
-    wanted = pick_images(arguments, labels, lows)
+    size = (stages or [checkpoint])[-1].shape_CHW[1]
+    most = None if arguments.mode == "sample" else media.most_rows(size)
+    wanted = pick_images(arguments, labels, lows, most)
     described = settings(arguments.mode, checkpoint, guide, config, arguments.weights, generator.precision)
     described |= describe_lows(lows)
     notes = [student_note(checkpoint, config)]
@@ -217,9 +218,8 @@ def prepare(arguments: argparse.Namespace) -> SamplingTask:
     with first_process_first(processes):
         check_folder(arguments.out, described)
     checkpoints = [checkpoint, *stages, *([guide] if guide else [])]
-    rows = pick_count(arguments.num_images, 1)
     said = [note for note in notes if note]
-    return SamplingTask(checkpoints, said, config, generator, labels, wanted, rows, arguments.out, processes)
+    return SamplingTask(checkpoints, said, config, generator, labels, wanted, arguments.out, processes)
 
 
 def open_stage(name: str, which: str) -> Checkpoint:
@@ -238,16 +238,19 @@ def describe_lows(lows: Lows | None) -> dict[str, str]:
     return {"lows": lows.sha256} if isinstance(lows, FolderLows | HeldOut) else {}
 
 
-def pick_images(arguments: argparse.Namespace, labels: Sequence[int], lows: Lows | None) -> list[Request]:
+def pick_images(
+    arguments: argparse.Namespace, labels: Sequence[int], lows: Lows | None, most: int | None
+) -> list[Request]:
     """Return the images to sample: of a folder of small images all, or those of the labels; else labels take turns."""
     if isinstance(lows, FolderLows):
         everything = arguments.labels == "all"
         found = [image for image in lows.requests if everything or image.label in labels]
         if not found:
             raise ConfigError(f"--labels = {arguments.labels!r}: no image of --low has such a label")
-        return found[: pick_count(arguments.num_images, len(found))]
-    each = IMAGES_PER_LABEL if arguments.mode == "sample" else 1
-    return round_robin(labels, range(pick_count(arguments.num_images, len(labels) * each)))
+        return found[: pick_count(arguments.num_images, len(found), most)]
+    between = arguments.mode == "interpolate" and arguments.seeds is None
+    default = 1 if between else len(labels) * (IMAGES_PER_LABEL if arguments.mode == "sample" else 1)
+    return round_robin(labels, range(pick_count(arguments.num_images, default, most)))
 
 
 def load_generator(
@@ -263,9 +266,7 @@ def load_generator(
     Raises:
         CheckpointError: if the checkpoint does not hold such weights, or the reference makes other images.
     """
-    if weights not in checkpoint.parts or weights in ("optimizer", "masks"):
-        choices = ", ".join(part for part in checkpoint.parts if part not in ("optimizer", "masks"))
-        raise CheckpointError(f"--weights = {weights!r}: {str(checkpoint.path)!r} holds {choices}")
+    check_weights(checkpoint, weights)
     own = checkpoint.config()
     noise = {LOW_NOISE: config.upsample.sample_noise} if own.upsample.wanted and config.upsample.wanted else {}
     own = build(CoreConfig, flatten(own), noise, {"train.precision": config.train.precision})
@@ -292,7 +293,7 @@ def sample(task: SamplingTask, gif: bool) -> None:
     by_label: dict[int, list[Request]] = {}
     for request in wanted:
         by_label.setdefault(request.label, []).append(request)
-    rows = list(by_label)[:GRID_ROWS]
+    rows = list(by_label)[: min(GRID_ROWS, media.most_rows(task.generator.shape_CHW[1]))]
     columns = min(GRID_COLUMNS, *(len(by_label[label]) for label in rows))
     tiles = [read_png(task.folder / file_name(image)) for label in rows for image in by_label[label][:columns]]
     media.grid(torch.stack(tiles), columns, task.names(rows)).save(task.folder / "grid.png")
@@ -324,21 +325,21 @@ def show_steps(task: SamplingTask, mode: str) -> None:
 
 def interpolate(task: SamplingTask, seeds: str | None) -> None:
     """From one label or seed to another: a strip with a row an image, and an animation there and back."""
-    weights = torch.linspace(0.0, 1.0, STRIP_COLUMNS).tolist()
-    if seeds is not None:
-        ends = pick_seeds(seeds)
-        rows = [task.generator.between_seeds(request, task.config.sample, ends, weights) for request in task.wanted]
+    if not task.processes.is_main_process:
+        return
+    ends = None if seeds is None else pick_seeds(seeds)
+    task.announce()
+    weights, sample = torch.linspace(0.0, 1.0, STRIP_COLUMNS).tolist(), task.config.sample
+    if ends is not None:
+        rows = [between_seeds(task.generator, request, sample, ends, weights) for request in task.wanted]
         names = task.names([request.label for request in task.wanted])
     else:
         first, second = task.labels
         rows = [
-            task.generator.between_labels(index, task.config.sample, task.config.seed, (first, second), weights)
-            for index in range(task.rows)
+            between_labels(task.generator, index, sample, task.config.seed, (first, second), weights)
+            for index in range(len(task.wanted))
         ]
-        names = [" to ".join(task.names(task.labels))] * task.rows
-    if not task.processes.is_main_process:
-        return
-    task.announce()
+        names = [" to ".join(task.names(task.labels))] * len(rows)
     media.grid(torch.cat(rows), len(weights), names).save(task.folder / "interpolate.png")
     frames = [media.grid(torch.stack(frame), 1, names) for frame in zip(*rows, strict=True)]
     media.save_gif([*frames, *frames[-2::-1]], task.folder / "interpolate.gif")

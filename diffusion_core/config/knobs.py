@@ -19,6 +19,9 @@ from diffusion_core.registry import Choice
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
+MOST_IMAGES = 1_000_000
+"""Most images that one call samples: their list has to fit in memory."""
+
 
 class Section(BaseModel):
     """A group of knobs: immutable, typed, closed to unknown names."""
@@ -268,7 +271,7 @@ class SampleConfig(Section):
     """Clip the predicted clean image to [-1, 1] at every step."""
     every: Annotated[int, Field(ge=0)] = 5000
     """Optimizer steps between sample grids (and the GIF); 0: only at the end."""
-    per_class: Positive = 8
+    per_class: Annotated[int, Field(ge=1, le=1000)] = 8
     """Images of each class in the grid."""
     batch_size: Positive = 256
     """Images sampled at once; changes memory and speed, not the images."""
@@ -290,7 +293,7 @@ class EvalConfig(Section):
     classifier: Literal["auto", "none", "network"] = "auto"
     """Classifier for eval/class_agreement: a small network, trained on the real images once and kept in the cache; auto
     uses it for `digits`, where that takes seconds (see scripts/train_classifier.py for others)."""
-    num_images: Annotated[int, Field(ge=1, le=1_000_000)] = 200
+    num_images: Annotated[int, Field(ge=1, le=MOST_IMAGES)] = 200
     """Images generated for the figures eval/*."""
     consistency_images: Annotated[int, Field(ge=0, le=100_000)] = 16
     """Images that the dense and the pruned network draw from the same seeds and labels, for prune/consistency_* at the

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_core.checkpoint import STUDENT, Checkpoint, CheckpointError
-from diffusion_core.choice import announce, choose
+from diffusion_core.choice import announce, check_weights, choose
 from diffusion_core.config import ConfigError
 from diffusion_core.diffusers_io.layout import unet_config
 from diffusion_core.diffusers_io.names import to_diffusers
@@ -42,8 +42,7 @@ def export_model(
     from diffusers import DDPMPipeline, DDPMScheduler
 
     checkpoint = choose(path, which)
-    if weights not in checkpoint.parts:
-        raise CheckpointError(f"--weights = {weights!r}: {str(checkpoint.path)!r} does not hold them")
+    check_weights(checkpoint, weights)
     config, network = checkpoint.config(), checkpoint.network(weights)
     if STUDENT in checkpoint.metadata["extra"]:
         raise CheckpointError(

@@ -69,6 +69,11 @@ def in_parts(network: Callable[..., Tensor], size: int) -> Callable[..., Tensor]
     return whole
 
 
+def _joined(parts: Iterable[list[Tensor]]) -> list[Tensor]:
+    """Return frames of all images, from those of each batch."""
+    return [torch.cat(frames) for frames in zip(*parts, strict=True)]
+
+
 class Generator:
     """Samples images from a network.
 
@@ -187,9 +192,9 @@ class Generator:
         labels_B = torch.tensor([image.label for image in wanted], device=self.device)
         denoiser, steps = self.denoiser(network, self.given(wanted, seed)), steps_of(config, self.schedule)
         guided_denoiser = self.guided(denoiser, config, steps)
-        return self._sample(denoiser, guided_denoiser, noise(), labels_B, noise, config, steps, callback)
+        return self.from_start(denoiser, guided_denoiser, noise(), labels_B, noise, config, steps, callback)
 
-    def _sample(
+    def from_start(
         self,
         denoiser: Denoiser,
         guided_denoiser: DenoiserFunction,
@@ -200,6 +205,7 @@ class Generator:
         steps: SamplingSteps,
         callback: StepCallback | None = None,
     ) -> Tensor:
+        """Sample one batch of images from initial noise of variance 1; the other arguments are those of samplers."""
         scale = start_scale(self.schedule, steps)
         with autocast(self.device, self.precision):
             sampler = build_sampler(config, denoiser)
@@ -263,7 +269,7 @@ class Generator:
     def trajectory(
         self, wanted: Sequence[Request], config: SampleConfig, seed: int, keep: set[int], *, clean: bool = False
     ) -> list[Tensor]:
-        """Sample one batch of images. Return a frame before each of the steps in ``keep``, then the finished images.
+        """Sample images in batches. Return a frame before each of the steps in ``keep``, then the finished images.
 
         Args:
             wanted: the images.
@@ -273,29 +279,36 @@ class Generator:
             clean: show the network's estimates of the clean images instead of the noisy images.
 
         Returns:
-            Frames of ``(B, C, H, W)`` uint8 on the CPU.
+            Frames of ``(N, C, H, W)`` uint8 on the CPU.
         """
-        noisy, expected = self.trajectories(wanted, config, seed, keep)
-        return expected if clean else noisy
+        return _joined(both[clean] for both in self._trajectories(wanted, config, seed, keep))
 
     def trajectories(
         self, wanted: Sequence[Request], config: SampleConfig, seed: int, keep: set[int]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Sample one batch as :meth:`trajectory` does. Return the noisy frames, and what the network expected at each.
+        """Sample images as :meth:`trajectory` does. Return the noisy frames, and what the network expected at each.
 
         The last frame of both is the finished images.
         """
-        noisy: list[Tensor] = []
-        expected: list[Tensor] = []
+        noisy, expected = zip(*self._trajectories(wanted, config, seed, keep), strict=True)
+        return _joined(noisy), _joined(expected)
+
+    def _trajectories(
+        self, wanted: Sequence[Request], config: SampleConfig, seed: int, keep: set[int]
+    ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Yield the noisy and the expected frames of each batch of ``config.batch_size`` images."""
         frame = self.frame(config)
+        for start in range(0, len(wanted), config.batch_size):
+            frames: list[tuple[Tensor, Tensor]] = []
 
-        def record(index: int, x_BCHW: Tensor, x0_BCHW: Tensor) -> None:
-            if index in keep:
-                for frames, images in zip((noisy, expected), frame(x_BCHW, x0_BCHW, index), strict=True):
-                    frames.append(images)
+            def record(index: int, x_BCHW: Tensor, x0_BCHW: Tensor, kept: list[tuple[Tensor, Tensor]] = frames) -> None:
+                if index in keep:
+                    kept.append(frame(x_BCHW, x0_BCHW, index))
 
-        finished = to_uint8(self.batch(wanted, config, seed, record)).cpu()
-        return [*noisy, finished], [*expected, finished]
+            batch = wanted[start : start + config.batch_size]
+            finished = to_uint8(self.batch(batch, config, seed, record)).cpu()
+            noisy, expected = zip(*frames, (finished, finished), strict=True)
+            yield list(noisy), list(expected)
 
     def frame(self, config: SampleConfig) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
         """Return a function of noisy images, expected images and a step. It returns both as uint8 on the CPU."""
@@ -307,44 +320,3 @@ class Generator:
             return to_uint8(x_BCHW / scale).cpu(), to_uint8(x0_BCHW).cpu()
 
         return uint8
-
-    @torch.no_grad()
-    def between_seeds(
-        self, request: Request, config: SampleConfig, seeds: tuple[int, int], weights: Sequence[float]
-    ) -> Tensor:
-        """Interpolate between the images of two seeds: ``(len(weights), C, H, W)`` uint8 on the CPU.
-
-        The initial noise is interpolated on the sphere, so that it stays normal. The noise of later steps is that of
-        the first seed for all images.
-        """
-        wanted = [request] * len(weights)
-        noise, other = (self.noise(wanted, seed) for seed in seeds)
-        angle_B = torch.tensor(weights, device=self.device).view(-1, 1, 1, 1) * (math.pi / 2.0)
-        start_BCHW = angle_B.cos() * noise() + angle_B.sin() * other()
-        labels_B = torch.full((len(weights),), request.label, device=self.device)
-        given_BCHW, steps = self.given(wanted, seeds[0]), steps_of(config, self.schedule)
-        denoiser = self.denoiser(given_BCHW=given_BCHW)
-        guided_denoiser = self.guided(denoiser, config, steps)
-        return to_uint8(self._sample(denoiser, guided_denoiser, start_BCHW, labels_B, noise, config, steps)).cpu()
-
-    @torch.no_grad()
-    def between_labels(
-        self, index: int, config: SampleConfig, seed: int, labels: tuple[int, int], weights: Sequence[float]
-    ) -> Tensor:
-        """Interpolate between the images of two labels: ``(len(weights), C, H, W)`` uint8 on the CPU.
-
-        All images use the noise of the first label's image. Every step mixes the estimates of the clean image for the
-        two labels.
-        """
-        wanted = [Request(labels[0], index)] * len(weights)
-        noise = self.noise(wanted, seed)
-        first_B, second_B = (torch.full((len(weights),), label, device=self.device) for label in labels)
-        weights_B = torch.tensor(weights, device=self.device).view(-1, 1, 1, 1)
-        given_BCHW, steps = self.given(wanted, seed), steps_of(config, self.schedule)
-        one, two = self.denoiser(given_BCHW=given_BCHW), self.denoiser(given_BCHW=given_BCHW)
-        guided_one, guided_two = self.guided(one, config, steps), self.guided(two, config, steps)
-
-        def mixed(x_BCHW: Tensor, t_B: Tensor, _: Tensor | None) -> Tensor:
-            return torch.lerp(guided_one(x_BCHW, t_B, first_B), guided_two(x_BCHW, t_B, second_B), weights_B)
-
-        return to_uint8(self._sample(one, mixed, noise(), first_B, noise, config, steps)).cpu()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from functools import cache
 
 from diffusion_core.checkpoint import Checkpoint
 from diffusion_core.config import ConfigError
+from diffusion_core.config.knobs import MOST_IMAGES
 from diffusion_core.data.classes import SHOWN, are_numbers, normal
 from diffusion_core.messages import listed
 from diffusion_core.model.unet import NO_LABEL
@@ -20,15 +22,16 @@ def find_labels(option: str, text: str, class_names: Sequence[str]) -> list[int]
     Raises:
         ConfigError: if there is no such class; the message starts with ``option``.
     """
-    words = text.split(",")
-    labels, start = [], 0
+    words, known = text.split(","), _by_name(class_names)
+    longest = 1 + max((name.count(",") for name in known), default=0)
+    labels, start, alone = [], 0, cache(lambda word: find_label(option, word, class_names))
     while start < len(words):
-        for end in range(len(words), start, -1):
-            label = _named(",".join(words[start:end]), class_names)
+        for end in range(min(start + longest, len(words)), start, -1):
+            label = _named(",".join(words[start:end]), known)
             if label is not None:
                 break
         else:
-            label, end = find_label(option, words[start], class_names), start + 1
+            label, end = alone(words[start]), start + 1
         labels.append(label)
         start = end
     return list(dict.fromkeys(labels))
@@ -48,7 +51,7 @@ def find_label(option: str, word: str, class_names: Sequence[str], others: str =
     Raises:
         ConfigError: if there is no such class.
     """
-    label = _named(word, class_names)
+    label = _named(word, _by_name(class_names))
     if label is not None:
         return label
     word, numbers = word.strip(), are_numbers(class_names)
@@ -75,12 +78,20 @@ def pick_labels(text: str, checkpoint: Checkpoint) -> list[int]:
     return find_labels("--labels", text, checkpoint.class_names[:number])
 
 
-def pick_count(text: str | None, default: int) -> int:
-    """Return how many images ``--num-images`` asks for."""
+def pick_count(text: str | None, default: int, rows: int | None = None) -> int:
+    """Return how many images ``--num-images`` asks for, or the default, or fewer where that is too many.
+
+    Args:
+        text: what the user typed, or None.
+        default: used for None.
+        rows: most rows of the picture, where an image is a row of it; None: images are single files.
+    """
+    most = MOST_IMAGES if rows is None else rows
     if text is None:
-        return default
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"--num-images = {text!r}: expected an integer >= 1")
+        return min(default, most)
+    if not text.isdecimal() or not 1 <= int(text) <= most:
+        why = "" if rows is None else ", rows of one picture; draw more pictures with another --seed and --out"
+        raise ConfigError(f"--num-images = {text!r}: expected an integer >= 1 and <= {most:,}{why}")
     return int(text)
 
 
@@ -92,10 +103,11 @@ def pick_seeds(text: str) -> tuple[int, int]:
     return int(words[0]), int(words[1])
 
 
-def _named(word: str, class_names: Sequence[str]) -> int | None:
+def _by_name(class_names: Sequence[str]) -> dict[str, int]:
+    """Return the labels of classes, the first of each name."""
+    return {normal(name): label for label, name in reversed(list(enumerate(class_names)))}
+
+
+def _named(word: str, known: Mapping[str, int]) -> int | None:
     """Return the label of the class of this name, or of the only one that differs in spaces around it; None if none."""
-    names = [normal(name) for name in class_names]
-    for wanted in (normal(word), normal(word.strip())):
-        if wanted in names:
-            return names.index(wanted)
-    return None
+    return known.get(normal(word), known.get(normal(word.strip())))

@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 GAP = 2
+MOST_PIXELS = 16_384
+"""Most pixels of the height of a picture with a row an image. All frames of its GIF are in memory at once."""
 SHOWN_SIZE = 48
 """Size in pixels below which images are enlarged by an integer factor, by repeating pixels."""
 
@@ -41,6 +43,11 @@ def enlarged(pixels_CHW: Tensor) -> Image.Image:
 def factor_of(height: int, width: int) -> int:
     """Return the integer factor by which images of a size in pixels are enlarged."""
     return max(1, math.ceil(SHOWN_SIZE / min(height, width)))
+
+
+def most_rows(size: int) -> int:
+    """Return how many rows of images of a size fit in ``MOST_PIXELS``; at least 1."""
+    return max(1, (MOST_PIXELS - GAP) // (size * factor_of(size, size) + GAP))
 
 
 def grid(images_NCHW: Tensor, columns: int, row_names: Sequence[str] = ()) -> Image.Image:

@@ -7,8 +7,9 @@ et al. 2021, eq. 12) from step i to i + 1 is
     x0 = model(x, timesteps[i], labels)
     x = alphas[i + 1] * x0 + sigmas[i + 1] * (x - alphas[i] * x0) / sigmas[i]
 
-from ``x = start * noise``; after the last step, x is the image in [-1, 1]. A student of consistency tuning (``sampler``
-in the JSON file) is sampled with new noise instead: ``x = alphas[i + 1] * x0 + sigmas[i + 1] * noise``.
+from ``x = start * noise``; after the last step, x is the image in [-1, 1]. The file takes timesteps as
+``timestep_type``: float32 if any lies between two trained ones, else int64. A student of consistency tuning
+(``sampler`` in the JSON file) is sampled with new noise: ``x = alphas[i + 1] * x0 + sigmas[i + 1] * noise``.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ DESCRIPTION = "model.json"
 TOLERANCE = 1e-4
 """Largest difference of a clean image between the file and the network. Images have 255 levels, 0.008 apart."""
 
-MOST_IMAGES = 65_536
+LARGEST_BATCH = 65_536
 """Largest batch of a file. The compilers want a bound."""
 
 
@@ -93,8 +94,7 @@ class PortableDenoiser(nn.Module):
         """Return arguments of ``forward`` for some images: noise, timesteps from the steps in turn, and classes."""
         shape = (self.network.in_channels, self.network.image_size, self.network.image_size)
         noise_BCHW = torch.empty(count, *shape).normal_(generator=generator(0, Purpose.SAMPLE))
-        kind = self.steps.t(0, noise_BCHW).dtype
-        t_B = torch.tensor([self.steps.timesteps[i % len(self.steps)] for i in range(count)], dtype=kind)
+        t_B = self.steps.t_S[torch.arange(count) % len(self.steps)]
         if not self.network.num_classes:
             return noise_BCHW, t_B
         return noise_BCHW, t_B, torch.arange(count) % self.network.num_classes
@@ -108,6 +108,7 @@ class PortableDenoiser(nn.Module):
             "sampler": self.sample.sampler,
             "start": self.start,
             "timesteps": list(self.steps.timesteps),
+            "timestep_type": str(self.steps.dtype).removeprefix("torch."),
             "alphas": self.steps.alphas.tolist(),
             "sigmas": self.steps.sigmas.tolist(),
         }
@@ -182,13 +183,24 @@ def write_model(network: UNet, config: CoreConfig, class_names: Sequence[str], f
     arguments = model.example(5)  # Not the number of images with which it was traced.
     found, expected = run(path, arguments), model(*arguments)
     difference = float((found - expected).abs().max())
-    if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
-        raise UserError(f"the file computes other images than the network (they differ by {difference:.2g})")
+    tolerance = TOLERANCE * max(1.0, float(expected.abs().max()))
+    if not difference <= tolerance:
+        raise UserError(
+            f"--format = {kind!r}: the file's clean images differ from the network's by up to {difference:.2g}, more "
+            f"than the tolerance of {tolerance:.2g}; {_remedy(kind, config.sample.guidance)}"
+        )
     return difference
 
 
+def _remedy(kind: str, guidance: float) -> str:
+    """Return what to do if a file of a format is not as exact as it has to be."""
+    lower = f"lower --guidance = {guidance:g}, which multiplies rounding errors" if guidance > 1.0 else ""
+    other = "take --format torch" if kind != "torch" else "sample with scripts/sample_images.py"
+    return f"{lower}, or {other}" if lower else other
+
+
 def _program(model: PortableDenoiser) -> torch.export.ExportedProgram:
-    batch = torch.export.Dim("batch", min=1, max=MOST_IMAGES)
+    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
     arguments = model.example(3)
     names = ["x_BCHW", "t_B", "labels_B"][: len(arguments)]
     try:

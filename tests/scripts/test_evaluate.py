@@ -244,6 +244,7 @@ def test_what_cannot_be_judged_is_refused_in_one_line(
         (["--checkpoint", "x", "--wandb"], "expected --artifact"),
         (["--checkpoint", "x", "--figures", "fid"], "expected some of"),
         (["--checkpoint", "x", "--num-images", "0"], "expected an integer >= 1"),
+        (["--checkpoint", "x", "--against", "x", "--num-images", "300000000"], "--num-images = 300000000: "),
         (["--save-stats", real], "expected a folder of images and the file"),
     ]:
         call(*words, code=2)

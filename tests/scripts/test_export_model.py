@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -20,7 +21,7 @@ from tiny import lively_run
 from diffusion_core.checkpoint import read_checkpoint
 from diffusion_core.config import build, flatten
 from diffusion_core.sampling.generation import Generator
-from diffusion_core.sampling.samplers import build_sampler
+from diffusion_core.sampling.samplers import build_sampler, start_scale, steps_of
 
 START, END = "  import json", ".astype(np.uint8)"
 EXAMPLE = script.__doc__[script.__doc__.index(START) : script.__doc__.index(END) + len(END)].replace("\n  ", "\n")[2:]
@@ -28,7 +29,7 @@ TORCH = EXAMPLE.replace("onnxruntime", "torch").replace(
     'torch.InferenceSession("exported/model.onnx")', 'torch.export.load("exported/model.pt2").module()'
 ).replace(
     "x0, = model.run(None, inputs)",
-    "x0 = model(*map(torch.from_numpy, (x, np.full(8, t, KIND), labels))).detach().numpy()",
+    'x0 = model(*(torch.from_numpy(inputs[key]) for key in ("x", "t", "labels") if key in inputs)).detach().numpy()',
 )  # fmt: skip
 
 
@@ -59,17 +60,21 @@ def drawn(folder: Path, program: str) -> np.ndarray:
 def expected(source: Path, **knobs: Any) -> np.ndarray:
     """The same images by the project's own sampler."""
     checkpoint = read_checkpoint(source)
-    given = {f"sample.{key}": value for key, value in knobs.items()} | {"sample.sampler": "ddim", "sample.eta": 0.0}
+    given = {f"sample.{key}": value for key, value in knobs.items()} | {"sample.eta": 0.0}
     config = build(type(checkpoint.config()), flatten(checkpoint.config()), given)
     generator = Generator(checkpoint.network(), config, "fp32")
     denoiser = generator.denoiser()
-    steps = denoiser.schedule.steps(config.sample.steps, config.sample.spacing)
-    noise = np.random.default_rng(0).standard_normal((8, *checkpoint.shape_CHW), np.float32)
-    start = torch.from_numpy(noise) * (1.0 if denoiser.schedule.variance_preserving else float(steps.sigmas[0]))
+    steps = steps_of(config.sample, denoiser.schedule)
+    normal = np.random.default_rng(0).standard_normal
+
+    def noise() -> torch.Tensor:
+        return torch.from_numpy(normal((8, *checkpoint.shape_CHW), np.float32))
+
+    start = noise() * start_scale(denoiser.schedule, steps)
     labels = torch.arange(8) % max(1, len(checkpoint.class_names))
     with torch.no_grad():
         images = build_sampler(config.sample, denoiser)(
-            generator.guided(denoiser, config.sample), start, steps, labels, noise=lambda: torch.zeros_like(start)
+            generator.guided(denoiser, config.sample), start, steps, labels, noise=noise
         )
     return ((images + 1.0) * 127.5).round().clamp(0, 255).byte().numpy()
 
@@ -108,7 +113,7 @@ def test_a_program_of_torch_draws_the_same_images(dense: Path, tmp_path: Path) -
     words = ["--guidance", "3", "--guidance-interval", "0.1,2", "--spacing", "karras", "--steps", "5"]
     assert export(dense, tmp_path, "--format", "torch", *words) == 0
     knobs = {"guidance": 3.0, "guidance_interval": [0.1, 2.0], "spacing": "karras", "steps": 5}
-    check(drawn(tmp_path, TORCH.replace("KIND", "np.float32")), expected(dense, **knobs))
+    check(drawn(tmp_path, TORCH), expected(dense, **knobs))
 
 
 @pytest.mark.slow
@@ -117,7 +122,7 @@ def test_a_program_of_a_network_without_some_blocks_draws_the_same_images(tmp_pa
     pruned = lively_run(tmp_path / "run", **pruning)
     assert {"removed": 1} in read_checkpoint(pruned).metadata["structure"].values()
     assert export(pruned, tmp_path, "--format", "torch", "--steps", "3") == 0
-    check(drawn(tmp_path, TORCH.replace("KIND", "int")), expected(pruned, steps=3))
+    check(drawn(tmp_path, TORCH), expected(pruned, steps=3))
 
 
 def test_a_model_without_classes_takes_no_labels(tmp_path: Path) -> None:
@@ -128,14 +133,42 @@ def test_a_model_without_classes_takes_no_labels(tmp_path: Path) -> None:
     assert "time_mlp.0" in read_checkpoint(plain).metadata["structure"]
     assert export(plain, tmp_path, "--format", "torch") == 0
     assert json.loads((tmp_path / "exported" / "model.json").read_text())["class_names"] == []
-    program = TORCH.replace("KIND", "int").replace(", labels)", ")").replace("np.arange(8) % len", "len")
-    check(drawn(tmp_path, program), expected(plain))
+    check(drawn(tmp_path, TORCH), expected(plain))
+
+
+@pytest.mark.slow
+@pytest.mark.extra("onnx")
+def test_an_onnx_file_takes_timesteps_between_trained_ones_and_no_labels(tmp_path: Path) -> None:
+    plain = lively_run(tmp_path / "plain", model__class_conditional=False, eval__classifier="none")
+    assert export(plain, tmp_path, "--spacing", "karras", "--steps", "5") == 0
+    check(drawn(tmp_path, EXAMPLE), expected(plain, spacing="karras", steps=5))
+
+
+def test_a_student_is_sampled_with_new_noise_and_in_other_steps_with_a_warning(tmp_path: Path, capsys: Any) -> None:
+    student = lively_run(
+        tmp_path / "student", steps__method="consistency", steps__step=1, checkpoint__best_metric="train/loss"
+    )
+    assert export(student, tmp_path, "--format", "torch", "--steps", "3") == 0
+    assert "warning: sample.steps = 3: the student" in capsys.readouterr().err
+    check(drawn(tmp_path, TORCH), expected(student, steps=3))
+
+
+def test_a_file_that_is_less_exact_than_allowed_is_refused_with_a_remedy(
+    dense: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusion_core.sampling.portable.TOLERANCE", -1e-9)
+    assert export(dense, tmp_path, "--format", "torch", "--guidance", "50") == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert re.search(r"^error: --format = 'torch': .* by up to \S+, more than the tolerance of -1e-09; lower", line)
+    assert "--guidance = 50" in line
+    assert not (tmp_path / "exported").exists()
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--weights", "other"], "--weights = 'other': "),
+        (["--weights", "optimizer"], "--weights = 'optimizer': "),
         (["--steps", "0"], "sample.steps = '0'"),
         (["--out", "."], "--out = '.': exists already; choose another folder"),
         (["--format", "onnx"], "--format = 'onnx': needs onnxscript: pip install"),

@@ -184,6 +184,7 @@ REFUSED = [
     (["--target", "macs=0.5", "--prune.blocks=conv_in"], "prune.blocks = ['conv_in']: 'conv_in' is no block"),
     (["--target", "latency=0.5", "--batch", "4"], "--batch = 4: --target latency is that of 16 images; leave it out"),
     (["--target", "macs=0.5", "--num-images=-1"], "--num-images = -1: expected an integer >= 0"),
+    (["--target", "macs=0.5", "--num-images=300000000"], "--num-images = 300000000: expected an integer >= 0"),
 ]
 
 

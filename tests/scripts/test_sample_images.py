@@ -16,8 +16,10 @@ from forks import Forks
 from image_files import frame_count
 from PIL import Image
 from tiny import lively_run
+from torch import Tensor
 
 from diffusion_core.checkpoint import read_checkpoint, write_checkpoint
+from diffusion_core.model.unet import UNet
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "sample_images.py"
@@ -152,6 +154,28 @@ def tiles(strip: np.ndarray, count: int, factor: int = 6, gap: int = 2, size: in
     return [strip[gap : gap + factor * size : factor, left : left + factor * size : factor] for left in lefts]
 
 
+@pytest.mark.parametrize("mode", ["denoise", "progressive", "interpolate", "sample"])
+def test_no_more_images_are_sampled_at_once_than_asked_for(
+    mode: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, forward = [], UNet.forward
+
+    def seen(network: UNet, x_BCHW: Tensor, *others: Any) -> Tensor:
+        sizes.append(len(x_BCHW))
+        return forward(network, x_BCHW, *others)
+
+    words = ["--mode", mode, "--labels", "0,1", "--num-images", "7", "--steps", "2", *(["--gif"] * (mode == "sample"))]
+    assert sample(run, tmp_path / "at once", *words) == 0
+    monkeypatch.setattr(UNet, "forward", seen)
+    assert sample(run, tmp_path / "in batches", *words, "--micro-batch", "3") == 0
+    assert max(sizes) == 3
+    pictures = [path.name for path in (tmp_path / "at once").glob("*.png")]
+    assert pictures
+    for name in pictures:
+        one, other = (np.asarray(Image.open(tmp_path / out / name), int) for out in ("at once", "in batches"))
+        assert np.abs(one - other).max() <= 1, name
+
+
 def test_every_flag_reaches_the_sampler(run: Path, tmp_path: Path) -> None:
     few = ["--num-images", "10", "--steps", "6", "--precision", "fp32", "--compile", "none"]
     flags: dict[str, list[str]] = {
@@ -235,6 +259,11 @@ def test_a_model_without_labels_can_be_guided_too(tmp_path: Path, run: Path, cap
         (["--labels", "cat"], ["--labels = 'cat'"]),
         (["--num-images", "0"], ["--num-images = '0'", "integer >= 1"]),
         (["--num-images", "many"], ["--num-images = 'many'"]),
+        (["--num-images", "300000000"], ["--num-images = '300000000'", "<= 1,000,000"]),
+        *(
+            (["--mode", mode, "--labels", "0,1", "--num-images", "328"], ["--num-images = '328'", "<= 327"])
+            for mode in ("denoise", "progressive", "interpolate")
+        ),
         (["--seed", "x"], ["seed = 'x'", "integer"]),
         (["--steps", "51"], ["sample.steps = 51", "50"]),
         (["--sampler", "magic"], ["sample.sampler = 'magic'", "heun"]),

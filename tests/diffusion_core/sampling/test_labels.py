@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import sample_images
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import metadata, one_line, tiny_config, tiny_network
@@ -16,7 +18,8 @@ from diffusion_core.checkpoint import Checkpoint, write_checkpoint
 from diffusion_core.config import ConfigError
 from diffusion_core.data.classes import class_order
 from diffusion_core.diffusers_io.exporter import pick_label
-from diffusion_core.sampling.labels import find_labels
+from diffusion_core.sampling.labels import find_labels, pick_count
+from diffusion_core.sampling.media import MOST_PIXELS, grid, most_rows
 
 NUMBERS = [str(number) for number in range(12)]
 AS_TEXT = sorted(NUMBERS)
@@ -91,6 +94,21 @@ def test_lists_of_names_without_commas_are_read_word_by_word(names: list[str], d
 def test_numbers_sort_by_value(values: list[int]) -> None:
     assert [int(name) for name in class_order(map(str, values))] == sorted(values)
     assert class_order([*map(str, values), "x"]) == tuple(sorted([*map(str, values), "x"]))
+
+
+def test_a_long_list_of_labels_is_read_in_time_that_grows_with_its_length() -> None:
+    started = time.process_time()
+    assert find_labels("--labels", ",".join(["0"] * 20_000), ["cat", "dog"]) == [0]
+    assert time.process_time() - started < 10.0
+
+
+def test_a_picture_with_a_row_an_image_holds_no_more_rows_than_fit() -> None:
+    rows = most_rows(64)
+    assert grid(torch.zeros(rows, 1, 64, 64, dtype=torch.uint8), 1).height <= MOST_PIXELS
+    assert pick_count(None, 1000, rows) == rows
+    assert pick_count(str(rows), 1, rows) == rows
+    with pytest.raises(ConfigError, match=f"--num-images = '{rows + 1}': .* <= {rows}"):
+        pick_count(str(rows + 1), 1, rows)
 
 
 @pytest.fixture(scope="module")
