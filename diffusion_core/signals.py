@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+OF_TERMINAL = (signal.SIGINT, signal.SIGHUP)
+"""Signals of a terminal. They stay ignored where ``nohup``, or a shell's background job, ignores them."""
 
 
 @contextmanager
@@ -16,10 +18,11 @@ def signal_handler(numbers: Iterable[int], handle: Callable[[int], object]) -> I
     """Call ``handle(number)`` for each signal that arrives inside this context; then restore the old handlers.
 
     Args:
-        numbers: the signals to handle.
+        numbers: the signals to handle, but for those of :data:`OF_TERMINAL` that this process ignores.
         handle: runs on the main thread, between two instructions of the code that the signal interrupts.
     """
-    old = {number: signal.signal(number, lambda number, _frame: handle(number)) for number in numbers}
+    heeded = [number for number in numbers if number not in OF_TERMINAL or signal.getsignal(number) != signal.SIG_IGN]
+    old = {number: signal.signal(number, lambda number, _frame: handle(number)) for number in heeded}
     try:
         yield
     finally:

@@ -133,6 +133,23 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (7, "", "")
 
 
+@pytest.mark.parametrize("name", ["INT", "HUP"])
+def test_nohup_and_background_jobs_are_heeded_inside_a_context_too(name: str) -> None:
+    """``nohup`` has a trial go on when its terminal is gone; SIGTERM reaches it as ever."""
+    code = f"""
+import os, signal
+from diffusion_core.signals import signal_handler
+came = []
+with signal_handler((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), came.append):
+    os.kill(os.getpid(), signal.SIG{name})
+    os.kill(os.getpid(), signal.SIGTERM)
+print(came == [signal.SIGTERM], signal.getsignal(signal.SIG{name}) == signal.SIG_IGN)
+"""
+    words = ["/bin/sh", "-c", f'trap "" {name}; exec "$0" -c "$1"', sys.executable, code]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "True True\n"
+
+
 def test_a_library_s_import_handles_no_signals() -> None:
     code = "import signal, agent.command; print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
