@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def on_disk(folder: Path) -> Iterator[Leftover]:
     if paths:
         newest = read_checkpoint(paths[-1], verify=False).metadata
         best = newest.get("best") or {}
-        kept = kept_checkpoints(checkpoints, int(newest["config"].get("checkpoint.keep", 2)), best.get("step"))
+        kept = kept_checkpoints(paths, int(newest["config"].get("checkpoint.keep", 2)), best.get("step"))
         yield from (_folder(path, delete_checkpoint) for path in paths if path not in kept)
     yield from (_folder(path) for path in checkpoints.glob(".step-*.*"))
     if read_run_file(folder).get(UNSENT):  # `agent.sync` sends staged uploads again.
@@ -54,8 +54,7 @@ def _folder(path: Path, delete: Callable[[Path], object] = shutil.rmtree) -> Lef
     return Leftover(str(path), size, lambda: delete(path))
 
 
-def kept_checkpoints(folder: Path, keep: int, best_step: int | None) -> list[Path]:
-    """Return the checkpoints in a folder to keep, oldest first: the newest ``keep`` and the best one."""
-    paths = list_checkpoints(folder)
+def kept_checkpoints(paths: Sequence[Path], keep: int, best_step: int | None) -> list[Path]:
+    """Return those of a run's checkpoints to keep, oldest first as they are given: the newest and the best one."""
     best = None if best_step is None else step_folder(best_step)
     return [path for path in paths if path.name == best or path in paths[-keep:]]

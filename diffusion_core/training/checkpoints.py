@@ -16,6 +16,7 @@ from diffusion_core.checkpoint import (
     list_checkpoints,
     read_checkpoint,
     step_folder,
+    step_of,
     write_checkpoint,
 )
 from diffusion_core.config import CoreConfig, flatten
@@ -84,6 +85,8 @@ class SaveCheckpoints:
         if resumed and self.best and self.best["metric"] != metric:
             self.best = best_kept(folder, metric, resumed)
         self.figures: dict[str, float] = {}
+        reached = resumed.step if resumed else -1
+        self._passed_over = {path.name for path in list_checkpoints(folder) if (step_of(path) or 0) > reached}
 
     def __call__(self, state: TrainState, row: dict[str, Any]) -> None:
         """Keep the row's finite figures, and save if a checkpoint is due."""
@@ -157,6 +160,7 @@ class SaveCheckpoints:
         metadata |= {"figures": self.figures, "best": self.best, RECORDED: self._images, **(more or {})}
         checkpoint = write_checkpoint(self.folder, state.step, metadata, state.parts())
         self.saved_step = state.step
+        self._passed_over.discard(checkpoint.path.name)
         if self.config.checkpoint.upload and self.tracker.live:
             self._log_artifacts(checkpoint)
         self._delete_old()
@@ -179,11 +183,16 @@ class SaveCheckpoints:
         )
 
     def _kept(self) -> list[Path]:
-        return kept_checkpoints(self.folder, self.config.checkpoint.keep, self.best["step"] if self.best else None)
+        """Return the checkpoints to keep, but for those that the run passed over when it resumed: they are damaged."""
+        paths = [path for path in list_checkpoints(self.folder) if path.name not in self._passed_over]
+        return kept_checkpoints(paths, self.config.checkpoint.keep, self.best["step"] if self.best else None)
 
     def _delete_old(self) -> None:
-        for path in set(list_checkpoints(self.folder)) - set(self._kept()):
-            delete_checkpoint(path)
+        """Delete the checkpoints that are not kept. Those passed over stay until the run is beyond them."""
+        kept = self._kept()
+        for path in list_checkpoints(self.folder):
+            if path not in kept and (step_of(path) or 0) <= (self.saved_step or 0):
+                delete_checkpoint(path)
 
     def forget_best(self) -> None:
         """Reset :attr:`best`, because pruning changed the network."""
