@@ -7,6 +7,7 @@ runs/ID/
     config.yaml           every knob; --config reads it
     history.jsonl         one row of figures per logging interval
     protocols.json        how each figure of generated images was measured
+    classifier.safetensors  the classifier that judges them, on whatever machine the run goes on
     checkpoints/step-*/   see diffusion_core/checkpoint.py
     samples/              grids (PNG) and animations (GIF)
     result.json           the result; written when the run finishes
@@ -50,6 +51,7 @@ PLACE = "place"
 CONFIG_FILE = "config.yaml"
 HISTORY_FILE = "history.jsonl"
 PROTOCOLS_FILE = "protocols.json"
+CLASSIFIER_FILE = "classifier.safetensors"
 RESULT_FILE = "result.json"
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
@@ -64,6 +66,15 @@ SWEEP_LOCK = ".lock"
 
 SYNCED = ".synced"
 """Suffix of W&B's marker beside the file of an uploaded run; `wandb sync` skips files with a marker."""
+
+
+def read_protocols(folder: Path) -> dict[str, str]:
+    """Return how a run has measured its figures; nothing if that is unknown."""
+    try:
+        content = json.loads((folder / PROTOCOLS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {str(name): str(line) for name, line in content.items()} if isinstance(content, dict) else {}
 
 
 def check_recorded(values: Mapping[str, Any], why: str) -> None:

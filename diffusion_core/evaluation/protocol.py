@@ -16,6 +16,9 @@ PREFIX = "protocol/"
 SAMPLING = re.compile(r"(sampler=.*?), seed=[^,]*(, away from .*?)?(?:, extractor=|$)")
 """What :func:`sampling_protocol` wrote in a protocol; the guide of autoguidance may follow."""
 
+JUDGE = re.compile(r"extractor=[^,]*, weights=[^,]*")
+"""What :func:`protocol` wrote of a feature network."""
+
 
 def sampling_protocol(config: SampleConfig, seed: int, upsample: UpsampleConfig | None = None) -> str:
     """Return how images were sampled; given the section, also what a model upsampled."""
@@ -39,6 +42,12 @@ def sampling_of(line: str) -> str | None:
     """Return how the images of a protocol were sampled, but for their seed; None if it does not say."""
     found = SAMPLING.search(line)
     return None if found is None else found[1] + (found[2] or "")
+
+
+def judge_of(line: str) -> str | None:
+    """Return the feature network or classifier of a protocol, with its weights; None if it names none."""
+    found = JUDGE.search(line)
+    return None if found is None else found[0]
 
 
 def protocol(count: int | None, images: str, extractor: Extractor | None = None, reference: str | None = None) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -83,6 +84,7 @@ class Suite:
         say: receives warnings, such as a missing network.
         share: called with reference statistics that were computed, not read from the cache.
         must_have: raise an error if a feature network is missing.
+        own: files of the run's own classifier, as in :func:`~.classifier.classifier.classifier_for`.
 
     Raises:
         ExtractorError: with ``must_have``, if a feature network is missing.
@@ -99,9 +101,10 @@ class Suite:
         say: Say = to_stderr,
         share: Share | None = None,
         must_have: bool = False,
+        own: Sequence[Path] = (),
     ) -> None:
         self.data, self.config, self.dataset = data, config, dataset
-        self.device, self.say, self.share = device, say, share
+        self.device, self.say, self.share, self.own = device, say, share, own
         self.keeps = needs_every_image(config.figures)
         self.classifier: Classifier | None = self._train_classifier() if with_classifier else None
         self.references: dict[str, Reference] = {}
@@ -131,7 +134,8 @@ class Suite:
         return agreed_extractor(wanted, self.config.inception_weights, self.device)
 
     def _train_classifier(self) -> Classifier:
-        return agreed_classifier(self.dataset, self.data.name, mirrored=self.data.flips, device=self.device)
+        name, mirrored = self.data.name, self.data.flips
+        return agreed_classifier(self.dataset, name, mirrored=mirrored, device=self.device, own=self.own)
 
     @property
     def networks(self) -> list[Extractor]:

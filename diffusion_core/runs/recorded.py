@@ -12,7 +12,7 @@ from typing import Any
 from diffusion_core.checkpoint import METADATA_FILE, SAMPLING_PARTS, Checkpoint, CheckpointError, read_checkpoint
 from diffusion_core.config.metrics import goal_of
 from diffusion_core.files import write_json_lines
-from diffusion_core.run_folder import HISTORY_FILE, picture_files, without_step
+from diffusion_core.run_folder import CLASSIFIER_FILE, HISTORY_FILE, picture_files, without_step
 from diffusion_core.tracking import BEST, MODEL, STATE, STEP, Tracker, Upload
 
 
@@ -92,7 +92,8 @@ def log_checkpoint(
     uploads = [Upload(f"{MODEL}-{run_id}", MODEL, model_files(checkpoint), aliases, described)]
     training = [checkpoint.path / f"{part}.safetensors" for part in checkpoint.parts if part not in SAMPLING_PARTS]
     if training:  # A checkpoint that was downloaded for sampling has none.
-        files = [checkpoint.path / METADATA_FILE, *training, rows]
+        judge = checkpoint.path.parent.parent / CLASSIFIER_FILE
+        files = [checkpoint.path / METADATA_FILE, *training, rows, *([judge] if judge.is_file() else [])]
         uploads.append(Upload(f"{STATE}-{run_id}", STATE, files, aliases, described, ttl_days))
     tracker.artifact(*uploads)
 

@@ -17,20 +17,21 @@ from diffusion_core.evaluation.features import ExtractorError
 from diffusion_core.evaluation.generated import estimate_seconds, generated, generated_requests
 from diffusion_core.evaluation.metrics import LossMetric
 from diffusion_core.evaluation.opinions import first_images, write_opinions
-from diffusion_core.evaluation.protocol import PREFIX, sampling_protocol
+from diffusion_core.evaluation.protocol import PREFIX, judge_of, sampling_protocol
 from diffusion_core.evaluation.suite import Judgement, Suite
 from diffusion_core.evaluation.validation import validation_losses
 from diffusion_core.files import write_json
 from diffusion_core.hardware import pick_precision
 from diffusion_core.model.unet import UNet
 from diffusion_core.registries import METRICS
-from diffusion_core.run_folder import PROTOCOLS_FILE, SAMPLES
+from diffusion_core.run_folder import CLASSIFIER_FILE, PROTOCOLS_FILE, SAMPLES, read_protocols
 from diffusion_core.sampling.cost import MACS, image_costs
 from diffusion_core.sampling.generation import Generator
 from diffusion_core.sampling.lows import held_out
 from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import Tracker, Upload
 from diffusion_core.training.callbacks import DrawSamples
+from diffusion_core.training.measured import known_places
 from diffusion_core.training.trainer import Callback, TrainState, is_due
 
 DENSE = "dense/"
@@ -93,6 +94,7 @@ class Evaluate:
         self.folder = folder
         self.precision = pick_precision(config.train, accelerator.device)
         self.protocols: dict[str, str] = {}
+        self._before = read_protocols(folder)
         self._suite: Suite | None = None
         self._lows = held_out(dataset, config.upsample)
         self._baseline: Judgement | None = None
@@ -142,6 +144,7 @@ class Evaluate:
                     device=self.accelerator.device,
                     say=self._say,
                     share=self._share,
+                    own=[place / CLASSIFIER_FILE for place in known_places(self.folder)],
                 )
                 if self.accelerator.is_main_process:
                     self._say_duration(generator, sample, self._suite)
@@ -200,6 +203,13 @@ class Evaluate:
         if not self.accelerator.is_main_process or protocols == self.protocols:
             return
         self.protocols = protocols
+        for name, line in protocols.items():
+            before, now = judge_of(self._before.get(name, "")), judge_of(line)
+            if before and now and before != now:
+                self._say(
+                    f"warning: {name}: measured with {now}, and before this run was resumed with {before}; do not "
+                    f"compare the two"
+                )
         self.tracker.summary({f"{PREFIX}{name}": line for name, line in protocols.items()})
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / PROTOCOLS_FILE, protocols)

@@ -36,9 +36,7 @@ def check_measured(config: CoreConfig, then: Mapping[str, Any], folder: Path) ->
     changed |= {key: OF_IMAGES for key in SAMPLING if key in then and _samples_differently(config, key, then[key])}
     if not changed:
         return
-    # A checkpoint from another machine brings its history along.
-    places = [folder, *list_checkpoints(folder / CHECKPOINTS)]
-    names = sorted({name for place in places for row in read_history(place) for name in row})
+    names = sorted({name for place in known_places(folder) for row in read_history(place) for name in row})
     for key, kind in changed.items():
         measured = next((name for name in names if f"/{kind}" in f"/{name}"), None)
         if measured is not None:
@@ -46,6 +44,11 @@ def check_measured(config: CoreConfig, then: Mapping[str, Any], folder: Path) ->
                 f"{key} = {now[key]!r}: the run in {str(folder)!r} has measured {measured} with {then[key]!r}; set it "
                 f"back to continue (scripts/evaluate.py measures checkpoints in other ways), or choose another log.dir"
             )
+
+
+def known_places(folder: Path) -> list[Path]:
+    """Return a run's folder, and its checkpoints: one from elsewhere brings its history and classifier along."""
+    return [folder, *reversed(list_checkpoints(folder / CHECKPOINTS))]
 
 
 def _samples_differently(config: CoreConfig, key: str, then: Any) -> bool:

@@ -7,6 +7,7 @@ trained once per data set and recipe, and cached.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -164,8 +165,9 @@ def classifier_for(
     device: torch.device,
     recipe: str | None = None,
     progress: bool = False,
+    own: Sequence[Path] = (),
 ) -> Classifier:
-    """Return the classifier of a data set from the cache, or train it, which takes seconds for digits.
+    """Return the classifier of a data set from a run or the cache, or train it, which takes seconds for digits.
 
     On a GPU, or with another number of threads, training makes other weights. So the first file that is written stays,
     and all processes that trained at the same time return what it holds.
@@ -177,7 +179,12 @@ def classifier_for(
         device: where to compute.
         recipe: a key of ``RECIPES``; None selects one by image size, channels and device.
         progress: show a progress bar on stderr while training.
+        own: files of a run that has judged images before, with its own classifier. The first one is written if it is
+            missing. So the run goes on with the same one where the cache is another one.
     """
+    for file in own:
+        if (found := _kept(file, device)) is not None:
+            return _keep_own(found, own)
     recipe = recipe or recipe_for(dataset.shape_CHW, device.type == "cuda")
     settings: dict[str, Any] = asdict(RECIPES[recipe]) | {"mirrored": mirrored}
     made_from = (
@@ -186,13 +193,21 @@ def classifier_for(
     key = sha256(made_from)[:HASH_DIGITS]
     path = cache_path("classifiers", f"{data}-{recipe}-{key}.safetensors")
     if (found := _kept(path, device)) is not None:
-        return found
+        return _keep_own(found, own)
     classifier = make_classifier(dataset, data, RECIPES[recipe], mirrored=mirrored, device=device, progress=progress)
     keep(path, classifier.save, replace=False)
-    return _kept(path, device) or classifier
+    return _keep_own(_kept(path, device) or classifier, own)
 
 
-def agreed_classifier(dataset: Dataset, data: str, *, mirrored: bool, device: torch.device) -> Classifier:
+def _keep_own(classifier: Classifier, own: Sequence[Path]) -> Classifier:
+    if own and not own[0].is_file():
+        keep(own[0], classifier.save)
+    return classifier
+
+
+def agreed_classifier(
+    dataset: Dataset, data: str, *, mirrored: bool, device: torch.device, own: Sequence[Path] = ()
+) -> Classifier:
     """Return the first process's classifier (:func:`classifier_for`) in all processes, which call this together.
 
     The others wait while it trains. They need not see its cache, which may be on another machine.
@@ -206,7 +221,7 @@ def agreed_classifier(dataset: Dataset, data: str, *, mirrored: bool, device: to
     with first_process_first(state):
         if state.is_main_process:
             try:
-                found = classifier_for(dataset, data, mirrored=mirrored, device=device)
+                found = classifier_for(dataset, data, mirrored=mirrored, device=device, own=own)
                 answer = found.described()
             except ExtractorError as error:  # The others must not wait for ever.
                 answer = str(error)
