@@ -55,7 +55,7 @@ from diffusion_core.sampling.autoguidance import FREE_OF_LABELS, check_guide
 from diffusion_core.sampling.chain import check_chain, images_of
 from diffusion_core.sampling.flags import LOW_NOISE, add_sampling_flags, sampling_knobs, student_note
 from diffusion_core.sampling.generation import Generator, Lows, Request, round_robin
-from diffusion_core.sampling.image_folder import check_folder, file_name, read_png, save_png, settings
+from diffusion_core.sampling.image_folder import check_folder, file_name, is_whole_png, read_png, save_png, settings
 from diffusion_core.sampling.interpolation import between_labels, between_seeds
 from diffusion_core.sampling.labels import pick_count, pick_labels, pick_seeds
 from diffusion_core.sampling.lows import HeldOut
@@ -280,7 +280,7 @@ def sample(task: SamplingTask, gif: bool) -> None:
     """Single images and a grid; images that are there from an earlier, equal call are kept."""
     task.announce()
     wanted = task.wanted
-    missing = [request for request in wanted if not (task.folder / file_name(request)).is_file()]
+    missing = [request for request in wanted if not is_whole_png(task.folder / file_name(request))]
     task.processes.wait_for_everyone()  # All have seen the same folder before anyone writes.
     own = missing[task.processes.process_index :: task.processes.num_processes]
     progress = task.processes.is_main_process

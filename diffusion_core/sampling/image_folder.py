@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from diffusion_core.sampling import media
 from diffusion_core.sampling.generation import Request
 
 SETTINGS_FILE = "samples.json"
+PNG_END = b"IEND\xaeB`\x82"
+"""The last bytes of each PNG file."""
 
 
 def file_name(request: Request) -> str:
@@ -90,6 +93,16 @@ def save_png(pixels_CHW: Tensor, path: Path) -> None:
     """Write an image atomically: an existing file is always a complete image."""
     with replaced_file(path, flush=False) as temporary:
         media.image(pixels_CHW).save(temporary, format="PNG")
+
+
+def is_whole_png(path: Path) -> bool:
+    """Return whether a file is there and ends as a PNG does. After a power failure, it may be empty or cut off."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return file.read() == PNG_END
+    except OSError:
+        return False
 
 
 def read_png(path: Path) -> Tensor:

@@ -64,6 +64,18 @@ def test_images_are_named_dealt_out_and_kept(run: Path, tmp_path: Path) -> None:
     assert images(tmp_path / "c")["3-0.png"] != first["3-0.png"]
 
 
+def test_images_that_were_cut_off_are_made_again(run: Path, tmp_path: Path, capfd: Any) -> None:
+    words = ["--labels", "3", "--num-images", "3"]
+    assert sample(run, tmp_path / "a", *words) == 0
+    before = images(tmp_path / "a")
+    for name, size in (("3-0.png", 0), ("3-2.png", len(before["3-2.png"]) - 1)):
+        os.truncate(tmp_path / "a" / name, size)
+    capfd.readouterr()
+    assert sample(run, tmp_path / "a", *words) == 0
+    assert "3 images (2 new)" in capfd.readouterr().out
+    assert images(tmp_path / "a") == before
+
+
 def test_images_of_other_settings_are_not_mixed(run: Path, other: Path, tmp_path: Path, capfd: Any) -> None:
     out = tmp_path / "a"
     assert sample(run, out, "--num-images", "2") == 0
