@@ -1,4 +1,4 @@
-"""Which images a user means: labels by names and numbers of classes, how many, and seeds."""
+"""Which images a user means: labels by names and numbers of classes, and how many."""
 
 from __future__ import annotations
 
@@ -82,14 +82,6 @@ def pick_count(text: str | None, default: int) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"--num-images = {text!r}: expected an integer >= 1")
     return int(text)
-
-
-def pick_seeds(text: str) -> tuple[int, int]:
-    """Return the two seeds that ``--seeds`` names."""
-    words = [word.strip() for word in text.split(",")]
-    if len(words) != 2 or not all(word.isdecimal() for word in words):
-        raise ConfigError(f"--seeds = {text!r}: expected two integers >= 0, such as 0,1")
-    return int(words[0]), int(words[1])
 
 
 def _named(word: str, class_names: Sequence[str]) -> int | None:
