@@ -15,7 +15,7 @@ from agent.tracking.environment import load_environment
 from agent.tracking.project import versions_without_alias
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError
-from diffusion_core.messages import Parser
+from diffusion_core.messages import Parser, nonempty
 from diffusion_core.run_folder import RunLocked, locked, run_folders
 from diffusion_core.runs.leftovers import Leftover, on_disk
 from diffusion_core.runs.unwritten import unwritten
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status: 0, or 2 if there is nothing of this name, or not all could be done."""
     parser = Parser("python -m agent.clean", description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="folder of runs or of one run (runs)")
-    parser.add_argument("--project", metavar="ENTITY/PROJECT", help="search a W&B project instead")
+    parser.add_argument("--project", type=nonempty, metavar="ENTITY/PROJECT", help="search a W&B project instead")
     parser.add_argument("--yes", action="store_true", help="delete them")
     arguments = parser.parse_args(argv)
     load_environment()
@@ -33,8 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.project is not None:
             place = arguments.project
-            versions = versions_without_alias(place)
-            left = _treat([Leftover(one.name, one.size, one.delete) for one in versions], arguments.yes)
+            left = _treat(list(versions_without_alias(place)), arguments.yes)
         else:
             place = arguments.folder or Path("runs")
             if not place.is_dir():

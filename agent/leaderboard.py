@@ -8,13 +8,12 @@ from pathlib import Path
 
 from agent.command import fail, run_and_leave
 from agent.tracking import project
-from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.choice import add_which_flag
 from diffusion_core.config import ConfigError
 from diffusion_core.config.metrics import goal_of
 from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.evaluation.leaderboard import FILE, Entry, from_folders, from_models, ordered, rows_of, show, write
-from diffusion_core.messages import Parser, out_folder
+from diffusion_core.messages import Parser, UserError, nonempty, out_folder
 
 
 def from_project(name: str, which: str) -> list[Entry]:
@@ -38,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status: 0, or 2 if there is nothing to show."""
     parser = Parser("python -m agent.leaderboard", description=__doc__)
     parser.add_argument("folder", type=Path, nargs="*", help="folders of runs (default: runs)")
-    parser.add_argument("--project", metavar="[ENTITY/]PROJECT", help="show the runs of a W&B project instead")
+    parser.add_argument("--project", type=nonempty, metavar="[ENTITY/]PROJECT", help="runs of a W&B project instead")
     parser.add_argument("--upload", action="store_true", help="with --project: log the table there")
     parser.add_argument("--by", metavar="FIGURE", help="sort by this figure, best first, such as eval/fid50k_train")
     add_which_flag(parser, "each run")
@@ -63,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write(entries, arguments.out)
         if arguments.upload:
             upload(arguments.project, entries)
-    except (CheckpointError, ConfigError, OSError) as error:
+    except UserError as error:
         return fail(str(error))
     return 0
 

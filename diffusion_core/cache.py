@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from diffusion_core.files import replaced_file
 from diffusion_core.messages import reason_of
 
@@ -40,7 +42,7 @@ def keep(path: Path, write: Callable[[Path], object], *, replace: bool = True) -
         path.parent.mkdir(parents=True, exist_ok=True)
         with replaced_file(path, concurrent=True, replace=replace) as temporary:
             write(temporary)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         print(f"cannot write {str(path)!r} ({reason_of(error)}); set {VARIABLE} to another folder", file=sys.stderr)
         return False
     return True

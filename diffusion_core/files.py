@@ -139,6 +139,25 @@ def new_folder(target: Path, option: str = "TARGET") -> Iterator[Path]:
         raise UserError(f"{option} = {str(target)!r}: {reason_of(error)}; choose another folder") from None
 
 
+@contextmanager
+def new_file(target: Path, option: str) -> Iterator[Path]:
+    """Yield a temporary path that becomes the file ``target`` on success; make its folder if it is missing.
+
+    Args:
+        target: the file.
+        option: the option that named it, for messages.
+
+    Raises:
+        UserError: if ``target`` cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replaced_file(target) as temporary:
+            yield temporary
+    except OSError as error:
+        raise UserError(f"{option} = {str(target)!r}: {reason_of(error)}; choose another file") from None
+
+
 def temporary_name(path: Path) -> Path:
     """Return the path of a file while it is written: hidden, without an image suffix, and short.
 

@@ -7,7 +7,9 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NoReturn
 
 from diffusion_core import __version__
@@ -87,6 +89,26 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """Parse a seed, an integer from 0 to 2**63 - 1 as the knob ``seed``, as :func:`positive` does."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer >= 0 and < {2**63}")
+    return int(text)
+
+
+def seed_list(text: str) -> list[int]:
+    """Parse seeds with commas between them, as :func:`seed` parses one."""
+    return [seed(word.strip()) for word in text.split(",")]
+
+
+def two_seeds(text: str) -> tuple[int, int]:
+    """Parse two seeds with a comma between them."""
+    found = seed_list(text)
+    if len(found) != 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected two seeds, such as 0,1")
+    return found[0], found[1]
+
+
 def share(text: str) -> float:
     """Parse a number above 0 and below 1, as :func:`positive` does."""
     try:
@@ -105,12 +127,12 @@ def nonempty(text: str) -> str:
 
 
 def out_folder(text: str) -> Path:
-    """Parse the path of a folder that exists or can be made, as :func:`positive` does."""
+    """Parse the path of a folder that can be written, and made if it is missing, as :func:`positive` does."""
     return _out_place(text, "folder")
 
 
 def out_file(text: str) -> Path:
-    """Parse the path of a file that exists or can be made, perhaps with its folder, as :func:`positive` does."""
+    """Parse the path of a file that can be written, and its folder made if it is missing, as :func:`positive` does."""
     if os.path.isdir(text):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a file; a folder has this name")
     return _out_place(text, "file")
@@ -123,7 +145,24 @@ def _out_place(text: str, kind: str) -> Path:
     if not text or (os.path.exists(nearest) and not os.path.isdir(nearest)):
         reason = f"; a file has the name {str(nearest)!r}" if text else ""
         raise argparse.ArgumentTypeError(f"{text!r}: expected a {kind}{reason}")
+    if reason := why_unwritable(path, nearest):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a {kind} that can be written ({reason})")
     return path
+
+
+def why_unwritable(path: Path, folder: Path) -> str:
+    """Return why nothing can be written at ``path`` in ``folder``, which exists; empty if something can.
+
+    Permissions do not tell: a disk may be read-only, and an administrator has all permissions. So a file without a name
+    is made in the folder.
+    """
+    try:
+        with suppress(FileNotFoundError):
+            path.stat()  # Its name may be too long.
+        with TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return reason_of(error)
 
 
 VERSION = f"diffusion-sweeps {__version__}"

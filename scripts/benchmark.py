@@ -17,9 +17,9 @@ from benchmarks.measurement.machine import machine
 from benchmarks.measurement.options import Options
 from benchmarks.measurement.rows import HEADER, Row
 
-from agent.command import run_and_leave
-from diffusion_core.files import write_json
-from diffusion_core.messages import Parser, out_file
+from agent.command import fail, run_and_leave
+from diffusion_core.files import new_file, write_json
+from diffusion_core.messages import Parser, UserError, out_file
 from diffusion_core.tables import text_table
 
 DESCRIPTION = """\
@@ -118,8 +118,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = {"machine": described, "short": options.short, "rounds": options.rounds,
                   "rows": [asdict(row) | {"holds": row.holds} for row in rows]}  # fmt: skip
         if arguments.out:  # After each subject: what was measured stays, whatever happens to the next.
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            write_json(arguments.out, report)
+            try:
+                with new_file(arguments.out, "--out") as temporary:
+                    write_json(temporary, report)
+            except UserError as error:
+                return fail(str(error))
     if arguments.json:
         print(json.dumps(report, indent=1))
     else:

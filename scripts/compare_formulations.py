@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from studies.command import at_least, parser_of, seeds_of, some_of, status_of
+from studies.command import at_least, parser_of, some_of, status_of
 from studies.study import Results, run_once
 from studies.table import write_table
 
@@ -33,6 +33,7 @@ from diffusion_core.data.datasets import Dataset, load_data
 from diffusion_core.diffusion.schedule import build_schedule
 from diffusion_core.evaluation.classifier.classifier import Classifier, classifier_for
 from diffusion_core.hardware import pick_device, pick_precision
+from diffusion_core.messages import seed_list
 from diffusion_core.sampling.generation import Generator, round_robin
 from diffusion_core.sampling.samplers import evaluations
 from diffusion_core.tables import markdown_table, mean_and_range
@@ -54,7 +55,7 @@ SECONDS = "seconds"
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     parser = parser_of(__doc__, "runs/formulations")
-    parser.add_argument("--seeds", default="0", metavar="A,B,...", help="training seeds (0)")
+    parser.add_argument("--seeds", type=seed_list, default=[0], metavar="A,B,...", help="training seeds (0)")
     parser.add_argument("--steps", type=int, default=500, metavar="N", help="optimizer steps (500)")
     parser.add_argument("--formulations", metavar="A;B", help=f"some of {'; '.join(COMPARED)} (all)")
     parser.add_argument("--samplers", metavar="A;B", help=f"some of {'; '.join(SAMPLERS)} (all)")
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(arguments: argparse.Namespace) -> int:
     """Measure what is missing, and write the table."""
-    seeds, steps = seeds_of(arguments.seeds), at_least("--steps", arguments.steps, 2)
+    seeds, steps = arguments.seeds, at_least("--steps", arguments.steps, 2)
     names = some_of("--formulations", arguments.formulations, COMPARED)
     samplers = some_of("--samplers", arguments.samplers, tuple(SAMPLERS))
     config = build_config({"preset": "digits"})

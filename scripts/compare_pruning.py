@@ -23,11 +23,12 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from studies import runs, structured
-from studies.command import at_least, numbers, parser_of, seeds_of, some_of, status_of
+from studies.command import at_least, numbers, parser_of, some_of, status_of
 from studies.study import Study, check_settings
 
 from agent.command import run_and_leave
 from diffusion_core.config import split_argv
+from diffusion_core.messages import seed_list
 
 TABLES: dict[str, Callable[[Study], None]] = {
     "structured": structured.compare,
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tables", metavar="A,B,...", default="structured", help=f"of {', '.join(TABLES)} (structured)"
     )
-    parser.add_argument("--seeds", default="0,1,2", metavar="A,B,...", help="training seeds (0,1,2)")
+    parser.add_argument("--seeds", type=seed_list, default=[0, 1, 2], metavar="A,B,...", help="training seeds (0,1,2)")
     parser.add_argument("--keep", default="0.5", metavar="A,B,...", help="kept shares of the MACs (0.5)")
     parser.add_argument("--steps", type=int, default=500, metavar="N", help="optimizer steps of a dense model (500)")
     parser.add_argument("--tune-steps", type=int, default=150, metavar="N", help="of fine-tuning (150)")
@@ -59,7 +60,7 @@ def compare(arguments: argparse.Namespace) -> int:
     between = "shares between 0 and 1, such as 0.5,0.25"
     study = Study(
         arguments.out,
-        tuple(seeds_of(arguments.seeds)),
+        tuple(arguments.seeds),
         tuple(numbers("--keep", arguments.keep, float, lambda keep: 0.0 < keep < 1.0, between)),
         at_least("--steps", arguments.steps, 2),
         at_least("--tune-steps", arguments.tune_steps, 1),

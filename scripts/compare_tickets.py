@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from studies.command import numbers, parser_of, seeds_of, status_of
+from studies.command import numbers, parser_of, status_of
 from studies.study import stoppable
 from studies.table import write_table
 
@@ -32,7 +32,7 @@ from agent.config import TrialConfig, build_config
 from agent.lottery import run_chain
 from diffusion_core.data.datasets import load_data
 from diffusion_core.files import write_json
-from diffusion_core.messages import share
+from diffusion_core.messages import seed_list, share
 from diffusion_core.tables import markdown_table, mean_and_range
 from diffusion_core.tracking import NullTracker
 from pruning.lottery.report import LABELS, Trained, plot_spread, read_stages
@@ -59,7 +59,7 @@ FIXED: dict[str, Any] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     parser = parser_of(__doc__, "runs/compare-tickets")
-    parser.add_argument("--seeds", default="0", metavar="A,B,...", help="training seeds (0)")
+    parser.add_argument("--seeds", type=seed_list, default=[0], metavar="A,B,...", help="training seeds (0)")
     parser.add_argument("--steps", type=int, default=500, metavar="N", help="optimizer steps per round (500)")
     parser.add_argument("--sparsities", default="80,90,95", metavar="A,B,...", help="levels in %% (80,90,95)")
     parser.add_argument("--per-round", type=share, default=PER_ROUND, metavar="P", help=f"pruned share ({PER_ROUND})")
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare(arguments: argparse.Namespace) -> int:
     """Train what is missing, and write table and plots."""
     folder: Path = arguments.out
-    seeds, steps, per_round = seeds_of(arguments.seeds), arguments.steps, arguments.per_round
+    seeds, steps, per_round = arguments.seeds, arguments.steps, arguments.per_round
     expected = "percentages above 0 and below 100, such as 80,90,95"
     levels = numbers("--sparsities", arguments.sparsities, float, lambda level: 0.0 < level < 100.0, expected)
     rounds = [max(1, round(math.log(1.0 - level / 100.0) / math.log(1.0 - per_round))) for level in sorted(levels)]

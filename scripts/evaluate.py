@@ -33,7 +33,7 @@ from accelerate import PartialState
 from agent.command import fail, run_and_leave
 from agent.tracking.artifacts import open_source
 from agent.tracking.registry import publish
-from diffusion_core.checkpoint import Checkpoint, CheckpointError
+from diffusion_core.checkpoint import Checkpoint
 from diffusion_core.choice import add_which_flag, announce, best_of_sweep, choose
 from diffusion_core.config import ConfigError, CoreConfig, DataConfig, EvalConfig, build, flatten
 from diffusion_core.config.checks import leaking_problems
@@ -41,7 +41,7 @@ from diffusion_core.config.knobs import MOST_IMAGES
 from diffusion_core.config.metrics import INCEPTION
 from diffusion_core.config.plugins import add_plugins_flag
 from diffusion_core.data.announcement import announce_data
-from diffusion_core.data.datasets import DataError, Dataset, load_data
+from diffusion_core.data.datasets import Dataset, load_data
 from diffusion_core.data.fingerprint import say_others
 from diffusion_core.distributed import first_process_first, own_positions
 from diffusion_core.evaluation.baseline import bilinear_judgement
@@ -54,21 +54,21 @@ from diffusion_core.evaluation.folders import (
     compare_paths,
     image_folder,
     is_statistics,
-    see,
+    save_statistics,
 )
 from diffusion_core.evaluation.generated import costs_of_images, estimate_seconds, generated
-from diffusion_core.evaluation.measure import LABELS, check_figures
+from diffusion_core.evaluation.measure import LABELS, check_enough, check_figures
 from diffusion_core.evaluation.protocol import protocol, sampling_protocol
-from diffusion_core.evaluation.record import EVALUATION_FILE, merged, show, write
-from diffusion_core.evaluation.reference import write_statistics
+from diffusion_core.evaluation.record import EVALUATION_FILE, check_place, merged, show, write
 from diffusion_core.evaluation.suite import Judgement, Suite
 from diffusion_core.hardware import pick_precision
 from diffusion_core.machine.launch import launch_errors
-from diffusion_core.messages import Parser, out_file, positive
+from diffusion_core.messages import Parser, UserError, out_file, positive, seed
+from diffusion_core.model.unet import NO_LABEL
 from diffusion_core.registries import DATASETS, METRICS
 from diffusion_core.sampling.autoguidance import FREE_OF_LABELS, check_guide
-from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs, student_note
-from diffusion_core.sampling.generation import Generator
+from diffusion_core.sampling.flags import add_sampling_flags, sampling_knobs, tell_students
+from diffusion_core.sampling.generation import Generator, all_labels, round_robin
 from diffusion_core.sampling.lows import held_out
 
 NOTHING = "--figures = '': nothing to measure; name a figure"
@@ -96,8 +96,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="data set to compare a folder of images with")  # fmt: skip
     parser.add_argument("--data-path", metavar="DIR", help="folder of the data set's images (default: as configured)")
     parser.add_argument("--save-stats", action="store_true", help="write the statistics of PATH1 to PATH2 (.npz)")
-    parser.add_argument("--num-images", type=int, default=500, metavar="N", help="images to generate (500)")
-    parser.add_argument("--seed", type=int, default=1, help="seed of the images (1)")
+    parser.add_argument("--num-images", type=positive, default=500, metavar="N", help="images to generate (500)")
+    parser.add_argument("--seed", type=seed, default=1, help="seed of the images (1)")
     parser.add_argument("--figures", metavar="A,B,...", help=f"some of: {', '.join(metrics_of_images())} (default: "
                         "those in features that need no labels)")  # fmt: skip
     parser.add_argument("--extractor", action="append", metavar="WHAT", help="feature network: inception, classifier, "
@@ -126,8 +126,15 @@ def problem_of(arguments: argparse.Namespace) -> str | None:
     is_model = bool(arguments.artifact or arguments.checkpoint or arguments.sweep)
     if is_model == bool(arguments.path) or len(arguments.path) > 2:
         return "PATH: expected one of --artifact, --checkpoint, --sweep, PATH, or PATH1 PATH2"
-    if arguments.save_stats and len(arguments.path) != 2:
-        return "--save-stats: expected a folder of images and the file to write"
+    if arguments.save_stats:
+        if len(arguments.path) != 2 or is_statistics(arguments.path[0]):
+            return "--save-stats: expected a folder of images and the file to write"
+        try:
+            out_file(two := str(arguments.path[1]))
+        except argparse.ArgumentTypeError as error:
+            return f"PATH2 = {error}"
+        if arguments.path[1].exists():
+            return f"PATH2 = {two!r}: exists already; choose another file for the statistics"
     if len(arguments.path) == 1 and not arguments.data:
         return f"PATH = {str(arguments.path[0])!r}: expected --data NAME, or a second PATH, to compare it to"
     if arguments.against and not is_model:
@@ -136,7 +143,7 @@ def problem_of(arguments: argparse.Namespace) -> str | None:
         return "--guide-checkpoint: expected a model to guide, by --checkpoint, --artifact or --sweep"
     if arguments.wandb and not arguments.artifact:
         return "--wandb: expected --artifact, whose metadata and run are updated"
-    if not 1 <= arguments.num_images <= MOST_IMAGES:
+    if arguments.num_images > MOST_IMAGES:
         return f"--num-images = {arguments.num_images}: expected an integer >= 1 and <= {MOST_IMAGES:,}"
     if len(arguments.path) == 2 and not (arguments.save_stats or wanted_figures(arguments)):
         return NOTHING
@@ -166,12 +173,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 path = best_of_sweep(arguments.sweep) if arguments.sweep else arguments.checkpoint
                 source = open_source(path, arguments.artifact, "--", arguments.which)
             assert source is not None
+            if arguments.json is None and not arguments.against:
+                check_place(source.checkpoint.path)
             found = of_model(arguments, source.checkpoint, processes)
         if processes.is_main_process and found is not None:
             report(found, arguments, source.checkpoint if source else None)
             if arguments.wandb and source and source.artifact:
                 print(f"W&B: {publish(source.artifact, found.figures, found.protocols)}")
-    except (CheckpointError, ConfigError, DataError, ExtractorError) as error:
+    except UserError as error:
         return fail(str(error))
     return 0
 
@@ -205,21 +214,12 @@ def of_two_paths(arguments: argparse.Namespace, processes: PartialState) -> Judg
             # Errors are reported before long work starts.
             announce_folder(image_folder(path), shown=processes.is_main_process)
     if arguments.save_stats:
-        if two.exists():
-            raise DataError(f"{str(two)!r}: exists already; choose another file for the statistics")
         (network,) = extractors_of(arguments, processes.device)
-        seen = see(one, network, arguments.batch_size, keep=False)
-        if processes.is_main_process:
-            write_statistics(two, seen.statistics)
-            print(f"{two}: statistics of {seen.statistics.count:,} images, {protocol_of(network)}")
+        save_statistics(one, two, network, arguments.batch_size, shown=processes.is_main_process)
         return None
     no_images = is_statistics(one) and is_statistics(two)
     extractors: list[Extractor | None] = [None] if no_images else [*extractors_of(arguments, processes.device)]
     return compare_paths(figures, one, two, extractors, arguments.batch_size)
-
-
-def protocol_of(extractor: Extractor) -> str:
-    return f"extractor={extractor.name}, weights={extractor.weights}"
 
 
 def extractors_of(arguments: argparse.Namespace, device: torch.device) -> list[Extractor]:
@@ -266,11 +266,15 @@ def suite_of(
 
 def of_folder(arguments: argparse.Namespace, processes: PartialState) -> Judgement:
     """Compare a folder of images with a data set."""
-    folder = image_folder(arguments.path[0])
-    check_figures(wanted_figures(arguments), repr(str(folder.path)), () if folder.labels else (LABELS,))
+    folder, figures = image_folder(arguments.path[0]), wanted_figures(arguments)
+    check_figures(figures, repr(str(folder.path)), () if folder.labels else (LABELS,))
     announce_folder(folder, shown=processes.is_main_process)
     data = build(DataConfig, {"name": arguments.data, "path": arguments.data_path})
     dataset = load_data(data, progress=processes.is_main_process)
+    folder = folder.labelled_for(data.name, dataset.num_classes, shown=processes.is_main_process)
+    labels_N = torch.tensor(folder.labels or [NO_LABEL] * len(folder))
+    check_figures(figures, repr(str(folder.path)), () if folder.labels else (LABELS,))
+    check_enough(figures, labels_N, repr(str(folder.path)), dataset, arguments.reference)
     suite = suite_of(arguments, data, dataset, processes, count=len(folder), conditional=folder.labels is not None)
     channels, _, _ = suite.dataset.shape_CHW
     batches = (
@@ -300,8 +304,10 @@ def of_model(arguments: argparse.Namespace, checkpoint: Checkpoint, processes: P
     for problem in leaking_problems(config.upsample, measured, "--figures", "--reference"):
         raise ConfigError(problem)
     total, sample, conditional = arguments.num_images, config.sample, bool(checkpoint.metadata["num_classes"])
-    check_figures(wanted_figures(arguments), f"the model {str(checkpoint.path)!r}", () if conditional else (LABELS,))
+    check_figures(measured.figures, f"the model {str(checkpoint.path)!r}", () if conditional else (LABELS,))
     dataset = dataset or load_data(config.data, progress=processes.is_main_process, recorded=checkpoint.class_names)
+    labels_N = torch.tensor([image.label for image in round_robin(all_labels(network), range(total))])
+    check_enough(measured.figures, labels_N, f"--num-images = {total}", dataset, arguments.reference)
     suite = suite_of(arguments, config.data, dataset, processes, count=total, conditional=conditional)
     announce(checkpoint, *([guide] if guide else []))
     if processes.is_main_process:
@@ -321,12 +327,6 @@ def of_model(arguments: argparse.Namespace, checkpoint: Checkpoint, processes: P
     if suite.classifier is not None and processes.is_main_process:
         print(f"classifier: {suite.classifier.accuracy:.2%} accuracy on the real held-out images")
     return found
-
-
-def tell_students(*sampled: tuple[Checkpoint, CoreConfig]) -> None:
-    """Print which students of step distillation are sampled otherwise than they were made for."""
-    for note in filter(None, (student_note(*each) for each in sampled)):
-        print(note, file=sys.stderr)
 
 
 def of_two_models(

@@ -28,14 +28,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from agent.command import run_and_leave
+from agent.command import fail, run_and_leave
 from diffusion_core.config import PRESETS, CoreConfig, build
 from diffusion_core.data.batches import Batches
 from diffusion_core.data.datasets import Dataset, load_data
 from diffusion_core.evaluation.classifier.training import RECIPES, train_classifier
-from diffusion_core.files import write_json
+from diffusion_core.files import new_file, write_json
 from diffusion_core.hardware import algorithms
-from diffusion_core.messages import Parser, one_line, out_file
+from diffusion_core.messages import Parser, UserError, one_line, out_file
 from diffusion_core.model.cost import peak_memory
 from diffusion_core.model.structure import maskable
 from diffusion_core.model.unet import build_network
@@ -260,7 +260,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "found": [{"what": what, "holds": holds, "figure": figure} for what, holds, figure in found],
         }
         if arguments.out:
-            write_json(arguments.out, report)
+            try:
+                with new_file(arguments.out, "--out") as temporary:
+                    write_json(temporary, report)
+            except UserError as error:
+                return fail(str(error))
     return 1 if failed else 0
 
 

@@ -48,7 +48,7 @@ from diffusion_core.evaluation.features import ExtractorError
 from diffusion_core.evaluation.folders import FolderLows, small_images
 from diffusion_core.hardware import pick_device, pick_precision
 from diffusion_core.machine.launch import launch_errors
-from diffusion_core.messages import Parser, out_folder
+from diffusion_core.messages import Parser, out_folder, seed, two_seeds
 from diffusion_core.model.unet import NO_LABEL
 from diffusion_core.sampling import media
 from diffusion_core.sampling.autoguidance import FREE_OF_LABELS, check_guide
@@ -57,7 +57,7 @@ from diffusion_core.sampling.flags import LOW_NOISE, add_sampling_flags, samplin
 from diffusion_core.sampling.generation import Generator, Lows, Request, round_robin
 from diffusion_core.sampling.image_folder import check_folder, file_name, is_whole_png, read_png, save_png, settings
 from diffusion_core.sampling.interpolation import between_labels, between_seeds
-from diffusion_core.sampling.labels import pick_count, pick_labels, pick_seeds
+from diffusion_core.sampling.labels import pick_count, pick_labels
 from diffusion_core.sampling.lows import HeldOut
 
 MODES = ("sample", "denoise", "progressive", "interpolate")
@@ -81,8 +81,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"images in all, dealt out to the labels in turn (sample: {IMAGES_PER_LABEL} of each label; else one of "
         "each, as many as fit in a picture); with interpolate, the number of rows",
     )
-    parser.add_argument("--seed", default="0", help="seed of the images (0)")
-    parser.add_argument("--seeds", metavar="A,B", help="interpolate between these two seeds")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the images (0)")
+    parser.add_argument("--seeds", type=two_seeds, metavar="A,B", help="interpolate between these two seeds")
     parser.add_argument("--out", type=out_folder, default="samples", metavar="DIR", help="folder of images (samples)")
     parser.add_argument(
         "--gif",
@@ -175,7 +175,8 @@ def prepare(arguments: argparse.Namespace) -> SamplingTask:
         ConfigError: if something that was asked for cannot be done.
     """
     if arguments.seeds is not None and arguments.mode != "interpolate":
-        raise ConfigError(f"--seeds = {arguments.seeds!r}: only for --mode interpolate; --seed is that of other modes")
+        given = ",".join(map(str, arguments.seeds))
+        raise ConfigError(f"--seeds = {given!r}: only for --mode interpolate; --seed is that of other modes")
     with launch_errors():
         processes = PartialState(cpu=arguments.device == "cpu")
     with first_process_first(processes):
@@ -323,11 +324,10 @@ def show_steps(task: SamplingTask, mode: str) -> None:
     print(f"{mode}.png and {mode}.gif in {task.folder}/")
 
 
-def interpolate(task: SamplingTask, seeds: str | None) -> None:
+def interpolate(task: SamplingTask, ends: tuple[int, int] | None) -> None:
     """From one label or seed to another: a strip with a row an image, and an animation there and back."""
     if not task.processes.is_main_process:
         return
-    ends = None if seeds is None else pick_seeds(seeds)
     task.announce()
     weights, sample = torch.linspace(0.0, 1.0, STRIP_COLUMNS).tolist(), task.config.sample
     if ends is not None:

@@ -22,12 +22,12 @@ from agent.config import config_from_words
 from diffusion_core.config import ConfigError, TrainConfig, split_argv
 from diffusion_core.config.usage import check_data_named
 from diffusion_core.data.announcement import announce_data
-from diffusion_core.data.datasets import DataError, load_data
+from diffusion_core.data.datasets import load_data
 from diffusion_core.evaluation.classifier.classifier import classifier_for
 from diffusion_core.evaluation.classifier.training import RECIPES, recipe_for
-from diffusion_core.evaluation.features import ExtractorError
+from diffusion_core.files import new_file
 from diffusion_core.hardware import pick_device
-from diffusion_core.messages import Parser, out_file
+from diffusion_core.messages import Parser, UserError, out_file
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         seconds = time.perf_counter() - started
         if arguments.out:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            classifier.save(arguments.out)
-    except (ConfigError, DataError, ExtractorError, OSError) as error:
+            with new_file(arguments.out, "--out") as temporary:
+                classifier.save(temporary)
+    except UserError as error:
         return fail(str(error))
     print(
         f"classifier:       {classifier.name}, recipe {recipe}, seed {classifier.recipe.seed}, weights "

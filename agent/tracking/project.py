@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 from agent.tracking.api import api_errors, client
 from agent.tracking.environment import load_environment
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.choice import wanted_step
 from diffusion_core.redact import redacted_arguments
+from diffusion_core.runs.leftovers import Leftover
 from diffusion_core.runs.recorded import flat_summary
 from diffusion_core.tracking import BEST, MODEL, STATE
-
-if TYPE_CHECKING:
-    from wandb import Artifact
 
 
 def finished_runs(name: str, which: str) -> Iterator[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
@@ -51,16 +50,16 @@ def _models(run: Any, which: str) -> list[dict[str, Any]]:
 
 
 def log_table(project: str, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Log a table in a new run of a project, ``PROJECT`` or ``ENTITY/PROJECT``."""
+    """Log a table in a new run of a project, ``PROJECT`` or ``ENTITY/PROJECT``; ConfigError if W&B refuses."""
     import wandb
 
-    entity, _, project = project.rpartition("/")
-    with redacted_arguments(), wandb.init(entity=entity or None, project=project, job_type=name, name=name,
-                                          mode="online") as run:  # fmt: skip
+    entity, _, bare = project.rpartition("/")
+    run_of = partial(wandb.init, entity=entity or None, project=bare, job_type=name, name=name, mode="online")
+    with api_errors(f"--upload: --project = {project!r}"), redacted_arguments(), run_of() as run:
         run.log({name: wandb.Table(columns=list[str | int](columns), data=[list(row) for row in rows])})
 
 
-def versions_without_alias(project: str) -> Iterator[Artifact]:
+def versions_without_alias(project: str) -> Iterator[Leftover]:
     """Yield the versions of a project's models and training states that have no alias and no link.
 
     Raises:
@@ -68,9 +67,11 @@ def versions_without_alias(project: str) -> Iterator[Artifact]:
     """
     with api_errors(f"--project = {project!r}", CheckpointError):
         api = client()
+        len(api.runs(project, per_page=1))  # Names the project if there is none; the next question does not.
         kinds = {known.name for known in api.artifact_types(project)} & {MODEL, STATE}
         for kind in sorted(kinds):
             for collection in api.artifact_type(kind, project).collections():
                 for version in collection.artifacts():
                     if not version.aliases and not version.linked_artifacts:
-                        yield version
+                        guarded = api_errors(f"{version.name!r}: not deleted", CheckpointError)
+                        yield Leftover(version.name, version.size, guarded(version.delete))

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +43,9 @@ from diffusion_core.evaluation.measure import (
     look,
     needs_every_image,
 )
-from diffusion_core.evaluation.reference import read_statistics
+from diffusion_core.evaluation.reference import read_statistics, write_statistics
 from diffusion_core.evaluation.suite import Judgement
-from diffusion_core.files import sha256
+from diffusion_core.files import new_file, sha256
 from diffusion_core.messages import counted, reason_of
 from diffusion_core.model.unet import NO_LABEL
 from diffusion_core.redact import redact
@@ -107,6 +107,16 @@ class ImageFolder:
                         )
                 images_BCHW = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
                 yield images_BCHW, None if self.labels is None else torch.tensor([self.labels[i] for i in chosen])
+
+    def labelled_for(self, data: str, num_classes: int, *, shown: bool) -> ImageFolder:
+        """Return this folder, without its labels if one of them is no class of a data set; say so if ``shown``."""
+        foreign = [label for label in self.labels or () if label >= num_classes]
+        if not foreign:
+            return self
+        if shown:
+            known = f"{data} has 0 to {num_classes - 1}"
+            say(redact(f"{self.path}: names of files hold class {foreign[0]}, and {known}: no labels are read"))
+        return replace(self, labels=None)
 
     def _read(self, position: int) -> np.ndarray:
         try:
@@ -287,6 +297,16 @@ def see(path: Path, extractor: Extractor | None, batch_size: int, *, keep: bool)
     batches = folder.batches(own_positions(len(folder)), batch_size)
     (seen,) = look([extractor], batches, len(folder), keep=keep)
     return seen
+
+
+def save_statistics(folder: Path, file: Path, extractor: Extractor, batch_size: int, *, shown: bool) -> None:
+    """Write the statistics of a folder of images, by the process that is the one to show it."""
+    statistics = see(folder, extractor, batch_size, keep=False).statistics
+    if shown:
+        with new_file(file, "PATH2") as temporary:
+            write_statistics(temporary, statistics)
+        described = f"extractor={extractor.name}, weights={extractor.weights}"
+        print(f"{file}: statistics of {statistics.count:,} images, {described}")
 
 
 def as_reference(path: Path, seen: Seen) -> Reference:

@@ -21,6 +21,7 @@ from diffusion_core.config.metrics import best_first, goal_of
 from diffusion_core.evaluation.protocol import PREFIX, sampling_of
 from diffusion_core.evaluation.record import EVALUATION_FILE, OF_IMAGES
 from diffusion_core.files import write_csv, write_json
+from diffusion_core.messages import UserError, reason_of
 from diffusion_core.run_folder import CHECKPOINTS, PROTOCOLS_FILE, RESULT_FILE, read_history, without_step
 from diffusion_core.sampling.cost import EVALUATIONS, MACS, SECONDS
 from diffusion_core.tables import cell, text_table
@@ -273,7 +274,14 @@ def show(entries: Sequence[Entry]) -> str:
 
 
 def write(entries: Sequence[Entry], folder: Path) -> None:
-    """Write ``leaderboard.csv`` and ``leaderboard.json`` into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{FILE}.json", [asdict(item) for item in entries])
-    write_csv(folder / f"{FILE}.csv", *rows_of(entries))
+    """Write ``leaderboard.csv`` and ``leaderboard.json`` into a folder.
+
+    Raises:
+        UserError: if they cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / f"{FILE}.json", [asdict(item) for item in entries])
+        write_csv(folder / f"{FILE}.csv", *rows_of(entries))
+    except OSError as error:
+        raise UserError(f"--out = {str(folder)!r}: {reason_of(error)}; choose another folder") from None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion_core.config import ConfigError
 from diffusion_core.config.metrics import space_figure
-from diffusion_core.data.datasets import DataError
+from diffusion_core.data.datasets import DataError, Dataset
 from diffusion_core.distributed import gather_in_order, own_positions, sum_over_processes
 from diffusion_core.evaluation.distances import Moments, Statistics
 from diffusion_core.evaluation.features import Extractor, check_finite
@@ -165,6 +165,38 @@ def check_figures(figures: Iterable[str], named: str, lacks: Collection[str]) ->
         }
         for what in (what for what, needed in needs.items() if needed and what in lacks):
             raise ConfigError(f"--figures = {figure!r}: needs {what}, and {named} has none; leave it out")
+
+
+def check_enough(figures: Iterable[str], labels_N: Tensor, named: str, dataset: Dataset, reference: str) -> None:
+    """Check that figures that the user asked for can be computed of so many images (:func:`too_few`).
+
+    Raises:
+        ConfigError: if one cannot.
+    """
+    for figure, need in too_few(figures, labels_N, named, dataset, reference):
+        raise ConfigError(f"--figures = {figure!r}: {need}; leave it out")
+
+
+def too_few(
+    figures: Iterable[str], labels_N: Tensor, named: str, dataset: Dataset, reference: str
+) -> Iterator[tuple[str, str]]:
+    """Yield the figures that cannot be computed of so few images, generated or real, each with what it needs.
+
+    Args:
+        figures: names in ``METRICS``.
+        labels_N: labels of the images; -1 where they have none.
+        named: the images, for messages.
+        dataset: the real images.
+        reference: the split that figures in features are compared with.
+    """
+    for figure in figures:
+        record = METRICS[figure]
+        if record.of_images:
+            split = reference if record.in_features else record.split
+            real = dataset.train if split == "train" else dataset.val
+            whole = f"the {split} split of the real images"
+            if need := record.fewest.lacking(labels_N, named) or record.fewest_real.lacking(real.labels_N, whole):
+                yield figure, need
 
 
 def compare(

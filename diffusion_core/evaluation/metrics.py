@@ -27,6 +27,36 @@ MOST_FOR_SVC = 10_000
 
 
 @dataclass(frozen=True)
+class Fewest:
+    """How many images a figure needs at least.
+
+    Attributes:
+        images: number of images.
+        classes: number of classes that the images are of.
+        of_a_class: number of images of the most frequent class.
+    """
+
+    images: int = 1
+    classes: int = 1
+    of_a_class: int = 1
+
+    def lacking(self, labels_N: Tensor, named: str) -> str | None:
+        """Return what images with these labels lack, in words that name them; None if there are enough."""
+        sizes = labels_N.unique(return_counts=True)[1].tolist()
+        for least, present, what in (
+            (self.images, sum(sizes), "images"),
+            (self.classes, len(sizes), "classes of images"),
+            (self.of_a_class, max(sizes, default=0), "images of one class"),
+        ):
+            if present < least:
+                return f"needs at least {least} {what}, and {named} has {present}"
+        return None
+
+
+COVARIANCE, PAIR = Fewest(images=2), Fewest(of_a_class=2)
+
+
+@dataclass(frozen=True)
 class FeatureMetric:
     """A figure of generated images in each feature space of ``eval.extractors``.
 
@@ -38,6 +68,7 @@ class FeatureMetric:
         logits: needs ``logits_NK`` of the generated images.
         compares: depends on the reference.
         by_class: computed for the images of each class; the name ends in ``/CLASS``.
+        fewest: what it needs of the generated images, and of the reference.
     """
 
     parts: Sequence[Part]
@@ -47,6 +78,7 @@ class FeatureMetric:
     logits: bool = False
     compares: bool = True
     by_class: bool = False
+    fewest: Fewest = COVARIANCE
 
     in_features: ClassVar[bool] = True
     of_images: ClassVar[bool] = True
@@ -55,6 +87,11 @@ class FeatureMetric:
     def labels(self) -> bool:
         """Whether the images must have labels."""
         return self.by_class
+
+    @property
+    def fewest_real(self) -> Fewest:
+        """What it needs of the reference."""
+        return self.fewest
 
     def goals(self, name: str) -> dict[str, Goal]:
         """Return the goals of its numbers, by pattern."""
@@ -102,6 +139,8 @@ class ImageMetric:
         help: what it is, and its source.
         labels: needs the labels of the images.
         split: the real images that it is compared with, named in its protocol: ``train`` or ``val``.
+        fewest: what it needs of the generated images.
+        fewest_real: what it needs of the real ones.
     """
 
     compute: Callable[[Images, Real], float]
@@ -109,6 +148,8 @@ class ImageMetric:
     help: str
     labels: bool = False
     split: str = "val"
+    fewest: Fewest = Fewest()
+    fewest_real: Fewest = Fewest()
 
     in_features: ClassVar[bool] = False
     of_images: ClassVar[bool] = True
@@ -265,7 +306,7 @@ METRICS["precision_recall"] = FeatureMetric(
 METRICS["density_coverage"] = FeatureMetric(
     [Part("density", "maximize"), Part("coverage", "maximize")], _density_coverage, "density and coverage"
 )
-METRICS["per_class"] = FeatureMetric([FD], _frechet, "Fréchet distance of each class", by_class=True)
+METRICS["per_class"] = FeatureMetric([FD], _frechet, "Fréchet distance of each class", by_class=True, fewest=PAIR)
 METRICS["loss_by_timestep"] = LossMetric(
     _by_timestep,
     [f"val/loss_t{part}" for part in range(LOSS_BUCKETS)],
@@ -278,6 +319,7 @@ METRICS["synthetic_accuracy"] = ImageMetric(
     "maximize",
     "accuracy on real images of a classifier that was trained on generated ones",
     labels=True,
+    fewest=Fewest(images=2),  # Batch norm has no variance of one.
 )
 METRICS["svc_agreement"] = ImageMetric(
     lambda images, real: _svc_accuracy(real.dataset.train, images),
@@ -285,12 +327,14 @@ METRICS["svc_agreement"] = ImageMetric(
     "share of images that a support vector classifier of real ones assigns to their label",
     labels=True,
     split="train",
+    fewest_real=Fewest(classes=2),
 )
 METRICS["svc_synthetic_accuracy"] = ImageMetric(
     lambda images, real: _svc_accuracy(images, real.dataset.val),
     "maximize",
     "accuracy on real images of a support vector classifier that was trained on generated ones",
     labels=True,
+    fewest=Fewest(classes=2),
 )
 METRICS["diversity"] = ImageMetric(
     _diversity,
@@ -298,4 +342,6 @@ METRICS["diversity"] = ImageMetric(
     "variance of pixels within classes, generated over real; it falls where images of a class become alike",
     labels=True,
     split="train",
+    fewest=PAIR,
+    fewest_real=PAIR,
 )

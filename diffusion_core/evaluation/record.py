@@ -8,8 +8,8 @@ from typing import Any
 
 from diffusion_core.data.datasets import DataError
 from diffusion_core.evaluation.suite import Judgement
-from diffusion_core.files import write_json
-from diffusion_core.messages import listed, reason_of
+from diffusion_core.files import new_file, write_json
+from diffusion_core.messages import listed, why_unwritable
 from diffusion_core.tables import text_table
 from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import STEP
@@ -59,6 +59,17 @@ def _checked(content: Any) -> Judgement:
     return Judgement(figures, protocols)
 
 
+def check_place(checkpoint: Path) -> None:
+    """Check that the file of a checkpoint's evaluations can be written, before they are measured.
+
+    Raises:
+        DataError: if not.
+    """
+    file = checkpoint / EVALUATION_FILE
+    if reason := why_unwritable(file, checkpoint):
+        raise DataError(f"--json = {str(file)!r}: {reason}; choose another file")
+
+
 def show(found: Judgement) -> None:
     """Print figures as a table, and protocols below it."""
     print(text_table(["figure", "value"], [[name, f"{value:.6g}"] for name, value in found.figures.items()]))
@@ -71,12 +82,9 @@ def write(file: Path, found: Judgement, step: int | None) -> None:
     """Write figures and protocols as JSON, with the step of the checkpoint if they are of one.
 
     Raises:
-        DataError: if the file cannot be written.
+        UserError: if the file cannot be written.
     """
     of_checkpoint = {} if step is None else {STEP: step}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {**of_checkpoint, "figures": found.figures, "protocols": found.protocols})
-    except OSError as error:
-        raise DataError(f"--json = {str(file)!r}: {reason_of(error)}; choose another file") from None
+    with new_file(file, "--json") as temporary:
+        write_json(temporary, {**of_checkpoint, "figures": found.figures, "protocols": found.protocols})
     print(f"\nwritten to {file}")

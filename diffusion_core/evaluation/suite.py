@@ -19,10 +19,19 @@ from diffusion_core.distributed import gather_in_order
 from diffusion_core.evaluation.classifier.classifier import Classifier, agreed_classifier
 from diffusion_core.evaluation.extractors.find import agreed_extractor
 from diffusion_core.evaluation.features import Extractor, ExtractorError
-from diffusion_core.evaluation.measure import Reference, Seen, class_agreement, compare, look, needs_every_image
+from diffusion_core.evaluation.measure import (
+    Reference,
+    Seen,
+    class_agreement,
+    compare,
+    look,
+    needs_every_image,
+    too_few,
+)
 from diffusion_core.evaluation.metrics import ImageMetric, Real
 from diffusion_core.evaluation.protocol import protocol
 from diffusion_core.evaluation.reference import Share, reference_for
+from diffusion_core.model.unet import NO_LABEL
 from diffusion_core.registries import METRICS
 from diffusion_core.terminal.progress import say
 
@@ -165,27 +174,37 @@ class Suite:
         if not self.networks and not of_images:
             return found
         seen = look(self.networks, _noting(batches, kept if of_images else None), total, keep=self.keeps)
+        everything = self._gathered(kept, total) if of_images else None
+        labels_N = everything.labels_N if everything else seen[0].labels_N
+        figures = self._possible(torch.full((total,), NO_LABEL) if labels_N is None else labels_N)
         for extractor, view in zip(self.networks, seen, strict=True):
             if extractor is self.classifier and view.labels_N is not None and bool((view.labels_N >= 0).all()):
                 found.add({AGREEMENT: class_agreement(view)}, protocol(total, images, extractor))
             if any(extractor is own for own in self.extractors):
                 reference, names = self._reference(extractor), self.dataset.class_names
-                found.compare(self.config.figures, view, reference, images, extractor, names)
+                in_features = [name for name in figures if METRICS[name].in_features]
+                found.compare(in_features, view, reference, images, extractor, names)
         labelled = bool(kept) and kept[0][1] is not None
-        wanted = [name for name in of_images if labelled or not METRICS[name].labels]
-        everything = self._gathered(kept, total) if wanted else None
-        for name in wanted:
+        for name in (name for name in of_images if name in figures):
             record = METRICS[name]
-            if everything is not None:
+            if everything is not None and (labelled or not record.labels):
                 value = record.compute(everything, Real(self.dataset, self.data, self.device))
                 line = protocol(total, images, None, f"{self.data.name}/{record.split}")
                 found.add({f"eval/{name}_{count_name(total)}": value}, line)
         return found
 
+    def _possible(self, labels_N: Tensor) -> list[str]:
+        """Return the figures that images with these labels are enough for; say of the others what they need."""
+        needs = dict(too_few(self.config.figures, labels_N, "the judged set", self.dataset, self.config.reference))
+        for figure, need in needs.items():
+            self.say(f"no figure {figure}: {need}")
+        return [figure for figure in self.config.figures if figure not in needs]
+
     def _gathered(self, kept: list[tuple[Tensor, Tensor | None]], total: int) -> Images:
         """Return the images of all processes, in order; their labels are -1 if they have none."""
         images_NCHW = torch.cat([images for images, _ in kept])
-        labels_N = torch.cat([torch.full((len(images),), -1) if given is None else given for images, given in kept])
+        nameless = ((torch.full((len(images),), NO_LABEL), given) for images, given in kept)
+        labels_N = torch.cat([none if given is None else given for none, given in nameless])
         return Images(gather_in_order(images_NCHW, total), gather_in_order(labels_N, total))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from diffusion_core.checkpoint import Checkpoint, student_knobs
@@ -55,3 +56,9 @@ def student_note(checkpoint: Checkpoint, config: CoreConfig) -> str | None:
     asked = ", ".join(f"{key} = {now[key]!r}" for key in changed)
     expected = ", ".join(f"{key}={made_for[key]}" for key in changed)
     return f"warning: {asked}: the student {str(checkpoint.path)!r} was distilled for {expected}"
+
+
+def tell_students(*sampled: tuple[Checkpoint, CoreConfig]) -> None:
+    """Print which students of step distillation are sampled otherwise than they were made for."""
+    for note in filter(None, (student_note(*each) for each in sampled)):
+        print(note, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Which images a user means: labels by names and numbers of classes, how many, and seeds."""
+"""Which images a user means: labels by names and numbers of classes, and how many."""
 
 from __future__ import annotations
 
@@ -93,14 +93,6 @@ def pick_count(text: str | None, default: int, rows: int | None = None) -> int:
         why = "" if rows is None else ", rows of one picture; draw more pictures with another --seed and --out"
         raise ConfigError(f"--num-images = {text!r}: expected an integer >= 1 and <= {most:,}{why}")
     return int(text)
-
-
-def pick_seeds(text: str) -> tuple[int, int]:
-    """Return the two seeds that ``--seeds`` names."""
-    words = [word.strip() for word in text.split(",")]
-    if len(words) != 2 or not all(word.isdecimal() for word in words):
-        raise ConfigError(f"--seeds = {text!r}: expected two integers >= 0, such as 0,1")
-    return int(words[0]), int(words[1])
 
 
 def _by_name(class_names: Sequence[str]) -> dict[str, int]:

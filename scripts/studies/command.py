@@ -41,11 +41,6 @@ def numbers(key: str, text: str, kind: Callable[[str], T], accepts: Callable[[T]
     raise ConfigError(f"{key} = {text!r}: expected {expected}")
 
 
-def seeds_of(text: str) -> list[int]:
-    """Return the seeds of ``--seeds``."""
-    return numbers("--seeds", text, int, lambda seed: seed >= 0, "integers >= 0, such as 0,1,2")
-
-
 def at_least(key: str, value: int, least: int) -> int:
     """Return the value of an option.
 

@@ -32,12 +32,13 @@ from diffusion_core.evaluation.generated import generated
 from diffusion_core.evaluation.protocol import sampling_protocol
 from diffusion_core.evaluation.suite import Suite
 from diffusion_core.hardware import pick_device, pick_precision
+from diffusion_core.messages import seed_list
 from diffusion_core.run_folder import RESULT_FILE
 from diffusion_core.sampling.cost import MACS, image_costs
 from diffusion_core.sampling.generation import Generator
 from diffusion_core.sampling.lows import held_out
 from diffusion_core.tables import markdown_table, mean_and_range
-from studies.command import at_least, numbers, parser_of, seeds_of, status_of
+from studies.command import at_least, numbers, parser_of, status_of
 from studies.study import QUIET, SAMPLING_SEED, Results, check_settings, run_once
 from studies.table import write_table
 
@@ -224,7 +225,7 @@ class FewSteps:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     parser = parser_of(__doc__, "runs/few-steps")
-    parser.add_argument("--seeds", default="0,1,2", metavar="A,B,...", help="training seeds (0,1,2)")
+    parser.add_argument("--seeds", type=seed_list, default=[0, 1, 2], metavar="A,B,...", help="training seeds (0,1,2)")
     parser.add_argument("--teacher-steps", type=int, default=2000, metavar="N", help="of a teacher (2000)")
     parser.add_argument("--tune-steps", type=int, default=300, metavar="N", help="of fine-tuning (300)")
     parser.add_argument("--lengths", default="1300", metavar="A,B,...", help="optimizer steps of the students (1300)")
@@ -239,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         counts = numbers("--counts", given.counts, int, lambda count: count > 0, "integers > 0, such as 4,2,1")
         return FewSteps(
             given.out,
-            tuple(seeds_of(given.seeds)),
+            tuple(given.seeds),
             at_least("--teacher-steps", given.teacher_steps, 2),
             at_least("--tune-steps", given.tune_steps, 1),
             tuple(lengths),

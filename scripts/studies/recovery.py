@@ -37,6 +37,7 @@ from diffusion_core.evaluation.protocol import sampling_protocol
 from diffusion_core.evaluation.suite import Judgement, Suite
 from diffusion_core.files import write_json
 from diffusion_core.hardware import pick_device, pick_precision
+from diffusion_core.messages import seed
 from diffusion_core.model.cost import count_cost
 from diffusion_core.randomness import Purpose, streams
 from diffusion_core.run_folder import read_history
@@ -214,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     parser = parser_of(__doc__, "runs/recovery")
     parser.add_argument("--steps", type=int, default=5000, metavar="N", help="of the dense model (5000)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of training (0)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of training (0)")
     parser.add_argument(
         "--rows",
         default=",".join(IMPORTANCES),
@@ -232,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         study = Recovery(
             given.out,
             at_least("--steps", given.steps, SHARE),
-            at_least("--seed", given.seed, 0),
+            given.seed,
             tuple(guidances),
             at_least("--images", given.images, 100),
             split_argv(given.knobs),

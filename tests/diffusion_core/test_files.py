@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import signal
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from diffusion_core.cache import keep
 from diffusion_core.files import (
+    new_file,
     replaced_file,
     replaced_folder,
     restore_replaced,
@@ -22,7 +26,7 @@ from diffusion_core.files import (
     write_json,
     write_json_lines,
 )
-from diffusion_core.messages import one_line, reason_of
+from diffusion_core.messages import UserError, one_line, reason_of
 from diffusion_core.signals import signal_handler
 
 
@@ -117,3 +121,29 @@ def test_old_signal_handlers_come_back() -> None:
         raise RuntimeError
     assert received == [signal.SIGUSR2]
     assert signal.getsignal(signal.SIGUSR2) is before
+
+
+def test_a_new_file_is_whole_or_missing_and_its_errors_name_the_option(tmp_path: Path) -> None:
+    file = tmp_path / "missing" / "deep" / "file"
+    with new_file(file, "--out") as temporary:
+        temporary.write_text("x")
+        assert not file.exists()
+    assert [path.name for path in file.parent.iterdir()] == ["file"]
+    for place, error, reason in ((file / "x", None, "File exists"), (file, errno.ENOSPC, "No space left on device")):
+        with pytest.raises(UserError) as refusal:
+            write(place, error)
+        assert str(refusal.value) == f"--out = {str(place)!r}: {reason}; choose another file"
+    assert file.read_text() == "x"
+    assert [path.name for path in file.parent.iterdir()] == ["file"]
+
+
+def write(file: Path, error: int | None) -> None:
+    with new_file(file, "--out") as temporary:
+        temporary.write_text("half")
+        if error is not None:
+            raise OSError(error, os.strerror(error))
+
+
+def test_a_cache_that_safetensors_cannot_write_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not keep(tmp_path / "file", lambda path: save_file({"a": torch.zeros(1)}, path / "x"))
+    assert "cannot write" in capsys.readouterr().err

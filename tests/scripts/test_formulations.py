@@ -12,6 +12,7 @@ import compare_pruning
 import compare_tickets
 import pytest
 from check_formulations import Measured
+from commands import run_command
 from tiny import TINY
 
 from agent.config import build_config
@@ -70,13 +71,13 @@ def test_a_loss_that_rises_or_is_no_number_fails() -> None:
         (check_formulations, "--train.lrr=1", "unknown key; did you mean train.lr?"),
         (compare_formulations, "--formulations=min-SNR", "--formulations = 'min-SNR': expected some of eps; v"),
         (compare_formulations, "--samplers=magic", "--samplers = 'magic': expected some of ddim 50; ddpm 100"),
-        (compare_formulations, "--seeds=-1", "--seeds = '-1': expected integers >= 0"),
+        (compare_formulations, "--seeds=-1", "--seeds = '-1': expected an integer >= 0"),
         (compare_formulations, "--steps=1", "--steps = 1: expected an integer >= 2"),
-        (compare_pruning, "--seeds=a", "--seeds = 'a': expected integers >= 0"),
+        (compare_pruning, "--seeds=a", "--seeds = 'a': expected an integer >= 0"),
         (compare_pruning, "--tables=best", "--tables = 'best': expected some of structured"),
         (compare_pruning, "--tune-steps=0", "--tune-steps = 0: expected an integer >= 1"),
         (compare_pruning, "--keep=1", "--keep = '1': expected shares between 0 and 1"),
-        (compare_tickets, "--seeds=a", "--seeds = 'a': expected integers >= 0"),
+        (compare_tickets, "--seeds=a", "--seeds = 'a': expected an integer >= 0"),
         (compare_tickets, "--sparsities=80,100", "--sparsities = '80,100': expected percentages above 0"),
         (compare_tickets, "--sparsities=0", "--sparsities = '0': expected percentages above 0"),
     ],
@@ -84,7 +85,7 @@ def test_a_loss_that_rises_or_is_no_number_fails() -> None:
 def test_wrong_words_are_refused_in_one_line(
     script: Any, word: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert script.main([word, "--out", str(tmp_path / "out")]) == 2
+    assert run_command(script.__name__, word, "--out", str(tmp_path / "out")) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert err.count("\n") == 1

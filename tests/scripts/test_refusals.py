@@ -126,26 +126,46 @@ REFUSED: dict[str, list[list[str]]] = {
 }  # fmt: skip
 """Words of each command that it refuses."""
 
+LONG = "x" * 300
+"""A name that no file system takes."""
+UNWRITABLE = "/proc"
+"""A folder that not even an administrator can write to."""
+WRONG_SEEDS = ("-1", str(2**63), "1e3", "x")
+
 PLACES: dict[str, list[list[str]]] = {
-    "agent.leaderboard": [["nowhere", "--out=file"], ["nowhere", "--out="]],
-    "agent.report": [["empty", "--out="], ["empty", "--out=file/page.html"]],
+    "agent.leaderboard": [["nowhere", "--out=file"], ["nowhere", "--out="], ["nowhere", f"--out={UNWRITABLE}"],
+                          ["--project="]],
+    "agent.clean": [["--project="]],
+    "agent.report": [["empty", "--out="], ["empty", "--out=file/page.html"], ["empty", f"--out={LONG}"]],
     "agent.sweep": [["--attach="], ["sweep.yaml", "--offline", "--out=file"], ["sweep.yaml", "--offline", "--out="]],
-    "benchmark": [["ema", "--short", "--out=empty"], ["ema", "--out="], ["ema", "--out=file/out.json"]],
+    "benchmark": [["ema", "--short", "--out=empty"], ["ema", "--out="], ["ema", "--out=file/out.json"],
+                  ["ema", f"--out={UNWRITABLE}/x.json"]],
     "check_formulations": [["--out=file"], ["--out="]],
     "compare_formulations": [["--out=file"], ["--out="]],
     "compare_pruning": [["--out=file"], ["--out="]],
-    "compare_tickets": [["--out=file"], ["--out=file/out"], *([f"--per-round={share}"] for share in ("1", "1.5", "0"))],
-    "evaluate": [["--checkpoint=a", "--json="], ["--checkpoint=a", "--json=empty"], ["empty", "--json=file/out.json"]],
+    "compare_tickets": [["--out=file"], ["--out=file/out"], *([f"--per-round={share}"] for share in ("1", "1.5", "0")),
+                        [f"--seeds=0,{2**63}"]],
+    "evaluate": [["--checkpoint=a", "--json="], ["--checkpoint=a", "--json=empty"], ["empty", "--json=file/out.json"],
+                 *(["--checkpoint=a", f"--json={file}"] for file in (LONG, f"{UNWRITABLE}/x.json")),
+                 *(["--save-stats", "empty", file] for file in ("", "empty", "file", LONG, f"{UNWRITABLE}/x.npz")),
+                 ["--save-stats", "a.npz", "b.npz"],
+                 *(["--checkpoint=a", f"--seed={seed}"] for seed in WRONG_SEEDS)],
+    "sample_images": [*([*NEEDS_MODEL, f"--out={place}"] for place in (LONG, UNWRITABLE)),
+                      *([*NEEDS_MODEL, "--out=out", f"--seed={seed}"] for seed in WRONG_SEEDS),
+                      *([*NEEDS_MODEL, "--out=out", "--mode=interpolate", f"--seeds={seeds}"]
+                        for seeds in ("0", "0,1,2", *(f"0,{seed}" for seed in WRONG_SEEDS)))],
     "export_model": [[*NEEDS_MODEL, "--out="], [*NEEDS_MODEL, "--out=file"]],
-    "gpu_check": [["--out=empty"], ["--out="]],
+    "gpu_check": [["--out=empty"], ["--out="], [f"--out={UNWRITABLE}/x.json"]],
     "lottery_ticket": [["--overlap", "a", "b", "--out=file"]],
     "prune": [
         ["--preset=digits", "--target=macs=0.5", "--out=file"],
         ["--preset=digits", "--target=macs=0.5", "--out="],
     ],
-    "train_classifier": [["--data.name=digits", "--out=empty"], ["--data.name=digits", "--out="]],
-}
-"""Words that name no place to write to: a file for a folder, a folder for a file, nothing; and shares out of range."""
+    "train_classifier": [["--data.name=digits", "--out=empty"], ["--data.name=digits", "--out="],
+                         *(["--data.name=digits", f"--out={file}"] for file in (LONG, f"{UNWRITABLE}/x"))],
+}  # fmt: skip
+"""Words that name no place to write to: a file for a folder, a folder for a file, nothing, a place that cannot be
+written; and shares and seeds out of range."""
 
 
 @pytest.fixture
@@ -205,6 +225,15 @@ def test_it_is_refused_in_one_form_and_leaves_nothing(
         (["train_classifier", "--recipe=cpu"], "--data.name=digits"),
         (["agent", "--preset=digits", "--train.steps=1.5e0"], "expected an integer"),
         (["agent", "--preset=digits", "--train.batch_size=1.5e0"], "expected an integer"),
+        (["evaluate", "--checkpoint=a", f"--json={LONG}"], "--json = 'xxx"),
+        (["evaluate", "--checkpoint=a", f"--json={UNWRITABLE}/x"], "--json = '/proc/x': expected a file that can be"),
+        (["evaluate", "--save-stats", "empty", f"{UNWRITABLE}/x"], "PATH2 = '/proc/x': expected a file that can be"),
+        (["sample_images", *NEEDS_MODEL, f"--out={UNWRITABLE}"], "--out = '/proc': expected a folder that can be"),
+        *(
+            ([name, *NEEDS_MODEL, f"--seed={seed}"], f"--seed = {seed!r}: expected an integer >= 0 and < ")
+            for name in ("evaluate", "sample_images")
+            for seed in WRONG_SEEDS
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )

@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from diffusion_core.cache import cache_path, keep
@@ -105,7 +105,8 @@ class Classifier:
     def save(self, path: Path) -> None:
         """Write the file that :func:`read_classifier` reads."""
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
-        save_file(tensors, path, metadata={HEADER: json.dumps(self.described())})
+        # save_file would turn the system's errors into its own.
+        path.write_bytes(save(tensors, metadata={HEADER: json.dumps(self.described())}))
 
 
 def weights_hash(network: torch.nn.Module) -> str:

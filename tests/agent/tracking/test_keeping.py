@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from server import WandbServer
+from server.faults import Fault
 from wandb_client import ROOT, Client
 
 PROGRAM = """
@@ -79,6 +81,18 @@ with wandb.init(entity="somebody", project="test", id="own") as run:
     artifact = wandb.Artifact("model-own", "model")
     artifact.add_file("ema.safetensors")
     run.log_artifact(artifact).wait()
+"""
+
+UNNAMED = """
+import wandb
+from pathlib import Path
+with wandb.init(entity="tester", project="test", id="unnamed") as run:
+    run.log({"model/parameters": 1, "val/loss": 1.0})
+    for content in ("one", "another"):
+        Path("ema.safetensors").write_text(content)
+        artifact = wandb.Artifact("model-unnamed", "model", metadata={"step": 1})
+        artifact.add_file("ema.safetensors")
+        run.log_artifact(artifact).wait()
 """
 
 
@@ -179,3 +193,22 @@ def test_the_server_is_asked_why_a_run_is_stopped(told: tuple[dict[str, Any], Wa
 
 def test_alerts_arrive(told: tuple[dict[str, Any], WandbServer]) -> None:
     assert told[1].runs["better"].alerts == [{"title": "Title", "text": "Text", "severity": "WARN"}]
+
+
+def test_what_wandb_refuses_is_one_line(told: tuple[dict[str, Any], WandbServer], tmp_path: Path) -> None:
+    """A project that there is not, a version that is not deleted, a table that is not taken."""
+    _, server = told
+    client = Client(server, tmp_path)
+    client.script(UNNAMED)
+    server.faults = [Fault("DeleteArtifact", status=403), Fault("UpsertBucket", status=403)]
+    project, table = ["--project", "tester/test"], ["--which", "newest", "--upload"]
+    for words, line in (
+        (["agent.clean", "--project", "tester/none"], "--project = 'tester/none': Could not find project none"),
+        (["agent.clean", *project, "--yes"], "'model-unnamed:v0': not deleted: a fault of the test"),
+        (["agent.leaderboard", *project, *table], "--upload: --project = 'tester/test': a fault of the test"),
+    ):
+        printed = client.python("-m", *words, code=2)
+        assert "Traceback" not in printed
+        assert f"error: {line}\n" in printed
+    server.faults = []
+    assert "model-unnamed:v0  removed" in client.python("-m", "agent.clean", *project, "--yes")
