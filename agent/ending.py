@@ -12,8 +12,9 @@ from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError
 from diffusion_core.data.datasets import DataError
 from diffusion_core.files import DISK_FULL
-from diffusion_core.machine.jobs import NO_SPACE
+from diffusion_core.machine.jobs import NO_SPACE, OTHER_INPUT
 from diffusion_core.redact import redact
+from diffusion_core.runs.inputs import OtherInput
 from diffusion_core.training.callbacks import DIVERGED
 from diffusion_core.training.stopping import Stopped
 from diffusion_core.training.trainer import TrainingDiverged
@@ -78,6 +79,8 @@ def ending_of(error: BaseException | None, folder: Path | None) -> Ending:
     if isinstance(error, NotDownloaded):
         text = f"error: {error}"
         return Ending(UNSENT, UNSENT, text, alert="Checkpoint not downloaded", preempted=True, together=False)
+    if isinstance(error, OtherInput):
+        return Ending(OTHER_INPUT, OTHER_INPUT, f"error: {error}", together=False)
     if isinstance(error, ConfigError | DataError):
         return Ending(UNUSABLE, UNUSABLE, f"error: {error}", together=False)
     if isinstance(error, TrainingDiverged):

@@ -31,7 +31,7 @@ from agent.trial import check_start, first_network, run_trial
 from diffusion_core.checkpoint import CheckpointError
 from diffusion_core.config import ConfigError, flatten, to_yaml
 from diffusion_core.data.announcement import advise, announce_data, look_at_data
-from diffusion_core.data.datasets import DataError, load_data
+from diffusion_core.data.datasets import DataError, Dataset, load_data
 from diffusion_core.distributed import WATCH_EVERY_S, Peers, first_process_first, make_accelerator
 from diffusion_core.evaluation.extractors.find import check_extractors
 from diffusion_core.files import write_json
@@ -40,6 +40,7 @@ from diffusion_core.machine.assigned import note_trial
 from diffusion_core.machine.launchers import watch_launchers
 from diffusion_core.redact import recorded_console
 from diffusion_core.run_folder import CHECKPOINTS, RUN_FILE, SAMPLES, check_folder, locked, make_folder, read_run_file
+from diffusion_core.runs.inputs import check_as_others
 from diffusion_core.runs.result import TrialResult
 from diffusion_core.runs.unwritten import or_told
 from diffusion_core.signals import remembered
@@ -260,7 +261,7 @@ class Session:
                 dataset = load_data(config.data, progress=config.log.progress and self.is_main)
             checkpoints = (Round(0).folder(self.folder) if self.is_lottery else self.folder) / CHECKPOINTS
             config = settled(config, accelerator, dataset, checkpoints)
-            self._refuse_early(config, dataset.num_classes)
+            self._refuse_early(config, dataset)
         self.stop.check_now()
         if self.is_main and self.greeting:
             say(self.greeting)
@@ -280,7 +281,7 @@ class Session:
         begin = functools.partial(run, config, self.tracker, dataset=dataset, folder=self.folder, run_id=run_id)
         return begin(stop=self.stop, accelerator=accelerator)
 
-    def _refuse_early(self, config: TrialConfig, num_classes: int) -> None:
+    def _refuse_early(self, config: TrialConfig, dataset: Dataset) -> None:
         """Check what the trial resumes or starts from before a W&B run exists.
 
         A run that W&B knows may go on from its checkpoints there, and then needs neither this machine's nor the one
@@ -296,9 +297,10 @@ class Session:
         if resumed is None and not elsewhere:
             with first_process_first(self.accelerator):  # The first process downloads, the others read its files.
                 try:
-                    check_start(config, num_classes)
+                    start = check_start(config, dataset.num_classes)
                 except CheckpointError as error:  # Here it is wrong input. In a trial, it is a failure.
                     raise ConfigError(str(error)) from None
+            check_as_others(self.folder, functools.partial(start.taken, config, dataset))
 
     def _start_tracking(self, config: TrialConfig, run_id: str, folder: Path) -> None:
         """Start the W&B run, make its tracker, and fetch the checkpoints to continue from."""

@@ -32,6 +32,7 @@ from diffusion_core.run_folder import (
     read_history,
     write_run_files,
 )
+from diffusion_core.runs.inputs import TEACHER_KEY
 from diffusion_core.runs.recorded import best_summary
 from diffusion_core.runs.result import TrialResult, write_result
 from diffusion_core.sampling.generation import Generator
@@ -106,6 +107,7 @@ def start_state(
         state = start_from(source, config, dataset.num_classes, config.init.weights, accelerator.device)
     if teacher is not None:
         keep_teacher(state, teacher.checkpoint.network(), config.model)
+        state.extra_metadata[TEACHER_KEY] = teacher.parent()
     for used in filter(None, (source, teacher)):
         dataset = in_recorded_order(dataset, config.data, used.checkpoint.class_names)
         announce(used.checkpoint)

@@ -10,16 +10,16 @@ import torch
 
 from diffusion_core.checkpoint import STUDENT, Checkpoint, CheckpointError
 from diffusion_core.config import ConfigError, CoreConfig, StepsConfig, flatten, list_knobs
-from diffusion_core.redact import redact
+from diffusion_core.data.datasets import Dataset, in_recorded_order
+from diffusion_core.data.fingerprint import RECORDED, describe_data
+from diffusion_core.redact import redact, redacted
 from diffusion_core.registries import STEP_METHODS
+from diffusion_core.runs.inputs import PARENT_KEY, TEACHER_KEY
 from diffusion_core.training.trainer import TrainState
 from pruning.config import PruneConfig, steps_start
 from pruning.consistency import inherit_dense_images
 from pruning.masks.mask import MASKS_PART
 from pruning.pruner import RECORD_KEY, inherit
-
-PARENT_KEY = "parent"
-"""Key of a checkpoint's metadata for the checkpoint that its run started from."""
 
 FREE_TO_DIFFER = frozenset({"model.dropout"})
 """Knobs of the model that do not change the meaning of its weights."""
@@ -72,6 +72,18 @@ class Start:
             check_source(self.source, config, num_classes, weights)
         if self.teacher is not None:
             check_architecture(self.teacher, config, num_classes)
+
+    def taken(self, config: CoreConfig, dataset: Dataset) -> dict[str, Any]:
+        """Describe what a new run takes from outside, as the metadata of its checkpoints will."""
+        used = {PARENT_KEY: self.source, TEACHER_KEY: self.teacher}
+        for source in filter(None, used.values()):
+            dataset = in_recorded_order(dataset, config.data, source.checkpoint.class_names)
+        return {
+            "config": redacted(flatten(config)),
+            "class_names": redacted(list(dataset.class_names)),
+            RECORDED: describe_data(config.data.name, dataset),
+            "extra": {key: source.parent() for key, source in used.items() if source is not None},
+        }
 
 
 def start_from(source: Source, config: CoreConfig, num_classes: int, weights: str, device: torch.device) -> TrainState:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from diffusion_core.config import CoreConfig, DistillConfig, StepsConfig
 from diffusion_core.data.batches import Batches
 from diffusion_core.data.datasets import Dataset
+from diffusion_core.runs.inputs import PARENT_KEY
 from diffusion_core.sampling.lows import HeldOut, held_out
 from diffusion_core.step_distillation.phase import distil_steps, is_student
 from diffusion_core.terminal.progress import say
@@ -23,7 +24,6 @@ from pruning.consistency import KeepDenseImages
 from pruning.masks.gradual import GradualPruning, Ramp
 from pruning.masks.regrowth import Regrowth
 from pruning.pruner import PruneReport, is_pruned, prune_state
-from pruning.start import PARENT_KEY
 
 
 def train_and_prune(

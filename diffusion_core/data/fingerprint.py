@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusion_core.data.datasets import Dataset
 from diffusion_core.redact import redact, redacted
 from diffusion_core.terminal.progress import say
+
+if TYPE_CHECKING:
+    from diffusion_core.data.datasets import Dataset
 
 RECORDED = "data"
 """Key of a checkpoint's metadata for the images that it was trained with. Older checkpoints lack it."""

@@ -14,6 +14,8 @@ from typing import Protocol
 
 NO_SPACE = 74
 """Exit status of a task that ended because a disk is full (EX_IOERR of sysexits.h). It can go on once there is room."""
+OTHER_INPUT = 79
+"""Exit status of a sweep's trial that would take another input than the trials before it. None of sysexits.h."""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from diffusion_core.run_folder import (
     run_folders,
     without_step,
 )
+from diffusion_core.runs.inputs import recorded_inputs
 from diffusion_core.search.objectives import objectives_of
 from diffusion_core.tracking import STEP
 
@@ -208,6 +209,7 @@ def read_trial(
         history,
         newest_pictures(folder),
         str(settings.get("init.checkpoint") or settings.get("init.artifact") or "") or None,
+        recorded_inputs(folder),
         reproduce=_reproduce(folder),
         sample=f"python scripts/sample_images.py --checkpoint {shlex.quote(str(folder))} --out samples"
         if has_checkpoint

@@ -13,6 +13,7 @@ from typing import Any
 from diffusion_core.config import metrics
 from diffusion_core.config.metrics import Goal
 from diffusion_core.redact import redacted
+from diffusion_core.runs.inputs import Input
 from diffusion_core.search.objectives import Objective
 
 SEED = "seed"
@@ -65,6 +66,7 @@ class Trial:
         history: rows of figures, each with its ``step``, in order.
         pictures: files by what they show: ``samples`` (a grid), ``diffusion`` (an animation).
         parent: name of the trial whose network it starts from, or None.
+        inputs: what it took from outside, by the section of the knobs that name it.
         links: web addresses by their labels.
         reproduce: command that trains it again; empty if it is unknown.
         sample: command that samples from its checkpoint; empty if it is unknown.
@@ -79,6 +81,7 @@ class Trial:
     history: Sequence[Mapping[str, float]] = ()
     pictures: Mapping[str, Path] = field(default_factory=dict)
     parent: str | None = None
+    inputs: Mapping[str, Input] = field(default_factory=dict)
     links: Mapping[str, str] = field(default_factory=dict)
     reproduce: str = ""
     sample: str = ""
@@ -131,7 +134,9 @@ class Study:
 
     def without_secrets(self) -> Study:
         """Return the study with secrets blanked out in all texts but the paths of pictures."""
-        names = [entry.name for entry in fields(Trial) if entry.name not in ("pictures", "history", "figures")]
+        names = [
+            entry.name for entry in fields(Trial) if entry.name not in ("pictures", "history", "figures", "inputs")
+        ]
         texts = redacted([[getattr(trial, name) for name in names] for trial in self.trials])
         trials = [
             replace(trial, **dict(zip(names, values, strict=True)))

@@ -8,11 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from diffusion_core.data.fingerprint import RECORDED
 from diffusion_core.report.folders import COST_FIGURES, metric_of, searched_settings, with_parents
 from diffusion_core.report.study import SECONDS, SWEEP, Study, Trial
+from diffusion_core.runs.inputs import inputs_of
 from diffusion_core.tracking import BEST, STEP
 
 PROTOCOL = "protocol/"
+DATA = "data/"
 LINK = "on W&B"
 
 
@@ -65,9 +68,15 @@ def uploaded_trial(
         model.get("step"),
         history,
         parent=str(config.get("init.artifact") or "") or None,
+        inputs=inputs_of({"config": config, RECORDED: _images(summary), "extra": model}),
         links={LINK: url},
         sample=f"python scripts/sample_images.py --artifact {artifact} --out samples" if model else "",
     )
+
+
+def _images(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run's summary says of its images, as its checkpoints record it."""
+    return {key.removeprefix(DATA): value for key, value in summary.items() if key.startswith(DATA)}
 
 
 def uploaded_sweep(name: str, config: Mapping[str, Any], url: str, trials: Sequence[Trial]) -> Study:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from diffusion_core.report.findings import Candidate, equal_to, front_of_objectives
 from diffusion_core.report.study import ENDED, FAILED, SHARES, Study
+from diffusion_core.runs.inputs import differing_inputs
 from diffusion_core.search.objectives import goals_in_words
 from diffusion_core.tables import cell
 
@@ -50,6 +51,8 @@ def notes(study: Study, winner: Candidate | None, ranked: Sequence[Candidate]) -
     if len(protocols) > 1:
         count = f"there are {len(protocols)} protocols"
         found.append(f"{study.metric} was not measured in the same way in all trials: {count}.")
+    for key, taken in differing_inputs(trial.inputs for group in ranked for trial in group.trials):
+        found.append(f"Trials of the same {key} took different ones, so they cannot be compared: {'; '.join(taken)}.")
     states = [trial.state for trial in winner.trials if trial.state not in ENDED]
     if FAILED in states:
         found.append("It failed: its figures are those until then.")

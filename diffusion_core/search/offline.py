@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusion_core.files import DISK_FULL
-from diffusion_core.machine.jobs import NO_SPACE, Job, Launcher, Outcome, Task
+from diffusion_core.machine.jobs import NO_SPACE, OTHER_INPUT, Job, Launcher, Outcome, Task
 from diffusion_core.machine.processes import end_orphan
 from diffusion_core.machine.sharing import shares
 from diffusion_core.registries import LAUNCHERS
+from diffusion_core.runs.inputs import refusal_in
 from diffusion_core.search import engine
 from diffusion_core.search.macros import expand_command
 from diffusion_core.search.progress import SweepProgress
@@ -118,6 +119,7 @@ class OfflineSweep:
         self.running: list[Running] = []
         self.exhausted = False
         self.full: Path | None = None
+        self.refused: str | None = None
 
     def ended_trials(self) -> list[Trial]:
         """Return the trials that will not run again."""
@@ -141,7 +143,10 @@ class OfflineSweep:
             with self.launcher.listening() as received:
                 begun |= self._take_over()
                 while True:
-                    while not (received or hopeless(ended) or self.full) and len(self.running) < self.launcher.slots:
+                    while (
+                        not (received or hopeless(ended) or self.full or self.refused)
+                        and len(self.running) < self.launcher.slots
+                    ):
                         trial = self._next_trial(begun, may_begin=count is None or len(begun) < count)
                         if trial is None:
                             break
@@ -161,6 +166,8 @@ class OfflineSweep:
             raise KeyboardInterrupt
         if self.full is not None:
             raise SweepError(f"{str(self.full)!r}: the disk is full; free some space, then repeat the command")
+        if self.refused is not None:
+            raise SweepError(self.refused)
         if hopeless(ended):
             failed = f"the last {FAILURES_IN_A_ROW} trials failed; nothing more is started"
             raise NothingWorks(f"{failed}; mend the cause, then repeat the command")
@@ -285,6 +292,8 @@ class OfflineSweep:
             elif trial.state == WAITING and not running.adopted:  # Since an adopted one ended, there may be room again.
                 self.full = self.state.trial_folder(trial)
             log = self.launcher.log(self.state.trial_folder(trial))
+            if outcome.code == OTHER_INPUT and not running.adopted:
+                self.refused = f"{trial.id}: {refusal_in(log)}"
             self.progress.ended(trial, outcome, [other.job.seconds for other in self.running], log)
             if trial.state in DONE:
                 states.append(trial.state)
@@ -303,7 +312,7 @@ class OfflineSweep:
             trial.state = FINISHED
         elif trial.state == STOPPING:
             trial.state = STOPPED
-        elif interrupted or outcome.interrupted or outcome.code == NO_SPACE:
+        elif interrupted or outcome.interrupted or outcome.code in (NO_SPACE, OTHER_INPUT):
             trial.state = WAITING
         else:
             trial.failures += 1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffusion_core.config.metrics import place
-from diffusion_core.machine.jobs import NO_SPACE, Outcome
+from diffusion_core.machine.jobs import NO_SPACE, OTHER_INPUT, Outcome
 from diffusion_core.messages import duration
 from diffusion_core.search.results import parameters_line
 from diffusion_core.search.state import DONE, FAILED, FINISHED, STOPPED, SweepState, Trial
@@ -82,6 +82,8 @@ class SweepProgress:
             return "finished"
         if outcome.code == NO_SPACE:
             return "ended, as the disk is full"
+        if outcome.code == OTHER_INPUT:
+            return "not started, as an input has changed"
         if outcome.interrupted:
             return f"interrupted{how}, runs again"
         return f"failed{how} and runs once more" if trial.failures else "interrupted"

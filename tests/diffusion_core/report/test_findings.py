@@ -16,6 +16,7 @@ from diffusion_core.report.findings import candidates, equal_to, front_of, stage
 from diffusion_core.report.importance import importances
 from diffusion_core.report.study import Study, Trial, differing, recipe
 from diffusion_core.report.words import headline, notes
+from diffusion_core.runs.inputs import PARENT_KEY, inputs_of
 
 METRIC = "eval/class_agreement"
 
@@ -175,6 +176,20 @@ def test_the_seed_of_the_images_is_no_other_protocol() -> None:
     other = trial("c", 0.8, protocols={METRIC: ways[0].replace("n=200", "n=100")}, settings={"y": 1})
     ranked = candidates(study(*same.trials, other))
     assert "2 protocols" in " ".join(notes(same, ranked[0], ranked))
+
+
+def test_trials_that_started_from_different_checkpoints_of_one_name_are_told() -> None:
+    def of(step: int) -> dict[str, Any]:
+        parent = {"step": step, "sha256": str(step)}
+        return inputs_of({"config": {"init.checkpoint": "parent"}, "extra": {PARENT_KEY: parent}})
+
+    trials = [trial("a", 0.9, inputs=of(20)), trial("b", 0.8, inputs=of(120), settings={"y": 1})]
+    ranked = candidates(study(*trials))
+    said = " ".join(notes(study(*trials), ranked[0], ranked))
+    assert "Trials of the same init.checkpoint took different ones" in said
+    assert "step 20 (sha256 20); step 120 (sha256 120)." in said
+    ranked = candidates(study(trials[0], replace(trials[1], inputs=of(20))))
+    assert "took different ones" not in " ".join(notes(study(*trials), ranked[0], ranked))
 
 
 @pytest.mark.parametrize("metric", [None, "eval/other"])
