@@ -28,6 +28,7 @@ from diffusion_core.run_folder import (
     CHECKPOINTS,
     HISTORY_FILE,
     RESULT_FILE,
+    RUN_FILE,
     SAMPLES,
     best_figures,
     read_history,
@@ -82,6 +83,28 @@ class TrialReader:
         if damaged:
             file.unlink()
         return damaged
+
+    def has_lost(self, trial: Trial) -> bool:
+        """Return whether an ended trial lacks what it measured, and say in one line what is gone.
+
+        That is its folder, or of a finished trial of this product its result. Other commands may write no result.
+        """
+        folder = self.state.trial_folder(trial)
+        if trial.state == FINISHED and self.drop_damaged(trial):
+            return True
+        if trial.state in (FINISHED, STOPPED) and not folder.is_dir():
+            print(
+                f"{trial.id}: {str(folder)!r} is gone, so it runs again; to keep what it measured, stop this sweep, "
+                "and move the folder back",
+                file=sys.stderr,
+            )
+            trial.seconds = 0.0
+            return True
+        lost = trial.state == FINISHED and (folder / RUN_FILE).is_file() and not (folder / RESULT_FILE).is_file()
+        if lost:
+            gone = f"{str(folder / RESULT_FILE)!r} is gone"
+            print(f"{trial.id}: {gone}, so it goes on from its last checkpoint and writes it anew", file=sys.stderr)
+        return lost
 
     def uncounted_seconds(self, trial: Trial) -> float:
         """Return how long the last process of a trial ran, as far as its files tell: nobody saw it end."""
