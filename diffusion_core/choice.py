@@ -27,6 +27,7 @@ from diffusion_core.checkpoint import (
     step_folder,
     step_of,
 )
+from diffusion_core.config.ranking import BROKEN
 from diffusion_core.redact import redact
 from diffusion_core.run_folder import CHECKPOINTS, SWEEP_RESULTS, SWEEP_TRIALS
 from diffusion_core.terminal.progress import say
@@ -127,13 +128,17 @@ def best_of_sweep(folder: Path) -> Path:
     """
     try:
         trials = json.loads((folder / SWEEP_RESULTS).read_text(encoding="utf-8"))
-        best = folder / SWEEP_TRIALS / next(trial["id"] for trial in trials if trial["best_checkpoint"])
-    except (OSError, ValueError, StopIteration, KeyError, TypeError):
+        trials = [trial for trial in trials if trial.get("state") not in BROKEN]
+        place = next(place for place, trial in enumerate(trials) if trial["best_checkpoint"])
+        best, better = folder / SWEEP_TRIALS / trials[place]["id"], [trial["id"] for trial in trials[:place]]
+    except (OSError, ValueError, StopIteration, KeyError, TypeError, AttributeError):
         raise CheckpointError(
             f"--sweep = {str(folder)!r}: no finished trial in its {SWEEP_RESULTS}; name the folder of an offline sweep"
         ) from None
     if not best.is_dir():
         raise CheckpointError(f"--sweep = {str(folder)!r}: its best trial {best.name} is not in it; copy {best} too")
+    if better and os.environ.get("RANK", "0") == "0":
+        say(f"--sweep = {str(folder)!r}: no checkpoint of {', '.join(better)}, which {SWEEP_RESULTS} puts first")
     return best
 
 

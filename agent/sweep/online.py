@@ -13,7 +13,7 @@ from pathlib import Path
 
 from agent.report import NAME, write_ended
 from agent.sweep.file import SweepFile, check_sweep
-from diffusion_core.config.metrics import best_first
+from diffusion_core.config.ranking import BROKEN, trial_order
 from diffusion_core.machine.child import in_child
 from diffusion_core.machine.jobs import AgentTasks, Launcher
 from diffusion_core.search.results import TrialRecord, summary
@@ -142,7 +142,7 @@ def run_agents(online: OnlineSweep, sweep: SweepFile, launcher: Launcher, count:
     if interrupted:
         return 130
     write_ended(path, Path("runs/sweeps") / path.rpartition("/")[2] / NAME)
-    return 1 if any(codes) or any(record.state in ("failed", "crashed") for record in records) else 0
+    return 1 if any(codes) or any(record.state in BROKEN for record in records) else 0
 
 
 def _records(path: str, sweep: SweepFile) -> list[TrialRecord]:
@@ -159,4 +159,4 @@ def _records(path: str, sweep: SweepFile) -> list[TrialRecord]:
         )
         for run in sweeps.runs(path)
     ]
-    return best_first(records, sweep.metric, lambda record: record.figures)
+    return sorted(records, key=lambda record: trial_order(record, sweep.metric, maximize=sweep.maximize))

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from diffusion_core.config.ranking import trial_order
 from diffusion_core.report.findings import front_of, front_of_objectives, stages, trial_interval
 from diffusion_core.report.pictures import animation_uri, grid_uri
 from diffusion_core.report.study import COSTS, Study, Trial
@@ -73,14 +74,10 @@ def front_table(study: Study) -> tuple[list[str], list[list[str]]] | None:
 
 
 def ranking(study: Study) -> list[int]:
-    """Return the indices of the trials by the metric, best first; then those without it, in their order."""
-    sign = -1.0 if study.goals.get(study.metric or "") == "maximize" else 1.0
-
-    def place(index: int) -> tuple[bool, float]:
-        value = study.trials[index].value(study.metric) if study.metric else None
-        return value is None, 0.0 if value is None else sign * value
-
-    return sorted(range(len(study.trials)), key=place)
+    """Return the indices of the trials by the metric, best first, in the order of :func:`trial_order`."""
+    maximize = study.goals.get(study.metric or "") == "maximize"
+    order = [trial_order(trial, study.metric, maximize=maximize) for trial in study.trials]
+    return sorted(range(len(order)), key=order.__getitem__)
 
 
 def text_of(value: Any) -> str:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
 
+from diffusion_core.config.ranking import ENDED, judged
 from diffusion_core.report.intervals import Interval, may_be_equal, mean_interval, wilson
-from diffusion_core.report.study import COUNTED, ENDED, FINISHED, SHARES, Study, Trial, recipe
+from diffusion_core.report.study import COUNTED, FINISHED, SHARES, Study, Trial, recipe
 from diffusion_core.search.front import pareto_front
 from diffusion_core.search.objectives import Front, front_among, point_of
 from diffusion_core.tables import cell, mean_and_range
@@ -99,14 +100,14 @@ def trial_interval(trial: Trial, figure: str) -> Interval | None:
 def candidates(study: Study) -> list[Candidate]:
     """Return the trials with a value of the metric, repeated seeds joined, best first.
 
-    Trials that are running or failed count only if no other has ended, and trials that were stopped early only if no
-    other with their settings has finished: they were trained for a shorter time. Of trials with the same settings and
-    the same seed, the last one counts: they are no independent repetitions.
+    Trials that failed never count, and trials that are running count only if no other has ended. Trials that were
+    stopped early count only if no other with their settings has finished: they were trained for a shorter time. Of
+    trials with the same settings and the same seed, the last one counts: they are no independent repetitions.
     """
     metric = study.metric
     if metric is None or metric not in study.goals:
         return []
-    measured = [trial for trial in study.trials if trial.value(metric) is not None]
+    measured = [trial for trial in study.trials if trial.judged(metric) is not None]
     ended = [trial for trial in measured if trial.state in ENDED] or measured
     groups: dict[str, list[Trial]] = {}
     for trial in ended:
@@ -139,14 +140,14 @@ def front_of(study: Study, quality: str, cost: str) -> list[int]:
     """Return the indices of the trials on the Pareto front of a figure of quality against a cost, cheapest first."""
     points = []
     for trial in study.trials:
-        good, dear = trial.value(quality), trial.value(cost)
-        points.append(None if good is None or dear is None or trial.state == "failed" else (dear, good))
+        good, dear = trial.judged(quality), trial.judged(cost)
+        points.append(None if good is None or dear is None else (dear, good))
     return pareto_front(points, ["minimize", study.goals[quality]])
 
 
 def front_of_objectives(study: Study) -> Front | None:
     """Return the Pareto front of a study's objectives; None if it has none, or no trial has all of them."""
-    points = [None if trial.state == "failed" else point_of(trial.figures, study.objectives) for trial in study.trials]
+    points = [point_of(judged(trial), study.objectives) for trial in study.trials]
     return front_among(points, study.objectives) if study.objectives and any(points) else None
 
 

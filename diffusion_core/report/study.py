@@ -12,6 +12,7 @@ from typing import Any
 
 from diffusion_core.config import metrics
 from diffusion_core.config.metrics import Goal
+from diffusion_core.config.ranking import judged
 from diffusion_core.redact import redacted
 from diffusion_core.runs.inputs import Input
 from diffusion_core.search.objectives import Objective
@@ -38,11 +39,8 @@ COUNTED = ("model/macs", "model/nonzero_macs", "model/params", "model/nonzero_pa
 SHARES = frozenset({"eval/class_agreement", "dense/eval/class_agreement"})
 """Figures that are a share of independent images."""
 
-FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
-"""States of trials that ended by themselves, and of those that early termination stopped."""
-
-ENDED = frozenset({FINISHED, STOPPED})
-"""States of trials that may win."""
+FINISHED = "finished"
+"""State of trials that ended by themselves."""
 
 CHAIN, SWEEP, RUNS = "chain", "sweep", "runs"
 """Kinds of studies: a chain of lottery tickets, a sweep, and runs that were put side by side."""
@@ -95,6 +93,10 @@ class Trial:
         """Return a figure, or None if it is missing, NaN or infinite."""
         value = self.figures.get(figure)
         return value if value is not None and math.isfinite(value) else None
+
+    def judged(self, figure: str) -> float | None:
+        """Return a figure as :meth:`value` does; None if the trial failed."""
+        return self.value(figure) if figure in judged(self) else None
 
     def images(self, figure: str) -> int | None:
         """Return the number of images that a figure was measured on, which its protocol names as ``n=``."""

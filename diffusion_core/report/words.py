@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from diffusion_core.config.ranking import BROKEN, ENDED
 from diffusion_core.report.findings import Candidate, equal_to, front_of_objectives
-from diffusion_core.report.study import ENDED, FAILED, SHARES, Study
+from diffusion_core.report.study import SHARES, Study
 from diffusion_core.runs.inputs import differing_inputs
 from diffusion_core.search.objectives import goals_in_words
 from diffusion_core.tables import cell
@@ -24,6 +25,8 @@ def headline(study: Study, winner: Candidate | None) -> str:
 
 def best_in_words(study: Study, winner: Candidate | None) -> str:
     """Return which trial is the best by the metric, with its uncertainty, in one sentence."""
+    if winner is None and study.trials and all(trial.state in BROKEN for trial in study.trials):
+        return "All trials failed, so none is the best."
     if winner is None or study.metric is None:
         return f"No trial has a value of {study.metric} yet." if study.metric else "No figure of quality was measured."
     step = f" at step {winner.best.step:,}" if winner.best.step is not None else ""
@@ -53,10 +56,7 @@ def notes(study: Study, winner: Candidate | None, ranked: Sequence[Candidate]) -
         found.append(f"{study.metric} was not measured in the same way in all trials: {count}.")
     for key, taken in differing_inputs(trial.inputs for group in ranked for trial in group.trials):
         found.append(f"Trials of the same {key} took different ones, so they cannot be compared: {'; '.join(taken)}.")
-    states = [trial.state for trial in winner.trials if trial.state not in ENDED]
-    if FAILED in states:
-        found.append("It failed: its figures are those until then.")
-    elif states:
+    if any(trial.state not in ENDED for trial in winner.trials):
         found.append("It has not ended.")
     return found
 

@@ -176,11 +176,11 @@ class OfflineSweep:
     def _take_over(self) -> set[str]:
         """Wait for the processes of a sweep process that was killed, and update the states of their trials.
 
-        Jobs of a cluster go on: they are under way again. Return the ids of their trials. A finished trial whose result
-        is damaged goes on from its last checkpoint.
+        Jobs of a cluster go on: they are under way again. Return the ids of their trials. A trial that has lost its
+        result or its folder runs again.
         """
         for trial in self.state.trials:
-            if trial.state == FINISHED and self.reader.drop_damaged(trial):
+            if self.reader.has_lost(trial):
                 trial.state = WAITING
             if trial.state not in (RUNNING, SUBMITTED, STOPPING):
                 continue

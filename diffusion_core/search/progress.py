@@ -6,13 +6,16 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusion_core.config.metrics import place
+from diffusion_core.config.ranking import trial_order
 from diffusion_core.machine.jobs import NO_SPACE, OTHER_INPUT, Outcome
 from diffusion_core.messages import duration
 from diffusion_core.search.results import parameters_line
 from diffusion_core.search.state import DONE, FAILED, FINISHED, STOPPED, SweepState, Trial
 from diffusion_core.search.sweep import Sweep
 from diffusion_core.search.trials import TrialReader
+
+NOT_MEASURED = (0, 2, 0.0)
+"""Place of a trial that ended without the metric, in the order of trials."""
 
 
 class SweepProgress:
@@ -28,8 +31,8 @@ class SweepProgress:
         self.reader = reader
         self.jobs = jobs
         self._numbers: dict[str, int] = {}
-        self._placed: dict[str, tuple[int, float]] = {}
-        self._places: list[tuple[int, float]] = []
+        self._placed: dict[str, tuple[int, int, float]] = {}
+        self._places: list[tuple[int, int, float]] = []
 
     def started(self, trial: Trial) -> None:
         """Report the start of a trial's process."""
@@ -96,13 +99,14 @@ class SweepProgress:
             return []
         for done in self.state.trials:  # Each is placed once: sorting all of them for each would take ever longer.
             if done.state in DONE and done.id not in self._placed:
-                self._placed[done.id] = place(self.reader.record(done).figures.get(metric), self.sweep.maximize)
+                record = self.reader.record(done)
+                self._placed[done.id] = trial_order(record, metric, maximize=self.sweep.maximize)
                 insort(self._places, self._placed[done.id])
         figures = self.reader.record(trial).figures
         if metric not in figures:
             return []
         rank = bisect_left(self._places, self._placed[trial.id]) + 1
-        measured = bisect_left(self._places, place(None, self.sweep.maximize))
+        measured = bisect_left(self._places, NOT_MEASURED)
         return [f"{metric} {figures[metric]:.4g}", f"rank {rank} of {measured}"]
 
     def _objectives(self, trial: Trial) -> list[str]:

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from diffusion_core.config.ranking import judged, trial_order
 from diffusion_core.files import write_csv, write_json
 from diffusion_core.run_folder import SWEEP_RESULTS
 from diffusion_core.search.front import Point, layers
 from diffusion_core.search.objectives import Objective, front_among, goals_in_words, point_of
-from diffusion_core.search.state import FAILED
 from diffusion_core.search.sweep import Sweep, SweepError
 from diffusion_core.tables import cell, text_table
 
@@ -51,18 +51,20 @@ class TrialRecord:
 
 def measured(trials: Sequence[TrialRecord], objectives: Sequence[Objective]) -> list[Point | None]:
     """Return the objectives of each trial; None for one that failed, or lacks one of them."""
-    return [None if trial.state == FAILED else point_of(trial.figures, objectives) for trial in trials]
+    return [point_of(judged(trial), objectives) for trial in trials]
 
 
 def by_front(trials: Sequence[TrialRecord], objectives: Sequence[Objective]) -> list[TrialRecord]:
     """Return trials with ``front`` set, in layers: those on the Pareto front, those that only they beat, and so on.
 
-    Trials of one layer are sorted by the first objective. Trials that lack an objective come last.
+    Trials of one layer are sorted by the first objective. Trials that lack an objective come last, and of
+    these the failed ones.
     """
     points = measured(trials, objectives)
     front = front_among(points, objectives).trials
     order = [*front, *(index for layer in layers(points, [each.goal for each in objectives]) for index in layer)]
-    order = list(dict.fromkeys([*order, *range(len(trials))]))
+    rest = sorted(range(len(trials)), key=lambda index: trial_order(trials[index], None, maximize=False))
+    order = list(dict.fromkeys([*order, *rest]))
     return [replace(trials[index], front=index in front) for index in order]
 
 

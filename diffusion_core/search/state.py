@@ -96,8 +96,10 @@ class SweepState:
                 f"{str(self.folder)!r}: its {SWEEP_STATE} is damaged; give this sweep another --name, or delete it"
             ) from None
         if _decisive(content) != _decisive(self.content):
+            key, had, has = _first_difference(_decisive(content), _decisive(self.content))
             raise SweepError(
-                f"{str(self.folder)!r} holds a sweep of another content; give this one another --name, or delete it"
+                f"{key} = {_shown(has)}: the sweep in {str(self.folder)!r} has {_shown(had)}; set it back in the sweep "
+                "file, or give this sweep another --name"
             )
         self._check_fixed(fixed)
         for trial in trials:
@@ -166,6 +168,15 @@ class SweepState:
 
 def _decisive(content: Any) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key not in FREE_TO_CHANGE}
+
+
+def _first_difference(before: Any, now: Any, key: str = "") -> tuple[str, Any, Any]:
+    """Return the dotted key of the first difference between two unequal contents, and its value in both."""
+    if not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        return key, before, now
+    pairs = {name: (before.get(name, UNSET), now.get(name, UNSET)) for name in {**before, **now}}
+    name = next(name for name, (had, has) in pairs.items() if had != has)
+    return _first_difference(*pairs[name], f"{key}.{name}" if key else name)
 
 
 def _shown(value: Any) -> str:

@@ -9,14 +9,30 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from diffusion_core.checkpoint import METADATA_FILE, CheckpointError, read_checkpoint, step_folder, step_of
+from diffusion_core.checkpoint import (
+    METADATA_FILE,
+    CheckpointError,
+    list_checkpoints,
+    read_checkpoint,
+    step_folder,
+    step_of,
+)
 from diffusion_core.choice import best_of
-from diffusion_core.config.metrics import COSTS, best_first, is_better
+from diffusion_core.config.metrics import COSTS, goal_of, is_better
+from diffusion_core.config.ranking import judged, trial_order
 from diffusion_core.files import DISK_FULL, replaced_file
 from diffusion_core.machine.job import read_note
 from diffusion_core.machine.processes import began_at
 from diffusion_core.messages import reason_of
-from diffusion_core.run_folder import CHECKPOINTS, HISTORY_FILE, RESULT_FILE, SAMPLES, best_figures, read_history
+from diffusion_core.run_folder import (
+    CHECKPOINTS,
+    HISTORY_FILE,
+    RESULT_FILE,
+    RUN_FILE,
+    SAMPLES,
+    best_figures,
+    read_history,
+)
 from diffusion_core.runs.result import stored_result
 from diffusion_core.search import engine
 from diffusion_core.search.objectives import Objective
@@ -68,6 +84,28 @@ class TrialReader:
             file.unlink()
         return damaged
 
+    def has_lost(self, trial: Trial) -> bool:
+        """Return whether an ended trial lacks what it measured, and say in one line what is gone.
+
+        That is its folder, or of a finished trial of this product its result. Other commands may write no result.
+        """
+        folder = self.state.trial_folder(trial)
+        if trial.state == FINISHED and self.drop_damaged(trial):
+            return True
+        if trial.state in (FINISHED, STOPPED) and not folder.is_dir():
+            print(
+                f"{trial.id}: {str(folder)!r} is gone, so it runs again; to keep what it measured, stop this sweep, "
+                "and move the folder back",
+                file=sys.stderr,
+            )
+            trial.seconds = 0.0
+            return True
+        lost = trial.state == FINISHED and (folder / RUN_FILE).is_file() and not (folder / RESULT_FILE).is_file()
+        if lost:
+            gone = f"{str(folder / RESULT_FILE)!r} is gone"
+            print(f"{trial.id}: {gone}, so it goes on from its last checkpoint and writes it anew", file=sys.stderr)
+        return lost
+
     def uncounted_seconds(self, trial: Trial) -> float:
         """Return how long the last process of a trial ran, as far as its files tell: nobody saw it end."""
         folder = self.state.trial_folder(trial)
@@ -105,14 +143,15 @@ class TrialReader:
         """Return the results of all trials, best first; with several objectives, those on the front first."""
         if len(self.objectives) > 1:
             return by_front(self.records(), self.objectives)
-        return best_first(self.records(), self.metric, lambda record: record.figures)
+        maximize = self.metric is not None and goal_of(self.metric) == "maximize"
+        return sorted(self.records(), key=lambda record: trial_order(record, self.metric, maximize=maximize))
 
     def reached(self, target: float | None) -> bool:
-        """Return whether the metric of a trial is as good as a value."""
+        """Return whether the metric of a trial that did not fail is as good as a value."""
         if target is None or self.metric is None:
             return False
-        reached = [record.figures[self.metric] for record in self.records() if self.metric in record.figures]
-        return any(value == target or is_better(self.metric, value, target) for value in reached)
+        values = [judged(record).get(self.metric) for record in self.records()]
+        return any(value is not None and (value == target or is_better(self.metric, value, target)) for value in values)
 
     def record(self, trial: Trial) -> TrialRecord:
         """Return the results of a trial."""
@@ -126,7 +165,7 @@ class TrialReader:
             parameters=trial.parameters,
             figures=self._together(trial, result.get("figures") or best_figures(history), result, history),
             config=result.get("config", {}),
-            best_checkpoint=result.get("best_checkpoint"),
+            best_checkpoint=result.get("best_checkpoint") or (_kept(folder) if trial.state == STOPPED else None),
             seconds=trial.seconds,
             queued=None if (note := read_note(folder)) is None else note.queue_seconds,
         )
@@ -185,6 +224,18 @@ def _is_copied(source: Path, target: Path) -> bool:
     return new.st_size == old.st_size and new.st_mtime >= old.st_mtime
 
 
+def _best_place(checkpoints: Path) -> Path | None:
+    """Return where the best checkpoint in a folder of checkpoints is or was; None if none was measured."""
+    best = best_of(checkpoints)
+    return None if best is None else checkpoints / step_folder(best["step"])
+
+
+def _kept(folder: Path) -> str | None:
+    """Return the checkpoint that commands take of a run without a result: its best one on the disk, or its newest."""
+    kept, best = list_checkpoints(folder / CHECKPOINTS), _best_place(folder / CHECKPOINTS)
+    return next((str(path) for path in (best, *kept[-1:]) if path in kept), None)
+
+
 def _figures_of_best(
     checkpoints: Path, named: str | None, history: Sequence[Mapping[str, float]]
 ) -> Mapping[str, float]:
@@ -195,11 +246,7 @@ def _figures_of_best(
         named: the best checkpoint, as the result of a finished run names it.
         history: rows of the run, for a checkpoint that is no longer there.
     """
-    if named is None:
-        best = best_of(checkpoints)
-        place = None if best is None else checkpoints / step_folder(best["step"])
-    else:
-        place = Path(named)
+    place = _best_place(checkpoints) if named is None else Path(named)
     if place is None:
         return {}
     with suppress(CheckpointError):

@@ -166,10 +166,13 @@ def test_a_page_of_200_trials_shows_them_all(study_of: Callable[..., Study]) -> 
     data = page.data()
     rows = [int(given["data-i"] or "") for tag, given in page.elements if tag == "tr" and "data-i" in given]
     assert sorted(rows) == list(range(200))
-    values = [study.trials[index].value(METRIC) for index in rows]
-    measured = [value for value in values if value is not None]
-    assert measured == sorted(measured, reverse=True)
-    assert values[: len(measured)] == measured, "trials without a value come last"
+    shown = [study.trials[index] for index in rows]
+    for states in (("finished", "stopped"), ("running",)):
+        values = [trial.figures[METRIC] for trial in shown if trial.state in states]
+        assert values == sorted(values, reverse=True)
+    groups = ["ended" if trial.state in ("finished", "stopped") else trial.state for trial in shown]
+    assert list(dict.fromkeys(groups)) == ["ended", "running", "failed"]
+    assert groups == sorted(groups, key=["ended", "running", "failed"].index)
     assert rows == ranking(study)
     assert data["fronts"][f"{METRIC}|model/macs"] == front_of(study, METRIC, "model/macs")
     assert data["trials"][3]["figures"]["val/loss"] == pytest.approx(study.trials[3].figures["val/loss"], rel=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -55,6 +56,31 @@ def test_an_edited_base_file_is_refused(base: dict[str, object], had: str, key: 
     again = coordinator(**BASE)
     again.run()
     assert [trial.state for trial in again.state.trials] == ["finished"] * 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"metric": {"name": "train/loss", "goal": "minimize"}}, "metric.name = 'train/loss': {} has 'val/loss'"),
+        ({"method": "random"}, "method = 'random': {} has 'grid'"),
+        ({"name": "new"}, "name = 'new': {} has no value"),
+    ],
+)
+def test_an_edited_sweep_file_is_refused_by_its_first_difference(changed: dict[str, object], said: str) -> None:
+    content = stub_content(3, [0.3, 0.2])
+    offline_sweep(check_sweep(content, "mine.yaml", "mine"), Path("sweep")).run(count=1)
+    with pytest.raises(SweepError) as caught:
+        offline_sweep(check_sweep(content | changed | {"run_cap": 5}, "mine.yaml", "mine"), Path("sweep"))
+    remedy = "; set it back in the sweep file, or give this sweep another --name"
+    assert str(caught.value) == said.format("the sweep in 'sweep'") + remedy
+
+
+@pytest.mark.parametrize(("rates", "key"), [([0.3, 0.1], "values = [0.3, 0.1]"), ([0.3], "values = [0.3]")])
+def test_an_edited_parameter_is_named(rates: list[float], key: str) -> None:
+    first, edited = (check_sweep(stub_content(3, each), "mine.yaml", "mine") for each in ([0.3, 0.2], rates))
+    offline_sweep(first, Path("sweep")).run(count=1)
+    with pytest.raises(SweepError, match=re.escape(f"parameters.train.lr.{key}: the sweep in 'sweep' has [0.3, 0.2]")):
+        offline_sweep(edited, Path("sweep"))
 
 
 def test_a_base_file_that_says_the_same_is_none_that_was_edited() -> None:

@@ -80,6 +80,48 @@ def test_the_damaged_result_of_a_trial_that_did_not_finish_is_ignored(
     assert f"{file}: ignored, it is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("state", "gone", "runs_again"),
+    [
+        ("finished", "", True),
+        ("finished", "result.json", True),
+        ("finished", "history.jsonl", False),
+        ("stopped", "", True),
+        ("stopped", "result.json", False),
+        ("failed", "", False),
+    ],
+)
+def test_a_trial_that_has_lost_what_it_measured_runs_again(
+    state: str, gone: str, runs_again: bool, tmp_path: Path, notes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = sweep_in(tmp_path / "sweep")
+    before = {record.id: record for record in first.run()}
+    one, other = first.state.trials
+    one.state = state
+    first.state.write()
+    lost = first.state.trial_folder(one) / gone
+    (first.state.trial_folder(one) / "run.json").write_text("{}")
+    shutil.move(lost, tmp_path / "moved")
+    capsys.readouterr()
+    after = {record.id: record for record in sweep_in(tmp_path / "sweep").run()}
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == runs_again
+    assert all(line.startswith(f"{one.id}: {str(lost)!r} is gone, so it ") for line in said)
+    assert events(notes, one.id).count("start") == 1 + runs_again
+    assert events(notes, other.id).count("start") == 1
+    if runs_again:
+        assert replace(after[one.id], seconds=None) == replace(before[one.id], seconds=None)
+
+
+def test_a_command_that_writes_no_result_is_not_run_again(tmp_path: Path, notes: Path) -> None:
+    first = sweep_in(tmp_path / "sweep")
+    first.run()
+    for trial in first.state.trials:
+        (first.state.trial_folder(trial) / "result.json").unlink()
+    sweep_in(tmp_path / "sweep").run()
+    assert all(events(notes, trial.id).count("start") == 1 for trial in first.state.trials)
+
+
 PICTURES = b"GIF" + bytes(range(256)) * 1000
 WITH_PICTURES = """\
 ulimit -S -f unlimited
