@@ -29,7 +29,7 @@ from diffusion_core.checkpoint import (
 )
 from diffusion_core.config.ranking import BROKEN
 from diffusion_core.redact import redact
-from diffusion_core.run_folder import CHECKPOINTS, SWEEP_RESULTS, SWEEP_TRIALS
+from diffusion_core.run_folder import CHECKPOINTS, ROUNDS, SWEEP_RESULTS, SWEEP_TRIALS
 from diffusion_core.terminal.progress import say
 from diffusion_core.tracking import BEST
 
@@ -119,7 +119,7 @@ def best_of(folder: Path) -> dict[str, Any] | None:
 
 
 def best_of_sweep(folder: Path) -> Path:
-    """Return the folder of the best trial of an offline sweep.
+    """Return the folder of the best trial of an offline sweep; of a lottery, that of the best round.
 
     It is looked up in the sweep's folder, which may have been moved or copied since the results were written.
 
@@ -131,6 +131,7 @@ def best_of_sweep(folder: Path) -> Path:
         trials = [trial for trial in trials if trial.get("state") not in BROKEN]
         place = next(place for place, trial in enumerate(trials) if trial["best_checkpoint"])
         best, better = folder / SWEEP_TRIALS / trials[place]["id"], [trial["id"] for trial in trials[:place]]
+        round_of_lottery = Path(trials[place]["best_checkpoint"]).parts[-4:-2]
     except (OSError, ValueError, StopIteration, KeyError, TypeError, AttributeError):
         raise CheckpointError(
             f"--sweep = {str(folder)!r}: no finished trial in its {SWEEP_RESULTS}; name the folder of an offline sweep"
@@ -139,7 +140,7 @@ def best_of_sweep(folder: Path) -> Path:
         raise CheckpointError(f"--sweep = {str(folder)!r}: its best trial {best.name} is not in it; copy {best} too")
     if better and os.environ.get("RANK", "0") == "0":
         say(f"--sweep = {str(folder)!r}: no checkpoint of {', '.join(better)}, which {SWEEP_RESULTS} puts first")
-    return best
+    return best.joinpath(*round_of_lottery) if (best / ROUNDS).is_dir() else best
 
 
 def _at(folder: Path, step: int) -> Checkpoint:

@@ -21,6 +21,7 @@ from diffusion_core.run_folder import (
     LOCK_FILE,
     PROTOCOLS_FILE,
     RESULT_FILE,
+    ROUNDS,
     RUN_FILE,
     SAMPLES,
     SWEEP_LOCK,
@@ -35,8 +36,6 @@ from diffusion_core.runs.inputs import recorded_inputs
 from diffusion_core.search.objectives import objectives_of
 from diffusion_core.tracking import STEP
 
-ROUNDS = "rounds"
-"""Folder with the rounds of a chain of tickets, in the chain's own."""
 COST_FIGURES = ("model/", "prune/", "sample/")
 PREFERRED = ("eval/class_agreement", "val/loss")
 """Metrics of runs that belong to no sweep, if ``checkpoint.best_metric`` was not measured."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from diffusion_core.files import write_json
 from diffusion_core.redact import redacted
-from diffusion_core.run_folder import CHECKPOINTS, RESULT_FILE
+from diffusion_core.run_folder import CHECKPOINTS, RESULT_FILE, ROUNDS
 
 DAMAGED = "{}: ignored, it is damaged"
 
@@ -44,8 +44,8 @@ def write_result(folder: Path, result: TrialResult, config: Mapping[str, Any]) -
 def stored_result(folder: Path) -> dict[str, Any] | None:
     """Read what a run's folder holds of its result, which any program may have written. None if there is no result.
 
-    The folder may have been moved or copied: a checkpoint of the run is looked up in it. Figures that are no numbers
-    are left out. A damaged file counts as none.
+    The folder may have been moved or copied: a checkpoint of the run is looked up in it, one of a lottery in that of
+    its round. Figures that are no numbers are left out. A damaged file counts as none.
     """
     file = folder / RESULT_FILE
     if not file.is_file():
@@ -55,7 +55,7 @@ def stored_result(folder: Path) -> dict[str, Any] | None:
         figures = dict(stored.get("figures") or {})
         best, config = stored.get("best_checkpoint"), dict(stored.get("config") or {})
         if best is not None and Path(best).parent.name == CHECKPOINTS:
-            best = str(folder / CHECKPOINTS / Path(best).name)
+            best = str(folder.joinpath(*Path(best).parts[-4 if (folder / ROUNDS).is_dir() else -2 :]))
         found = {key: value for key, value in figures.items() if isinstance(value, int | float)}
         return stored | {"figures": found, "config": config, "best_checkpoint": best}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
@@ -72,8 +72,8 @@ def read_result(folder: Path) -> tuple[TrialResult, dict[str, Any]] | None:
     if stored is None:
         return None
     try:
-        best = folder / CHECKPOINTS / Path(stored["best_checkpoint"]).name
-        result = TrialResult(stored["run_id"], int(stored["step"]), stored["figures"], best, stored["seconds"])
+        best, seconds = Path(stored["best_checkpoint"]), stored["seconds"]
+        result = TrialResult(stored["run_id"], int(stored["step"]), stored["figures"], best, seconds)
         return result, stored["config"]
     except (ValueError, KeyError, TypeError):
         print(DAMAGED.format(folder / RESULT_FILE), file=sys.stderr)

@@ -19,7 +19,7 @@ from torch import Tensor
 from diffusion_core.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from diffusion_core.files import write_json, write_text
 from diffusion_core.report.plots import BLACK, BLUE, GREEN, SKY, VERMILION, marker, panels, plain, save
-from diffusion_core.run_folder import CHECKPOINTS, RESULT_FILE
+from diffusion_core.run_folder import CHECKPOINTS, RESULT_FILE, ROUNDS
 from diffusion_core.tables import markdown_table
 from pruning.lottery.tickets import chance_overlap, overlap
 from pruning.masks.mask import MASKS_PART, WeightMasks, block_sparsity
@@ -28,7 +28,6 @@ from pruning.pruner import RECORD_KEY
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ROUNDS = "rounds"
 TICKET = "ticket"
 NAMES = {"none": TICKET, "reinit": "random reinitialisation", "random_mask": "random mask"}
 LINES = {TICKET: (BLUE, "o"), "random reinitialisation": (VERMILION, "s"), "random mask": (GREEN, "D")}

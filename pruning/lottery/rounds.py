@@ -19,11 +19,10 @@ from diffusion_core.checkpoint import Checkpoint, read_checkpoint, step_folder
 from diffusion_core.config import ConfigError, CoreConfig
 from diffusion_core.model.structure import maskable
 from diffusion_core.model.unet import UNet, build_network
-from diffusion_core.run_folder import CHECKPOINTS
+from diffusion_core.run_folder import CHECKPOINTS, ROUNDS
 from diffusion_core.training.trainer import TrainState
 from pruning.config import PruneConfig
 from pruning.consistency import inherit_dense_images
-from pruning.lottery.report import ROUNDS
 from pruning.lottery.tickets import most_rounds, random_mask, record, reinitialised, rewound, trained_ticket
 
 REWIND = "rewind"

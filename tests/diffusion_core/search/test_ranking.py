@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from diffusion_core.report.contents import ranking
 from diffusion_core.report.findings import candidates
 from diffusion_core.report.folders import read_study
 from diffusion_core.report.words import headline
+from diffusion_core.runs.result import stored_result
 from diffusion_core.search.objectives import Objective
 from diffusion_core.search.offline import OfflineSweep
 from diffusion_core.search.results import TrialRecord, by_front, write_results
@@ -28,13 +30,13 @@ LOSSES = [0.1 + 1 / STEPS, 0.2 + 1 / STEPS, 0.3 + 1 / STEPS]
 """Losses of the trials: the first one has measured the least."""
 
 
+def load(folder: Path) -> OfflineSweep:
+    return offline_sweep(check_sweep(stub_content(STEPS, [0.1, 0.2, 0.3]), "mine.yaml", "mine"), folder)
+
+
 def sweep_in(folder: Path, *states: str, checkpoint: bool = True) -> OfflineSweep:
     """A sweep whose trials are in some states, with what these leave: a result, if they finished, and a checkpoint."""
-
-    def load() -> OfflineSweep:
-        return offline_sweep(check_sweep(stub_content(STEPS, [0.1, 0.2, 0.3]), "mine.yaml", "mine"), folder)
-
-    done = load()
+    done = load(folder)
     done.run()
     for place, (trial, state) in enumerate(zip(done.state.trials, states, strict=True)):
         run, trial.state = done.state.trial_folder(trial), state
@@ -47,7 +49,7 @@ def sweep_in(folder: Path, *states: str, checkpoint: bool = True) -> OfflineSwee
         if state != "finished":
             file.unlink()
     done.state.write()
-    found = load()
+    found = load(folder)
     write_results(folder, found.reader.ranked())
     return found
 
@@ -123,3 +125,23 @@ def test_failed_trials_come_last_of_several_objectives_too() -> None:
     assert [(record.id, record.front) for record in by_front(trials, objectives)] == [
         ("good", True), ("bare", False), ("failed", False),
     ]  # fmt: skip
+
+
+def test_the_best_checkpoint_of_a_lottery_is_that_of_its_last_round_wherever_the_sweep_is(tmp_path: Path) -> None:
+    was, folder = tmp_path / "was", tmp_path / "moved"
+    found = sweep_in(was, "finished", "finished", "finished")
+    trial = was / "trials" / found.state.trials[0].id
+    place = Path("rounds") / "01" / "checkpoints" / "step-00000003"
+    (trial / place).mkdir(parents=True)
+    shutil.rmtree(trial / "checkpoints", ignore_errors=True)
+    result = json.loads((trial / "result.json").read_text()) | {"best_checkpoint": str(trial / place)}
+    (trial / "result.json").write_text(json.dumps(result))
+    write_results(was, load(was).reader.ranked())
+    was.rename(folder)
+    (row, *_) = json.loads((folder / "results.json").read_text())
+    assert row["best_checkpoint"] == str(trial / place)
+    trial = folder / "trials" / trial.name
+    assert best_of_sweep(folder) == trial / "rounds" / "01"
+    stored = stored_result(trial)
+    assert stored is not None
+    assert stored["best_checkpoint"] == str(trial / place)
