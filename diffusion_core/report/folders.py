@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -328,7 +329,10 @@ def _holder_lives(lock: Path) -> bool:
     """Return whether the process that wrote a lock file is alive. The lock itself is not tried: that would hold it."""
     try:
         process = psutil.Process(int(lock.read_text(encoding="utf-8")))
-        # A process that began after the file was written has inherited the id.
+        with suppress(psutil.AccessDenied):
+            if str(lock.resolve()) in [file.path for file in process.open_files()]:
+                return True
+        # Its files are another user's. A process that began after the file was written has inherited the id.
         return bool(process.create_time() <= lock.stat().st_mtime + CLOCK_S)
     except (OSError, ValueError, psutil.Error):
         return False

@@ -21,7 +21,7 @@ from diffusion_core.report import watching
 from diffusion_core.report.folders import read_study, read_trial, words_of
 from diffusion_core.report.study import CHAIN, RUNS, SWEEP
 from diffusion_core.report.uploaded import uploaded_sweep, uploaded_trial
-from diffusion_core.run_folder import SWEEP_LOCK, read_history
+from diffusion_core.run_folder import SWEEP_LOCK, held, read_history
 from diffusion_core.search.offline import OfflineSweep
 
 HOUSE = Path(__file__).parents[2] / "fixtures" / "house"
@@ -70,6 +70,19 @@ def test_a_chain_a_run_and_a_folder_of_runs_are_read(house: Path) -> None:
     pair = read_study([house / "half", house / "sweeps" / "house" / "trials" / FINISHED])
     assert "prune.method" in pair.varied
     assert "log.dir" not in pair.varied
+
+
+def test_what_runs_is_known_whatever_the_clocks_say(house: Path) -> None:
+    """The file system's clock is that of a file server, or a machine's clock was set meanwhile."""
+    lock = house / "half" / "lock"
+    lock.write_text(str(os.getpid()))
+    os.utime(lock, (0, 0))
+    (run,) = read_study([house / "half"]).trials
+    assert run.state == "unfinished", "another process had this one's number"
+    with held(lock):
+        os.utime(lock, (0, 0))
+        (run,) = read_study([house / "half"]).trials
+        assert run.state == "running"
 
 
 def test_rounds_of_a_chain_have_parents_and_controls(house: Path) -> None:
