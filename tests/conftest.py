@@ -45,6 +45,12 @@ def quick_collections() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_service_of_another_file() -> None:
+    """Forget W&B's process that an earlier file started: it may have ended, and processes of this file would ask it."""
+    os.environ.pop("WANDB_SERVICE", None)
+
+
 @pytest.fixture(scope="session")
 def forks() -> Forks:
     """The process that commands are forked from."""

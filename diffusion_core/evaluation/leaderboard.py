@@ -117,8 +117,8 @@ def from_models(
 ) -> list[Entry]:
     """Return the entries of a run on W&B: one for each sampling that its chosen checkpoint was measured with.
 
-    A run without a checkpoint has the figures of its summary, and no step. One without costs of its network, or without
-    the step that ``which`` names, has no entry.
+    A run without a checkpoint, or with one without figures, has those of its summary, and no step. One without costs
+    of its network, or without the step that ``which`` names, has no entry.
 
     Args:
         run_id: names the run.
@@ -132,7 +132,7 @@ def from_models(
     if not any(name.startswith(COST_PREFIX) for name in summary) or (wanted_step(which) is not None and not models):
         return []
     lines = {key.removeprefix(PREFIX): str(line) for key, line in summary.items() if key.startswith(PREFIX)}
-    if not models:
+    if not models or "figures" not in models[0]:
         return [entry(run_id, None, summary, summary, lines)]
     model, newest = models[0], models[-1]
     known = summary if _network(model) == _network(newest) else {}

@@ -311,7 +311,8 @@ def test_a_kill_while_a_checkpoint_is_deleted_leaves_nothing_for_ever(tmp_path: 
     while True:
         folder = tmp_path / str(calls)
         paths = [save(folder, step).path for step in (5, 10)]
-        saver = SaveCheckpoints(tiny_config(checkpoint__keep=1), digits(), MemoryTracker(), folder, "r", None)
+        newest = read_checkpoint(paths[-1])
+        saver = SaveCheckpoints(tiny_config(checkpoint__keep=1), digits(), MemoryTracker(), folder, "r", newest)
         if not killed_at(calls, saver._delete_old):
             break
         assert read_checkpoint(paths[0] if list_checkpoints(folder) == paths else folder).step in (5, 10)

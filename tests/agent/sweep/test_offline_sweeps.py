@@ -499,6 +499,10 @@ def test_a_machine_that_breaks_at_night_does_not_burn_the_sweep_and_failed_trial
     assert stored() == [("finished", 0)] * 9
     assert "--retry-failed" not in capsys.readouterr().out
     assert_each_step_once(notes)
+    # A sweep of another name is another one.
+    assert sweep.main([*command, "--name", "again", "--count", "1"]) == 0
+    (one, *none) = json.loads(Path("runs/sweeps/again/sweep.json").read_text())["trials"]
+    assert (one["state"], none) == ("finished", [])
 
 
 def test_a_command_that_does_not_exist_is_refused(tmp_path: Path) -> None:

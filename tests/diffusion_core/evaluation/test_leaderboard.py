@@ -48,5 +48,7 @@ def test_costs_of_the_last_network_are_not_those_of_another_one(more: dict[str, 
 
 def test_a_run_without_a_model_has_the_best_values_of_its_summary_and_no_step() -> None:
     assert rows() == [(None, OF_TRAINING, {"val/loss": 0.1, "eval/fid20": 1.0})]
+    bare = {"step": 3, "config": {}}
+    assert rows(bare, bare) == rows(), "as of a model that another program has logged"
     assert rows(which="3") == []
     assert from_models("run", {"val/loss": 0.1}, [model(3), model(3)], "best") == [], "it made no network"
