@@ -18,6 +18,7 @@ from diffusion_core.files import replaced_file
 from diffusion_core.messages import reason_of
 
 VARIABLE = "DIFFUSION_SWEEPS_CACHE"
+REMEDY = f"set {VARIABLE} to another folder"
 
 
 def cache_path(kind: str, name: str) -> Path:
@@ -26,7 +27,7 @@ def cache_path(kind: str, name: str) -> Path:
     return (Path(root) if root else Path.home() / ".cache" / "diffusion-sweeps") / kind / name
 
 
-def keep(path: Path, write: Callable[[Path], object], *, replace: bool = True) -> bool:
+def keep(path: Path, write: Callable[[Path], object], *, replace: bool = True, remedy: str = REMEDY) -> bool:
     """Write a file of the cache atomically; several processes may do so at the same time.
 
     Args:
@@ -34,6 +35,7 @@ def keep(path: Path, write: Callable[[Path], object], *, replace: bool = True) -
         write: writes the content to the path that it is given.
         replace: replace a file that another process has written meanwhile. If not, the first one written stays, and
             all callers read it back: needed where the same name does not imply the same content.
+        remedy: what to do where it cannot be written.
 
     Returns:
         Whether the file was written. If the disk is full or read-only, one line on stderr says so.
@@ -43,6 +45,6 @@ def keep(path: Path, write: Callable[[Path], object], *, replace: bool = True) -
         with replaced_file(path, concurrent=True, replace=replace) as temporary:
             write(temporary)
     except (OSError, SafetensorError) as error:
-        print(f"cannot write {str(path)!r} ({reason_of(error)}); set {VARIABLE} to another folder", file=sys.stderr)
+        print(f"cannot write {str(path)!r} ({reason_of(error)}); {remedy}", file=sys.stderr)
         return False
     return True

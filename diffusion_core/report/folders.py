@@ -20,7 +20,6 @@ from diffusion_core.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
     LOCK_FILE,
-    PROTOCOLS_FILE,
     RESULT_FILE,
     ROUNDS,
     RUN_FILE,
@@ -30,6 +29,7 @@ from diffusion_core.run_folder import (
     SWEEP_TRIALS,
     best_figures,
     read_history,
+    read_protocols,
     run_folders,
     without_step,
 )
@@ -232,7 +232,7 @@ def _figures(
     final = {key: value for key, value in _mapping(result.get("figures")).items() if isinstance(value, int | float)}
     costs = {key: value for key, value in final.items() if key.startswith(COST_FIGURES)}
     entry = next(iter(from_folders([folder])), None) if {"run_id", "step", "figures"} <= result.keys() else None
-    protocols = {key: str(line) for key, line in _json(folder / PROTOCOLS_FILE).items()}
+    protocols = read_protocols(folder)
     if entry is not None:
         network = {key: value for key, value in costs.items() if not key.startswith(OF_IMAGES) and entry.costs}
         of_row = {COLUMNS[column]: value for column, value in entry.costs.items()}

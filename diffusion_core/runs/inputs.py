@@ -16,7 +16,7 @@ from typing import Any
 from diffusion_core.checkpoint import METADATA_FILE
 from diffusion_core.config import ConfigError
 from diffusion_core.data.fingerprint import RECORDED
-from diffusion_core.run_folder import CHECKPOINTS, SWEEP_STATE, SWEEP_TRIALS
+from diffusion_core.run_folder import CHECKPOINTS, ROUNDS, SWEEP_STATE, SWEEP_TRIALS
 
 PARENT_KEY, TEACHER_KEY = "parent", "taught_by"
 """Keys of a checkpoint's extra metadata for the checkpoints that its run started from and learned from."""
@@ -97,7 +97,7 @@ def recorded_inputs(folder: Path) -> dict[str, Input]:
     """
     checkpoints = f"{CHECKPOINTS}/step-*/{METADATA_FILE}"
     files = [
-        *sorted(folder.glob(f"rounds/*/{checkpoints}"), reverse=True),
+        *sorted(folder.glob(f"{ROUNDS}/*/{checkpoints}"), reverse=True),
         *sorted(folder.glob(checkpoints), reverse=True),
     ]
     for file in files:

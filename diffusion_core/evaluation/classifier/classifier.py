@@ -202,7 +202,7 @@ def classifier_for(
 
 def _keep_own(classifier: Classifier, own: Sequence[Path]) -> Classifier:
     if own and not own[0].is_file():
-        keep(own[0], classifier.save)
+        keep(own[0], classifier.save, remedy="free some space, or make it writable")
     return classifier
 
 
